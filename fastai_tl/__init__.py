@@ -1,0 +1,3 @@
+"""Transfer learning for text, the fastai way."""
+
+__version__ = "0.1.0"

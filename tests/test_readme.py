@@ -1,0 +1,88 @@
+"README.md is made from nbs/index.ipynb, and what it shows runs."
+
+import importlib.util
+
+import pytest
+
+from repo import *
+
+INDEX = NBS/'index.ipynb'
+needs_index = pytest.mark.skipif(not INDEX.exists(), reason='there is no nbs/index.ipynb')
+
+
+@pytest.fixture(scope='module')
+def tool():
+    "tools/readme.py as a module"
+    spec = importlib.util.spec_from_file_location('readme_tool', ROOT/'tools'/'readme.py')
+    mod = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mod)
+    return mod
+
+
+def cell(src, *outputs, kind='code'): return dict(cell_type=kind, source=src, metadata={}, outputs=list(outputs))
+def printed(txt, name='stdout'): return dict(output_type='stream', name=name, text=txt)
+def shown(**data): return dict(output_type='execute_result', data={k.replace('_', '/'): v for k,v in data.items()}, metadata={})
+def body(tool, *cells): return tool.readme(dict(cells=list(cells))).split('-->\n\n', 1)[1]
+
+
+def test_code_and_output(tool):
+    assert body(tool, cell('# Title', kind='markdown'), cell('1+1', shown(text_plain='2'))) == \
+        '# Title\n\n```python\n1+1\n```\n\n```text\n2\n```\n'
+
+
+def test_directives(tool):
+    "`hide` takes the cell, `echo: false` its code, `output: false` its output; other directives go without a trace"
+    assert body(tool, cell('#| hide\nx'), cell('#| echo: false\nx', printed('a\n')), cell('#| output: false\ny', printed('b')),
+                cell('#|eval: false\n#| slow\n\nz')) == '```text\na\n```\n\n```python\ny\n```\n\n```python\nz\n```\n'
+
+
+def test_output_without_text(tool):
+    "No progress bar, figure, colour or warning; of an overwritten line its end; Markdown stays Markdown"
+    assert body(tool, cell('f()', shown(text_html='<b>', text_plain='<IPython.core.display.HTML object>'), shown(image_png='…'), printed('no', 'stderr'),
+                           printed('\x1b[31m10%\r100%\x1b[0m\n'), shown(text_markdown=['| a |\n', '|---|']))) == \
+        '```python\nf()\n```\n\n```text\n100%\n```\n\n| a |\n|---|\n'
+
+
+def test_links(tool):
+    "Relative links of the notebook lead from the project's root; others, and code, are left alone"
+    assert tool.markdown('[a](tutorials/x.ipynb) ![b](../img.png) [c](https://x.y/z) [d](#e)\n```\n[f](g)\n```') == \
+        '[a](nbs/tutorials/x.ipynb) ![b](img.png) [c](https://x.y/z) [d](#e)\n```\n[f](g)\n```'
+
+
+def test_fence_inside_output(tool):
+    assert tool.block('```\nx\n```', 'text').startswith('````text\n')
+
+
+def test_check(tool, tmp_path):
+    "`--check` says no until README.md is the one that would be written"
+    nb,out = tmp_path/'index.ipynb',tmp_path/'README.md'
+    nb.write_text('{"cells": [{"cell_type": "markdown", "source": ["# T"], "metadata": {}}]}')
+    args = [sys.executable, ROOT/'tools'/'readme.py', '--nb', nb, '--out', out]
+    assert run(*args, '--check').returncode == 1 and not out.exists()
+    assert run(*args).returncode == 0 and run(*args, '--check').returncode == 0
+    out.write_text('# Other')
+    assert run(*args, '--check').returncode == 1 and out.read_text() == '# Other'
+
+
+@needs_index
+def test_readme_is_made_from_the_notebook(tool):
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == tool.readme(tool.load(INDEX)), 'run python tools/readme.py'
+
+
+@needs_index
+def test_commands():
+    "The two commands for a fresh machine stand in the README, and .ci/run ends with the second"
+    readme,ci = (ROOT/'README.md').read_text(encoding='utf-8'),(ROOT/'.ci'/'run').read_text(encoding='utf-8')
+    assert 'pip install . && fastai-tl quickstart' in readme and 'pip install -e ".[dev]" && pytest' in readme
+    assert '-e ".[dev]"' in ci and ci.rstrip().endswith('pytest')
+
+
+@needs_index
+def test_code_runs(tool, tmp_path):
+    "The visible code alone, in one process, without what only the notebook's hidden cells prepare"
+    blocks = tool.code_blocks(tool.load(INDEX))
+    assert blocks, 'the README shows no code that runs'
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    assert all(b in readme for b in blocks)
+    res = python('import matplotlib; matplotlib.use("Agg")\n' + '\n'.join(blocks), cwd=tmp_path, timeout=600)
+    assert res.returncode == 0, res.stdout

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Make README.md from nbs/index.ipynb: its Markdown, its code as ```python blocks, and what the code printed.
+
+    python tools/readme.py            write README.md
+    python tools/readme.py --check    write nothing; exit 1 if README.md is not what would be written
+
+A cell with `#| hide` is left out, one with `#| echo: false` shows its output alone, one with `#| output: false` its code alone."""
+
+import argparse,difflib,json,os,re,sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_directive = re.compile(r'^\s*#\s*\|\s*([\w-]+)[ \t]*:?[ \t]*(.*)$')
+_link = re.compile(r'(\]\()(?![a-z][a-z+.-]*:|#|/)([^)\s]+)')
+_ansi = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
+_fence = re.compile(r'^\s*(```|~~~)')
+
+
+def text_of(src): return src if isinstance(src, str) else ''.join(src or [])
+
+
+def split_cell(cell):
+    "The directives of a code cell as a dict, and its code without them"
+    dirs,lines = {},text_of(cell['source']).splitlines()
+    while lines and (not lines[0].strip() or _directive.match(lines[0])):
+        if m := _directive.match(lines.pop(0)): dirs[m[1]] = m[2].strip().lower()
+    for k,v in (cell.get('metadata', {}).get('nbdev') or {}).items(): dirs.setdefault(k, str(v or '').lower())
+    return dirs,'\n'.join(lines).rstrip()
+
+
+def is_off(dirs, name): return dirs.get(name) in ('false', 'no')
+
+
+def plain(txt):
+    "`txt` as a terminal leaves it: no colours, and of an overwritten line its last state"
+    lines = [l.rstrip('\r').rsplit('\r', 1)[-1].rstrip() for l in _ansi.sub('', txt).split('\n')]
+    return '\n'.join(lines).strip('\n')
+
+
+def output_md(out):
+    "One output of a cell as Markdown; empty for what has no text (figures, progress bars) and for stderr"
+    if out['output_type'] == 'stream': return block(plain(text_of(out['text'])), 'text') if out.get('name') != 'stderr' else ''
+    data = out.get('data', {})
+    if 'text/markdown' in data: return text_of(data['text/markdown']).strip()
+    txt = plain(text_of(data.get('text/plain', '')))
+    return '' if re.match(r'<(IPython|Figure|matplotlib)', txt) else block(txt, 'text')
+
+
+def block(txt, lang):
+    "`txt` in a fence longer than any fence inside it"
+    if not txt.strip(): return ''
+    fence = '`'*max([3, *(len(o)+1 for o in re.findall(r'`{3,}', txt))])
+    return f'{fence}{lang}\n{txt}\n{fence}'
+
+
+def markdown(src, folder='nbs'):
+    "A Markdown cell with its relative links leading from the project's root"
+    res,fenced = [],False
+    for line in src.strip().split('\n'):
+        if _fence.match(line): fenced = not fenced
+        if not fenced: line = _link.sub(lambda m: m[1] + os.path.normpath(f'{folder}/{m[2]}').replace(os.sep, '/'), line)
+        res.append(line)
+    return '\n'.join(res)
+
+
+def code_blocks(nb, fast=True):
+    "The code of every cell that the README shows; with `fast`, without `#| slow`, `#| notest` and `#| eval: false`"
+    res = []
+    for c in nb['cells']:
+        if c['cell_type'] != 'code': continue
+        dirs,code = split_cell(c)
+        if not code or 'hide' in dirs or is_off(dirs, 'echo'): continue
+        if fast and ({'slow', 'notest'} & set(dirs) or is_off(dirs, 'eval')): continue
+        res.append(code)
+    return res
+
+
+def cell_md(cell):
+    "One cell as a list of Markdown paragraphs"
+    if cell['cell_type'] == 'markdown': return [markdown(text_of(cell['source']))]
+    if cell['cell_type'] != 'code': return []
+    dirs,code = split_cell(cell)
+    if 'hide' in dirs: return []
+    res = [] if is_off(dirs, 'echo') or 'hide_input' in dirs else [block(code, 'python')]
+    if not is_off(dirs, 'output'): res += [output_md(o) for o in cell.get('outputs', [])]
+    return res
+
+
+def readme(nb):
+    "The text of README.md for the notebook `nb`, a dict"
+    parts = [p for c in nb['cells'] for p in cell_md(c) if p.strip()]
+    return '<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n' + '\n\n'.join(parts) + '\n'
+
+
+def load(path): return json.loads(Path(path).read_text(encoding='utf-8'))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description='Make README.md from nbs/index.ipynb.')
+    p.add_argument('--check', action='store_true', help='write nothing; exit 1 on a difference')
+    p.add_argument('--nb', type=Path, default=ROOT/'nbs'/'index.ipynb', help='the notebook')
+    p.add_argument('--out', type=Path, default=ROOT/'README.md', help='the file to write')
+    args = p.parse_args(argv)
+    if not args.nb.exists(): sys.exit(f'{args.nb} does not exist: the README is made from it.')
+    new = readme(load(args.nb))
+    old = args.out.read_text(encoding='utf-8') if args.out.exists() else ''
+    if new == old: return
+    if not args.check:
+        args.out.write_text(new, encoding='utf-8')
+        return
+    sys.stderr.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), args.out.name, 'made from the notebook'))
+    sys.exit(f'{args.out.name} differs from {args.nb.name}: run `python tools/readme.py`.')
+
+
+if __name__ == '__main__': main()
