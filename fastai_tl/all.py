@@ -14,6 +14,9 @@ from .tune.schedule import *
 from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
+from .learners.classify import *
+from .learners.language import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
 from .evaluation.report import *
+from .quickstart import *

@@ -14,7 +14,7 @@ each_notebook = pytest.mark.parametrize('nb', exported, ids=ids)
 
 def module(nb): return importlib.import_module(f'{PKG}.{nb.module}')
 def ours(o): return (getattr(o, '__module__', None) or '').split('.')[0] == PKG
-def function(o): return inspect.unwrap(getattr(o, 'func', None) or getattr(o, 'fget', None) or getattr(o, '__func__', o))
+def function(o): return inspect.unwrap(getattr(o, 'func', None) or getattr(o, 'fget', None) or getattr(o, '__func__', None) or (o.f if type(o).__name__ == '_clsmethod' else o))
 
 
 def inherited(cls, name):
@@ -56,7 +56,7 @@ def undocumented(o):
 
 @each_notebook
 def test_docstrings(nb):
-    lacking = [name for name,o in public_objects(nb) if not (inspect.getdoc(o) or '').strip()]
+    lacking = [name for name,o in public_objects(nb) if not (inspect.getdoc(function(o)) or '').strip()]
     assert not lacking, f'{nb.path.name}: no docstring: {lacking}'
 
 

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.blocks.html.md"""
 __all__ = ['TARGETS', 'texts_vocab', 'split_stream', 'language_model_dls', 'check_labels', 'split_rows', 'check_split',
            'classifier_dls']
 
-# %% ../../nbs/13_data.blocks.ipynb #3e59fd5a
+# %% ../../nbs/13_data.blocks.ipynb #d45f5a88
 import warnings
 from collections import Counter
 from operator import itemgetter
@@ -20,7 +20,7 @@ from fastai.text.core import Tokenizer
 from fastai.torch_core import default_device
 from fastai.text.data import LMDataLoader, Numericalize, Pad_Chunk, SortedDL, make_vocab, reverse_text
 from ..core import DataError, derive_seed, shorten, unknown_option
-from .tokenize import TokenizedTexts, WordTokenizer
+from .tokenize import TokenizedTexts, WordLevelTokenizer
 
 # %% ../../nbs/13_data.blocks.ipynb #0b9c5ba1
 def texts_vocab(
@@ -49,11 +49,12 @@ def _fit_bs(bs, tokens, what):
     if tokens<4: raise DataError(f'A language model needs some tokens for {what}', str(tokens), 'Give it more text')
     return max(1, min(bs, tokens//16))
 
-# %% ../../nbs/13_data.blocks.ipynb #a1f95b59
+# %% ../../nbs/13_data.blocks.ipynb #1099b72e
 def language_model_dls(
     texts:TokenizedTexts, # Tokenised texts
     vocab:list, # Token of each number
-    tok=None, rules=None, # Tokenizer and rules, for texts to come
+    tok=None, # Tokenizer for texts to come; `WordLevelTokenizer` if `None`
+    rules=None, # Rules applied to them before; fastai's if `None`
     valid_pct:float=.1, # Share of the texts to hold out
     bs:int=64, # Rows of a batch
     seq_len:int=72, # Tokens a row
@@ -65,7 +66,7 @@ def language_model_dls(
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][a:b] for part in parts for i,a,b in part]
     lens = [[b-a for _,a,b in part] for part in parts]
-    tfms = [Tokenizer(tok or WordTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
+    tfms = [Tokenizer(tok or WordLevelTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
     n = len(parts[0])
     dsets = Datasets(items, [tfms], splits=[list(range(n)), list(range(n, len(items)))], dl_type=LMDataLoader)
     train_bs,valid_bs = (_fit_bs(bs, sum(l), w) for l,w in zip(lens, ('training','validation')))
@@ -153,14 +154,16 @@ def check_split(
     if len(known)<(2 if target=='single' else 1): raise DataError('At least two classes are needed', f'only {shorten(known)}' if known else 'no label')
     return sorted(known, key=lambda l: (str(type(l)), l))
 
-# %% ../../nbs/13_data.blocks.ipynb #e6463312
+# %% ../../nbs/13_data.blocks.ipynb #52eccdb7
 def classifier_dls(
     texts:TokenizedTexts, # Tokenised texts
     labels:list, # One a text, as `check_labels` returns them
     target:str, # `single`, `multi` or `regression`
-    train:list, valid:list, # Indexes
+    train:list, # Indexes of the training rows
+    valid:list, # Indexes of the validation rows
     vocab:list, # Token of each number, the language model's
-    tok=None, rules=None, # Tokenizer and rules, for texts to come
+    tok=None, # Tokenizer for texts to come; `WordLevelTokenizer` if `None`
+    rules=None, # Rules applied to them before; fastai's if `None`
     bs:int=64, # Texts a batch
     seq_len:int=72, # Chunk of the padding, the classifier's `seq_len`
     backwards:bool=False, # Read from right to left
@@ -170,7 +173,7 @@ def classifier_dls(
     classes = check_split(labels, target, train, valid)
     idxs = train+valid
     items = [[texts[i], labels[i]] for i in idxs] # lists, since fastai maps transforms over the members of a tuple
-    x = [itemgetter(0), Tokenizer(tok or WordTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
+    x = [itemgetter(0), Tokenizer(tok or WordLevelTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
     y = {'single': lambda: [Categorize(vocab=classes, sort=False)], 'multi': lambda: [MultiCategorize(vocab=classes), OneHotEncode(len(classes))], 'regression': lambda: [RegressionSetup(c=1)]}[target]()
     n = len(train)
     dsets = Datasets(items, [x, [itemgetter(1)]+y], splits=[list(range(n)), list(range(n, len(items)))], dl_type=SortedDL, n_inp=1)

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.ulmfit.html.md"""
 # %% auto #0
 __all__ = ['DIRECTIONS', 'ULMFiT']
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #e4fa8f2b
+# %% ../../nbs/55_learners.ulmfit.ipynb #aa75f8ff
 from contextlib import ExitStack
 from pathlib import Path
 import pandas as pd
@@ -17,21 +17,22 @@ from fastai.text.core import defaults
 from fastai.text.models.awdlstm import awd_lstm_lm_config
 from ..core import DataError, RunError, seed_everything, shorten, unknown_option
 from ..data.blocks import *
-from ..data.tokenize import *
-from ..files import digest, load_tree, read_json, save_tree, write_json
+from ..data.tokenize import TokenizedTexts, WordLevelTokenizer, column, read_folder, read_table, read_texts, tokenize_texts_once, tokenizer_settings
+from ..files import digest, load_tree, save_tree
 from .bidirectional import BidirectionalLearner
 from .classify import awd_classifier_learner
 from .language import awd_lm_learner
 from ..models.encoder import Encoder, text_vocab
 from ..tune.recipes import *
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #5975bc80
-from ..tune.resume import ResumableFit, StopOnNaN, check_same
+# %% ../../nbs/55_learners.ulmfit.ipynb #09ebbb3d
+from ..tune.resume import ResumableFit, RunStage, StopOnNaN
 from ..tune.unfreeze import GradualUnfreezing
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #6cf78115
+# %% ../../nbs/55_learners.ulmfit.ipynb #aa71baf1
 DIRECTIONS = ('forward','backward')
 
+# %% ../../nbs/55_learners.ulmfit.ipynb #a349d8d1
 class ULMFiT:
     "Three stages of transfer in one folder: `pretrain`, `finetune_lm`, `classifier`"
     def __init__(self,
@@ -39,101 +40,86 @@ class ULMFiT:
         config:dict|None=None, # Sizes of the AWD_LSTM: `emb_sz`, `n_hid`, `n_layers`; fastai's 400, 1152 and 3 if `None`
         bidirectional:bool=False, # Train a second model that reads backwards
         seed:int=42, # Everything random follows from it
-        tok=None, rules=None, # Tokenizer and rules; fastai's for English if `None`
-        max_vocab:int=60_000, min_freq:int=3, # Size of the vocabularies, and how often a token must come
+        tok=None, # Tokenizer; `WordLevelTokenizer` for English if `None`
+        rules=None, # Rules applied to each text before; fastai's if `None`
+        max_vocab:int=60_000, # Largest vocabulary
+        min_freq:int=3, # Rarer tokens are unknown
         seq_len:int=72, # Tokens of backpropagation through time
         progress:bool=True # Show progress bars, losses and tables
     ):
         self.path,self.seed,self.seq_len,self.max_vocab,self.min_freq,self.progress = Path(run_dir),seed,seq_len,max_vocab,min_freq,progress
         self.config = {k: merge(awd_lstm_lm_config, config or {})[k] for k in ('emb_sz','n_hid','n_layers')}
         self.directions = DIRECTIONS if bidirectional else DIRECTIONS[:1]
-        self.tok,self.rules = tok or WordTokenizer(),list(defaults.text_proc_rules if rules is None else rules)
+        self.tok,self.rules = tok or WordLevelTokenizer(),list(defaults.text_proc_rules if rules is None else rules)
     def __repr__(self): return f'ULMFiT({str(self.path)!r}, {self.config}, {" and ".join(self.directions)})'
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #83502c23
+# %% ../../nbs/55_learners.ulmfit.ipynb #c0881ea0
 @patch
-def tokenize(self:ULMFiT, texts:list) -> TokenizedTexts:
+def tokenize(self:ULMFiT,
+    texts:list # Strings
+) -> TokenizedTexts:
     "Tokenise texts once; the result is kept in the run"
     return tokenize_texts_once(texts, self.tok, self.rules, cache_dir=self.path/'tokens', progress=self.progress)
 
 @patch
-def say(self:ULMFiT, msg:str):
+def say(self:ULMFiT,
+    msg:str # A line of text
+):
     "Print, unless the run was asked for silence"
     if self.progress: print(msg)
 
-@patch
-def stage_dir(self:ULMFiT,
-    direction:str, # `forward` or `backward`
-    stage:str # `general`, `domain`, or a classifier's name
-) -> Path:
-    "Folder of a stage"
-    return self.path/direction/stage
-
-# %% ../../nbs/55_learners.ulmfit.ipynb #fb62f4a0
+# %% ../../nbs/55_learners.ulmfit.ipynb #49a1e3c6
 @patch
 def encoder(self:ULMFiT,
     stage:str='domain', # `general` or `domain`
     direction:str='forward' # `forward` or `backward`
 ) -> Encoder:
     "The encoder that a stage has made"
-    f = self.stage_dir(direction, stage)/'encoder.safetensors'
+    f = self.stage(direction, stage).folder/'encoder.safetensors'
     if not f.exists(): raise RunError(f'{f} must exist', 'nothing there', 'Run `pretrain` or `finetune_lm` first')
     return Encoder.load(f)
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #b54e9a3a
+# %% ../../nbs/55_learners.ulmfit.ipynb #b1d23b3d
 @patch
-def _begin(self:ULMFiT, direction, stage, settings):
+def stage(self:ULMFiT,
+    direction:str, # `forward` or `backward`
+    name:str # `general`, `domain`, or a classifier's name
+) -> RunStage:
+    "A stage of the run"
+    return RunStage(self.path/direction/name)
+
+@patch
+def _begin(self:ULMFiT, direction, name, settings):
     "Open a stage; True if it is done already"
-    f = self.stage_dir(direction, stage)/'stage.json'
-    settings = dict(settings, seed=self.seed, config=self.config, tokenizer=digest(tokenizer_settings(self.tok, self.rules)), seq_len=self.seq_len)
-    settings = {k: list(v) if isinstance(v, tuple) else v for k,v in settings.items()}
-    if f.exists():
-        old = read_json(f)
-        check_same(old['settings'], settings, f.parent)
-        if old['done']: return True
-    write_json(f, dict(done=False, settings=settings))
-    return False
+    return self.stage(direction, name).begin(dict(settings, seed=self.seed, config=self.config, tokenizer=digest(tokenizer_settings(self.tok, self.rules)), seq_len=self.seq_len))
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #95ef210f
-@patch
-def _close(self:ULMFiT, direction, stage, learn):
-    "Close a stage with its figures; its checkpoint is not needed any more"
-    d = self.stage_dir(direction, stage)
-    rec = learn.recorder
-    names = [n for n in rec.metric_names if n not in ('epoch','time')]
-    history = [dict(zip(names, [float(o) for o in v])) for v in rec.values]
-    write_json(d/'stage.json', dict(read_json(d/'stage.json'), done=True, history=history))
-    (d/'checkpoint.safetensors').unlink(missing_ok=True)
-
-# %% ../../nbs/55_learners.ulmfit.ipynb #d1e59cde
 @patch
 def history(self:ULMFiT,
     stage:str='classifier', # `general`, `domain`, or a classifier's name
     direction:str='forward' # `forward` or `backward`
 ) -> pd.DataFrame: # One row an epoch
     "Losses and metrics of a finished stage, by epoch"
-    f = self.stage_dir(direction, stage)/'stage.json'
-    if not f.exists() or not read_json(f)['done']: raise RunError(f'Stage {stage!r} must be done', 'no result', 'See `status()`')
-    return pd.DataFrame(read_json(f)['history']).rename_axis('epoch')
+    return self.stage(direction, stage).history()
 
+# %% ../../nbs/55_learners.ulmfit.ipynb #6fbb2fa3
 @patch
 def status(self:ULMFiT) -> pd.DataFrame: # direction | stage | done | epochs | the last epoch's figures
     "What is done in this run"
     rows = []
     for f in sorted(self.path.glob('*/*/stage.json'), key=lambda f: f.stat().st_mtime):
-        s,ck = read_json(f),f.parent/'checkpoint.safetensors'
-        epochs = len(s.get('history', [])) if s['done'] else load_tree(ck)['epoch'] if ck.exists() else 0
-        rows.append(dict(direction=f.parent.parent.name, stage=f.parent.name, done=s['done'], epochs=epochs, **(s['history'][-1] if s['done'] and s['history'] else {})))
+        s = RunStage(f.parent)
+        last = s.history().iloc[-1].to_dict() if s.done and s.epochs else {}
+        rows.append(dict(direction=f.parent.parent.name, stage=f.parent.name, done=s.done, epochs=s.epochs, **last))
     return pd.DataFrame(rows, columns=None if rows else ['direction','stage','done','epochs'])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #d087205d
+# %% ../../nbs/55_learners.ulmfit.ipynb #cdb25a3e
 @patch
 def _lm_learner(self:ULMFiT, dls, direction, stage, drop_mult, wd):
     "A language model of the run's size, its weights drawn from the seed"
     seed_everything(self.seed, direction, stage, 'weights')
-    return awd_lm_learner(dls, self.config, drop_mult, wd=wd, path=self.stage_dir(direction, stage))
+    return awd_lm_learner(dls, self.config, drop_mult, wd=wd, path=self.stage(direction, stage).folder)
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #3da58663
+# %% ../../nbs/55_learners.ulmfit.ipynb #2d9a3d86
 @patch
 def _lm_dls(self:ULMFiT, source, text_col, direction, valid_pct, bs):
     "DataLoaders, digest and token counts of a source of texts, or of the user's own DataLoaders"
@@ -145,7 +131,7 @@ def _lm_dls(self:ULMFiT, source, text_col, direction, valid_pct, bs):
     dls = language_model_dls(texts, vocab, self.tok, self.rules, valid_pct, bs, self.seq_len, direction=='backward', self.seed)
     return dls,digest(texts.words, texts.ids.tobytes()),texts.counter()
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #187c9a08
+# %% ../../nbs/55_learners.ulmfit.ipynb #6b157ff7
 @patch
 def quiet(self:ULMFiT,
     learn # A Learner of this run
@@ -157,31 +143,30 @@ def quiet(self:ULMFiT,
 
 @patch
 def _fit_lm(self:ULMFiT, learn, direction, stage, epochs, lr, head_epochs, head_lr, wd, cbs):
-    ck = self.stage_dir(direction, stage)/'checkpoint.safetensors'
-    cbs = L(cbs) + [StopOnNaN(), ResumableFit(ck, seed=self.seed, settings=dict(stage=f'{direction}/{stage}'))]
+    cbs = L(cbs) + [StopOnNaN(), ResumableFit(self.stage(direction, stage).checkpoint, seed=self.seed, settings=dict(stage=f'{direction}/{stage}'))]
     with self.quiet(learn):
         if not head_epochs: return learn.fit_one_cycle(epochs, lr, cbs=cbs)
         learn.create_opt()
         gu = GradualUnfreezing(groups=[1, len(learn.opt.param_lists)], epochs=[head_epochs, epochs], factor=[1, lr/head_lr], restart=True)
         learn.fit_one_cycle(head_epochs+epochs, head_lr, cbs=cbs+[gu])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #cad9ad83
+# %% ../../nbs/55_learners.ulmfit.ipynb #35a15a8d
 @patch
 def _language_model(self:ULMFiT, stage, source, text_col, direction, start, o, cbs):
     "Train (or take up, or find done) the language model of one stage and direction"
     dls,what,counts = self._lm_dls(source, text_col, direction, o['valid_pct'], o['bs'])
     learn = self._lm_learner(dls, direction, stage, o['drop_mult'], o['wd'])
-    vocab,d = text_vocab(dls),self.stage_dir(direction, stage)
+    vocab,d = text_vocab(dls),self.stage(direction, stage).folder
     if self._begin(direction, stage, dict(o, data=what, start=start and start.digest)):
         self.encoder(stage, direction).into(learn.model, vocab)
         return learn
     if start is not None: self.say(f'{direction}: {start.into(learn.model, vocab, counts, tokenizer_settings(self.tok, self.rules))}')
     self._fit_lm(learn, direction, stage, o['epochs'], o['lr'], o.get('head_epochs', 0) if start is not None else 0, o.get('head_lr'), o['wd'], cbs)
     Encoder.from_model(learn.model, vocab, tokenizer_settings(self.tok, self.rules), direction=='backward').save(d/'encoder.safetensors')
-    self._close(direction, stage, learn)
+    self.stage(direction, stage).close(learn.recorder)
     return learn
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #ef33595b
+# %% ../../nbs/55_learners.ulmfit.ipynb #5c9f88d6
 def _maybe_tuple(res): return res[0] if len(res)==1 else tuple(res)
 
 @patch
@@ -189,7 +174,7 @@ def _source(self:ULMFiT, source, text_col):
     "Tokenise a source once for both directions"
     return source if isinstance(source, (DataLoaders, TokenizedTexts)) else self.tokenize(read_texts(source, text_col))
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #0a8e2aba
+# %% ../../nbs/55_learners.ulmfit.ipynb #d61ffd4a
 @patch
 def pretrain(self:ULMFiT,
     source=None, # Texts: a DataFrame, a table file, a folder, an iterator of strings; or DataLoaders
@@ -197,8 +182,10 @@ def pretrain(self:ULMFiT,
     text_col='text', # Column of the texts, for tables
     epochs:int=10, # Epochs
     lr:float=5e-3, # Highest rate
-    wd:float=.1, drop_mult:float=1., # Weight decay, and multiplier on all dropouts
-    bs:int=64, valid_pct:float=.1, # Rows of a batch, and share of the texts held out
+    wd:float=.1, # Weight decay
+    drop_mult:float=1., # Multiplier on all dropouts
+    bs:int=64, # Rows of a batch
+    valid_pct:float=.1, # Share of the texts held out
     cbs=None # More Callbacks
 ): # A language model Learner (one a direction), or the `Encoder`s
     "Stage 1: learn general language, or take over weights that have"
@@ -208,7 +195,7 @@ def pretrain(self:ULMFiT,
     o = dict(epochs=epochs, lr=lr, wd=wd, drop_mult=drop_mult, bs=bs, valid_pct=valid_pct)
     return _maybe_tuple([self._language_model('general', source, text_col, d, None, o, cbs) for d in self.directions])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #979d6a96
+# %% ../../nbs/55_learners.ulmfit.ipynb #fd534d89
 @patch
 def _take_over(self:ULMFiT, weights, direction):
     "Make an encoder from elsewhere the result of stage 1"
@@ -218,13 +205,13 @@ def _take_over(self:ULMFiT, weights, direction):
     elif not isinstance(weights, Encoder): weights = Encoder.load(weights)
     if weights.backwards!=backwards: raise RunError(f'The {direction} model needs {direction} weights', 'weights of the other direction', 'Pass a pair (forward, backward)')
     self.config = {k: weights.config[k] for k in self.config}
-    d = self.stage_dir(direction, 'general')
+    d = self.stage(direction, 'general').folder
     if not self._begin(direction, 'general', dict(weights=weights.digest)):
         weights.save(d/'encoder.safetensors')
-        write_json(d/'stage.json', dict(read_json(d/'stage.json'), done=True, history=[]))
+        self.stage(direction, 'general').close()
     return weights
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #fbc50501
+# %% ../../nbs/55_learners.ulmfit.ipynb #2f4c4cc5
 @patch
 def _start_encoder(self:ULMFiT, start, direction, stages):
     "The encoder to start from: `auto` is the last stage done, `None` from scratch"
@@ -232,10 +219,12 @@ def _start_encoder(self:ULMFiT, start, direction, stages):
     if start!='auto':
         if start not in ('general','domain'): raise unknown_option('encoder', start, ('auto','general','domain','None'))
         return self.encoder(start, direction)
-    done = [s for s in stages if (self.stage_dir(direction, s)/'encoder.safetensors').exists()]
+    begun = [s for s in stages if self.stage(direction, s).begun and not self.stage(direction, s).done]
+    if begun: raise RunError(f'Stage {begun[0]!r} was begun and must be finished first', 'a stage that is not done', 'Call it again with the same settings to go on, or choose another `encoder`')
+    done = [s for s in stages if (self.stage(direction, s).folder/'encoder.safetensors').exists()]
     return self.encoder(done[-1], direction) if done else None
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #cee95d4e
+# %% ../../nbs/55_learners.ulmfit.ipynb #03e43bcc
 @patch
 def finetune_lm(self:ULMFiT,
     source, # Texts of the domain, labelled or not: see `pretrain`
@@ -243,9 +232,12 @@ def finetune_lm(self:ULMFiT,
     text_col='text', # Column of the texts, for tables
     epochs:int=10, # Epochs with all layers
     lr:float|None=None, # Highest rate; 2e-3 on top of an encoder, 5e-3 from scratch if `None`
-    head_epochs:int=1, head_lr:float=2e-2, # Before that, epochs and rate of the top group alone
-    wd:float=.1, drop_mult:float=1., # Weight decay, and multiplier on all dropouts
-    bs:int=64, valid_pct:float=.1, # Rows of a batch, and share of the texts held out
+    head_epochs:int=1, # Before that, epochs of the top group alone
+    head_lr:float=2e-2, # And its rate
+    wd:float=.1, # Weight decay
+    drop_mult:float=1., # Multiplier on all dropouts
+    bs:int=64, # Rows of a batch
+    valid_pct:float=.1, # Share of the texts held out
     cbs=None # More Callbacks
 ): # A language model Learner (one a direction)
     "Stage 2: go on with the texts of the domain"
@@ -257,7 +249,7 @@ def finetune_lm(self:ULMFiT,
         res.append(self._language_model('domain', source, text_col, d, start, o, cbs))
     return _maybe_tuple(res)
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #a73eee82
+# %% ../../nbs/55_learners.ulmfit.ipynb #1eae15e5
 @patch
 def _rows(self:ULMFiT, source, text_col, label_col, target, label_delim, valid_col, valid_pct):
     "Texts, labels, kind of target and split of a source"
@@ -272,42 +264,49 @@ def _rows(self:ULMFiT, source, text_col, label_col, target, label_delim, valid_c
     train,valid = split_rows(labels, target, valid, valid_pct, self.seed)
     return self.tokenize(texts),labels,target,train,valid
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #0eddc3dc
+# %% ../../nbs/55_learners.ulmfit.ipynb #60df2f36
 @patch
 def _classifier(self:ULMFiT, name, rows, direction, start, o, fit, metrics, cbs):
     "Train (or take up, or find done) the classifier of one direction"
     texts,labels,target,train,valid = rows
     vocab = start.vocab if start is not None else texts_vocab(texts, self.min_freq, self.max_vocab, train)
-    dls = classifier_dls(texts, labels, target, train, valid, vocab, self.tok, self.rules, o['bs'], self.seq_len, direction=='backward', self.stage_dir(direction, name))
+    dls = classifier_dls(texts, labels, target, train, valid, vocab, self.tok, self.rules, o['bs'], self.seq_len, direction=='backward', self.stage(direction, name).folder)
     seed_everything(self.seed, direction, name, 'weights')
     n_out = 1 if target=='regression' else len(dls.vocab[1])
-    learn = awd_classifier_learner(dls, target, n_out, self.config, self.seq_len, o['drop_mult'], o['y_range'], metrics, path=self.stage_dir(direction, name))
+    learn = awd_classifier_learner(dls, target, n_out, self.config, self.seq_len, o['drop_mult'], o['y_range'], metrics, path=self.stage(direction, name).folder)
     what = digest(texts.words, texts.ids.tobytes(), labels, train, valid)
-    d = self.stage_dir(direction, name)
+    d = self.stage(direction, name).folder
     if self._begin(direction, name, dict(o, target=target, data=what, start=start and start.digest)):
         learn.model.load_state_dict(load_tree(d/'model.safetensors')['model'])
         return learn
     if start is not None: start.into(learn.model, vocab)
-    ck = ResumableFit(d/'checkpoint.safetensors', seed=self.seed, settings=dict(stage=f'{direction}/{name}'))
+    ck = ResumableFit(self.stage(direction, name).checkpoint, seed=self.seed, settings=dict(stage=f'{direction}/{name}'))
     with self.quiet(learn): learn.unfreezing = fit(learn, L(cbs) + [StopOnNaN(), ck])
     classes = None if target=='regression' else list(dls.vocab[1])
     save_tree(d/'model.safetensors', dict(kind='classifier', model=dict(learn.model.state_dict()), vocab=list(vocab), classes=classes, target=target, config=self.config, options=o))
-    self._close(direction, name, learn)
+    self.stage(direction, name).close(learn.recorder)
     return learn
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #9e3ff660
+# %% ../../nbs/55_learners.ulmfit.ipynb #54ede95c
 @patch
 def classifier(self:ULMFiT,
     source, # A DataFrame or table file with texts and labels, or a folder with a subfolder a class
-    text_col='text', label_col='label', # Columns
+    text_col='text', # Column of the texts
+    label_col='label', # Column of the labels
     valid_col=None, # Column of the split: booleans, or `train`, `valid`, `test`; test rows are left alone
     valid_pct:float=.2, # Share to validate on, if there is no such column
     target:str|None=None, # `single`, `multi` or `regression`; found out if `None`
     label_delim:str|None=None, # Cut strings into several labels here
     encoder='auto', # `auto` (the last stage done), `general`, `domain`, an `Encoder`, or `None` for scratch
-    epochs:list|None=None, lr:float|None=None, lrs:list|None=None, spread:float=2.6**4, schedule:str='one_cycle', # See `fit_gradual`
-    groups:list|None=None, # See `fit_gradual`
-    wd:float=.01, drop_mult:float=.5, bs:int=64, # Weight decay, multiplier on all dropouts, texts a batch
+    epochs:list|None=None, # Epochs of each stage of unfreezing, see `fit_gradual`
+    lr:float|None=None, # Top rate of the first of them
+    lrs:list|None=None, # Top rate of each of them, instead of `lr`
+    groups:list|None=None, # How many groups train in each of them
+    spread:float=2.6**4, # Ratio of the top group's rate to the bottom's
+    schedule:str='one_cycle', # Within each of them: `one_cycle` or `stlr`
+    wd:float=.01, # Weight decay
+    drop_mult:float=.5, # Multiplier on all dropouts
+    bs:int=64, # Texts a batch
     y_range:tuple|None=None, # Lowest and highest value of a regression
     metrics=None, # fastai metrics
     name:str='classifier', # Name of the stage: a run can have several classifiers
@@ -324,10 +323,10 @@ def classifier(self:ULMFiT,
         res.append(self._classifier(name, rows, d, start, o, fit, metrics, cbs))
     return BidirectionalLearner(*res) if len(res)==2 else res[0]
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #b3fefd32
+# %% ../../nbs/55_learners.ulmfit.ipynb #262f5d66
 @patch
 def _load_one(self:ULMFiT, name, direction):
-    f = self.stage_dir(direction, name)/'model.safetensors'
+    f = self.stage(direction, name).folder/'model.safetensors'
     if not f.exists(): raise RunError(f'{f} must exist', 'nothing there', 'Train it first with `classifier(...)`; `status()` says what is done')
     t = load_tree(f)
     labels = {'single': t['classes'], 'multi': [[c] for c in t['classes'] or []], 'regression': [0., 1.]}[t['target']]

@@ -1,0 +1,123 @@
+"""The programs that people know from tutorials, under their names, on offline data: ULMFiT, discriminative rates, gradual unfreezing."""
+
+import re
+
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.schedule import *
+from fastai_tl.all import *
+
+
+SIZE = dict(emb_sz=64, n_hid=96, n_layers=3)
+
+
+@pytest.fixture(scope='module')
+def passages(tmp_path_factory):
+    "Two hundred labelled passages from docstrings, and as many to validate, of two clearly different roles"
+    df = docstring_corpus()
+    df = df[df.label.isin(['summary', 'parameter'])]
+    few = label_budget(df, 150, n_eval=150)
+    few = few[few.label.notna() & (few.split != 'test')]
+    return few.reset_index(drop=True), list(df[df.split == 'train'].text[::6])
+
+
+@pytest.fixture(scope='module')
+def bert_and_loaders(passages):
+    "A small BERT on word numbers, with batches as dicts"
+    from transformers import BertConfig, BertForSequenceClassification
+    df, _ = passages
+    tok = tokenize_texts_once(list(df.text), progress=False)
+    vocab = texts_vocab(tok, min_freq=2)
+    ids, y = tok.numericalize(vocab), (df.label == 'summary').astype(int).tolist()
+    def batch(rows):
+        x = torch.nn.utils.rnn.pad_sequence([ids[i][:40] for i in rows], batch_first=True, padding_value=1)
+        return dict(input_ids=x, attention_mask=(x != 1).long(), labels=torch.tensor([y[i] for i in rows]))
+    def loader(split):
+        rows = seed_rows([i for i, s in enumerate(df.split) if s == split])
+        return [batch(rows[i:i+16]) for i in range(0, len(rows), 16)]
+    seed_everything(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(vocab), hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64))
+    return model, loader('train'), loader('valid')
+
+
+def seed_rows(rows): return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+
+
+def test_ulmfit(passages, tmp_path, capsys):
+    "A domain language model, its encoder, a classifier thawed in four steps, an accuracy and a prediction"
+    df, domain = passages
+    ulm = ULMFiT(tmp_path, config=SIZE, max_vocab=4000, progress=False)
+    learn_lm = ulm.finetune_lm(domain, epochs=3, lr=1e-2, drop_mult=.1, bs=32)
+    assert learn_lm.recorder.values[-1][1] < 6 < torch.tensor(float(len(learn_lm.dls.vocab))).log()
+    learn_clas = ulm.classifier(df, valid_col='split', epochs=[2, 2, 2, 6], lr=5e-2, drop_mult=.1, bs=16)
+
+    fresh = awd_classifier_learner(learn_clas.dls, 'single', 2, SIZE, drop_mult=.1)
+    ulm.encoder('domain').into(fresh.model, text_vocab(fresh.dls))
+    with fresh.no_bar(), fresh.no_logging():   # the four calls, as fastai people write them
+        fresh.freeze()
+        fresh.fit_one_cycle(1, 2e-2)
+        fresh.freeze_to(-2)
+        fresh.fit_one_cycle(1, slice(1e-2/(2.6**4), 1e-2))
+        assert [p.requires_grad for p in fresh.model[0].parameters()].count(True) == len(list(fresh.model[0].module.rnns[2].parameters()))
+        fresh.freeze_to(-3)
+        fresh.fit_one_cycle(1, slice(5e-3/(2.6**4), 5e-3))
+        fresh.unfreeze()
+        fresh.fit_one_cycle(6, slice(1e-3/(2.6**4), 1e-3))
+        assert all(p.requires_grad for p in fresh.model.parameters())
+        train_loss = fresh.recorder.values[-1][0]
+    for learn in (learn_clas, fresh):
+        with learn.no_bar():
+            print(f'accuracy: {learn.validate()[1]:.4f}')
+            label, _, probs = learn.predict('Number of samples to draw, or None for all of them.')
+            print(f'prediction: {label}, confidence: {probs.max():.4f}')
+    said = capsys.readouterr().out
+    ours, by_hand = map(float, re.findall(r'accuracy: ([\d.]+)', said))
+    assert ours > .6 and train_loss < .69, 'nine epochs on 300 texts with the small rates of the four calls do little, but the loss falls'
+    assert len(re.findall(r'prediction: (?:parameter|summary), confidence: 0\.\d+', said)) == 2
+
+
+def test_discriminative_optimizer(bert_and_loaders, capsys):
+    "One line a layer, the rate of each the rate above it divided by 2.6, and no rate that is zero in all but name"
+    model, _, _ = bert_and_loaders
+    opt = create_discriminative_optimizer(model, base_lr=1e-3, decay_factor=2.6, weight_decay=.01)
+    assert isinstance(opt, torch.optim.AdamW)
+    lines = capsys.readouterr().out.splitlines()
+    assert [l.split()[0] for l in lines] == ['embeddings', 'layer.0', 'layer.1', 'layer.2', 'layer.3', 'head']
+    by_name = {g['name']: g['lr'] for g in opt.param_groups}
+    assert list(by_name.values()) == pytest.approx([1e-3/2.6**(5-i) for i in range(6)])
+    assert min(by_name.values()) > 8e-6
+    assert {id(p) for g in opt.param_groups for p in g['params']} == {id(p) for p in model.parameters()}
+
+
+def test_layer_freezer(bert_and_loaders, capsys):
+    model, _, _ = bert_and_loaders
+    freezer = LayerFreezer(model)
+    freezer.freeze_all(); assert not any(p.requires_grad for p in model.parameters())
+    freezer.freeze_to(-1); assert {n.split('.')[0] for n, p in model.named_parameters() if p.requires_grad} == {'bert', 'classifier'}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {'bert.pooler.dense.weight', 'bert.pooler.dense.bias', 'classifier.weight', 'classifier.bias'}
+    freezer.print_trainable_params()
+    total, train = (sum(p.numel() for p in ps) for ps in (model.parameters(), freezer.trainable_params()))
+    said = capsys.readouterr().out
+    assert f'{total:,}' in said and f'{train:,}' in said and f'{100*train/total:.2f}%' in said
+    freezer.unfreeze_all(); assert all(p.requires_grad for p in model.parameters())
+
+
+def test_gradual_unfreezing(bert_and_loaders, capsys, monkeypatch):
+    "Four stages and a final one; one optimizer from start to end; the loss falls"
+    import fastai_tl.tune.recipes as recipes
+    model, train_loader, val_loader = bert_and_loaders
+    made = []
+    make = recipes.create_discriminative_optimizer
+    monkeypatch.setattr(recipes, 'create_discriminative_optimizer', lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    df = gradual_unfreezing_training(model, train_loader, val_loader, num_stages=4, epochs_per_stage=2, base_lr=5e-3, final_lr=2e-3)
+    assert df.layers.tolist() == ['head', 'layer.3 – head', 'layer.2 – head', 'layer.1 – head', 'embeddings – head']
+    assert df.epochs.tolist() == [2, 2, 2, 2, 4] and df.trainable.is_monotonic_increasing
+    assert df.lr.tolist() == [5e-3, 2.5e-3, 1.25e-3, 6.25e-4, 2e-3]
+    assert df.valid_loss.iloc[-1] < df.valid_loss.iloc[0]
+    said = capsys.readouterr().out
+    assert said.count('stage ') == 5 and said.count('trainable share') == 5 and said.count('validation loss') == 12
+    (opt,), steps = made, len(train_loader)
+    seen = {n: int(opt.state[p]['step']) for n, p in model.named_parameters()}
+    assert seen['classifier.weight'] == 12*steps, 'the head was stepped in all stages, by one optimizer'
+    assert seen['bert.embeddings.word_embeddings.weight'] == 4*steps, 'the embeddings in the last one alone'
