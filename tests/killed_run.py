@@ -10,6 +10,7 @@ from pathlib import Path
 import fastai_tl.files as files
 from fastai.text.all import *
 from fastai_tl.all import *
+from fastai_tl.files import digest
 
 
 def run(folder, kill_at=None):

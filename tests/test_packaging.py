@@ -81,9 +81,11 @@ def test_settings_are_no_nbdev_config():
 
 
 def test_settings_are_read():
-    "One section of defaults, no key of nbdev's among them"
+    "The command reads the file, whose one section is its own and changes nothing of the built-in defaults; a run's main settings are in it"
+    from fastai_tl.cli import SETTINGS, read_settings
     cfg = configparser.ConfigParser()
     cfg.read(ROOT/'settings.ini', encoding='utf-8')
-    assert cfg.sections() == [] and {'arch', 'bs', 'text_col', 'label_col', 'seed'} <= set(cfg.defaults())
-    assert not {'lib_name', 'lib_path', 'nbs_path', 'doc_path', 'version'} & set(cfg.defaults())
-    assert len(cfg['DEFAULT']['epochs'].split(',')) == len(cfg['DEFAULT']['lrs'].split(','))
+    assert cfg.sections() == ['fastai_tl'] and not cfg.defaults() and set(cfg['fastai_tl']) == set(SETTINGS)
+    assert {'bs', 'text_col', 'label_col', 'seed', 'epochs', 'font'} <= set(SETTINGS)
+    assert read_settings(ROOT/'settings.ini') == dict(text_col='text', label_col='label', out='quickstart', seed=42, bidirectional=False, full=False)
+
