@@ -188,3 +188,28 @@ def test_fixed_parameters_never_enter_the_optimizer():
         learn.freeze(); learn.fit(1, 1e-2); learn.unfreeze(); learn.fit(1, 1e-2, wd=.1, reset_opt=True)
     assert torch.equal(net[0].weight, was) and not net[0].weight.requires_grad
     assert net[0].weight not in {p for o in learn.opt.param_lists for p in o}
+
+
+def test_the_recipe_of_awd_lstm_is_the_common_one():
+    "Head at 2e-2; one group more at 1e-2 and at 5e-3; all at 1e-3; each spread over 2.6**4; one, one, one and two epochs"
+    import pandas as pd
+    texts = pd.Series([f'text {i} is {w}' for i in range(40) for w in ('good', 'bad')])
+    tok, labels = tokenize_texts_once(texts), ['good' if t.endswith('good') else 'bad' for t in texts]
+    dls = classifier_dls(tok, labels, 'single', *split_rows(labels, 'single'), texts_vocab(tok), bs=2)
+    learn = awd_classifier_learner(dls, 'single', 2, dict(emb_sz=4, n_hid=6, n_layers=3))
+    with learn.no_bar(), learn.no_logging(): gu = learn.fit_gradual()
+    t, rates, n = gu.table(), np.array(gu.rates), len(dls.train)
+    assert t.groups.tolist() == [1, 2, 3, 5] and t.epochs.tolist() == [1, 1, 1, 2] and len(rates) == 5*n
+    assert t.lr.tolist() == pytest.approx([2e-2, 1e-2, 5e-3, 1e-3], rel=1e-2)
+    assert (np.isnan(rates) == [[j < 5-k for j in range(5)] for k in (1, 2, 3, 5, 5) for _ in range(n)]).all(), 'frozen groups have no rate'
+    assert (rates[-1, 1:]/rates[-1, :-1]) == pytest.approx([2.6]*4)
+    assert learn.opt.opt.state[learn.model[0].module.encoder.weight]['step'] == 2*n
+
+
+def test_progress_bar_names_the_stage(capsys):
+    learn = learner(LayerwiseOptimizer)
+    learn.fit(4, 1e-3, cbs=GradualUnfreezing())
+    said = capsys.readouterr().out
+    bars = [said.find(f'Epoch {i}/4, stage {i}/4 ({layers})') for i, layers in enumerate(('head', 'layers.1 – head', 'layers.0 – head', 'embeddings – head'), 1)]
+    assert -1 not in bars and bars == sorted(bars), said
+    assert 'valid_loss' in said and said.rstrip().splitlines()[-1].startswith('4 '), 'the table of stages comes at the end'

@@ -107,11 +107,11 @@ def _label_list(l, delim):
     if isinstance(l, str): return [o for o in l.split(delim) if o] if delim else [l]
     return [str(o) if not isinstance(o, (str,int)) else o for o in l]
 
-# %% ../../nbs/13_data.blocks.ipynb #0345c891
+# %% ../../nbs/13_data.blocks.ipynb #150f4a04
 def split_rows(
     labels:list, # One a text, as `check_labels` returns them
     target:str, # `single`, `multi` or `regression`
-    valid=None, # Which rows validate: booleans, or `train`/`valid` names; rows named otherwise are left out
+    valid=None, # Which rows validate: booleans, or the names `train`, `valid` and `test`; test rows are left out
     valid_pct:float=.2, # Share for a random split
     seed:int=42 # Which rows are drawn
 ) -> tuple: # Indexes for training and for validation
@@ -130,11 +130,13 @@ def split_rows(
     held = set(map(int, held))
     return [i for i in range(n) if i not in held],sorted(held)
 
-# %% ../../nbs/13_data.blocks.ipynb #02db6f23
+# %% ../../nbs/13_data.blocks.ipynb #660a20ca
 def _told_split(valid, n):
     if len(valid)!=n: raise DataError(f'The split must have {n} rows, as the table', str(len(valid)))
-    names = {'train': False, 'training': False, 'valid': True, 'validation': True, 'dev': True}
-    told = [names.get(v.lower()) if isinstance(v, str) else bool(v) for v in valid]
+    names = {'train': False, 'training': False, 'valid': True, 'validation': True, 'dev': True, 'test': None}
+    bad = [i for i,v in enumerate(valid) if (v.lower() not in names if isinstance(v, str) else v not in (True, False))]
+    if bad: raise DataError('A split is told by booleans, or by train, valid and test', f'{valid[bad[0]]!r} in row {shorten(bad)}', 'Name those rows, or leave them out')
+    told = [names[v.lower()] if isinstance(v, str) else bool(v) for v in valid]
     return [i for i,v in enumerate(told) if v is False],[i for i,v in enumerate(told) if v]
 
 # %% ../../nbs/13_data.blocks.ipynb #7b8a6c77

@@ -152,13 +152,13 @@ class RunStage:
         if self.done: return len(read_json(self.file)['history'])
         return load_tree(self.checkpoint)['epoch'] if self.checkpoint.exists() else 0
 
-# %% ../../nbs/35_tune.resume.ipynb #b430472f
+# %% ../../nbs/35_tune.resume.ipynb #eb69ab4d
 @patch
 def begin(self:RunStage,
     settings:dict # What must be the same when it is taken up again; JSON
 ) -> bool: # Is it done already?
     "Start the stage, or take it up with the same settings"
-    settings = json.loads(json.dumps(settings)) # as it will be read
+    settings = json.loads(json.dumps(settings, default=lambda o: o.tolist())) # as it will be read; arrays as lists
     if self.begun: check_same(read_json(self.file)['settings'], settings, self.folder)
     else: write_json(self.file, dict(done=False, settings=settings))
     return self.done

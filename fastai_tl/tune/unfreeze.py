@@ -107,7 +107,7 @@ def stage_at(self:GradualUnfreezing,
     "The stage of an epoch, for stages by epoch"
     return int(min(np.searchsorted(np.cumsum(self.lengths), epoch, side='right'), len(self.plan)-1))
 
-# %% ../../nbs/34_tune.unfreeze.ipynb #10ef60e3
+# %% ../../nbs/34_tune.unfreeze.ipynb #19cd6c84
 @patch
 def before_train(self:GradualUnfreezing):
     "Set the stage of this epoch"
@@ -120,8 +120,7 @@ def before_train(self:GradualUnfreezing):
     if not self.records or self.records[-1]['stage']!=stage+1: self.records.append(self._record())
     if self.frozen_eval:
         for m in frozen_modules(self.model): m.eval()
-    bar = getattr(getattr(getattr(self.learn, 'progress', None), 'mbar', None), 'main_bar', None)
-    if bar is not None: bar.comment = f"stage {stage+1}/{len(self.plan)}: {self.records[-1]['layers']}"
+    self._named = None # the progress bar that bears the stage's name
 
 # %% ../../nbs/34_tune.unfreeze.ipynb #625c5d86
 @patch
@@ -143,17 +142,29 @@ def _record(self:GradualUnfreezing) -> dict:
                 params=sum(p.numel() for p in train), share=sum(p.numel() for p in train)/sum(p.numel() for p in ps),
                 lr=0., epochs=0, start=len(self.recorder.losses))
 
-# %% ../../nbs/34_tune.unfreeze.ipynb #8c2cfb8c
+# %% ../../nbs/34_tune.unfreeze.ipynb #b824f0a6
+@patch
+def _name_bar(self:GradualUnfreezing):
+    "Write the stage into the progress bar, once for each bar"
+    bars = getattr(self.learn, 'progress', None)
+    if getattr(bars, 'pbar', None) is None or bars.pbar is self._named: return
+    name,self._named = f"stage {self.stage+1}/{len(self.plan)} ({self.records[-1]['layers']})",bars.pbar
+    if hasattr(bars.pbar, 'prefix'): bars.pbar.prefix = f"{bars.pbar.prefix.rstrip(' :')}, {name} :"
+    elif hasattr(bars, 'mbar'): bars.mbar.main_bar.comment = name
+
+# %% ../../nbs/34_tune.unfreeze.ipynb #a915ccc5
 @patch
 def before_batch(self:GradualUnfreezing):
     "With `restart`, show the scheduler how far the stage is"
-    if not self.training or not self.restart: return
+    if not self.training: return
+    self._name_bar()
+    if not self.restart: return
     first = sum(self.lengths[:self.stage])
     last = self.n_epoch if self.stage==len(self.plan)-1 else min(first+self.lengths[self.stage], self.n_epoch)
     self._pct = self.pct_train
     self.learn.pct_train = (self._pct*self.n_epoch - first)/(last-first)
 
-# %% ../../nbs/34_tune.unfreeze.ipynb #92fdbdb5
+# %% ../../nbs/34_tune.unfreeze.ipynb #d3a7f162
 @patch
 def after_pred(self:GradualUnfreezing):
     "Put the true progress back"
@@ -171,7 +182,7 @@ def after_loss(self:GradualUnfreezing):
     frozen = len(self._rates)-self.plan[self.stage]
     self.rates.append([float('nan')]*frozen + [float(o) for o in self._rates[frozen:]])
 
-# %% ../../nbs/34_tune.unfreeze.ipynb #4d747513
+# %% ../../nbs/34_tune.unfreeze.ipynb #b125b881
 def _lower_is_better(name): return any(o in name for o in ('loss','error','perplexity','mse','mae'))
 
 @patch
@@ -188,7 +199,7 @@ def after_epoch(self:GradualUnfreezing):
     if self.best is None or v<self.best-self.min_delta: self.best,self.wait = v,0
     else: self.wait += 1
 
-# %% ../../nbs/34_tune.unfreeze.ipynb #f143b6d9
+# %% ../../nbs/34_tune.unfreeze.ipynb #c21a9ac0
 @patch
 def after_fit(self:GradualUnfreezing):
     "Leave the rates as they were set"
@@ -199,7 +210,7 @@ def after_fit(self:GradualUnfreezing):
     if self.learn.logger is not noop: show_table(self.table())
     self.history = dict(rates=self.rates, losses=[float(o) for o in rec.losses], valid=valid, stages=[(r['start'], r['layers']) for r in self.records])
 
-# %% ../../nbs/34_tune.unfreeze.ipynb #f9afb9a9
+# %% ../../nbs/34_tune.unfreeze.ipynb #08c64641
 @patch
 def state_dict(self:GradualUnfreezing) -> dict: # Numbers and strings
     "What a resumed run needs to go on at the right stage"
@@ -213,7 +224,7 @@ def load_state_dict(self:GradualUnfreezing,
     self.stage,self.best,self.wait,self.records = sd['stage'],sd['best'],sd['wait'],[dict(r) for r in sd['records']]
     self.rates,self._fresh,self._rates = [list(r) for r in sd['rates']],False,None
 
-# %% ../../nbs/34_tune.unfreeze.ipynb #526d2a80
+# %% ../../nbs/34_tune.unfreeze.ipynb #6cc19e52
 @patch
 def table(self:GradualUnfreezing) -> pd.DataFrame: # stage | groups | layers | params | share | lr | epochs | train_loss | valid_loss | metrics
     "One row a stage; losses and metrics are those of its last epoch"
