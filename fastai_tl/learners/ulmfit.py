@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.ulmfit.html.md"""
 # %% auto #0
 __all__ = ['DIRECTIONS', 'ULMFiT']
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #aa75f8ff
+# %% ../../nbs/55_learners.ulmfit.ipynb #2ae4148e
 from contextlib import ExitStack
 from pathlib import Path
 import pandas as pd
@@ -20,7 +20,7 @@ from ..data.blocks import *
 from ..data.tokenize import TokenizedTexts, WordLevelTokenizer, column, read_folder, read_table, read_texts, tokenize_texts_once, tokenizer_settings
 from ..files import digest, load_tree, save_tree
 from .bidirectional import BidirectionalLearner
-from .classify import awd_classifier_learner
+from .classify import awd_classifier_learner, target_of
 from .language import awd_lm_learner
 from ..models.encoder import Encoder, text_vocab
 from ..tune.recipes import *
@@ -112,14 +112,7 @@ def status(self:ULMFiT) -> pd.DataFrame: # direction | stage | done | epochs | t
         rows.append(dict(direction=f.parent.parent.name, stage=f.parent.name, done=s.done, epochs=s.epochs, **last))
     return pd.DataFrame(rows, columns=None if rows else ['direction','stage','done','epochs'])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #cdb25a3e
-@patch
-def _lm_learner(self:ULMFiT, dls, direction, stage, drop_mult, wd):
-    "A language model of the run's size, its weights drawn from the seed"
-    seed_everything(self.seed, direction, stage, 'weights')
-    return awd_lm_learner(dls, self.config, drop_mult, wd=wd, path=self.stage(direction, stage).folder)
-
-# %% ../../nbs/55_learners.ulmfit.ipynb #2d9a3d86
+# %% ../../nbs/55_learners.ulmfit.ipynb #3da58663
 @patch
 def _lm_dls(self:ULMFiT, source, text_col, direction, valid_pct, bs):
     "DataLoaders, digest and token counts of a source of texts, or of the user's own DataLoaders"
@@ -131,7 +124,7 @@ def _lm_dls(self:ULMFiT, source, text_col, direction, valid_pct, bs):
     dls = language_model_dls(texts, vocab, self.tok, self.rules, valid_pct, bs, self.seq_len, direction=='backward', self.seed)
     return dls,digest(texts.words, texts.ids.tobytes()),texts.counter()
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #6b157ff7
+# %% ../../nbs/55_learners.ulmfit.ipynb #c1f0bcff
 @patch
 def quiet(self:ULMFiT,
     learn # A Learner of this run
@@ -150,13 +143,14 @@ def _fit_lm(self:ULMFiT, learn, direction, stage, epochs, lr, head_epochs, head_
         gu = GradualUnfreezing(groups=[1, len(learn.opt.param_lists)], epochs=[head_epochs, epochs], factor=[1, lr/head_lr], restart=True)
         learn.fit_one_cycle(head_epochs+epochs, head_lr, cbs=cbs+[gu])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #35a15a8d
+# %% ../../nbs/55_learners.ulmfit.ipynb #d1303311
 @patch
 def _language_model(self:ULMFiT, stage, source, text_col, direction, start, o, cbs):
     "Train (or take up, or find done) the language model of one stage and direction"
     dls,what,counts = self._lm_dls(source, text_col, direction, o['valid_pct'], o['bs'])
-    learn = self._lm_learner(dls, direction, stage, o['drop_mult'], o['wd'])
     vocab,d = text_vocab(dls),self.stage(direction, stage).folder
+    seed_everything(self.seed, direction, stage, 'weights')
+    learn = awd_lm_learner(dls, self.config, o['drop_mult'], wd=o['wd'], path=d)
     if self._begin(direction, stage, dict(o, data=what, start=start and start.digest)):
         self.encoder(stage, direction).into(learn.model, vocab)
         return learn
@@ -166,7 +160,7 @@ def _language_model(self:ULMFiT, stage, source, text_col, direction, start, o, c
     self.stage(direction, stage).close(learn.recorder)
     return learn
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #5c9f88d6
+# %% ../../nbs/55_learners.ulmfit.ipynb #ef33595b
 def _maybe_tuple(res): return res[0] if len(res)==1 else tuple(res)
 
 @patch
@@ -174,7 +168,7 @@ def _source(self:ULMFiT, source, text_col):
     "Tokenise a source once for both directions"
     return source if isinstance(source, (DataLoaders, TokenizedTexts)) else self.tokenize(read_texts(source, text_col))
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #d61ffd4a
+# %% ../../nbs/55_learners.ulmfit.ipynb #c25b2767
 @patch
 def pretrain(self:ULMFiT,
     source=None, # Texts: a DataFrame, a table file, a folder, an iterator of strings; or DataLoaders
@@ -195,7 +189,7 @@ def pretrain(self:ULMFiT,
     o = dict(epochs=epochs, lr=lr, wd=wd, drop_mult=drop_mult, bs=bs, valid_pct=valid_pct)
     return _maybe_tuple([self._language_model('general', source, text_col, d, None, o, cbs) for d in self.directions])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #fd534d89
+# %% ../../nbs/55_learners.ulmfit.ipynb #f6e46683
 @patch
 def _take_over(self:ULMFiT, weights, direction):
     "Make an encoder from elsewhere the result of stage 1"
@@ -211,7 +205,7 @@ def _take_over(self:ULMFiT, weights, direction):
         self.stage(direction, 'general').close()
     return weights
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #2f4c4cc5
+# %% ../../nbs/55_learners.ulmfit.ipynb #431ab340
 @patch
 def _start_encoder(self:ULMFiT, start, direction, stages):
     "The encoder to start from: `auto` is the last stage done, `None` from scratch"
@@ -224,7 +218,7 @@ def _start_encoder(self:ULMFiT, start, direction, stages):
     done = [s for s in stages if (self.stage(direction, s).folder/'encoder.safetensors').exists()]
     return self.encoder(done[-1], direction) if done else None
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #03e43bcc
+# %% ../../nbs/55_learners.ulmfit.ipynb #8553ca89
 @patch
 def finetune_lm(self:ULMFiT,
     source, # Texts of the domain, labelled or not: see `pretrain`
@@ -249,7 +243,7 @@ def finetune_lm(self:ULMFiT,
         res.append(self._language_model('domain', source, text_col, d, start, o, cbs))
     return _maybe_tuple(res)
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #1eae15e5
+# %% ../../nbs/55_learners.ulmfit.ipynb #a73eee82
 @patch
 def _rows(self:ULMFiT, source, text_col, label_col, target, label_delim, valid_col, valid_pct):
     "Texts, labels, kind of target and split of a source"
@@ -264,33 +258,40 @@ def _rows(self:ULMFiT, source, text_col, label_col, target, label_delim, valid_c
     train,valid = split_rows(labels, target, valid, valid_pct, self.seed)
     return self.tokenize(texts),labels,target,train,valid
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #60df2f36
+# %% ../../nbs/55_learners.ulmfit.ipynb #f98474ef
 @patch
-def _classifier(self:ULMFiT, name, rows, direction, start, o, fit, metrics, cbs):
-    "Train (or take up, or find done) the classifier of one direction"
-    texts,labels,target,train,valid = rows
+def _clas_dls(self:ULMFiT, source, direction, start, bs):
+    "DataLoaders, kind of target and digest of what `_rows` gives, or of the user's own DataLoaders"
+    if isinstance(source, DataLoaders):
+        if direction=='backward': raise DataError('Two directions need texts', 'DataLoaders', 'Pass texts, or run each direction as a ULMFiT of its own')
+        return source,target_of(source),digest(text_vocab(source), len(source.train_ds), len(source.valid_ds))
+    texts,labels,target,train,valid = source
     vocab = start.vocab if start is not None else texts_vocab(texts, self.min_freq, self.max_vocab, train)
-    dls = classifier_dls(texts, labels, target, train, valid, vocab, self.tok, self.rules, o['bs'], self.seq_len, direction=='backward', self.stage(direction, name).folder)
+    dls = classifier_dls(texts, labels, target, train, valid, vocab, self.tok, self.rules, bs, self.seq_len, direction=='backward')
+    return dls,target,digest(texts.words, texts.ids.tobytes(), labels, train, valid)
+
+# %% ../../nbs/55_learners.ulmfit.ipynb #1832b4d7
+@patch
+def _classifier(self:ULMFiT, name, source, direction, start, o, fit, metrics, cbs):
+    "Train (or take up, or find done) the classifier of one direction"
+    dls,target,what = self._clas_dls(source, direction, start, o['bs'])
+    st,vocab,classes = self.stage(direction, name),text_vocab(dls),None if target=='regression' else list(dls.vocab[1])
     seed_everything(self.seed, direction, name, 'weights')
-    n_out = 1 if target=='regression' else len(dls.vocab[1])
-    learn = awd_classifier_learner(dls, target, n_out, self.config, self.seq_len, o['drop_mult'], o['y_range'], metrics, path=self.stage(direction, name).folder)
-    what = digest(texts.words, texts.ids.tobytes(), labels, train, valid)
-    d = self.stage(direction, name).folder
+    learn = awd_classifier_learner(dls, target, len(classes or [0]), self.config, self.seq_len, o['drop_mult'], o['y_range'], metrics, path=st.folder)
     if self._begin(direction, name, dict(o, target=target, data=what, start=start and start.digest)):
-        learn.model.load_state_dict(load_tree(d/'model.safetensors')['model'])
+        learn.model.load_state_dict(load_tree(st.folder/'model.safetensors')['model'])
         return learn
-    if start is not None: start.into(learn.model, vocab)
-    ck = ResumableFit(self.stage(direction, name).checkpoint, seed=self.seed, settings=dict(stage=f'{direction}/{name}'))
+    if start is not None: self.say(f'{direction}: {start.into(learn.model, vocab)}')
+    ck = ResumableFit(st.checkpoint, seed=self.seed, settings=dict(stage=f'{direction}/{name}'))
     with self.quiet(learn): learn.unfreezing = fit(learn, L(cbs) + [StopOnNaN(), ck])
-    classes = None if target=='regression' else list(dls.vocab[1])
-    save_tree(d/'model.safetensors', dict(kind='classifier', model=dict(learn.model.state_dict()), vocab=list(vocab), classes=classes, target=target, config=self.config, options=o))
-    self.stage(direction, name).close(learn.recorder)
+    save_tree(st.folder/'model.safetensors', dict(kind='classifier', model=dict(learn.model.state_dict()), vocab=vocab, classes=classes, target=target, config=self.config, options=o))
+    st.close(learn.recorder)
     return learn
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #54ede95c
+# %% ../../nbs/55_learners.ulmfit.ipynb #feb5395f
 @patch
 def classifier(self:ULMFiT,
-    source, # A DataFrame or table file with texts and labels, or a folder with a subfolder a class
+    source, # A DataFrame or table file with texts and labels, a folder with a subfolder a class, or DataLoaders
     text_col='text', # Column of the texts
     label_col='label', # Column of the labels
     valid_col=None, # Column of the split: booleans, or `train`, `valid`, `test`; test rows are left alone
@@ -313,14 +314,15 @@ def classifier(self:ULMFiT,
     cbs=None # More Callbacks
 ): # A trained `TextLearner`, or a `BidirectionalLearner`
     "Stage 3: a classifier on the encoder, thawed from the top with discriminative rates"
-    rows,res = self._rows(source, text_col, label_col, target, label_delim, valid_col, valid_pct),[]
+    if not isinstance(source, DataLoaders): source = self._rows(source, text_col, label_col, target, label_delim, valid_col, valid_pct)
+    res = []
     o = dict(epochs=epochs, lr=lr, lrs=lrs, spread=spread, schedule=schedule, groups=groups, wd=wd, drop_mult=drop_mult, bs=bs, y_range=y_range)
     fit = lambda learn,cbs: learn.fit_gradual(epochs, lr=lr, lrs=lrs, spread=spread, groups=groups, schedule=schedule, wd=wd, cbs=cbs)
     for d in self.directions:
         start = self._start_encoder(encoder, d, ['general','domain'])
         if start is None and encoder=='auto': raise RunError('A classifier needs an encoder', 'a run without stage 1 or 2', 'Run `finetune_lm` first, or pass `encoder=None` to train from scratch')
         if start is not None: self.config = {k: start.config[k] for k in self.config}
-        res.append(self._classifier(name, rows, d, start, o, fit, metrics, cbs))
+        res.append(self._classifier(name, source, d, start, o, fit, metrics, cbs))
     return BidirectionalLearner(*res) if len(res)==2 else res[0]
 
 # %% ../../nbs/55_learners.ulmfit.ipynb #262f5d66
