@@ -41,7 +41,7 @@ def main(a):
     held = np.random.default_rng(0).permutation(len(train))[:len(train)//10]
     train['split'] = np.where(np.isin(np.arange(len(train)), held), 'valid', 'train')
     general = pd.read_parquet(data/'en'/'general_corpus.parquet')
-    size = dict(config=a.config, max_vocab=a.max_vocab)
+    size = dict(config=a.config, max_vocab=a.max_vocab, progress=False)
 
     one = ULMFiT(out/'general', bidirectional=True, **size)
     one.pretrain(general, epochs=a.general_epochs, lr=5e-3, drop_mult=.3)

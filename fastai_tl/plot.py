@@ -13,9 +13,11 @@ import contextlib, re
 import numpy as np
 from .core import FastaiTLError, shorten
 
-# %% ../nbs/01_plot.ipynb #590e80c2
+# %% ../nbs/01_plot.ipynb #cd3e671e
 CJK_FONTS = ('Noto Sans CJK TC', 'Noto Sans TC', 'PingFang TC', 'Heiti TC', 'Microsoft JhengHei', 'WenQuanYi Micro Hei', 'Noto Sans CJK SC', 'Noto Sans CJK JP')
 _cjk = re.compile('[⺀-鿿가-힯豈-﫿＀-￯𠀀-𲎯]')
+
+_cjk_file = re.compile('cjk|wqy|pingfang|heiti|jheng|notosanstc', re.I)
 
 def has_cjk(
     *texts # Strings, or lists of them
@@ -23,12 +25,18 @@ def has_cjk(
     "Is there a Chinese, Japanese or Korean character in any of `texts`?"
     return any(has_cjk(*o) if isinstance(o, (list, tuple, np.ndarray)) else bool(_cjk.search(str(o))) for o in texts)
 
-# %% ../nbs/01_plot.ipynb #c5105f8e
+# %% ../nbs/01_plot.ipynb #8e18015e
 def find_cjk_font() -> str|None: # A family name, or `None` if there is none
     "The installed font that draws Chinese best"
-    from matplotlib.font_manager import fontManager
-    have = {f.name for f in fontManager.ttflist if '[' not in str(f.fname) and 'variable' not in str(f.fname).lower()}
-    return next((o for o in CJK_FONTS if o in have), None)
+    from matplotlib.font_manager import findSystemFonts, fontManager
+    for new in (False, True): # Matplotlib's list may be older than a font that was installed since
+        if new:
+            known = {f.fname for f in fontManager.ttflist}
+            for f in findSystemFonts():
+                if f not in known and _cjk_file.search(f): fontManager.addfont(f)
+        have = {f.name for f in fontManager.ttflist if '[' not in str(f.fname) and 'variable' not in str(f.fname).lower()}
+        found = next((o for o in CJK_FONTS if o in have), None)
+        if found: return found
 
 # %% ../nbs/01_plot.ipynb #581037a3
 _font = {'family': None}

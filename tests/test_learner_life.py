@@ -71,3 +71,21 @@ def test_freeze_and_unfreeze(learn):
     assert (learn.layer_table().trainable > 0).tolist() == [False, False, True, True]
     learn.unfreeze()
     assert (learn.layer_table().trainable == learn.layer_table().params).all()
+
+
+def test_fastais_own_learner(learn):
+    "The recipe, the table and the resumable fit work on a Learner that this package did not make, with fastai's splitter and optimizer"
+    from fastai.text.all import AWD_LSTM, text_classifier_learner
+    theirs = text_classifier_learner(learn.dls, AWD_LSTM, pretrained=False, config=dict(emb_sz=16, n_hid=24, n_layers=3))
+    with theirs.no_bar(), theirs.no_logging(): gu = theirs.fit_gradual([1, 1, 1, 4], lr=5e-2)
+    assert theirs.layer_table().layers.tolist() == ['embeddings', 'rnns.0', 'rnns.1', 'rnns.2', 'head']
+    assert gu.table().groups.tolist() == [1, 2, 3, 5] and gu.table().layers.iloc[1] == 'rnns.2 – head'
+    assert gu.table().train_loss.iloc[-1] < gu.table().train_loss.iloc[0]
+
+
+def test_a_learner_with_one_group_gets_layer_groups():
+    from fastai.test_utils import synth_learner
+    learn = synth_learner()
+    learn.model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+    with learn.no_bar(), learn.no_logging(): gu = learn.fit_gradual(lr=1e-2)
+    assert gu.table().groups.tolist() == [1, 2]
