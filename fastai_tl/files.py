@@ -72,7 +72,7 @@ def _key(k):
     if not isinstance(k, (str,int)): raise FastaiTLError('Keys of a saved tree are strings or integers', repr(k))
     return k
 
-# %% ../nbs/02_files.ipynb #f1fd6dd6
+# %% ../nbs/02_files.ipynb #b34261bd
 def _join(node, tensors):
     "The inverse of `_split`"
     (kind,v), = node.items()
@@ -87,7 +87,7 @@ def _digest(tensors, tree_json):
     for k in sorted(tensors): h.update(tensors[k].reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/02_files.ipynb #6823bcd6
+# %% ../nbs/02_files.ipynb #227918e4
 def save_tree(
     path:str|Path, # Where to write; by habit with the ending `.safetensors`
     tree # Nested dicts, lists and tuples of tensors, numbers, strings and None
@@ -99,7 +99,7 @@ def save_tree(
     meta = {'format': 'fastai_tl.tree', 'tree': js, 'checksum': _digest(tensors, js)}
     with atomic_path(path) as p: save_file(tensors, str(p), metadata=meta)
 
-# %% ../nbs/02_files.ipynb #74e75a9e
+# %% ../nbs/02_files.ipynb #7e82db5a
 def load_tree(
     path:str|Path # A file that `save_tree` wrote
 ): # The tree, its tensors on the CPU
@@ -114,7 +114,7 @@ def load_tree(
         return _join(json.loads(meta['tree']), tensors)
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError): raise damaged from None
 
-# %% ../nbs/02_files.ipynb #6b6b5ddf
+# %% ../nbs/02_files.ipynb #3f0aab33
 def digest(
     *parts # Strings, bytes, numbers, or (nested) lists and dicts of them
 ) -> str: # 32 hexadecimal digits

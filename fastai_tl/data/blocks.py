@@ -97,7 +97,7 @@ def check_labels(
     except (TypeError, ValueError): raise DataError('Targets of a regression must be numbers', shorten([repr(l) for l in labels if not isinstance(l, (int,float))], 3)) from None
     return labels,target
 
-# %% ../../nbs/13_data.blocks.ipynb #e02ddde1
+# %% ../../nbs/13_data.blocks.ipynb #083e8db8
 def _guess_target(labels, label_delim):
     if label_delim is not None or any(isinstance(l, (list,tuple,set,L,np.ndarray)) for l in labels): return 'multi'
     return 'regression' if any(isinstance(l, (float, np.floating)) and l!=int(l) for l in labels) else 'single'
@@ -107,7 +107,7 @@ def _label_list(l, delim):
     if isinstance(l, str): return [o for o in l.split(delim) if o] if delim else [l]
     return [str(o) if not isinstance(o, (str,int)) else o for o in l]
 
-# %% ../../nbs/13_data.blocks.ipynb #150f4a04
+# %% ../../nbs/13_data.blocks.ipynb #0cfc273c
 def split_rows(
     labels:list, # One a text, as `check_labels` returns them
     target:str, # `single`, `multi` or `regression`
@@ -130,7 +130,7 @@ def split_rows(
     held = set(map(int, held))
     return [i for i in range(n) if i not in held],sorted(held)
 
-# %% ../../nbs/13_data.blocks.ipynb #660a20ca
+# %% ../../nbs/13_data.blocks.ipynb #a40e6b4b
 def _told_split(valid, n):
     if len(valid)!=n: raise DataError(f'The split must have {n} rows, as the table', str(len(valid)))
     names = {'train': False, 'training': False, 'valid': True, 'validation': True, 'dev': True, 'test': None}
@@ -139,7 +139,7 @@ def _told_split(valid, n):
     told = [names[v.lower()] if isinstance(v, str) else bool(v) for v in valid]
     return [i for i,v in enumerate(told) if v is False],[i for i,v in enumerate(told) if v]
 
-# %% ../../nbs/13_data.blocks.ipynb #7b8a6c77
+# %% ../../nbs/13_data.blocks.ipynb #4a63a6d8
 def check_split(
     labels:list, # One a text
     target:str, # `single`, `multi` or `regression`
@@ -156,7 +156,7 @@ def check_split(
     if len(known)<(2 if target=='single' else 1): raise DataError('At least two classes are needed', f'only {shorten(known)}' if known else 'no label')
     return sorted(known, key=lambda l: (str(type(l)), l))
 
-# %% ../../nbs/13_data.blocks.ipynb #52eccdb7
+# %% ../../nbs/13_data.blocks.ipynb #442dd6a6
 def classifier_dls(
     texts:TokenizedTexts, # Tokenised texts
     labels:list, # One a text, as `check_labels` returns them

@@ -51,7 +51,7 @@ def read_table(
     try: return readers[path.suffix](path, **kwargs)
     except (ValueError, OSError) as e: raise DataError(f'{path} must be a readable {path.suffix[1:]} file', str(e).splitlines()[0]) from e
 
-# %% ../../nbs/10_data.tokenize.ipynb #bc610661
+# %% ../../nbs/10_data.tokenize.ipynb #19010cb3
 def column(
     df:pd.DataFrame, # A table
     name # The column's name, or its position
@@ -61,7 +61,7 @@ def column(
     if name not in df.columns: raise DataError(f'The table must have a column {name!r}', f'columns {shorten(df.columns, 12)}', did_you_mean(name, df.columns))
     return df[name]
 
-# %% ../../nbs/10_data.tokenize.ipynb #926054e0
+# %% ../../nbs/10_data.tokenize.ipynb #9d552b41
 def read_folder(
     path:str|Path, # A folder with `.txt` files, at any depth
     label_from_parent:bool=False # Name the parent folder as each text's label
@@ -73,7 +73,7 @@ def read_folder(
     if label_from_parent: df['label'] = [f.parent.name for f in files]
     return df
 
-# %% ../../nbs/10_data.tokenize.ipynb #9f81a6a9
+# %% ../../nbs/10_data.tokenize.ipynb #ec4b23fa
 def read_texts(
     source, # A DataFrame, a table file, a folder of `.txt` files, or an iterator of strings
     text_col='text' # Column of the texts, for tables
@@ -86,7 +86,7 @@ def read_texts(
     if isinstance(source, pd.Series): return check_texts(source, source.index)
     return check_texts(source)
 
-# %% ../../nbs/10_data.tokenize.ipynb #7e359b1b
+# %% ../../nbs/10_data.tokenize.ipynb #074b5604
 class WordLevelTokenizer(SpacyTokenizer):
     "fastai's word tokenizer, for texts of any length"
     def __init__(self,
@@ -99,7 +99,7 @@ class WordLevelTokenizer(SpacyTokenizer):
         self.pipe.__self__.max_length = 10**9 # no parser runs, so memory is no reason for a limit
     def settings(self) -> dict: "What the tokens depend on"; return dict(tokenizer='word', lang=self.lang)
 
-# %% ../../nbs/10_data.tokenize.ipynb #5269af80
+# %% ../../nbs/10_data.tokenize.ipynb #0f92415b
 def tokenizer_settings(
     tok, # A tokenizer: an object that turns texts into lists of tokens
     rules # The rules applied to a text before
@@ -108,7 +108,7 @@ def tokenizer_settings(
     s = tok.settings() if hasattr(tok, 'settings') else {'tokenizer': type(tok).__name__, **{k:v for k,v in vars(tok).items() if isinstance(v, (str,int,float,bool))}}
     return dict(s, rules=[getattr(r, '__name__', str(r)) for r in rules])
 
-# %% ../../nbs/10_data.tokenize.ipynb #327a921a
+# %% ../../nbs/10_data.tokenize.ipynb #453e2e9d
 class TokenizedTexts:
     "Tokenised texts: `words` once, and each text as indexes into them"
     def __init__(self,
@@ -123,7 +123,7 @@ class TokenizedTexts:
     def __getitem__(self, i): return L(self.words[j] for j in self.ids[self.offsets[i]:self.offsets[i+1]])
     def __repr__(self): return f'TokenizedTexts({len(self):,} texts, {len(self.ids):,} tokens, {len(self.words):,} distinct)'
 
-# %% ../../nbs/10_data.tokenize.ipynb #9adeebfb
+# %% ../../nbs/10_data.tokenize.ipynb #abf4e37c
 @patch
 def counter(self:TokenizedTexts,
     idxs=None # Indexes of texts; all if `None`
@@ -142,7 +142,7 @@ def numericalize(self:TokenizedTexts,
     ids = torch.from_numpy(np.array([o2i.get(w, 0) for w in self.words], dtype=np.int64)[self.ids])
     return list(ids.split(self.lens.tolist()))
 
-# %% ../../nbs/10_data.tokenize.ipynb #d0aa9767
+# %% ../../nbs/10_data.tokenize.ipynb #8e98280d
 def tokenize_texts_once(
     texts, # Strings; see `read_texts`
     tok=None, # A tokenizer; `WordLevelTokenizer()` if `None`
@@ -162,7 +162,7 @@ def tokenize_texts_once(
     if file is not None: save_tree(file, dict(words=res.words, ids=torch.from_numpy(res.ids), lens=torch.from_numpy(res.lens), settings=settings))
     return res
 
-# %% ../../nbs/10_data.tokenize.ipynb #0e3f3b17
+# %% ../../nbs/10_data.tokenize.ipynb #8f3e617e
 def _tokenize(texts, tok, settings, progress):
     w2i,ids,lens = {},[],[]
     steps = range(0, len(texts), 500)

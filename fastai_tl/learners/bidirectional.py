@@ -85,7 +85,7 @@ def validate(self:BidirectionalLearner,
         res.append(m.value.item() if hasattr(m.value, 'item') else m.value)
     return L(res)
 
-# %% ../../nbs/54_learners.bidirectional.ipynb #53e6d2a1
+# %% ../../nbs/54_learners.bidirectional.ipynb #f3dc3c06
 @patch
 def predict(self:BidirectionalLearner,
     text:str # One text

@@ -54,7 +54,7 @@ class Encoder:
         n = sum(w.numel() for w in self.weights.values())
         return f"Encoder({self.config['arch']}, {'backwards, ' if self.backwards else ''}{len(self.vocab):,} tokens, {n:,} weights)"
 
-# %% ../../nbs/23_models.encoder.ipynb #e2bc75fa
+# %% ../../nbs/23_models.encoder.ipynb #7c9c39c5
 _tied = 'encoder_dp.emb.weight' # the embedding again, under its dropout
 
 @patch(cls_method=True)
@@ -72,7 +72,7 @@ def from_model(cls:Encoder,
     weights = {k: v.detach().cpu().clone() for k,v in enc.state_dict().items() if k!=_tied}
     return cls(weights, vocab, _config(enc), tokenizer, backwards, bias)
 
-# %% ../../nbs/23_models.encoder.ipynb #bbd2ca21
+# %% ../../nbs/23_models.encoder.ipynb #09d47b6d
 @patch(cls_method=True)
 def from_learner(cls:Encoder,
     learn:Learner, # A text Learner with an AWD_LSTM
@@ -81,7 +81,7 @@ def from_learner(cls:Encoder,
     "Take the encoder out of a Learner, with its vocabulary"
     return cls.from_model(learn.model, text_vocab(learn.dls), **kwargs)
 
-# %% ../../nbs/23_models.encoder.ipynb #ac306e80
+# %% ../../nbs/23_models.encoder.ipynb #3ef016d1
 @patch
 def save(self:Encoder,
     path:str|Path # The file; `.safetensors` by habit
@@ -99,7 +99,7 @@ def load(cls:Encoder,
     if not isinstance(t, dict) or t.get('kind')!='encoder': raise FastaiTLError(f'{path} must hold an encoder', 'something else', 'Save one with `Encoder.from_learner(learn).save(path)`')
     return cls(*[t[k] for k in ('weights','vocab','config','tokenizer','backwards','decoder_bias')])
 
-# %% ../../nbs/23_models.encoder.ipynb #dd5f59ec
+# %% ../../nbs/23_models.encoder.ipynb #a22e66be
 @dataclass
 class EncoderMatch:
     "How much of a vocabulary an encoder knew"
@@ -114,7 +114,7 @@ class EncoderMatch:
         s += f', {self.token_share:.1%} by frequency)' if self.token_share is not None else ')'
         return s + (f'; new: {shorten(self.missing, 8)}' if self.missing else '')
 
-# %% ../../nbs/23_models.encoder.ipynb #b0603d80
+# %% ../../nbs/23_models.encoder.ipynb #04d9101f
 def match_vocab(
     old:list, # The encoder's vocabulary
     new:list, # The vocabulary to serve
@@ -130,7 +130,7 @@ def match_vocab(
     if counts: missing.sort(key=lambda w: -counts.get(w, 0))
     return rows,EncoderMatch(len(ordinary)-len(missing), len(ordinary), share, missing)
 
-# %% ../../nbs/23_models.encoder.ipynb #ad56237d
+# %% ../../nbs/23_models.encoder.ipynb #b0cce4da
 def _rows(w, rows):
     "Rows of `w` by index, the mean row for -1"
     idx = torch.tensor(rows)
@@ -138,7 +138,7 @@ def _rows(w, rows):
     res[idx<0] = w.mean(0)
     return res
 
-# %% ../../nbs/23_models.encoder.ipynb #46d6ba09
+# %% ../../nbs/23_models.encoder.ipynb #4102b35d
 @patch
 def into(self:Encoder,
     model, # A language model or classifier with an AWD_LSTM of the same size
@@ -159,7 +159,7 @@ def into(self:Encoder,
     if dec is not None and dec.bias is not None and self.decoder_bias is not None: dec.bias.data.copy_(_rows(self.decoder_bias, rows))
     return match
 
-# %% ../../nbs/23_models.encoder.ipynb #09a815ff
+# %% ../../nbs/23_models.encoder.ipynb #bc95e4ec
 @patch
 def _check_sizes(self:Encoder, cfg):
     diff = [f'{k}: {self.config.get(k)} in the encoder, {cfg[k]} in the model' for k in cfg if cfg[k]!=self.config.get(k)]
@@ -172,7 +172,7 @@ def _no_overlap(self:Encoder, vocab, tokenizer):
     if tokenizer and self.tokenizer and tokenizer!=self.tokenizer: todo += f'; the encoder was made with {self.tokenizer}, the texts with {tokenizer}'
     return VocabError('Encoder and texts must share some tokens', f'none; the encoder knows {shorten(a)}, the texts have {shorten(b)}', todo)
 
-# %% ../../nbs/23_models.encoder.ipynb #fb8294b6
+# %% ../../nbs/23_models.encoder.ipynb #d6e6c094
 class _ListUnpickler(pickle.Unpickler):
     "Reads lists of strings, and refuses everything that would have to be imported"
     def find_class(self, module, name): raise pickle.UnpicklingError(f'{module}.{name} is not a list of strings')
@@ -189,7 +189,7 @@ def wikitext103(cls:Encoder,
                             'Connect to the network and try again, or pretrain on texts of your own with `ULMFiT.pretrain(texts)`') from e
     return cls.from_fastai(next(folder.glob('*.pth')), next(folder.glob('*.pkl')), backwards)
 
-# %% ../../nbs/23_models.encoder.ipynb #51268ab2
+# %% ../../nbs/23_models.encoder.ipynb #ff241005
 @patch(cls_method=True)
 def from_fastai(cls:Encoder,
     weights:str|Path, # A `.pth` file of an AWD_LSTM language model

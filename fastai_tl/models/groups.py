@@ -84,7 +84,7 @@ def _units(model, stacks):
     walk(model, '')
     return res
 
-# %% ../../nbs/22_models.groups.ipynb #4099d179
+# %% ../../nbs/22_models.groups.ipynb #13251306
 def _place(units):
     "A position for each of `units`: 0 for embeddings, i for the i-th block, n+1 for the head"
     n,res,i = sum(b for *_,b in units),[],0
@@ -96,7 +96,7 @@ def _place(units):
         else: res.append(n+1 if i==n else i)
     return res
 
-# %% ../../nbs/22_models.groups.ipynb #fcb6b8f1
+# %% ../../nbs/22_models.groups.ipynb #0d019659
 def _unit_params(path, m, is_block):
     "`(name, owner, parameter)` of one unit; shared parameters come up in each place"
     mods = m.named_modules(prefix=path, remove_duplicate=False) if is_block else [(path, m)]
@@ -107,7 +107,7 @@ def _block_names(stacks):
     k = 1 if len(stacks)==1 else 2
     return [f"{'.'.join(path.split('.')[-k:])}.{i}" for path,bl in stacks.items() for i in range(len(bl))]
 
-# %% ../../nbs/22_models.groups.ipynb #fd594d67
+# %% ../../nbs/22_models.groups.ipynb #40db14ba
 def _children_groups(model):
     "Units and names for a model without a stack: the children of the first module that has several"
     m,path = model,''
@@ -120,7 +120,7 @@ def _children_groups(model):
     if m._parameters and len(kids): units = [(path, m, False)] + units
     return units,[p or 'model' for p,*_ in units]
 
-# %% ../../nbs/22_models.groups.ipynb #90ce4c37
+# %% ../../nbs/22_models.groups.ipynb #312133bf
 def layer_groups(
     model:nn.Module, # Any PyTorch model, or a fastai Learner's `model`
     tied:str='head' # Where an output layer that shares the input embedding goes: `head`, or `embeddings`
@@ -138,7 +138,7 @@ def layer_groups(
     _fill(groups, units, pos, tied, fixed_parameters(model), stacked=bool(stacks))
     return [g for g in groups if g.params]
 
-# %% ../../nbs/22_models.groups.ipynb #9b960a8e
+# %% ../../nbs/22_models.groups.ipynb #ac18293b
 def _fill(groups, units, pos, tied, fixed, stacked):
     "Put the parameters of `units` into `groups`, shared ones once"
     last,seen = len(groups)-1,{}
@@ -154,7 +154,7 @@ def _fill(groups, units, pos, tied, fixed, stacked):
         g.params.append(s['p']); g.names.append(s['name'])
         g.kinds.append(param_kind(s['owner'], s['name'], s['p'], head=g.name=='head', block=s['block']))
 
-# %% ../../nbs/22_models.groups.ipynb #38dbdfe2
+# %% ../../nbs/22_models.groups.ipynb #05127081
 def mark_fixed(
     model:nn.Module # A model just created: what does not require a gradient now never will
 ) -> nn.Module: # The same model
@@ -168,7 +168,7 @@ def fixed_parameters(
     "Names of the parameters that `mark_fixed` found"
     return getattr(model, '_fixed_parameters', ())
 
-# %% ../../nbs/22_models.groups.ipynb #72fbdf34
+# %% ../../nbs/22_models.groups.ipynb #ee3eb760
 def merge_groups(
     groups:list, # From `layer_groups`
     n_groups:int # How many to make of them, the head included
@@ -188,7 +188,7 @@ def _joined(gs):
     if len(gs)==1: return gs[0]
     return LayerGroup(f'{gs[0].name} – {gs[-1].name}', *[sum((getattr(g,a) for g in gs), []) for a in ('params','names','kinds')])
 
-# %% ../../nbs/22_models.groups.ipynb #34ccd0da
+# %% ../../nbs/22_models.groups.ipynb #12d84224
 class layer_splitter:
     "A fastai `splitter` of layer groups that also tells the optimizer what each parameter is"
     def __init__(self,
@@ -204,7 +204,7 @@ class layer_splitter:
     def __call__(self, model): return ParamLists(self.groups(model))
     def __repr__(self): return f'layer_splitter(n_groups={self.n_groups}, tied={self.tied!r})'
 
-# %% ../../nbs/22_models.groups.ipynb #75608be0
+# %% ../../nbs/22_models.groups.ipynb #c5fbad07
 class ParamLists(list):
     "Lists of parameters, one a group, with `names` of the groups and `kinds` of the parameters"
     def __init__(self,
@@ -213,7 +213,7 @@ class ParamLists(list):
         super().__init__(list(g.params) for g in groups)
         self.names,self.kinds = [g.name for g in groups],[list(g.kinds) for g in groups]
 
-# %% ../../nbs/22_models.groups.ipynb #66188aa6
+# %% ../../nbs/22_models.groups.ipynb #68d391dc
 def freeze_params(
     params, # Parameters
     frozen:bool=True # Freeze them, or thaw them
@@ -223,7 +223,7 @@ def freeze_params(
         p.requires_grad_(not frozen)
         if frozen: p.grad = None
 
-# %% ../../nbs/22_models.groups.ipynb #f6fe2b16
+# %% ../../nbs/22_models.groups.ipynb #88a5cf77
 class LayerFreezer:
     "Freeze and thaw the layer groups of `model`"
     def __init__(self,
@@ -243,7 +243,7 @@ class LayerFreezer:
             raise FastaiTLError(f'A layer index of this model lies between {-self.num_layers} and {self.num_layers}', str(layer_idx))
         for j,g in enumerate(self.layers): freeze_params(g.params, frozen=j<i)
 
-# %% ../../nbs/22_models.groups.ipynb #51e5fe64
+# %% ../../nbs/22_models.groups.ipynb #ba5657c5
 @patch
 def trainable_params(self:LayerFreezer) -> list: # Parameters, for an optimizer
     "The parameters that train now"
@@ -255,7 +255,7 @@ def print_trainable_params(self:LayerFreezer):
     total,train = (sum(p.numel() for p in ps) for ps in (self.model.parameters(), self.trainable_params()))
     print(f'total parameters: {total:,}\ntrainable parameters: {train:,}\ntrainable share: {100*train/total:.2f}%')
 
-# %% ../../nbs/22_models.groups.ipynb #5defa456
+# %% ../../nbs/22_models.groups.ipynb #45ec58f2
 def _frozen(m): return _own(m) and not any(p.requires_grad for p in m.parameters())
 
 def _beside(m, stack):
@@ -277,7 +277,7 @@ def frozen_modules(
         if _is_stack(c, sequential=False): res += _beside(model, c)
     return res
 
-# %% ../../nbs/22_models.groups.ipynb #98724f68
+# %% ../../nbs/22_models.groups.ipynb #9a59eb61
 def _group_of(ps, named):
     "Names of the layer groups that the parameters `ps` come from, lowest first"
     return list(dict.fromkeys(named[id(p)] for p in ps if id(p) in named))

@@ -108,7 +108,7 @@ def train_epoch(
         losses.append(loss.item())
     return float(np.mean(losses))
 
-# %% ../../nbs/36_tune.recipes.ipynb #17d295bb
+# %% ../../nbs/36_tune.recipes.ipynb #0884b8ea
 @torch.no_grad()
 def validate_epoch(
     model:nn.Module, # The model
@@ -122,7 +122,7 @@ def validate_epoch(
     model.train(was)
     return float(np.mean(losses))
 
-# %% ../../nbs/36_tune.recipes.ipynb #08a544e8
+# %% ../../nbs/36_tune.recipes.ipynb #64d36c5a
 def gradual_unfreezing_training(
     model:nn.Module, # Any PyTorch model, trained in place
     train_loader, # Training batches: dicts, or `(x, y)` with `loss_func`
@@ -148,7 +148,7 @@ def gradual_unfreezing_training(
         rows.append(_run_stage(s+1, freezer, train_loader, val_loader, opt, epochs, loss_func, lr))
     return pd.DataFrame(rows).set_index('stage')
 
-# %% ../../nbs/36_tune.recipes.ipynb #6bba15ac
+# %% ../../nbs/36_tune.recipes.ipynb #298d8e6a
 def _run_stage(stage, freezer, train_loader, val_loader, opt, epochs, loss_func, lr):
     "Train one stage, print what happens, and return its row"
     names = [g.name for g in freezer.layers if any(p.requires_grad for p in g.params)]

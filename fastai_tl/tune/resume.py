@@ -93,7 +93,7 @@ def _restore_recorder(self:ResumableFit):
     rec.smooth_loss.count,rec.smooth_loss.val = sv['smooth'][0],sv['smooth'][1]
     self.saved = None
 
-# %% ../../nbs/35_tune.resume.ipynb #3fb8da88
+# %% ../../nbs/35_tune.resume.ipynb #96c7fe53
 def _cb_state(cb):
     "What a callback needs to go on, or `None`"
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
@@ -110,7 +110,7 @@ def _state(self:ResumableFit):
     opt = {k:v for k,v in self.opt.state_dict().items() if k!='hypers'}
     return dict(epoch=self.epoch+1, settings=dict(self.settings, n_epoch=self.n_epoch), model=dict(self.model.state_dict()), opt=opt, recorder=recorder, cbs=cbs)
 
-# %% ../../nbs/35_tune.resume.ipynb #25f3e52e
+# %% ../../nbs/35_tune.resume.ipynb #bed85f8e
 @patch
 def _restore(self:ResumableFit, sv):
     self.model.load_state_dict(sv['model'])
@@ -126,7 +126,7 @@ def _restore(self:ResumableFit, sv):
         if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(st)
         else: cb.__dict__.update(st)
 
-# %% ../../nbs/35_tune.resume.ipynb #30337453
+# %% ../../nbs/35_tune.resume.ipynb #a36e43db
 def check_same(
     saved:dict, # Settings of the run that left something behind
     now:dict, # Settings of the run that is to go on from it
@@ -136,7 +136,7 @@ def check_same(
     diff = [f'{k}: {saved.get(k)!r} → {now.get(k)!r}' for k in dict.fromkeys([*saved, *now]) if saved.get(k)!=now.get(k)]
     if diff: raise RunError(f'{where} was begun with other settings', shorten(diff, 6), 'Use the old settings to go on, another folder, or delete it to begin anew')
 
-# %% ../../nbs/35_tune.resume.ipynb #f91c2f19
+# %% ../../nbs/35_tune.resume.ipynb #8201c4c0
 class RunStage:
     "The folder of one fit of a longer run: settings, checkpoint, and what came of it"
     def __init__(self,
@@ -152,7 +152,7 @@ class RunStage:
         if self.done: return len(read_json(self.file)['history'])
         return load_tree(self.checkpoint)['epoch'] if self.checkpoint.exists() else 0
 
-# %% ../../nbs/35_tune.resume.ipynb #eb69ab4d
+# %% ../../nbs/35_tune.resume.ipynb #26d25919
 @patch
 def begin(self:RunStage,
     settings:dict # What must be the same when it is taken up again; JSON
@@ -173,14 +173,14 @@ def close(self:RunStage,
     write_json(self.file, dict(read_json(self.file), done=True, history=history))
     self.checkpoint.unlink(missing_ok=True)
 
-# %% ../../nbs/35_tune.resume.ipynb #3bb6fcfb
+# %% ../../nbs/35_tune.resume.ipynb #434c06c2
 @patch
 def history(self:RunStage) -> pd.DataFrame: # One row an epoch
     "Losses and metrics of the finished fit"
     if not self.done: raise RunError(f'Stage {self.folder.name!r} must be done', 'a stage that is not', 'Call it with the same settings to go on')
     return pd.DataFrame(read_json(self.file)['history']).rename_axis('epoch')
 
-# %% ../../nbs/35_tune.resume.ipynb #f325bfb6
+# %% ../../nbs/35_tune.resume.ipynb #be4fe166
 class StopOnNaN(Callback):
     "Raise an error at the first training loss that is infinite or not a number"
     run_valid = False
