@@ -93,7 +93,7 @@ def _status(a):
         st = ULMFiT(r).status()
         print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
 
-# %% ../nbs/99_cli.ipynb #1dc0eafa
+# %% ../nbs/99_cli.ipynb #757098fb
 def _predict(a):
     from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
@@ -108,7 +108,7 @@ def _predict(a):
         label,idx,p = learn.predict(t)
         print(f'{label}\t{float(p.max()):.3f}\t{t}')
 
-# %% ../nbs/99_cli.ipynb #f316d894
+# %% ../nbs/99_cli.ipynb #3e9bdfc8
 def main(
     args=None # Words of the command line; those of the process if `None`
 ) -> int: # Exit status: 0 done, 1 an error for the user, 130 stopped

@@ -68,7 +68,7 @@ def _add_split(df, seed):
     if (df.split=='valid').any(): return df
     return df.assign(split=df.split.where((df.split!='train') | (_rank(df, ['split','label'], seed)>=.1), 'valid'))
 
-# %% ../nbs/98_quickstart.ipynb #21f69825
+# %% ../nbs/98_quickstart.ipynb #da03a476
 def own_data(
     path, # A table file or a folder
     text_col:str='text', # Column of the texts
@@ -86,7 +86,7 @@ def own_data(
     domain = list(df[df.split!='test'].text) + (list(extra.text) if extra is not None else [])
     return QuickData(df[['text','label','split']], domain, list(general_corpus().text), str(path.name))
 
-# %% ../nbs/98_quickstart.ipynb #a5c721a7
+# %% ../nbs/98_quickstart.ipynb #33804b75
 def imdb_data(
     seed:int=42, # Which reviews validate
     root=None # Folder of the reviews; downloaded once by fastai if `None`
@@ -99,7 +99,7 @@ def imdb_data(
     res.name = 'IMDb reviews'
     return res
 
-# %% ../nbs/98_quickstart.ipynb #a47a3ebd
+# %% ../nbs/98_quickstart.ipynb #3c39823f
 def majority_accuracy(
     df:pd.DataFrame # `label` and `split`
 ) -> float: # Accuracy on the test rows
@@ -120,13 +120,13 @@ def bag_of_words_accuracy(
     model = GridSearchCV(pipe, {'logisticregression__C': [.3, 1, 3, 10, 30, 100]}, cv=folds) if folds>1 else pipe
     return float(model.fit(train.text, train.label).score(test.text, test.label))
 
-# %% ../nbs/98_quickstart.ipynb #eaf425e9
+# %% ../nbs/98_quickstart.ipynb #46701c50
 QUICK = dict(config=dict(emb_sz=128, n_hid=256, n_layers=1), max_vocab=8_000, lm=dict(epochs=2, bs=32, drop_mult=.1, wd=.01), general_lr=2e-2, scratch_lr=2e-2, domain_lr=1e-2, head_lr=2e-2,
              epochs=[4,4,8], drop_mult=.3, bs=32, rates=(1e-2, 3e-2), scratch_rates=(1e-2, 3e-2, 1e-1), domain_tokens=600_000)
 FULL = dict(QUICK, config=dict(emb_sz=400, n_hid=1152, n_layers=3), max_vocab=60_000, lm=dict(epochs=10, bs=64, drop_mult=.5, wd=.1), general_lr=5e-3, scratch_lr=5e-3, domain_lr=2e-3,
             epochs=[2,2,2,6], bs=64, rates=(1e-2, 2e-2), scratch_rates=(1e-2, 2e-2, 5e-2), domain_tokens=None)
 
-# %% ../nbs/98_quickstart.ipynb #604309c2
+# %% ../nbs/98_quickstart.ipynb #c81fd179
 def take_tokens(
     texts:list, # Texts
     n:int|None, # About so many words; all if `None`
@@ -139,7 +139,7 @@ def take_tokens(
     k = int(np.searchsorted(np.cumsum(lens[idx]), n))+1
     return [texts[i] for i in sorted(idx[:k].tolist())]
 
-# %% ../nbs/98_quickstart.ipynb #92f76ae1
+# %% ../nbs/98_quickstart.ipynb #3d2c5af6
 class Quickstart:
     "The steps of a quickstart, with their seconds and figures"
     def __init__(self,
@@ -162,7 +162,7 @@ class Quickstart:
         "The ULMFiT run of this name"
         return ULMFiT(self.out/'runs'/name, config=self.size['config'], bidirectional=self.bidirectional, seed=self.seed, max_vocab=self.size['max_vocab'], progress=self.progress)
 
-# %% ../nbs/98_quickstart.ipynb #87ffd840
+# %% ../nbs/98_quickstart.ipynb #8e9efa37
 @patch
 def step(self:Quickstart,
     name:str, # What is done, printed and kept
@@ -179,7 +179,7 @@ def step(self:Quickstart,
         write_json(self.file, self.steps)
     return res
 
-# %% ../nbs/98_quickstart.ipynb #3b518ead
+# %% ../nbs/98_quickstart.ipynb #696d0d27
 @patch
 def language_models(self:Quickstart):
     "Stage 1, and stage 2 on top of it and alone"
@@ -189,7 +189,7 @@ def language_models(self:Quickstart):
     self.step('Stage 2: the language of the domain, after stage 1', lambda: both.finetune_lm(domain, lr=s['domain_lr'], head_epochs=0, **s['lm']))
     self.step('Stage 2 alone, for comparison', lambda: alone.finetune_lm(domain, encoder=None, lr=s['scratch_lr'], **s['lm']))
 
-# %% ../nbs/98_quickstart.ipynb #6c09b763
+# %% ../nbs/98_quickstart.ipynb #88d4a2e1
 @patch
 def classifier(self:Quickstart,
     name:str, # Run
@@ -206,7 +206,7 @@ def classifier(self:Quickstart,
 
 def _one(learn): return learn.forward if isinstance(learn, BidirectionalLearner) else learn
 
-# %% ../nbs/98_quickstart.ipynb #e1f43193
+# %% ../nbs/98_quickstart.ipynb #db11ec99
 @patch
 def evaluation(self:Quickstart,
     ulm:ULMFiT, # The run
@@ -219,7 +219,7 @@ def evaluation(self:Quickstart,
     classes = list(learn.dls.vocab[1])
     return Evaluation(p.numpy(), [classes.index(l) for l in self.test.label], classes, texts=list(self.test.text))
 
-# %% ../nbs/98_quickstart.ipynb #91b945bf
+# %% ../nbs/98_quickstart.ipynb #0ef52e2c
 def interval(
     accuracy:float, # Share of right answers
     n:int # Number of answers
@@ -229,7 +229,7 @@ def interval(
     mid,half = (accuracy+z*z/(2*n))/(1+z*z/n),z*((accuracy*(1-accuracy)/n+z*z/(4*n*n))**.5)/(1+z*z/n)
     return mid-half,mid+half
 
-# %% ../nbs/98_quickstart.ipynb #68eda446
+# %% ../nbs/98_quickstart.ipynb #f7825e04
 @patch
 def table(self:Quickstart,
     accs:dict # Accuracy of each model
@@ -238,7 +238,7 @@ def table(self:Quickstart,
     rows = [dict(model=k, accuracy=v, low=interval(v, len(self.test))[0], high=interval(v, len(self.test))[1]) for k,v in accs.items()]
     return pd.DataFrame(rows).set_index('model').round(4)
 
-# %% ../nbs/98_quickstart.ipynb #5d409e2f
+# %% ../nbs/98_quickstart.ipynb #0032fe01
 def save_figure(
     fig, # A Matplotlib figure
     path # Where; a PNG
@@ -246,7 +246,7 @@ def save_figure(
     "Write a figure as PNG, atomically"
     with atomic_path(path) as p: fig.savefig(p, dpi=150, format='png')
 
-# %% ../nbs/98_quickstart.ipynb #d5053421
+# %% ../nbs/98_quickstart.ipynb #375ce75b
 @patch
 def figures(self:Quickstart,
     learn, # The classifier
@@ -263,7 +263,7 @@ def figures(self:Quickstart,
     panels = {'Language models': {k: curve(v.perplexity) for k,v in lms.items()}, 'Classifier': {'train': curve(h.train_loss), 'valid': curve(h.valid_loss)}}
     save_figure(plot_panels(panels, 'epoch', ['perplexity, held-out texts','loss']), self.out/'learning_curves.png')
 
-# %% ../nbs/98_quickstart.ipynb #4b762d88
+# %% ../nbs/98_quickstart.ipynb #5c8bb119
 _why = {True: 'Counting words is still ahead: enough labels and telling words are all that it needs. Transfer gains where labels are few and the order of words matters.',
         False: 'Counting words knows nothing of order, nor of words that the labelled texts lack; the language model has read all the texts.'}
 
@@ -282,12 +282,12 @@ def summary(self:Quickstart,
                 rows=self.data.labelled.split.value_counts().to_dict(), classes=sorted(self.data.labelled.label.unique()), model=f"runs/stages 1+2/forward/{chosen['stages 1 and 2']['name']}/model.safetensors",
                 seed=self.seed, bidirectional=self.bidirectional, size=self.size, versions=dict(fastai_tl=_own_version(), python=platform.python_version(), **libs))
 
-# %% ../nbs/98_quickstart.ipynb #5f4d34eb
+# %% ../nbs/98_quickstart.ipynb #16412850
 def _own_version():
     from fastai_tl import __version__
     return __version__
 
-# %% ../nbs/98_quickstart.ipynb #7d257635
+# %% ../nbs/98_quickstart.ipynb #f3c024c4
 @patch
 def run(self:Quickstart) -> dict: # The summary
     "All steps, the table, the figures and summary.json"
@@ -308,7 +308,7 @@ def run(self:Quickstart) -> dict: # The summary
         print(f"\n{_why[accs['bag of words']>accs[self.best]]}\n{res['seconds']:.0f} seconds; results in {self.out}/")
     return res
 
-# %% ../nbs/98_quickstart.ipynb #73696e40
+# %% ../nbs/98_quickstart.ipynb #01ae4656
 def quickstart(
     out='quickstart', # Folder of the results; a stopped quickstart goes on there
     data=None, # `None` for the offline default, `'imdb'`, a table file, or a folder with a subfolder a class

@@ -35,7 +35,7 @@ class Evaluation:
     def __len__(self): return len(self.targets)
     def __repr__(self): return f'Evaluation({len(self):,} rows, {self.target}, classes={shorten(self.classes) if self.classes else None})'
 
-# %% ../../nbs/60_evaluation.report.ipynb #d23ac72f
+# %% ../../nbs/60_evaluation.report.ipynb #39efc2bf
 def _texts(dl):
     "Texts of a DataLoader's rows: raw, or tokens joined; `None` if they are neither"
     items = getattr(dl.dataset, 'items', None)
@@ -51,7 +51,7 @@ def _evaluate(learn, ds_idx):
     classes = list(vocab[1]) if len(vocab)==2 and not isinstance(vocab[0], str) else None
     return Evaluation(p.float().numpy(), y.numpy(), classes, loss.float().reshape(len(p), -1).mean(1).numpy(), _texts(learn.dls[ds_idx]))
 
-# %% ../../nbs/60_evaluation.report.ipynb #0814791c
+# %% ../../nbs/60_evaluation.report.ipynb #c2890764
 @patch
 def evaluate(self:Learner,
     ds_idx:int=1 # 0 for training, 1 for validation rows
@@ -66,7 +66,7 @@ def evaluate(self:BidirectionalLearner,
     "One pass over the rows with averaged probabilities"
     return _evaluate(self, ds_idx)
 
-# %% ../../nbs/60_evaluation.report.ipynb #8f61b0d8
+# %% ../../nbs/60_evaluation.report.ipynb #0e1a4b40
 @patch(as_prop=True)
 def accuracy(self:Evaluation) -> float:
     "Share of rows (or, with several labels a text, of labels) that are right"
@@ -86,7 +86,7 @@ def report(self:Evaluation) -> pd.DataFrame: # precision | recall | f1 | support
     df.loc['accuracy'] = dict(precision=np.nan, recall=np.nan, f1=self.accuracy, support=len(self))
     return df.astype({'support': int})
 
-# %% ../../nbs/60_evaluation.report.ipynb #84f317bf
+# %% ../../nbs/60_evaluation.report.ipynb #122d9fdf
 @patch
 def confusion(self:Evaluation) -> pd.DataFrame: # True classes as rows, predicted ones as columns
     "The confusion matrix, as counts"
@@ -106,7 +106,7 @@ def plot_confusion(self:Evaluation,
     shares = m/np.maximum(m.sum(1, keepdims=True), 1)
     return plot_heatmap(shares, self.classes, self.classes, annot=m, title=title, xlabel=xlabel, ylabel=ylabel)
 
-# %% ../../nbs/60_evaluation.report.ipynb #5332ef8d
+# %% ../../nbs/60_evaluation.report.ipynb #15f1e0e8
 @patch
 def most_confused(self:Evaluation,
     n:int=10 # At most so many pairs
@@ -116,7 +116,7 @@ def most_confused(self:Evaluation,
     m = m[(m.true!=m.predicted) & (m['count']>0)]
     return m.sort_values('count', ascending=False, kind='stable').head(n).reset_index(drop=True)
 
-# %% ../../nbs/60_evaluation.report.ipynb #113b021f
+# %% ../../nbs/60_evaluation.report.ipynb #5d8eb3c6
 @patch
 def top_losses(self:Evaluation,
     n:int=10 # So many rows

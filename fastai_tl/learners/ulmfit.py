@@ -53,7 +53,7 @@ class ULMFiT:
         self.tok,self.rules = tok or WordLevelTokenizer(),list(defaults.text_proc_rules if rules is None else rules)
     def __repr__(self): return f'ULMFiT({str(self.path)!r}, {self.config}, {" and ".join(self.directions)})'
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #c0881ea0
+# %% ../../nbs/55_learners.ulmfit.ipynb #a8953dc2
 @patch
 def tokenize(self:ULMFiT,
     texts:list # Strings
@@ -68,7 +68,7 @@ def say(self:ULMFiT,
     "Print, unless the run was asked for silence"
     if self.progress: print(msg)
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #49a1e3c6
+# %% ../../nbs/55_learners.ulmfit.ipynb #63aeb74a
 @patch
 def encoder(self:ULMFiT,
     stage:str='domain', # `general` or `domain`
@@ -79,7 +79,7 @@ def encoder(self:ULMFiT,
     if not f.exists(): raise RunError(f'{f} must exist', 'nothing there', 'Run `pretrain` or `finetune_lm` first')
     return Encoder.load(f)
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #b1d23b3d
+# %% ../../nbs/55_learners.ulmfit.ipynb #018743e8
 @patch
 def stage(self:ULMFiT,
     direction:str, # `forward` or `backward`
@@ -101,7 +101,7 @@ def history(self:ULMFiT,
     "Losses and metrics of a finished stage, by epoch"
     return self.stage(direction, stage).history()
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #6fbb2fa3
+# %% ../../nbs/55_learners.ulmfit.ipynb #651a5dc1
 @patch
 def status(self:ULMFiT) -> pd.DataFrame: # direction | stage | done | epochs | the last epoch's figures
     "What is done in this run"
@@ -112,7 +112,7 @@ def status(self:ULMFiT) -> pd.DataFrame: # direction | stage | done | epochs | t
         rows.append(dict(direction=f.parent.parent.name, stage=f.parent.name, done=s.done, epochs=s.epochs, **last))
     return pd.DataFrame(rows, columns=None if rows else ['direction','stage','done','epochs'])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #3da58663
+# %% ../../nbs/55_learners.ulmfit.ipynb #2d9a3d86
 @patch
 def _lm_dls(self:ULMFiT, source, text_col, direction, valid_pct, bs):
     "DataLoaders, digest and token counts of a source of texts, or of the user's own DataLoaders"
@@ -124,7 +124,7 @@ def _lm_dls(self:ULMFiT, source, text_col, direction, valid_pct, bs):
     dls = language_model_dls(texts, vocab, self.tok, self.rules, valid_pct, bs, self.seq_len, direction=='backward', self.seed)
     return dls,digest(texts.words, texts.ids.tobytes()),texts.counter()
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #c1f0bcff
+# %% ../../nbs/55_learners.ulmfit.ipynb #6b157ff7
 @patch
 def quiet(self:ULMFiT,
     learn # A Learner of this run
@@ -143,7 +143,7 @@ def _fit_lm(self:ULMFiT, learn, direction, stage, epochs, lr, head_epochs, head_
         gu = GradualUnfreezing(groups=[1, len(learn.opt.param_lists)], epochs=[head_epochs, epochs], factor=[1, lr/head_lr], restart=True)
         learn.fit_one_cycle(head_epochs+epochs, head_lr, cbs=cbs+[gu])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #d1303311
+# %% ../../nbs/55_learners.ulmfit.ipynb #df27e0d6
 @patch
 def _language_model(self:ULMFiT, stage, source, text_col, direction, start, o, cbs):
     "Train (or take up, or find done) the language model of one stage and direction"
@@ -160,7 +160,7 @@ def _language_model(self:ULMFiT, stage, source, text_col, direction, start, o, c
     self.stage(direction, stage).close(learn.recorder)
     return learn
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #ef33595b
+# %% ../../nbs/55_learners.ulmfit.ipynb #bf5f54e3
 def _maybe_tuple(res): return res[0] if len(res)==1 else tuple(res)
 
 @patch
@@ -168,7 +168,7 @@ def _source(self:ULMFiT, source, text_col):
     "Tokenise a source once for both directions"
     return source if isinstance(source, (DataLoaders, TokenizedTexts)) else self.tokenize(read_texts(source, text_col))
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #c25b2767
+# %% ../../nbs/55_learners.ulmfit.ipynb #15f928e9
 @patch
 def pretrain(self:ULMFiT,
     source=None, # Texts: a DataFrame, a table file, a folder, an iterator of strings; or DataLoaders
@@ -189,7 +189,7 @@ def pretrain(self:ULMFiT,
     o = dict(epochs=epochs, lr=lr, wd=wd, drop_mult=drop_mult, bs=bs, valid_pct=valid_pct)
     return _maybe_tuple([self._language_model('general', source, text_col, d, None, o, cbs) for d in self.directions])
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #f6e46683
+# %% ../../nbs/55_learners.ulmfit.ipynb #2e20a228
 @patch
 def _take_over(self:ULMFiT, weights, direction):
     "Make an encoder from elsewhere the result of stage 1"
@@ -205,7 +205,7 @@ def _take_over(self:ULMFiT, weights, direction):
         self.stage(direction, 'general').close()
     return weights
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #431ab340
+# %% ../../nbs/55_learners.ulmfit.ipynb #8b122e9b
 @patch
 def _start_encoder(self:ULMFiT, start, direction, stages):
     "The encoder to start from: `auto` is the last stage done, `None` from scratch"
@@ -218,7 +218,7 @@ def _start_encoder(self:ULMFiT, start, direction, stages):
     done = [s for s in stages if (self.stage(direction, s).folder/'encoder.safetensors').exists()]
     return self.encoder(done[-1], direction) if done else None
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #8553ca89
+# %% ../../nbs/55_learners.ulmfit.ipynb #f4440ac7
 @patch
 def finetune_lm(self:ULMFiT,
     source, # Texts of the domain, labelled or not: see `pretrain`
@@ -243,7 +243,7 @@ def finetune_lm(self:ULMFiT,
         res.append(self._language_model('domain', source, text_col, d, start, o, cbs))
     return _maybe_tuple(res)
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #a73eee82
+# %% ../../nbs/55_learners.ulmfit.ipynb #61151706
 @patch
 def _rows(self:ULMFiT, source, text_col, label_col, target, label_delim, valid_col, valid_pct):
     "Texts, labels, kind of target and split of a source"
@@ -258,7 +258,7 @@ def _rows(self:ULMFiT, source, text_col, label_col, target, label_delim, valid_c
     train,valid = split_rows(labels, target, valid, valid_pct, self.seed)
     return self.tokenize(texts),labels,target,train,valid
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #f98474ef
+# %% ../../nbs/55_learners.ulmfit.ipynb #7ebd429c
 @patch
 def _clas_dls(self:ULMFiT, source, direction, start, bs):
     "DataLoaders, kind of target and digest of what `_rows` gives, or of the user's own DataLoaders"
@@ -270,7 +270,7 @@ def _clas_dls(self:ULMFiT, source, direction, start, bs):
     dls = classifier_dls(texts, labels, target, train, valid, vocab, self.tok, self.rules, bs, self.seq_len, direction=='backward')
     return dls,target,digest(texts.words, texts.ids.tobytes(), labels, train, valid)
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #1832b4d7
+# %% ../../nbs/55_learners.ulmfit.ipynb #f5c1fe1f
 @patch
 def _classifier(self:ULMFiT, name, source, direction, start, o, fit, metrics, cbs):
     "Train (or take up, or find done) the classifier of one direction"
@@ -288,7 +288,7 @@ def _classifier(self:ULMFiT, name, source, direction, start, o, fit, metrics, cb
     st.close(learn.recorder)
     return learn
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #feb5395f
+# %% ../../nbs/55_learners.ulmfit.ipynb #11c2596b
 @patch
 def classifier(self:ULMFiT,
     source, # A DataFrame or table file with texts and labels, a folder with a subfolder a class, or DataLoaders
@@ -325,7 +325,7 @@ def classifier(self:ULMFiT,
         res.append(self._classifier(name, source, d, start, o, fit, metrics, cbs))
     return BidirectionalLearner(*res) if len(res)==2 else res[0]
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #262f5d66
+# %% ../../nbs/55_learners.ulmfit.ipynb #cd753b74
 @patch
 def _load_one(self:ULMFiT, name, direction):
     f = self.stage(direction, name).folder/'model.safetensors'
