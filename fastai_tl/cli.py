@@ -21,21 +21,19 @@ SETTINGS = dict(data=str, out=str, text_col=str, label_col=str, seed=int, bidire
                 emb_sz=int, n_hid=int, n_layers=int, max_vocab=int, lm_epochs=int, lm_bs=int, # of the language models
                 epochs=_list(int), rates=_list(float), bs=int, drop_mult=float) # of the classifier
 
-# %% ../nbs/99_cli.ipynb #8e9f017d
+# %% ../nbs/99_cli.ipynb #24115479
 def read_settings(
     file=None # The file; `settings.ini` in this folder, if there is one, when `None`
 ) -> dict: # Name to value
     "Read the section `[fastai_tl]` of a settings file"
     path = Path(file or 'settings.ini')
     if file is not None and not path.is_file(): raise FastaiTLError(f'{path} must be a settings file', 'nothing there')
-    ini,res = configparser.ConfigParser(inline_comment_prefixes=('#',)),{}
+    ini,res = configparser.ConfigParser(inline_comment_prefixes=('#',), default_section='no section lends to others'),{}
     try: ini.read(path, encoding='utf-8')
     except configparser.Error as e:
         if file is None: return {} # somebody else's file
         raise FastaiTLError(f'{path} must be a settings file', str(e).splitlines()[0]) from None
-    for k,v in (ini['fastai_tl'].items() if 'fastai_tl' in ini else ()):
-        if k in ini.defaults() and k not in ini._sections['fastai_tl']: continue
-        res |= _one(path, k, v.strip())
+    for k,v in (ini['fastai_tl'].items() if 'fastai_tl' in ini else ()): res |= _one(path, k, v.strip())
     return res
 
 # %% ../nbs/99_cli.ipynb #2f57e04e
@@ -93,7 +91,7 @@ def _status(a):
         st = ULMFiT(r).status()
         print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
 
-# %% ../nbs/99_cli.ipynb #757098fb
+# %% ../nbs/99_cli.ipynb #6841eb92
 def _predict(a):
     from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
@@ -103,20 +101,17 @@ def _predict(a):
     ulm = ULMFiT(Path(a.run)/'runs'/'stages 1+2', config=s['size']['config'], bidirectional=s['bidirectional'], progress=False)
     learn = ulm.load_classifier(s['chosen']['stages 1 and 2']['name'])
     texts = a.texts or [l.strip() for l in sys.stdin if l.strip()]
-    for one in ([learn.forward] if s['bidirectional'] else [learn]): one.remove_cb(one.progress)
     for t in texts:
-        label,idx,p = learn.predict(t)
+        with learn.no_bar(): label,idx,p = learn.predict(t)
         print(f'{label}\t{float(p.max()):.3f}\t{t}')
 
-# %% ../nbs/99_cli.ipynb #3e9bdfc8
+# %% ../nbs/99_cli.ipynb #2cf5f1b5
 def main(
     args=None # Words of the command line; those of the process if `None`
 ) -> int: # Exit status: 0 done, 1 an error for the user, 130 stopped
     "The `fastai-tl` command"
     a = _parser().parse_args(args)
     try: {'quickstart': _quickstart, 'status': _status, 'predict': _predict}[a.command](a)
-    except FastaiTLError as e: print(f'fastai-tl: {_own(e)}', file=sys.stderr); return 1
+    except FastaiTLError as e: print(f'fastai-tl: {e.message}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nStopped. The same command goes on from the last finished epoch.', file=sys.stderr); return 130
     return 0
-
-def _own(e): return '. '.join(o for o in (e.expected, e.got and f'Got {e.got}', e.todo) if o) # fastai writes a callback's name into the message

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.all import L
 from fastai.torch_core import set_seed
 
-# %% ../nbs/00_core.ipynb #c3d7aa2a
+# %% ../nbs/00_core.ipynb #1a4734f4
 class FastaiTLError(ValueError):
     "An error for the user: what was expected, what came, and what to do"
     def __init__(self,
@@ -23,7 +23,8 @@ class FastaiTLError(ValueError):
     ):
         self.expected,self.got,self.todo = expected,got,todo
         msg = '. '.join(o for o in (expected, got and f'Got {got}', todo) if o)
-        super().__init__(msg if msg.endswith('?') else msg + '.')
+        self.message = msg if msg.endswith('?') else msg + '.' # fastai writes a callback's name into `args`
+        super().__init__(self.message)
 
 # %% ../nbs/00_core.ipynb #f3a98ec5
 class DataError(FastaiTLError): "Texts, labels or files that cannot be used as they are"

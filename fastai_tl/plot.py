@@ -25,18 +25,20 @@ def has_cjk(
     "Is there a Chinese, Japanese or Korean character in any of `texts`?"
     return any(has_cjk(*o) if isinstance(o, (list, tuple, np.ndarray)) else bool(_cjk.search(str(o))) for o in texts)
 
-# %% ../nbs/01_plot.ipynb #8e18015e
+# %% ../nbs/01_plot.ipynb #8bd5107a
+def _preferred(fonts):
+    "The first of `CJK_FONTS` among `fonts`, variable ones left out"
+    have = {f.name for f in fonts if '[' not in str(f.fname) and 'variable' not in str(f.fname).lower()}
+    return next((o for o in CJK_FONTS if o in have), None)
+
 def find_cjk_font() -> str|None: # A family name, or `None` if there is none
     "The installed font that draws Chinese best"
     from matplotlib.font_manager import findSystemFonts, fontManager
-    for new in (False, True): # Matplotlib's list may be older than a font that was installed since
-        if new:
-            known = {f.fname for f in fontManager.ttflist}
-            for f in findSystemFonts():
-                if f not in known and _cjk_file.search(f): fontManager.addfont(f)
-        have = {f.name for f in fontManager.ttflist if '[' not in str(f.fname) and 'variable' not in str(f.fname).lower()}
-        found = next((o for o in CJK_FONTS if o in have), None)
-        if found: return found
+    if found := _preferred(fontManager.ttflist): return found
+    known = {f.fname for f in fontManager.ttflist} # the list may be older than a font that was installed since
+    for f in findSystemFonts():
+        if f not in known and _cjk_file.search(f): fontManager.addfont(f)
+    return _preferred(fontManager.ttflist)
 
 # %% ../nbs/01_plot.ipynb #581037a3
 _font = {'family': None}

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickstart.html.md"""
 __all__ = ['QUICK', 'FULL', 'QuickData', 'offline_data', 'own_data', 'imdb_data', 'majority_accuracy', 'bag_of_words_accuracy',
            'Quickstart', 'quickstart']
 
-# %% ../nbs/98_quickstart.ipynb #d73289c8
+# %% ../nbs/98_quickstart.ipynb #c0db944b
 import platform, re, time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from .data.corpus import docstring_corpus, general_corpus, label_budget
 from .data.tokenize import check_texts, column, read_folder, read_table
 from .evaluation.report import Evaluation
 from .files import atomic_path, read_json, write_json
-from .learners.bidirectional import BidirectionalLearner, text_items
+from .learners.bidirectional import text_items
 from .learners.ulmfit import ULMFiT
 from .plot import plot_panels
 from .tune.unfreeze import show_table
@@ -120,8 +120,8 @@ def bag_of_words_accuracy(
     model = GridSearchCV(pipe, {'logisticregression__C': [.3, 1, 3, 10, 30, 100]}, cv=folds) if folds>1 else pipe
     return float(model.fit(train.text, train.label).score(test.text, test.label))
 
-# %% ../nbs/98_quickstart.ipynb #46701c50
-QUICK = dict(config=dict(emb_sz=128, n_hid=256, n_layers=1), max_vocab=8_000, lm=dict(epochs=2, bs=32, drop_mult=.1, wd=.01), general_lr=2e-2, scratch_lr=2e-2, domain_lr=1e-2, head_lr=2e-2,
+# %% ../nbs/98_quickstart.ipynb #25292a6c
+QUICK = dict(config=dict(emb_sz=128, n_hid=256, n_layers=1), max_vocab=8_000, lm=dict(epochs=2, bs=32, drop_mult=.1, wd=.01), general_lr=2e-2, scratch_lr=2e-2, domain_lr=1e-2,
              epochs=[4,4,8], drop_mult=.3, bs=32, rates=(1e-2, 3e-2), scratch_rates=(1e-2, 3e-2, 1e-1), domain_tokens=600_000)
 FULL = dict(QUICK, config=dict(emb_sz=400, n_hid=1152, n_layers=3), max_vocab=60_000, lm=dict(epochs=10, bs=64, drop_mult=.5, wd=.1), general_lr=5e-3, scratch_lr=5e-3, domain_lr=2e-3,
             epochs=[2,2,2,6], bs=64, rates=(1e-2, 2e-2), scratch_rates=(1e-2, 2e-2, 5e-2), domain_tokens=None)
@@ -189,7 +189,7 @@ def language_models(self:Quickstart):
     self.step('Stage 2: the language of the domain, after stage 1', lambda: both.finetune_lm(domain, lr=s['domain_lr'], head_epochs=0, **s['lm']))
     self.step('Stage 2 alone, for comparison', lambda: alone.finetune_lm(domain, encoder=None, lr=s['scratch_lr'], **s['lm']))
 
-# %% ../nbs/98_quickstart.ipynb #88d4a2e1
+# %% ../nbs/98_quickstart.ipynb #a27bf1b0
 @patch
 def classifier(self:Quickstart,
     name:str, # Run
@@ -199,14 +199,12 @@ def classifier(self:Quickstart,
     ulm,s,best = self.ulmfit(name),self.size,None
     for lr in s['rates'] if encoder else s['scratch_rates']:
         learn = ulm.classifier(self.rows, valid_col='split', encoder=encoder, epochs=s['epochs'], lr=lr, drop_mult=s['drop_mult'], bs=s['bs'], name=f'classifier-{lr:g}')
-        with _one(learn).no_bar(): acc = float(learn.validate()[1])
+        with learn.no_bar(): acc = float(learn.validate()[1])
         if best is None or acc>best[0]: best = (acc, lr, learn)
     acc,lr,learn = best
     return learn,self.evaluation(ulm, learn),dict(lr=lr, valid_accuracy=acc, name=f'classifier-{lr:g}')
 
-def _one(learn): return learn.forward if isinstance(learn, BidirectionalLearner) else learn
-
-# %% ../nbs/98_quickstart.ipynb #db11ec99
+# %% ../nbs/98_quickstart.ipynb #141611d8
 @patch
 def evaluation(self:Quickstart,
     ulm:ULMFiT, # The run
@@ -214,7 +212,7 @@ def evaluation(self:Quickstart,
 ) -> Evaluation:
     "Predictions on the test rows"
     items = text_items(ulm.tokenize(list(self.test.text)))
-    with _one(learn).no_bar():
+    with learn.no_bar():
         p = (learn.get_preds(items=items) if self.bidirectional else learn.get_preds(dl=learn.dls.test_dl(items)))[0]
     classes = list(learn.dls.vocab[1])
     return Evaluation(p.numpy(), [classes.index(l) for l in self.test.label], classes, texts=list(self.test.text))
@@ -246,7 +244,7 @@ def save_figure(
     "Write a figure as PNG, atomically"
     with atomic_path(path) as p: fig.savefig(p, dpi=150, format='png')
 
-# %% ../nbs/98_quickstart.ipynb #375ce75b
+# %% ../nbs/98_quickstart.ipynb #e55040c8
 @patch
 def figures(self:Quickstart,
     learn, # The classifier
@@ -254,7 +252,7 @@ def figures(self:Quickstart,
     name:str # Its stage
 ):
     "Confusion matrix, stages and learning curves as PNG"
-    ulm,one = self.ulmfit('stages 1+2'),_one(learn)
+    ulm,one = self.ulmfit('stages 1+2'),learn.forward if self.bidirectional else learn
     save_figure(ev.plot_confusion(title=f'Test rows, accuracy {ev.accuracy:.1%}'), self.out/'confusion_matrix.png')
     if hasattr(one, 'unfreezing'): save_figure(one.unfreezing.plot(), self.out/'stages.png')
     curve = lambda v: (np.arange(1, len(v)+1), v.to_numpy())
@@ -263,7 +261,7 @@ def figures(self:Quickstart,
     panels = {'Language models': {k: curve(v.perplexity) for k,v in lms.items()}, 'Classifier': {'train': curve(h.train_loss), 'valid': curve(h.valid_loss)}}
     save_figure(plot_panels(panels, 'epoch', ['perplexity, held-out texts','loss']), self.out/'learning_curves.png')
 
-# %% ../nbs/98_quickstart.ipynb #5c8bb119
+# %% ../nbs/98_quickstart.ipynb #4a3c71f4
 _why = {True: 'Counting words is still ahead: enough labels and telling words are all that it needs. Transfer gains where labels are few and the order of words matters.',
         False: 'Counting words knows nothing of order, nor of words that the labelled texts lack; the language model has read all the texts.'}
 
@@ -276,10 +274,10 @@ def summary(self:Quickstart,
     "Everything that a reader or a program wants to know of this run"
     libs = {o: version(o) for o in ('fastai','torch','transformers','scikit-learn','numpy')}
     stages = [dict(stage=k, **v) for k,v in self.steps.items()]
-    best = accs[self.best]
-    return dict(accuracy=best, scratch_accuracy=accs['from scratch'], baseline_accuracy=accs['bag of words'], majority_accuracy=accs['majority class'],
-                best=self.best, seconds=sum(o['seconds'] for o in stages), stages=stages, table=df.reset_index().to_dict('records'), chosen=chosen, data=self.data.name,
-                rows=self.data.labelled.split.value_counts().to_dict(), classes=sorted(self.data.labelled.label.unique()), model=f"runs/stages 1+2/forward/{chosen['stages 1 and 2']['name']}/model.safetensors",
+    best = 'stages 1 and 2'
+    return dict(accuracy=accs[best], scratch_accuracy=accs['from scratch'], baseline_accuracy=accs['bag of words'], majority_accuracy=accs['majority class'],
+                best=best, seconds=sum(o['seconds'] for o in stages), stages=stages, table=df.reset_index().to_dict('records'), chosen=chosen, data=self.data.name,
+                rows=self.data.labelled.split.value_counts().to_dict(), classes=sorted(self.data.labelled.label.unique()), model=f"runs/stages 1+2/forward/{chosen[best]['name']}/model.safetensors",
                 seed=self.seed, bidirectional=self.bidirectional, size=self.size, versions=dict(fastai_tl=_own_version(), python=platform.python_version(), **libs))
 
 # %% ../nbs/98_quickstart.ipynb #16412850
@@ -287,25 +285,24 @@ def _own_version():
     from fastai_tl import __version__
     return __version__
 
-# %% ../nbs/98_quickstart.ipynb #f3c024c4
+# %% ../nbs/98_quickstart.ipynb #16270397
 @patch
 def run(self:Quickstart) -> dict: # The summary
     "All steps, the table, the figures and summary.json"
     accs = self.step('What has to be beaten', lambda: {'majority class': majority_accuracy(self.data.labelled), 'bag of words': bag_of_words_accuracy(self.data.labelled)})
     self.language_models()
-    chosen,last = {},{}
+    chosen = {}
     for label,name,enc in (('from scratch','scratch',None), ('stage 2','stage 2','domain'), ('stages 1 and 2','stages 1+2','domain')):
         learn,ev,chosen[label] = self.step(f'Stage 3: the classifier, {label}', lambda: self.classifier(name, enc))
-        accs[label],last = ev.accuracy,dict(learn=learn, ev=ev)
-    self.best = 'stages 1 and 2'
+        accs[label] = ev.accuracy
     df = self.table(accs)
-    self.figures(last['learn'], last['ev'], chosen['stages 1 and 2']['name'])
+    self.figures(learn, ev, chosen[label]['name']) # of the last one, which has both stages
     with atomic_path(self.out/'table.csv') as p: df.to_csv(p)
     res = self.summary(df, accs, chosen)
     write_json(self.out/'summary.json', res)
     if self.progress:
         print(f'\n{self.data.name}; {len(self.test):,} test rows'); show_table(df)
-        print(f"\n{_why[accs['bag of words']>accs[self.best]]}\n{res['seconds']:.0f} seconds; results in {self.out}/")
+        print(f"\n{_why[accs['bag of words']>accs[label]]}\n{res['seconds']:.0f} seconds; results in {self.out}/")
     return res
 
 # %% ../nbs/98_quickstart.ipynb #01ae4656

@@ -54,7 +54,7 @@ def test_killed_ten_times(runs, whole, tmp_path):
     result, seconds = whole
     moments = sorted(random.Random(0).uniform(0, seconds) for _ in range(KILLS))
     killed = sum(runs.run(tmp_path, kill_after=b-a) for a,b in zip([0]+moments, moments))
-    assert killed >= 3, 'the machine has become much faster since: too few kills came before the end'
+    assert killed >= KILLS//2, 'the machine changed its speed: too few kills came before the end'
     assert not runs.run(tmp_path)
     assert json.loads((tmp_path/'result.json').read_text()) == result
 

@@ -7,7 +7,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.bidirectional.html.md"""
 # %% auto #0
 __all__ = ['BidirectionalLearner', 'text_items']
 
-# %% ../../nbs/54_learners.bidirectional.ipynb #1bc6b7c6
+# %% ../../nbs/54_learners.bidirectional.ipynb #e0a7e9dc
+from contextlib import nullcontext
 from types import SimpleNamespace
 import torch
 from fastcore.all import L, patch
@@ -15,7 +16,7 @@ from fastai.learner import Learner
 from fastai.losses import BaseLoss
 from ..core import FastaiTLError
 
-# %% ../../nbs/54_learners.bidirectional.ipynb #f37b6c2a
+# %% ../../nbs/54_learners.bidirectional.ipynb #a0b0006b
 class BidirectionalLearner:
     "Two classifiers whose probabilities are averaged"
     def __init__(self,
@@ -31,6 +32,7 @@ class BidirectionalLearner:
     def dls(self): "The forward classifier's DataLoaders, for their vocabulary and rows"; return self.forward.dls
     @property
     def loss_func(self): "The forward classifier's loss"; return self.forward.loss_func
+    def no_bar(self): "A context without progress bars, as a Learner's; there are none here"; return nullcontext(self)
     def __repr__(self): return f'BidirectionalLearner(classes={self.dls.vocab[1] if len(self.dls.vocab)==2 else None})'
 
 # %% ../../nbs/54_learners.bidirectional.ipynb #fe4ca595
