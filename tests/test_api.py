@@ -4,6 +4,7 @@ import ast,importlib,inspect,types
 
 import pytest
 from fastcore.docments import docments
+from fasttransform import Transform
 
 from repo import *
 from test_law import all_patches, patched
@@ -19,7 +20,7 @@ def function(o): return inspect.unwrap(getattr(o, 'func', None) or getattr(o, 'f
 
 def inherited(cls, name):
     "Is `name` a method that `cls` overrides, documented where it comes from?"
-    return any(name in vars(b) for b in cls.__mro__[1:])
+    return any(name in vars(b) for b in cls.__mro__[1:]) or (issubclass(cls, Transform) and name in ('encodes','decodes','setups'))
 
 
 def public_methods(cls):

@@ -156,7 +156,13 @@ def check_split(
     if len(known)<(2 if target=='single' else 1): raise DataError('At least two classes are needed', f'only {shorten(known)}' if known else 'no label')
     return sorted(known, key=lambda l: (str(type(l)), l))
 
-# %% ../../nbs/13_data.blocks.ipynb #442dd6a6
+# %% ../../nbs/13_data.blocks.ipynb #b175a713
+def target_tfms(target, classes):
+    "fastai's transforms for a kind of target"
+    if target=='single': return [Categorize(vocab=classes, sort=False)]
+    return [MultiCategorize(vocab=classes), OneHotEncode(len(classes))] if target=='multi' else [RegressionSetup(c=1)]
+
+# %% ../../nbs/13_data.blocks.ipynb #f2da1215
 def classifier_dls(
     texts:TokenizedTexts, # Tokenised texts
     labels:list, # One a text, as `check_labels` returns them
@@ -176,9 +182,8 @@ def classifier_dls(
     idxs = train+valid
     items = [[texts[i], labels[i]] for i in idxs] # lists, since fastai maps transforms over the members of a tuple
     x = [itemgetter(0), Tokenizer(tok or WordLevelTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
-    y = {'single': lambda: [Categorize(vocab=classes, sort=False)], 'multi': lambda: [MultiCategorize(vocab=classes), OneHotEncode(len(classes))], 'regression': lambda: [RegressionSetup(c=1)]}[target]()
     n = len(train)
-    dsets = Datasets(items, [x, [itemgetter(1)]+y], splits=[list(range(n)), list(range(n, len(items)))], dl_type=SortedDL, n_inp=1)
+    dsets = Datasets(items, [x, [itemgetter(1)]+target_tfms(target, classes)], splits=[list(range(n)), list(range(n, len(items)))], dl_type=SortedDL, n_inp=1)
     kw,bs = dict(before_batch=Pad_Chunk(seq_len=seq_len), num_workers=0),min(bs, n)
     return DataLoaders(SortedDL(dsets.train, res=texts.lens[train].tolist(), bs=bs, shuffle=True, drop_last=n%bs==1 and n>1, **kw),
                        SortedDL(dsets.valid, res=texts.lens[valid].tolist(), bs=bs*2, **kw), path=path, device=default_device())

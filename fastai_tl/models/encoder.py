@@ -130,15 +130,15 @@ def match_vocab(
     if counts: missing.sort(key=lambda w: -counts.get(w, 0))
     return rows,EncoderMatch(len(ordinary)-len(missing), len(ordinary), share, missing)
 
-# %% ../../nbs/23_models.encoder.ipynb #b0cce4da
-def _rows(w, rows):
+# %% ../../nbs/23_models.encoder.ipynb #83733d92
+def map_rows(w, rows):
     "Rows of `w` by index, the mean row for -1"
     idx = torch.tensor(rows)
     res = w[idx.clamp(min=0)].clone()
     res[idx<0] = w.mean(0)
     return res
 
-# %% ../../nbs/23_models.encoder.ipynb #4102b35d
+# %% ../../nbs/23_models.encoder.ipynb #61ca8ce6
 @patch
 def into(self:Encoder,
     model, # A language model or classifier with an AWD_LSTM of the same size
@@ -151,12 +151,12 @@ def into(self:Encoder,
     self._check_sizes(_config(enc))
     rows,match = match_vocab(self.vocab, vocab, counts)
     if match.types and not match.found: raise self._no_overlap(vocab, tokenizer)
-    sd = {k: _rows(w, rows) if k=='encoder.weight' else w for k,w in self.weights.items()}
+    sd = {k: map_rows(w, rows) if k=='encoder.weight' else w for k,w in self.weights.items()}
     sd[_tied] = sd['encoder.weight']
     enc.load_state_dict(sd)
     enc.reset()
     dec = getattr(model[1] if isinstance(model, torch.nn.Sequential) else None, 'decoder', None)
-    if dec is not None and dec.bias is not None and self.decoder_bias is not None: dec.bias.data.copy_(_rows(self.decoder_bias, rows))
+    if dec is not None and dec.bias is not None and self.decoder_bias is not None: dec.bias.data.copy_(map_rows(self.decoder_bias, rows))
     return match
 
 # %% ../../nbs/23_models.encoder.ipynb #bc95e4ec
