@@ -11,6 +11,7 @@ from .models.encoder import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
+from .tune.precision import *
 from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
