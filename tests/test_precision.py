@@ -71,7 +71,8 @@ def awd_learners(rows, folder):
     seed_everything(0)
     lm = awd_lm_learner(language_model_dls(tt, vocab, bs=4, seq_len=12), config, drop_mult=.5, metrics=[])
     seed_everything(0)
-    cls = awd_classifier_learner(classifier_dls(tt, rows.label.tolist(), vocab, bs=8, valid_pct=.2, path=folder), config, drop_mult=.5)
+    dls = classifier_dls(tt, rows.label.tolist(), 'single', list(range(48)), list(range(48, 60)), vocab, bs=8, path=folder)
+    cls = awd_classifier_learner(dls, 'single', 2, config)
     return lm,cls
 
 
@@ -91,8 +92,9 @@ def test_awd_lstm_in_bf16(rows, tmp_path, which):
     "With weight dropout and with AR and TAR, whose terms are sums of squares in float32"
     learn = awd_learners(rows, tmp_path)[which].to_mixed_precision(**BF16)
     assert dtypes(learn, (nn.LSTM, nn.Linear), 'fit_one_cycle', 1, 1e-2) == {torch.bfloat16}
-    assert dtypes(learn, (nn.LSTM, nn.Linear), 'get_preds') == {torch.bfloat16}
-    assert learn.loss_func is not None and quiet(learn, 'get_preds')[0].dtype == torch.float32
+    no_order = dict(reorder=False) # fastai cannot reorder the predictions of a language model, in whatever precision
+    assert dtypes(learn, (nn.LSTM, nn.Linear), 'get_preds', **no_order) == {torch.bfloat16}
+    assert quiet(learn, 'get_preds', **no_order)[0].dtype == torch.float32
 
 
 def test_predict_in_bf16(rows, tmp_path):
@@ -108,17 +110,18 @@ def test_predict_in_bf16(rows, tmp_path):
 # --- the figures are those of float32, but for rounding ---
 
 def test_loss_is_close_to_that_of_float32(rows, tmp_path):
-    """The same seeds, so the same masks of dropout. One bfloat16 number is off by at most 2**-9 (8 bits of fraction, the leading one implied); the losses, being
-    averages in float32, by less (measured: 1e-5 to 1e-3 after three epochs). 2**-8 is asked for; another seed moves the same losses by more, which is checked too."""
+    """The same seeds, so the same masks of dropout. A bfloat16 number is off by at most 2**-9 of itself (8 bits of fraction with the implied one); a loss, an average in float32 over
+    many such errors of either sign, has to be closer than that (measured: 3e-5 to 3e-4). Another seed moves it further than bfloat16 does."""
     for make in (lambda: bert_learner(), lambda: awd_learners(rows, tmp_path)[0], lambda: awd_learners(rows, tmp_path)[1]):
         valid = []
-        for mixed in (False, True):
+        for seed,mixed in ((3, False), (3, True), (4, False)):
             learn = make()
             if mixed: learn.to_mixed_precision(**BF16)
-            seed_everything(3)
+            seed_everything(seed)
             quiet(learn, 'fit_one_cycle', 3, 2e-3)
             valid.append(learn.recorder.values[-1][1])
-        assert valid[0] != valid[1] and abs(valid[0]-valid[1])/valid[0] < 2**-8, valid
+        exact,rounded,other = valid
+        assert 0 < abs(rounded-exact)/exact < 2**-9 and abs(rounded-exact) < abs(other-exact), valid
 
 
 def test_learns_in_bf16():
@@ -227,23 +230,23 @@ def test_export_and_load(rows, tmp_path):
 
 def test_validate_within_a_fit():
     "A callback's own `validate()` ends with `after_fit`; the fit around it goes on in mixed precision"
-    class Validate(Callback):
-        order,losses = 70,[]
+    class ValidateAgain(Callback):
+        order,losses,inside = 70,[],False
         def after_epoch(self):
-            if hasattr(self.learn, 'inner_run'): return
-            self.learn.inner_run = True
+            if self.inside: return
+            self.inside = True
             self.losses.append(self.learn.validate()[0])
-            del self.learn.inner_run
+            self.inside = False
     learn = bert_learner().to_mixed_precision(**BF16)
-    assert dtypes(learn, nn.Linear, 'fit', 2, cbs=Validate()) == {torch.bfloat16} and len(Validate.losses) == 2
+    assert dtypes(learn, nn.Linear, 'fit', 2, cbs=ValidateAgain()) == {torch.bfloat16} and len(ValidateAgain.losses) == 2
 
 
 # --- when something goes wrong ---
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError, CancelBatchException])
-@pytest.mark.parametrize('where', ['forward', 'loss', 'before_batch'])
-def test_autocast_is_left_however_a_batch_ends(error, where):
-    if where == 'before_batch' and error is not CancelBatchException: pytest.skip('only a batch that has begun is guarded')
+ENDS = [(w, e) for w in ('forward', 'loss') for e in (KeyboardInterrupt, RuntimeError, CancelBatchException)] + [('before_batch', CancelBatchException)]
+
+@pytest.mark.parametrize('where,error', ENDS, ids=[f'{w}-{e.__name__}' for w,e in ENDS])
+def test_autocast_is_left_however_a_batch_ends(where, error):
     def fail(*args, **kwargs): raise error('here')
     learn = bert_learner().to_mixed_precision(**BF16)
     if where == 'forward': learn.model.bert.classifier.register_forward_pre_hook(fail)

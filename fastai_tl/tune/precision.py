@@ -74,7 +74,7 @@ def _choose(self:AutocastPrecision, kind):
     self._said = reasons[0]
     return torch.float32
 
-# %% ../../nbs/33_tune.precision.ipynb #d55c20dd
+# %% ../../nbs/33_tune.precision.ipynb #8dec320b
 def _guarded_batch(learn, cb):
     "A batch that leaves autocast however it ends; errors and interrupts fire no event of fastai's"
     try: type(learn)._do_one_batch(learn)
@@ -85,6 +85,7 @@ def _leave(self:AutocastPrecision):
     if self._inside: self.autocast.__exit__(None, None, None)
     self._inside = False
 
+# %% ../../nbs/33_tune.precision.ipynb #26182fef
 @patch
 def before_fit(self:AutocastPrecision):
     "Choose the dtype for the device, and make autocast and scaler"
@@ -97,7 +98,7 @@ def before_fit(self:AutocastPrecision):
     self.learn.scaler,self.scales = GradScaler(kind, **{**self.kwargs, 'enabled': self.compute_dtype==torch.float16}),L()
     self.learn._do_one_batch = partial(_guarded_batch, self.learn, self)
 
-# %% ../../nbs/33_tune.precision.ipynb #6405003d
+# %% ../../nbs/33_tune.precision.ipynb #2ac663f0
 @patch
 def before_batch(self:AutocastPrecision):
     "Enter autocast"
@@ -119,7 +120,7 @@ def after_fit(self:AutocastPrecision):
     self.autocast,self.learn.scaler = None,None
     self.learn.__dict__.pop('_do_one_batch', None)
 
-# %% ../../nbs/33_tune.precision.ipynb #28156dc9
+# %% ../../nbs/33_tune.precision.ipynb #67c27f22
 @patch
 def state_dict(self:AutocastPrecision) -> dict: # Numbers; empty unless float16 is in use
     "The loss scale and when it was last raised"
@@ -132,7 +133,7 @@ def load_state_dict(self:AutocastPrecision,
     "Go on with the loss scale of an earlier fit"
     if sd and self.learn.scaler.is_enabled(): self.learn.scaler.load_state_dict(sd)
 
-# %% ../../nbs/33_tune.precision.ipynb #1369cd1d
+# %% ../../nbs/33_tune.precision.ipynb #c9e87851
 @patch
 def to_mixed_precision(self:Learner,
     dtype=None, # `bf16` or `fp16`, also as a PyTorch dtype; the best that the device has if `None`
