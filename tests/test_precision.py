@@ -228,17 +228,17 @@ def test_export_and_load(rows, tmp_path):
     assert dtypes(learn, nn.Linear, 'fit', 1) == {torch.bfloat16}   # and the first goes on
 
 
-def test_validate_within_a_fit():
+def test_validate_within_a_fit(tmp_path):
     "A callback's own `validate()` ends with `after_fit`; the fit around it goes on in mixed precision"
     class ValidateAgain(Callback):
-        order,losses,inside = 70,[],False
+        order,losses,inside = ResumableFit.order-1,[],False
         def after_epoch(self):
             if self.inside: return
             self.inside = True
             self.losses.append(self.learn.validate()[0])
             self.inside = False
     learn = bert_learner().to_mixed_precision(**BF16)
-    assert dtypes(learn, nn.Linear, 'fit', 2, cbs=ValidateAgain()) == {torch.bfloat16} and len(ValidateAgain.losses) == 2
+    assert dtypes(learn, nn.Linear, 'fit', 2, cbs=[ValidateAgain(), ResumableFit(tmp_path/'fit')]) == {torch.bfloat16} and len(ValidateAgain.losses) == 2
 
 
 # --- when something goes wrong ---
@@ -284,6 +284,12 @@ def test_float16_on_a_cpu_falls_back():
 def test_flags_of_a_cpu(monkeypatch, flag, has):
     no_bf16(monkeypatch, {flag: True})
     assert has_bf16() is has and has_bf16('cpu') is has
+
+
+def test_no_device_no_bf16():
+    "Devices that are not there are not asked for more"
+    kinds = dict(cuda=torch.cuda.is_available(), xpu=torch.xpu.is_available(), mps=torch.backends.mps.is_available(), meta=False)
+    assert not any(has_bf16(k) for k,there in kinds.items() if not there)
 
 
 def test_older_pytorch_cannot_tell(monkeypatch):

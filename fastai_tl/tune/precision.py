@@ -7,18 +7,18 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.precision.html.md"""
 # %% auto #0
 __all__ = ['has_bf16', 'AutocastPrecision']
 
-# %% ../../nbs/33_tune.precision.ipynb #e9a4ba0a
+# %% ../../nbs/33_tune.precision.ipynb #c8a1cafb
 import warnings
 from contextlib import nullcontext
 from functools import partial
 import torch
 from torch.amp import GradScaler, autocast, is_autocast_available
-from fastcore.all import L, patch
+from fastcore.all import L, patch, risinstance
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import Learner
 from ..core import FastaiTLError, unknown_option
 
-# %% ../../nbs/33_tune.precision.ipynb #a5ca2b6d
+# %% ../../nbs/33_tune.precision.ipynb #84fd7ef2
 _CPU_BF16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16') # x86, x86, ARM, ARM
 
 def has_bf16(
@@ -31,7 +31,7 @@ def has_bf16(
         return any(flags.get(o, False) for o in _CPU_BF16)
     if kind=='cuda': return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind=='xpu': return torch.xpu.is_bf16_supported(including_emulation=False)
-    return kind=='mps' and torch.backends.mps.is_macos_or_newer(14, 0)
+    return kind=='mps' and torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
 
 # %% ../../nbs/33_tune.precision.ipynb #c7ee4340
 _DTYPES = dict(bf16=torch.bfloat16, bfloat16=torch.bfloat16, fp16=torch.float16, float16=torch.float16)
@@ -85,12 +85,12 @@ def _leave(self:AutocastPrecision):
     if self._inside: self.autocast.__exit__(None, None, None)
     self._inside = False
 
-# %% ../../nbs/33_tune.precision.ipynb #26182fef
+# %% ../../nbs/33_tune.precision.ipynb #1fafef93
 @patch
 def before_fit(self:AutocastPrecision):
     "Choose the dtype for the device, and make autocast and scaler"
     self._leave()
-    if len(L(self.learn.cbs).filter(lambda cb: isinstance(cb, (MixedPrecision, NonNativeMixedPrecision))))>1:
+    if len(self.learn.cbs.filter(risinstance((MixedPrecision, NonNativeMixedPrecision))))>1:
         raise FastaiTLError('A Learner can have one mixed precision', 'two', 'Take both away with `learn.to_fp32()` (`learn.to_non_native_fp32()`), and call `to_mixed_precision` again')
     kind = next(self.model.parameters()).device.type # fastai moves each batch there
     self.compute_dtype = self._choose(kind)
@@ -120,11 +120,11 @@ def after_fit(self:AutocastPrecision):
     self.autocast,self.learn.scaler = None,None
     self.learn.__dict__.pop('_do_one_batch', None)
 
-# %% ../../nbs/33_tune.precision.ipynb #67c27f22
+# %% ../../nbs/33_tune.precision.ipynb #b0a8f458
 @patch
 def state_dict(self:AutocastPrecision) -> dict: # Numbers; empty unless float16 is in use
     "The loss scale and when it was last raised"
-    return self.learn.scaler.state_dict()
+    return {} if self.learn.scaler is None else self.learn.scaler.state_dict()
 
 @patch
 def load_state_dict(self:AutocastPrecision,
