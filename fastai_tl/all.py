@@ -14,6 +14,7 @@ from .models.hf import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
+from .tune.precision import *
 from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
