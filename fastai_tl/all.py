@@ -6,6 +6,7 @@ from .files import *
 from .data.tokenize import *
 from .data.blocks import *
 from .data.corpus import *
+from .data.duplicates import *
 from .models.groups import *
 from .models.encoder import *
 from .tune.optim import *
@@ -19,4 +20,5 @@ from .learners.language import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
 from .evaluation.report import *
+from .evaluation.errors import *
 from .quickstart import *
