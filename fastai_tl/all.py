@@ -6,6 +6,7 @@ from .files import *
 from .data.tokenize import *
 from .data.blocks import *
 from .data.corpus import *
+from .data.folds import *
 from .data.duplicates import *
 from .models.groups import *
 from .models.encoder import *
@@ -21,4 +22,5 @@ from .learners.bidirectional import *
 from .learners.ulmfit import *
 from .evaluation.report import *
 from .evaluation.errors import *
+from .evaluation.validate import *
 from .quickstart import *
