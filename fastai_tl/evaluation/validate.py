@@ -81,7 +81,7 @@ def rows(self:FoldResults) -> np.ndarray:
     "Positions of the rows with an out-of-fold prediction"
     return np.unique(np.concatenate([f.valid for f in self.done])) if self.done else np.array([], dtype=int)
 
-# %% ../../nbs/63_evaluation.validate.ipynb #4d7e3bbd
+# %% ../../nbs/63_evaluation.validate.ipynb #d24e5ea2
 @patch
 def evaluation(self:FoldResults,
     repeat:int|None=None # Predictions of this repeat alone; averaged over repeats if `None`
@@ -90,7 +90,7 @@ def evaluation(self:FoldResults,
     folds = [f for f in self.done if repeat in (None, f.repeat)]
     if not folds: raise unknown_option('repeat', repeat, sorted({f.repeat for f in self.done}))
     evs = [self.evaluations[f.repeat,f.number] for f in folds]
-    rows,pos = np.unique(np.concatenate([f.valid for f in folds]), return_inverse=True)
+    pos = np.unique(np.concatenate([f.valid for f in folds]), return_inverse=True)[1]
     classes = list(dict.fromkeys(c for ev in evs for c in ev.classes)) if evs[0].classes is not None else None
     aligned = [_aligned(ev, classes) for ev in evs]
     n,first = np.bincount(pos),np.unique(pos, return_index=True)[1]
@@ -151,7 +151,7 @@ def compare(self:FoldResults,
     rows = {m: dict(this=a[m].mean(), other=b[m].mean(), **corrected_ttest(a[m]-b[m], self._ratio(), level)) for m in self.metric_names if m in b}
     return pd.DataFrame(rows).T.rename(columns={'mean': 'difference'})
 
-# %% ../../nbs/63_evaluation.validate.ipynb #8cba48d9
+# %% ../../nbs/63_evaluation.validate.ipynb #6940a4c6
 def _evaluated(made):
     "The `Evaluation` of what a factory returned"
     if isinstance(made, Evaluation): return made
@@ -161,20 +161,21 @@ def _evaluated(made):
     with made.no_bar(): return made.evaluate()
 
 def _label_names(ev):
+    if ev.target=='regression': return ev.targets.reshape(-1).astype(float).tolist()
     if ev.target=='single': return [str(ev.classes[int(t)]) for t in ev.targets]
-    if ev.target=='multi': return [sorted(str(c) for c,o in zip(ev.classes, row) if o) for row in ev.targets]
-    return [round(float(t), 3) for t in ev.targets.reshape(-1)]
+    return [sorted(str(c) for c,o in zip(ev.classes, row) if o) for row in ev.targets]
 
-# %% ../../nbs/63_evaluation.validate.ipynb #fd0a055a
+# %% ../../nbs/63_evaluation.validate.ipynb #ff8fcfd0
 def _check_rows(ev, labels, index, label_delim):
     "Are these the validation rows, in their order?"
     todo = 'Put `valid_df`, whole and in its order, into the validation set; for labels that you change on purpose pass `label_col=None`'
     if len(ev)!=len(index): raise DataError(f'The validation set must be the {len(index)} rows of `valid_df`', f'{len(ev)} rows', todo)
     if labels is None: return
-    want,_ = check_labels(labels, index, ev.target, label_delim)
-    want = [sorted(map(str, l)) for l in want] if ev.target=='multi' else [str(l) for l in want] if ev.target=='single' else [round(float(l), 3) for l in want]
-    bad = [i for i,(a,b) in enumerate(zip(_label_names(ev), want)) if a!=b and not (ev.target=='regression' and abs(a-b)<=2e-3*max(1, abs(b)))]
-    if bad: raise DataError('The validation set must have the labels of `valid_df`', f'{_label_names(ev)[bad[0]]!r} instead of {want[bad[0]]!r} in row {index[bad[0]]} ({len(bad)} rows differ)', todo)
+    got,(want,_) = _label_names(ev),check_labels(labels, index, ev.target, label_delim)
+    if ev.target!='regression': want = [sorted(map(str, l)) if ev.target=='multi' else str(l) for l in want]
+    eps = 1e-5*max(map(abs, want)) if ev.target=='regression' else 0 # targets are float32 in a Learner
+    bad = [i for i,(a,b) in enumerate(zip(got, want)) if (abs(a-b)>eps if ev.target=='regression' else a!=b)]
+    if bad: raise DataError('The validation set must have the labels of `valid_df`', f'{got[bad[0]]!r} instead of {want[bad[0]]!r} in row {index[bad[0]]} ({len(bad)} rows differ)', todo)
 
 # %% ../../nbs/63_evaluation.validate.ipynb #afde130d
 class FoldError(TrainingError):
@@ -197,7 +198,7 @@ def _load_fold(file):
     a = lambda o: None if o is None else o.numpy()
     return Evaluation(a(t['probs']), a(t['targets']), t['classes'], a(t['losses']), t['texts']),t['seconds']
 
-# %% ../../nbs/63_evaluation.validate.ipynb #56df0a07
+# %% ../../nbs/63_evaluation.validate.ipynb #c699a63a
 def run_folds(
     make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner whose validation set is `valid_df`
     df:pd.DataFrame, # One row a text
@@ -217,13 +218,13 @@ def run_folds(
         if file is not None and file.exists(): res.add(f, *_load_fold(file)); continue
         try: ev,seconds = _run_fold(make_learner, df, f, label_col, seed, label_delim)
         except Exception as e:
-            todo = f'The {len(res.done)} finished folds are in the `results` of this error' + (f', and in {out.name!r}: the same call goes on from there' if out is not None else '')
+            todo = f'Finished folds ({len(res.done)}) are in the `results` of this error' + (f' and in {out.name!r}: the same call goes on from there' if out is not None else '')
             raise FoldError(f'Fold {f.number} of repeat {f.repeat} must train and evaluate', f'{type(e).__name__}: {getattr(e, "message", e)}'.rstrip('.'), todo, res) from e
         if file is not None: _save_fold(file, ev, seconds)
         res.add(f, ev, seconds)
     return res
 
-# %% ../../nbs/63_evaluation.validate.ipynb #9476d3ae
+# %% ../../nbs/63_evaluation.validate.ipynb #14629c50
 def _begin(out, make_learner, df, folds, seed):
     "Make the folder, or check that it was begun with the same settings"
     if out is None: return None
@@ -238,9 +239,10 @@ def _run_fold(make_learner, df, f, label_col, seed, label_delim):
     "One fold: seeds, factory, one pass over the validation rows"
     start,train,valid = time.perf_counter(),df.iloc[f.train].copy(),df.iloc[f.valid].copy()
     labels = None if label_col is None else column(valid, label_col).tolist()
-    ev = _evaluated(make_learner(train, valid, seed_everything(seed, 'fold', f.repeat, f.number)))
+    made = make_learner(train, valid, seed_everything(seed, 'fold', f.repeat, f.number))
+    ev = _evaluated(made)
     _check_rows(ev, labels, df.index[f.valid], label_delim)
-    gc.collect() # a Learner and its callbacks hold each other
+    if made is not ev: del made; gc.collect() # a Learner and its callbacks hold each other
     return ev,time.perf_counter()-start
 
 # %% ../../nbs/63_evaluation.validate.ipynb #0e67105e
@@ -278,7 +280,7 @@ def time_series_validate(
     folds = time_folds(times, n_folds, valid_size, gap, train_size)
     return run_folds(make_learner, df, folds, label_col, seed, order=np.argsort(times.to_numpy(), kind='stable'), **kwargs)
 
-# %% ../../nbs/63_evaluation.validate.ipynb #62d4bf0a
+# %% ../../nbs/63_evaluation.validate.ipynb #c4053091
 def _scheme(folds, order, width=600):
     "0, 1 (training) or 2 (validation) for each fold and row, thinned out for a figure"
     m = np.zeros((len(folds), len(order)))
@@ -294,7 +296,6 @@ def plot(self:FoldResults,
     s,names = self.scores(),self.metric_names
     metric = names[0] if metric is None else metric
     if metric not in names: raise unknown_option('metric', metric, names)
-    n = max(max(f.train.max(), f.valid.max()) for f in self.folds)+1
     order = self.order if self.order is not None else np.concatenate([f.valid for f in self.done if f.repeat==self.done[0].repeat])
     with figure_style(metric) as plt: fig = _draw_folds(plt, _scheme(self.done, order), s, metric, self.summary().loc[metric], 'rows, by time' if self.order is not None else 'rows, by fold')
     plt.close(fig)
