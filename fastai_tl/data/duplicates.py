@@ -122,14 +122,16 @@ def near_duplicates(
     if names_b is not None: t['other'] = names_b[t.other]
     return t.sort_values('similarity', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../../nbs/18_data.duplicates.ipynb #00129880
+# %% ../../nbs/18_data.duplicates.ipynb #402d2511
 def _match(a, b, threshold, n, within):
     "`(row, other, similarity)` of each row of `a` that has a match in `b`; copies are matched without being compared"
     (keys,first_a),first_b = _first_rows(a),_first_rows(b)[1]
     ua,ub = [i for k,i in first_a.items() if within or k not in first_b],list(first_b.values())
-    sig_b = _sketch(b, ub, n); sig_a = sig_b if within else _sketch(a, ua, n)
-    best = {} if threshold==1 else _best_matches(lambda i: _plain(a[ua[i]]), sig_a, lambda j: _plain(b[ub[j]]), sig_b, n, threshold, within)
-    near,rows = {ua[i]: (ub[j], s) for i,(j,s) in best.items()},[]
+    near,rows = {},[]
+    if threshold<1:
+        sig_b = _sketch(b, ub, n); sig_a = sig_b if within else _sketch(a, ua, n)
+        best = _best_matches(lambda i: _plain(a[ua[i]]), sig_a, lambda j: _plain(b[ub[j]]), sig_b, n, threshold, within)
+        near = {ua[i]: (ub[j], s) for i,(j,s) in best.items()}
     for i,k in enumerate(keys):
         same = first_b.get(k, i if within else None)
         m = (same, 1.) if same is not None and not (within and same>=i) else near.get(first_a[k])
