@@ -8,6 +8,8 @@ from .data.subwords import *
 from .data.blocks import *
 from .data.loaders import *
 from .data.corpus import *
+from .data.duplicates import *
+from .data.folds import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
@@ -24,4 +26,6 @@ from .learners.language import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
 from .evaluation.report import *
+from .evaluation.errors import *
+from .evaluation.validate import *
 from .quickstart import *
