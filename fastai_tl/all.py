@@ -28,4 +28,5 @@ from .learners.ulmfit import *
 from .evaluation.report import *
 from .evaluation.errors import *
 from .evaluation.validate import *
+from .quickdata import *
 from .quickstart import *
