@@ -74,7 +74,7 @@ def _labels(ax, size, turn):
     for t in ax.get_xticklabels(): t.set(rotation=45 if turn else 0, ha='right' if turn else 'center', rotation_mode='anchor')
     for t in ax.get_yticklabels(): t.set(rotation=0)
 
-# %% ../nbs/01_plot.ipynb #48b07036
+# %% ../nbs/01_plot.ipynb #a4df284f
 def plot_heatmap(
     values, # Matrix that decides the colours
     row_labels, # One label a row
@@ -89,7 +89,8 @@ def plot_heatmap(
     "Draw a matrix as a heatmap and return its Figure"
     values,rows,cols = np.asarray(values),list(map(str, row_labels)),list(map(str, col_labels))
     n,width = max(values.shape),max(map(len, rows+cols+['']))
-    side,size = float(np.clip(.55*n+2, 3.6, 16)),float(np.clip(120/n, 5.5, 11))
+    side = float(np.clip(.55*n+2, 3.6, 16) if n<=25 else np.clip(.2*n+3, 13, 20)) # beyond, as large as the labels need
+    size = float(np.clip(120/n, 5.5, 11) if n<=25 else np.clip(side*31/n-1, 3.5, 8))
     with figure_style(rows, cols, title, xlabel, ylabel, font=font) as plt:
         import seaborn as sns
         fig,ax = plt.subplots(figsize=(side+min(width, 24)*.05+1, side*.86))
