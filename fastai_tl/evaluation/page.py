@@ -42,7 +42,8 @@ def to_frame(self:Evaluation,
 @patch
 def _names(self:Evaluation, row): return ', '.join(str(c) for c,o in zip(self.classes, row) if o)
 
-# %% ../../nbs/67_evaluation.page.ipynb #6b28b82f
+# %% ../../nbs/67_evaluation.page.ipynb #f60c1554
+_titles = dict(ece='ECE', ece_mass='ECE, equal mass', mce='MCE', brier='Brier score', nll='NLL', confidence='mean confidence')
 FIGURES = ('confusion_matrix','confidence_analysis','reliability','risk_coverage','residuals')
 
 @patch
@@ -64,16 +65,16 @@ def tables(self:Evaluation,
 ) -> dict: # Title to table
     "The tables of the page"
     res = {'Report': self.report()}
-    if self.target!='regression': res['Calibration'] = ScoreTable(pd.DataFrame([self.calibration()]))
+    if self.target!='regression': res['Calibration'] = ScoreTable(pd.DataFrame([self.calibration()]).rename(columns=_titles))
     if self.target=='single': res['Most frequent errors'] = self.most_confused()
     if self.losses is not None: res['Rows with the highest loss'] = ScoreTable(self.to_frame(errors=True).head(n).pipe(lambda d: d[[c for c in d if not str(c).startswith('p(')]]))
     return res
 
-# %% ../../nbs/67_evaluation.page.ipynb #b4726206
+# %% ../../nbs/67_evaluation.page.ipynb #e957cd33
 _css = '''body{font:16px/1.5 system-ui,"PingFang TC","Microsoft JhengHei","Noto Sans CJK TC",sans-serif;color:#1b1b1b;background:#fff;max-width:62rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}.lead{color:#555}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}th,td{padding:.25rem .7rem;border-bottom:1px solid #e6e6e6;text-align:right;vertical-align:top}
-thead th{border-bottom:2px solid #999}tbody th,td.t,td.n{text-align:left}td.t{overflow-wrap:anywhere;min-width:12rem;max-width:34rem}tbody tr:nth-child(even){background:#f7f8fa}img{max-width:100%;height:auto;display:block;margin:1rem auto}
+thead th{border-bottom:2px solid #999}tbody th,.t,.n{text-align:left!important}td.t{overflow-wrap:anywhere;min-width:12rem;max-width:34rem}tbody tr:nth-child(even){background:#f7f8fa}img{max-width:100%;height:auto;display:block;margin:1rem auto}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}.tile{border:1px solid #ddd;border-radius:.5rem;padding:.5rem 1rem;min-width:7rem}.tile b{display:block;font-size:1.4rem}'''
 
 def _cell(v, n=600):
@@ -86,7 +87,7 @@ def table_html(df, lang='en', names=0):
     df = ScoreTable(df)._printed()
     w,named = lambda o: in_words(str(o), lang),not isinstance(df.index, pd.RangeIndex) and not pd.api.types.is_integer_dtype(df.index)
     kind = [{'text': ' class="t"', 'true': ' class="n"', 'predicted': ' class="n"'}.get(str(c), '') for c in df.columns]
-    head = ('<th></th>' if named else '')+''.join(f'<th>{_cell(w(c))}</th>' for c in df.columns)
+    head = ('<th></th>' if named else '')+''.join(f'<th{k}>{_cell(w(c))}</th>' for k,c in zip(kind, df.columns))
     rows = [(f'<th>{_cell(i if j<names else w(i))}</th>' if named else '')+''.join(f'<td{k}>{_cell(v)}</td>' for k,v in zip(kind, r)) for j,(i,r) in enumerate(zip(df.index, df.itertuples(index=False, name=None)))]
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>' + ''.join(f'<tr>{r}</tr>' for r in rows) + '</tbody></table></div>'
 
@@ -106,7 +107,7 @@ def save_png(
     data = _png(fig, dpi)
     with atomic_path(path) as p: p.write_bytes(data)
 
-# %% ../../nbs/67_evaluation.page.ipynb #e97dc92e
+# %% ../../nbs/67_evaluation.page.ipynb #c67eb183
 @patch
 def to_html(self:Evaluation,
     title:str='', # Of the page
@@ -118,10 +119,10 @@ def to_html(self:Evaluation,
     w = lambda o: in_words(o, lang)
     title,figs = title or w('Evaluation'),self.figures(lang=lang) if figures is None else figures
     lead = f"{len(self):,} {w('rows')}" + (f", {len(self.classes)} {w('classes')}" if self.classes else '')
-    tiles = [(w(k.replace('_', ' ')) if k!='macro_f1' else 'macro F1', f'{v:.4f}') for k,v in self._headline().items()]
+    tiles = [(w(k.replace('_', ' ').replace('f1', 'F1')), f'{v:.4f}') for k,v in self._headline().items()]
     body = [f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>', '<div class="tiles">' + ''.join(f'<div class="tile">{escape(k)}<b>{v}</b></div>' for k,v in tiles) + '</div>']
     tabs = {k: f'<h2>{escape(w(k))}</h2>{table_html(t, lang, len(self.classes or ()) if k=="Report" else 0)}' for k,t in self.tables(n).items()}
-    pics = f"<h2>{escape(w('Figures'))}</h2>" + ''.join(f'<img alt="{escape(k)}" src="data:image/png;base64,{base64.b64encode(_png(f, _screen(f))).decode()}">' for k,f in figs.items())
+    pics = f"<h2>{escape(w('Figures'))}</h2>" + ''.join(f'<img alt="{escape(k)}" style="width:{f.get_size_inches()[0]*92:.0f}px" src="data:image/png;base64,{base64.b64encode(_png(f, _screen(f))).decode()}">' for k,f in figs.items())
     last = tabs.pop('Rows with the highest loss', '')
     return f'<!DOCTYPE html>\n<html lang="{"zh-Hant" if lang=="zh" else "en"}"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{_css}</style></head><body>' + '\n'.join(body+[*tabs.values(), pics, last]) + '</body></html>\n'
 
