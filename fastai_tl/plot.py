@@ -83,7 +83,7 @@ def _cut(s, n=36):
     while _width(s)>=n: s = s[:-1]
     return s+'…'
 
-# %% ../nbs/01_plot.ipynb #c09f353e
+# %% ../nbs/01_plot.ipynb #e74ab3e1
 def plot_heatmap(
     values, # Matrix that decides the colours
     row_labels, # One label a row
@@ -99,7 +99,7 @@ def plot_heatmap(
     values,rows,cols = np.asarray(values),[_cut(str(o)) for o in row_labels],[_cut(str(o)) for o in col_labels]
     n,width = max(values.shape),max(map(_width, rows+cols+['']))
     side = float(np.clip(.55*n+2, 3.6, 16) if n<=25 else np.clip(.2*n+3, 13, 20)) # beyond, as large as the labels need
-    size = float(np.clip(120/n, 5.5, 11) if n<=25 else np.clip(side*31/n-1, 3.5, 8))
+    size = float(np.clip(120/n, 8, 11) if n<=25 else np.clip(side*31/n-1, 3.5, 8))
     with figure_style(rows, cols, title, xlabel, ylabel, font=font) as plt:
         import seaborn as sns
         name = width*(min(size+1, 10)*.0075) # inches of the longest label

@@ -47,7 +47,7 @@ def abstention(self:Evaluation,
     i = good[-1]
     return dict(threshold=float(t.threshold[i]), coverage=float(t.coverage[i]), accuracy=float(1-t.risk[i]), low=float(low[i]), high=float(high[i]), count=int(t['count'][i]))
 
-# %% ../../nbs/65_evaluation.decide.ipynb #b8859a5a
+# %% ../../nbs/65_evaluation.decide.ipynb #0df19bfe
 @patch
 def plot_risk_coverage(self:Evaluation,
     accuracy:float|None=None, # Mark the threshold for this accuracy
@@ -64,8 +64,7 @@ def plot_risk_coverage(self:Evaluation,
         ax.plot(t.coverage, t.risk, color=PALETTE[0], linewidth=1.6)
         c = np.linspace(0, 1, 201)[1:]; ax.plot(c, np.maximum(0, c-(1-risk))/c, color='0.35', linestyle='--', linewidth=1, label=w('ideal'))
         ax.axhline(risk, color='0.6', linewidth=.8, linestyle=':', label=f"{w('all rows')} ({risk:.1%})")
-        if accuracy is not None:
-            a = self.abstention(accuracy); ax.plot(a['coverage'], 1-a['accuracy'], 'o', color=PALETTE[1], label=f"{w('chosen')}: ≥ {a['threshold']:.3f} ({a['coverage']:.0%})")
+        if a := self.abstention(accuracy) if accuracy is not None else None: ax.plot(a['coverage'], 1-a['accuracy'], 'o', color=PALETTE[1], label=f"{w('chosen')}: ≥ {a['threshold']:.3f} ({a['coverage']:.0%})")
         ax.set(xlabel=w('Coverage'), ylabel=w('Error'), xlim=(0,1), ylim=(0, max(1.5*t.risk.max(), .05) if t.risk.max()<.6 else 1.02)); ax.legend(frameon=False, loc='upper left', fontsize=9)
     plt.close(fig)
     return fig
@@ -89,7 +88,7 @@ def _best(y, p, want, value):
         i = ok[np.argmax(rec[ok])] if len(ok) else 0
     return dict(threshold=t[i], precision=prec[i], recall=rec[i], f1=float(ratio(2*tp[i], n[i]+y.sum())), predicted=int(n[i]), support=int(y.sum()))
 
-# %% ../../nbs/65_evaluation.decide.ipynb #ae28af2c
+# %% ../../nbs/65_evaluation.decide.ipynb #01931d80
 @patch
 def thresholds(self:Evaluation,
     recall:float|None=None, # At least this recall, with the best precision
@@ -105,6 +104,7 @@ def thresholds(self:Evaluation,
     rows = [_best(y[:,k].astype(int), self.probs[:,k].astype(float), want, value) if y[:,k].any() else dict(threshold=.5, precision=0., recall=0., f1=0., predicted=int((self.probs[:,k]>=.5).sum()), support=0) for k in range(len(self.classes))]
     return ScoreTable(pd.DataFrame(rows, index=list(map(str, self.classes))))
 
+# %% ../../nbs/65_evaluation.decide.ipynb #c186d6bb
 @patch
 def with_thresholds(self:Evaluation,
     thresholds # One a class, in their order: numbers, or the table of `thresholds()`

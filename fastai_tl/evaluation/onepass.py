@@ -51,7 +51,7 @@ def _check(ev):
     except (TypeError, ValueError): raise DataError('Targets must be numbers of classes', f'{y[0]!r}', 'Hand names over with `Evaluation.from_preds`') from None
     if len(bad): raise DataError(f'Targets must be whole numbers from 0 to {top-1}', f'others in row {shorten(bad)}')
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #477fad52
+# %% ../../nbs/60_evaluation.onepass.ipynb #f37a7319
 def _numbers(targets, classes):
     "Names of classes (lists of names, with several labels) as numbers (indicators)"
     targets = targets.tolist() if hasattr(targets, 'tolist') else list(targets)
@@ -63,6 +63,7 @@ def _numbers(targets, classes):
     if bad: raise DataError('Targets must be names of classes', f'others in row {shorten(bad)}', f'The classes are: {shorten(classes, 20)}')
     return np.array([[int(c in set(t)) for c in idx] for t in targets]) if several else np.array([idx[t] for t in targets])
 
+# %% ../../nbs/60_evaluation.onepass.ipynb #f261b31d
 @patch(cls_method=True)
 def from_preds(cls:Evaluation,
     probs, # (rows, classes) probabilities, or (rows,) values of a regression
@@ -79,7 +80,7 @@ def from_preds(cls:Evaluation,
     if ev.losses is None: ev.losses = row_losses(ev.probs, ev.targets, ev.target)
     return ev
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #e8a43a0a
+# %% ../../nbs/60_evaluation.onepass.ipynb #e8eda3a3
 def row_losses(probs, targets, target):
     "Loss of each row, as floats of 64 bits"
     if target=='regression': return (np.asarray(targets, dtype=float).reshape(len(probs))-np.asarray(probs, dtype=float).reshape(len(probs)))**2
@@ -88,7 +89,7 @@ def row_losses(probs, targets, target):
     p = np.clip(probs.astype(float), eps, 1-eps)
     return -np.where(targets>0, np.log(p), np.log1p(-p)).mean(1)
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #dea3a760
+# %% ../../nbs/60_evaluation.onepass.ipynb #10d325e7
 def activate(pred, target):
     "Scores of a model as probabilities, or values"
     return pred.softmax(-1) if target=='single' else pred.sigmoid() if target=='multi' else pred
@@ -99,7 +100,7 @@ def same_rows(ev, probs, preds=None):
     if preds is not None: res.preds = preds
     return res
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #f7c450f6
+# %% ../../nbs/60_evaluation.onepass.ipynb #73caa98f
 def class_names(
     dls, # DataLoaders of a classifier or a regression
     n_out:int|None=None # Number of outputs, to tell a list of classes from one of tokens
@@ -111,7 +112,7 @@ def class_names(
     if not one(vocab[0]) or (len(vocab)==2 and not one(vocab[1])): return list(vocab[-1]) if len(vocab)>1 else None
     return list(vocab) if n_out is None or n_out==len(vocab) or (n_out==1 and len(vocab)==2) else None
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #6bc00b8f
+# %% ../../nbs/60_evaluation.onepass.ipynb #9ac86896
 def row_texts(
     dl # A DataLoader with `[text, label]` rows, tokenised or not, or a table
 ) -> list|None: # `None` if the rows hold no text
@@ -123,7 +124,7 @@ def row_texts(
     if isinstance(items[0], str): return [str(i) for i in items]
     return [' '.join(map(str, i)) for i in items] if not isinstance(items[0], torch.Tensor) and hasattr(items[0], '__iter__') else None
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #e73f610e
+# %% ../../nbs/60_evaluation.onepass.ipynb #75692b44
 def activation_of(learn):
     "What makes probabilities of the model's scores, by the loss"
     f = learn.loss_func
@@ -131,7 +132,7 @@ def activation_of(learn):
     name = getattr(f, '__name__', type(f).__name__).lower().replace('_', '')
     return (lambda x: x.softmax(-1)) if 'crossentropy' in name and 'binary' not in name else torch.sigmoid if 'withlogits' in name else torch.exp if 'nll' in name else noop
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #0d1702da
+# %% ../../nbs/60_evaluation.onepass.ipynb #7e323d2e
 class PassCallback(Callback):
     "Keep probabilities and targets of a validation pass"
     order = GatherPredsCallback.order-1 # before it looks for labels, so that their lack can be explained
@@ -146,7 +147,7 @@ class PassCallback(Callback):
         if not isinstance(p, torch.Tensor) or p.ndim>2: raise DataError('An evaluation needs one prediction a row', f'shape {tuple(getattr(p, "shape", ()))}', 'For language models see `validate`')
         self.parts.append(self.act(p.detach().float()).cpu().numpy()); self.ys.append(y.detach().cpu().numpy())
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #8eabfbf9
+# %% ../../nbs/60_evaluation.onepass.ipynb #5a87cd58
 def in_order(parts, idxs):
     "Batches as one array, in the order of the rows; each batch is let go as it is copied"
     res,a = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype),0
@@ -167,7 +168,7 @@ def _pass(learn, dl):
     losses = learn.get_preds(dl=dl, with_preds=False, with_targs=False, with_loss=True, act=noop, reorder=False, cbs=cb)[-1]
     return in_order(cb.parts, idxs), in_order(cb.ys, idxs), in_order([losses.float().numpy()], idxs)
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #a532305c
+# %% ../../nbs/60_evaluation.onepass.ipynb #d4fc8f73
 def _two_columns(p, y, classes):
     "A single output of a binary classifier as the probabilities of both classes"
     return np.c_[1-p.reshape(-1), p.reshape(-1)] if classes is not None and len(classes)==2 and p.size==len(p) and y.size==len(y) else p
@@ -182,6 +183,7 @@ def _both(learn, ds_idx, dl):
     p = (p+q)/2
     return p,y,learn._losses(torch.from_numpy(p), torch.from_numpy(y)).float().numpy()
 
+# %% ../../nbs/60_evaluation.onepass.ipynb #547e6f8e
 @patch(cls_method=True)
 def from_learner(cls:Evaluation,
     learn, # A Learner, or a pair of them
@@ -194,7 +196,7 @@ def from_learner(cls:Evaluation,
     p,y,losses = _both(learn, ds_idx, dl) if isinstance(learn, BidirectionalLearner) else _pass(learn, learn.dls[ds_idx] if dl is None else dl)
     return from_pass(learn.dls, learn.dls[ds_idx] if dl is None else dl, p, y, losses, classes, texts)
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #b25294bc
+# %% ../../nbs/60_evaluation.onepass.ipynb #c8859b5b
 def from_pass(dls, dl, p, y, losses, classes=None, texts=None):
     "An `Evaluation` of what a pass has gathered, with the names and texts that the DataLoaders know"
     if classes is None: classes = class_names(dls, 1 if p.ndim==1 else p.shape[1])
@@ -202,7 +204,7 @@ def from_pass(dls, dl, p, y, losses, classes=None, texts=None):
     if texts is None and hasattr(dl, 'get_idxs'): texts = row_texts(dl)
     return Evaluation(_two_columns(p, y, classes), y, classes, losses, texts if texts is None or len(texts)==len(y) else None)
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #ecd81e76
+# %% ../../nbs/60_evaluation.onepass.ipynb #32700474
 @patch
 def evaluate(self:Learner,
     ds_idx:int=1, # 0 for training, 1 for validation rows
@@ -219,7 +221,7 @@ def evaluate(self:BidirectionalLearner,
     "One pass over the rows with averaged probabilities"
     return Evaluation.from_learner(self, ds_idx, dl)
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #5e9a9660
+# %% ../../nbs/60_evaluation.onepass.ipynb #0427b301
 def _logits(out): return out if isinstance(out, torch.Tensor) else out['logits'] if hasattr(out, 'keys') else getattr(out, 'logits', None) if hasattr(out, 'logits') else out[0]
 
 def _forward(model, batch, label):
@@ -234,7 +236,22 @@ def _loss_of(z, y, target):
     f = F.binary_cross_entropy_with_logits if target=='multi' else F.mse_loss
     return f(z, y.reshape(z.shape).float(), reduction='none').reshape(len(z), -1).mean(1)
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #7c9c6c68
+# %% ../../nbs/60_evaluation.onepass.ipynb #caf91585
+def _kind(z, y): return 'multi' if y.ndim==2 and y.shape==z.shape and z.shape[1]>1 else 'regression' if y.is_floating_point() else 'single'
+
+@torch.inference_mode()
+def _stream(model, loader, target, label, parts):
+    "Append probabilities, targets and losses of each batch to `parts`; returns the kind of target"
+    device = next((p.device for p in model.parameters()), 'cpu')
+    to = lambda o: o.to(device) if hasattr(o, 'to') else o
+    for b in loader:
+        z,y = _forward(model, {k: to(v) for k,v in b.items()} if hasattr(b, 'keys') else [to(o) for o in b], label)
+        z,target = z.float(),target or _kind(z, y)
+        p = z.sigmoid() if target=='single' and z.shape[-1]==1 else activate(z, target)
+        for l,o in zip(parts, (p, y, _loss_of(z, y, target))): l.append(o.cpu().numpy())
+    return target
+
+# %% ../../nbs/60_evaluation.onepass.ipynb #4c8c0ab7
 @patch(cls_method=True)
 def from_model(cls:Evaluation,
     model, # A PyTorch model; its mode is put back
@@ -246,16 +263,9 @@ def from_model(cls:Evaluation,
 ) -> Evaluation:
     "One pass of a plain PyTorch model over a loader, in its order"
     if target not in (None, 'single','multi','regression'): raise unknown_option('target', target, ('single','multi','regression'))
-    was,device,parts = model.training,next((p.device for p in model.parameters()), 'cpu'),([],[],[])
-    to = lambda o: o.to(device) if hasattr(o, 'to') else o
+    was,parts = model.training,([],[],[])
     model.eval()
-    try:
-        with torch.inference_mode():
-            for b in loader:
-                z,y = _forward(model, {k: to(v) for k,v in b.items()} if hasattr(b, 'keys') else [to(o) for o in b], label)
-                z,target = z.float(),target or ('multi' if y.ndim==2 and y.shape==z.shape and z.shape[1]>1 else 'regression' if y.is_floating_point() else 'single')
-                p = z.sigmoid() if target=='single' and z.shape[-1]==1 else activate(z, target)
-                for l,o in zip(parts, (p, y, _loss_of(z, y, target))): l.append(o.cpu().numpy())
+    try: target = _stream(model, loader, target, label, parts)
     finally: model.train(was)
     if not parts[0]: raise DataError('An evaluation needs at least one batch', 'none')
     p,y,losses = (in_order(o, None) for o in parts)

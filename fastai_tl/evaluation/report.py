@@ -53,7 +53,7 @@ def agreement_scores(tp, true, pred, n):
     with np.errstate(invalid='ignore', divide='ignore'): kappa = np.where(chance<1, cov/(1-chance), np.nan)
     return dict(accuracy=acc, balanced_accuracy=ratio(ratio(tp, true).sum(-1), (true>0).sum(-1)), mcc=ratio(cov, spread), kappa=kappa)
 
-# %% ../../nbs/61_evaluation.report.ipynb #7fcc5635
+# %% ../../nbs/61_evaluation.report.ipynb #0815e666
 def resample_counts(
     counts, # Rows of each kind
     parts, # Matrices (kinds, columns), to be summed over the rows
@@ -70,13 +70,14 @@ def resample_counts(
         for r,m in zip(res, mats): r.append(np.asarray((m.T@draws.T).T)) # sparse on the left
     return [np.concatenate(r) for r in res]
 
+# %% ../../nbs/61_evaluation.report.ipynb #45ab1a0a
 def percentiles(draws, level=.95):
     "Lower and upper end of the central `level` of the draws, which are along the first axis"
     draws = np.asarray(draws, dtype=float)
     if np.isnan(draws).any(): return np.nanquantile(draws, [(1-level)/2, (1+level)/2], axis=0) if not np.isnan(draws).all() else np.full((2,)+draws.shape[1:], np.nan)
     return np.quantile(draws, [(1-level)/2, (1+level)/2], axis=0)
 
-# %% ../../nbs/61_evaluation.report.ipynb #a791030f
+# %% ../../nbs/61_evaluation.report.ipynb #77067855
 def wilson_interval(
     k, # How many of them: a number or an array
     n, # Of how many
@@ -88,7 +89,7 @@ def wilson_interval(
     mid,half = (k+z*z/2)/(n+z*z),z*np.sqrt(ratio(k*(n-k), n)+z*z/4)/(n+z*z)
     return np.clip(mid-half, 0, 1),np.clip(mid+half, 0, 1)
 
-# %% ../../nbs/61_evaluation.report.ipynb #12c5fa3a
+# %% ../../nbs/61_evaluation.report.ipynb #bff3bf48
 def ranking_scores(targets, probs, weight=None):
     "ROC-AUC and average precision of each class, from (rows, classes) indicators; not a number where there is nothing to rank"
     from sklearn.metrics import average_precision_score, roc_auc_score
@@ -104,14 +105,14 @@ def mean_ranking(targets, probs, weight=None):
     "The means over the classes that can be ranked"
     return {k: float(np.nanmean(v)) if not np.isnan(v).all() else np.nan for k,v in ranking_scores(targets, probs, weight).items()}
 
-# %% ../../nbs/61_evaluation.report.ipynb #eab37cb0
+# %% ../../nbs/61_evaluation.report.ipynb #ac9d654e
 def bootstrap_rows(f, n, n_boot=200, level=.95, seed=0):
     "Intervals of the scores (a dict) that `f` makes of (n,) weights"
     rng = np.random.default_rng(seed)
     draws = [f(np.bincount(rng.integers(0, n, n), minlength=n).astype(float)) for _ in range(n_boot)]
     return {k: percentiles([d[k] for d in draws], level) for k in draws[0]}
 
-# %% ../../nbs/61_evaluation.report.ipynb #1156e878
+# %% ../../nbs/61_evaluation.report.ipynb #04f49c0d
 def regression_scores(targets, preds, weight=None, ranking=True):
     "RMSE, MAE, R² and rank correlation; the last two are not numbers where the targets do not vary"
     y,p = (np.asarray(o, dtype=float).reshape(len(o)) for o in (targets, preds))
@@ -125,7 +126,7 @@ def spearman(a, b):
     from scipy.stats import rankdata
     return float(np.corrcoef(rankdata(a), rankdata(b))[0,1])
 
-# %% ../../nbs/61_evaluation.report.ipynb #88e0d72c
+# %% ../../nbs/61_evaluation.report.ipynb #af71a8fa
 _zh = {'Predicted': '預測類別', 'True': '真實類別', 'Confusion matrix': '混淆矩陣', 'Confidence': '預測信心度', 'Rows': '筆數', 'Accuracy': '準確率', 'right': '正確預測', 'wrong': '錯誤預測',
        'How confident the predictions are': '預測信心度分佈', 'Accuracy by confidence': '各信心度區間的準確率', 'perfect': '完全校準', '95 % interval': '95 % 信賴區間', 'Reliability': '校準曲線', 'before': '校準前', 'after': '校準後',
        'Coverage': '涵蓋率', 'Error': '錯誤率', 'Risk and coverage': '風險與涵蓋率', 'all rows': '全部資料', 'chosen': '選定門檻', 'True value': '真實值', 'Predicted value': '預測值', 'Residual': '殘差', 'Residuals': '殘差分佈',
@@ -140,7 +141,7 @@ def in_words(word, lang='en'):
     if lang not in LANGS: raise unknown_option('lang', lang, LANGS)
     return _zh.get(word, word) if lang=='zh' else word
 
-# %% ../../nbs/61_evaluation.report.ipynb #7d6cea39
+# %% ../../nbs/61_evaluation.report.ipynb #6b347d82
 def _kinds(ev):
     "How many rows of each kind, and what each kind adds: right, true and predicted labels, and with several labels the scores of its rows"
     from scipy.sparse import csr_array, eye_array
@@ -155,6 +156,7 @@ def _kinds(ev):
     rows = class_scores((y*p).sum(1), y.sum(1), p.sum(1))
     return counts,[y*p, y, p, np.c_[rows['precision'], rows['recall'], rows['f1'], (y==p).all(1)]]
 
+# %% ../../nbs/61_evaluation.report.ipynb #04be700f
 def _whole(sums, n, single):
     "Averages over the classes, and scores of the whole, from sums over `n` rows"
     tp,true,pred,*rest = sums
@@ -165,7 +167,7 @@ def _whole(sums, n, single):
     rows['samples avg'] = dict(precision=mean[...,0], recall=mean[...,1], f1=mean[...,2])
     return rows,dict(accuracy=1-(true+pred-2*tp).sum(-1)/(n*tp.shape[-1]), exact_match=mean[...,3])
 
-# %% ../../nbs/61_evaluation.report.ipynb #b3102c8f
+# %% ../../nbs/61_evaluation.report.ipynb #30980016
 @patch
 def _indicators(self:Evaluation): return self.targets>0 if self.target=='multi' else self.targets.astype(int)[:,None]==np.arange(len(self.classes))
 
@@ -184,13 +186,14 @@ def scores(self:Evaluation,
     rows,whole = _whole([counts@p for p in parts], len(self), self.target=='single')
     return {**{k: float(v) for k,v in whole.items()}, **{f'{a[:-4]}_{k}': float(v) for a,d in rows.items() for k,v in d.items()}, **(self._from_probs() if probs else {})}
 
+# %% ../../nbs/61_evaluation.report.ipynb #35331d37
 @patch(as_prop=True)
 def accuracy(self:Evaluation) -> float:
     "Share of rows (or, with several labels a text, of labels) that are right"
     if self.target=='regression': raise FastaiTLError('Accuracy needs classes', 'a regression', 'See `report()`')
     return float((self.preds==self.targets).mean())
 
-# %% ../../nbs/61_evaluation.report.ipynb #333d7678
+# %% ../../nbs/61_evaluation.report.ipynb #c73139e0
 _shown = dict(accuracy='accuracy', exact_match='exact match', balanced_accuracy='balanced accuracy', mcc='MCC', kappa="Cohen's kappa", log_loss='log loss', roc_auc='ROC-AUC', average_precision='average precision')
 
 def _ends(draws, level, name=''): return {} if draws is None else dict(zip((f'{name}low', f'{name}high'), percentiles(draws, level)))
@@ -202,7 +205,7 @@ def _class_rows(values, draws, level, wide):
         for k in ('precision','recall'): res.update(_ends(draws[k], level, f'{k} '))
     return {**res, **_ends(draws and draws['f1'], level)}
 
-# %% ../../nbs/61_evaluation.report.ipynb #18fb54ca
+# %% ../../nbs/61_evaluation.report.ipynb #0c7b4de7
 @patch
 def report(self:Evaluation,
     level:float|None=.95, # Share of the bootstrap intervals that hold the true value; none if `None`
@@ -218,19 +221,22 @@ def report(self:Evaluation,
     (rows,whole),(rows_b,whole_b) = _whole(sums, n, single),_whole(draws, n, single) if level else ({}, {})
     top = pd.DataFrame(_class_rows(class_scores(*sums[:3]), draws and class_scores(*draws[:3]), level, wide)).assign(support=sums[1])
     mid = pd.DataFrame([_class_rows(r, rows_b.get(k), level, wide) for k,r in rows.items()]).assign(support=sums[1].sum())
-    probs = bootstrap_rows(self._weighted, n, level=level, seed=seed) if ranking and level else {}
-    end = [dict(score=v, **_ends(whole_b.get(k), level), support=n) for k,v in whole.items()]
-    end += [dict(score=v, **dict(zip(('low','high'), probs.get(k, ()))), support=n) for k,v in self._from_probs().items()]
-    df = pd.concat([top, mid, pd.DataFrame(end)]).set_axis([*map(str, self.classes), *rows, *(_shown[k] for k in [*whole, 'log_loss','roc_auc','average_precision'])])
+    ends = {k: percentiles(v, level) for k,v in whole_b.items()} | (bootstrap_rows(self._weighted, n, level=level, seed=seed) if ranking and level else {})
+    end = {_shown[k]: dict(score=v, **dict(zip(('low','high'), ends.get(k, ()))), support=n) for k,v in {**whole, **self._from_probs()}.items()}
+    return _in_columns(pd.concat([top, mid, pd.DataFrame(end.values())]).set_axis([*map(str, self.classes), *rows, *end]))
+
+# %% ../../nbs/61_evaluation.report.ipynb #b690549b
+def _in_columns(df):
     cols = [c for c in ('precision','precision low','precision high','recall','recall low','recall high','f1','score','low','high','support') if c in df]
     return ScoreTable(df[cols].astype({c: float if c!='support' else int for c in cols}))
 
+# %% ../../nbs/61_evaluation.report.ipynb #4be5b99c
 @patch
 def _weighted(self:Evaluation, w):
     "The scores of the probabilities with weighted rows"
     return dict(log_loss=float((row_losses(self.probs, self.targets, self.target)*w).sum()/w.sum()), **mean_ranking(self._indicators(), self.probs, w))
 
-# %% ../../nbs/61_evaluation.report.ipynb #a23e2f7f
+# %% ../../nbs/61_evaluation.report.ipynb #215c9335
 @patch
 def _regression_report(self:Evaluation, level, n_boot, ranking, seed):
     if not len(self): raise DataError('A report needs at least one row', 'none')
@@ -240,7 +246,7 @@ def _regression_report(self:Evaluation, level, n_boot, ranking, seed):
         df = pd.concat([df, pd.DataFrame(ci, index=['low','high'])])
     return ScoreTable(df.assign(rows=len(self)))
 
-# %% ../../nbs/61_evaluation.report.ipynb #587bd94d
+# %% ../../nbs/61_evaluation.report.ipynb #69cd3dad
 @patch
 def confusion(self:Evaluation) -> pd.DataFrame: # True classes as rows, predicted ones as columns
     "The confusion matrix, as counts"
@@ -251,6 +257,7 @@ def confusion(self:Evaluation) -> pd.DataFrame: # True classes as rows, predicte
 
 _by = dict(true=1, pred=0, all=None)
 
+# %% ../../nbs/61_evaluation.report.ipynb #40e64ef3
 @patch
 def plot_confusion(self:Evaluation,
     title:str='', # Above the figure
@@ -263,11 +270,11 @@ def plot_confusion(self:Evaluation,
     if normalize is not None and normalize not in _by: raise unknown_option('normalize', normalize, [*_by, None])
     m = self.confusion().to_numpy()
     shares = ratio(m, m.sum(_by[normalize or 'true'], keepdims=True))
-    annot = m if normalize is None else np.array([[f'{100*v:.0f}{"%" if len(m)<=8 else ""}' for v in r] for r in shares])
+    annot = m if normalize is None else np.array([[f'{100*v:.{int(normalize=="all" and len(m)>5)}f}{"%" if len(m)<=8 else ""}' for v in r] for r in shares])
     xlabel,ylabel = (in_words(w, lang) if o is None else o for w,o in (('Predicted',xlabel), ('True',ylabel)))
     return plot_heatmap(shares, self.classes, self.classes, annot=annot, title=title, xlabel=xlabel, ylabel=ylabel)
 
-# %% ../../nbs/61_evaluation.report.ipynb #8c049b05
+# %% ../../nbs/61_evaluation.report.ipynb #5468c1f8
 @patch
 def most_confused(self:Evaluation,
     n:int=10 # At most so many pairs
@@ -280,7 +287,7 @@ def most_confused(self:Evaluation,
     long = long[i & (long['count']>0)]
     return ScoreTable(long.sort_values('count', ascending=False, kind='stable').head(n).reset_index(drop=True))
 
-# %% ../../nbs/61_evaluation.report.ipynb #7450a491
+# %% ../../nbs/61_evaluation.report.ipynb #1300224e
 @patch
 def top_losses(self:Evaluation,
     n:int=10 # So many rows
@@ -292,7 +299,7 @@ def top_losses(self:Evaluation,
     if self.texts is not None: df['text'] = [self.texts[j] for j in i]
     return df
 
-# %% ../../nbs/61_evaluation.report.ipynb #80b5bcdf
+# %% ../../nbs/61_evaluation.report.ipynb #9ee3585d
 @patch
 def plot_residuals(self:Evaluation,
     lang:str='en', # Words in English, or `zh`: Traditional Chinese

@@ -117,7 +117,7 @@ class AnswerEvaluation:
     def __len__(self): return len(self.preds)
     def __repr__(self): return f'AnswerEvaluation({len(self):,} rows)'
 
-# %% ../../nbs/66_evaluation.spans.ipynb #8a10c313
+# %% ../../nbs/66_evaluation.spans.ipynb #2ea9ecce
 @patch
 def report(self:AnswerEvaluation,
     lengths:tuple=(1,2,3,5,9), # Where the groups of lengths begin; 0, no answer, has its own
@@ -137,6 +137,7 @@ def report(self:AnswerEvaluation,
         rows[k]['support'] = int(m.sum())
     return ScoreTable(pd.DataFrame(rows.values(), index=list(rows)))
 
+# %% ../../nbs/66_evaluation.spans.ipynb #efec92bb
 @patch
 def worst(self:AnswerEvaluation,
     n:int=10 # So many rows

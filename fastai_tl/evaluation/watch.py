@@ -33,7 +33,7 @@ def _values(ev, wanted):
     if set(names)&set(_calibration) and ev.target!='regression': known |= {k: v for k,v in ev.calibration().items() if k in _calibration}
     return {getattr(s, '__name__', s): float(s(ev)) if callable(s) else known.get(s, float('nan')) for s in wanted}
 
-# %% ../../nbs/68_evaluation.watch.ipynb #a1c3c929
+# %% ../../nbs/68_evaluation.watch.ipynb #2db105ee
 class EvaluationCallback(Callback):
     "Evaluate on each validation pass: scores into the table, a page with figures and tables into a folder"
     remove_on_fetch = True
@@ -54,9 +54,8 @@ class EvaluationCallback(Callback):
     def order(self):
         "Before the Recorder, which reads the names of metrics; once validated, after SaveModelCallback, which knows the best epoch"
         return SaveModelCallback.order+.5 if self._late else Recorder.order-1
-    def history(self) -> pd.DataFrame: "The scores of each epoch"; return ScoreTable(pd.DataFrame(self.rows)).rename_axis('epoch')
 
-# %% ../../nbs/68_evaluation.watch.ipynb #5af5caeb
+# %% ../../nbs/68_evaluation.watch.ipynb #3e74e205
 def _default_scores(loss_func):
     name = getattr(loss_func, '__name__', type(loss_func).__name__).lower()
     return ('r2','spearman') if any(o in name for o in ('mse','l1','huber','rmse')) else ('macro_f1','ece')
@@ -74,6 +73,7 @@ def before_fit(self:EvaluationCallback):
     if self._late: self.recorder.before_fit() # an interrupted fit has left it late: let the names be read again
     self._late = False
 
+# %% ../../nbs/68_evaluation.watch.ipynb #5e690b6a
 @patch
 def _strip(self:EvaluationCallback):
     "Take the scores out of the metrics"
@@ -81,12 +81,17 @@ def _strip(self:EvaluationCallback):
     self._new = []
 
 @patch
+def history(self:EvaluationCallback) -> ScoreTable: # One row an epoch
+    "The scores of each epoch"
+    return ScoreTable(pd.DataFrame(self.rows)).rename_axis('epoch')
+
+@patch
 def before_epoch(self:EvaluationCallback): "Early again, for the validation to come"; self._late = False
 
 @patch
 def before_train(self:EvaluationCallback): "Remember that this epoch trains, and is no mere validation"; self._trained = True
 
-# %% ../../nbs/68_evaluation.watch.ipynb #79024644
+# %% ../../nbs/68_evaluation.watch.ipynb #32a597f8
 @patch
 def before_validate(self:EvaluationCallback):
     "Begin to gather"
@@ -102,6 +107,7 @@ def after_batch(self:EvaluationCallback):
     with self.learn.loss_not_reduced(): loss = self.learn.loss_func(self.pred, *self.yb)
     self._losses.append(loss.detach().float().reshape(len(self.yb[0]), -1).mean(1).cpu().numpy())
 
+# %% ../../nbs/68_evaluation.watch.ipynb #cfbcbb06
 @patch
 def after_validate(self:EvaluationCallback):
     "Make the evaluation and its scores"
@@ -113,7 +119,7 @@ def after_validate(self:EvaluationCallback):
     self.last = from_pass(self.dls, self.dl, p, y, loss)
     self._now = _values(self.last, self._scores)
 
-# %% ../../nbs/68_evaluation.watch.ipynb #0749c18e
+# %% ../../nbs/68_evaluation.watch.ipynb #1da1acb6
 @patch
 def after_epoch(self:EvaluationCallback):
     "Keep the scores, write if wanted, and remember the best epoch"
@@ -133,5 +139,6 @@ def after_fit(self:EvaluationCallback):
     self.last = ev
     if self.folder is not None and self.every=='fit': self._write(ev, self.folder)
 
+# %% ../../nbs/68_evaluation.watch.ipynb #f741cd77
 @patch
 def _write(self:EvaluationCallback, ev, folder): ev.save(folder, lang=self.lang, figures=self.names, dpi=self.dpi)
