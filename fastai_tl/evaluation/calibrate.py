@@ -110,24 +110,24 @@ def plot_confidence(self:Evaluation,
     plt.close(fig)
     return fig
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #927d774e
+# %% ../../nbs/64_evaluation.calibrate.ipynb #7e9e39c7
 def _points(ax, t, color, name, marker='o'):
     ax.errorbar(t.confidence, t.accuracy, yerr=np.clip([t.accuracy-t.low, t.high-t.accuracy], 0, 1), color=color, marker=marker, markersize=4.5, linewidth=1.5, elinewidth=1, capsize=2, label=name)
 
-def _reliability_figure(tables, w, title='', figsize=(5,4.8)):
+def _reliability_figure(tables, w, title='', xlabel='Confidence', ylabel='Accuracy', figsize=(5,4.8)):
     "A reliability diagram of one or more named tables, the counts below"
-    with figure_style(list(tables), title, w('Confidence')) as plt:
+    with figure_style(list(tables), title, w(xlabel)) as plt:
         fig,(a,b) = plt.subplots(2, 1, figsize=figsize, height_ratios=(3.2,1), sharex=True)
         a.plot([0,1], [0,1], color='0.3', linestyle='--', linewidth=1, label=w('perfect'))
         for i,(name,t) in enumerate(tables.items()):
             _points(a, t, PALETTE[i], name, 'os^v'[i%4])
             width = (t['to']-t['from'])/len(tables)
             b.bar(t['from']+width*(i+.5), t['count'], width=width*.88, color=PALETTE[i], linewidth=0)
-        a.set(ylabel=w('Accuracy'), title=title, xlim=(0,1), ylim=(0,1.02)); a.legend(frameon=False, loc='best'); b.set(xlabel=w('Confidence'), ylabel=w('Rows'))
+        a.set(ylabel=w(ylabel), title=title, xlim=(0,1), ylim=(0,1.02)); a.legend(frameon=False, loc='best'); b.set(xlabel=w(xlabel), ylabel=w('Rows'))
     plt.close(fig)
     return fig
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #1f2a68a1
+# %% ../../nbs/64_evaluation.calibrate.ipynb #cac55c1c
 @patch
 def plot_reliability(self:Evaluation,
     n_bins:int=10, # Number of bins
@@ -137,9 +137,10 @@ def plot_reliability(self:Evaluation,
 ):
     "Reliability diagram: accuracy against confidence with 95 % intervals, and the number of rows"
     w = lambda o: in_words(o, lang)
-    return _reliability_figure({str(label) if label is not None else w('Reliability'): self.reliability(n_bins, mass, label)}, w)
+    words = {} if label is None else dict(xlabel='Probability', ylabel='Share of the class')
+    return _reliability_figure({w('Reliability') if label is None else str(label): self.reliability(n_bins, mass, label)}, w, **words)
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #f5aa0490
+# %% ../../nbs/64_evaluation.calibrate.ipynb #2a1fd79d
 _bounds = (.02, 50.)
 
 class TemperatureScaling:
@@ -160,7 +161,7 @@ class TemperatureScaling:
         "The same rows at this temperature"
         return same_rows(ev, self(ev.probs), ev.preds)
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #b90ae1a1
+# %% ../../nbs/64_evaluation.calibrate.ipynb #636ff091
 def _scores(p, target):
     "Scores of which the activation makes `p`, up to a constant"
     p = p.astype(float) if target=='single' else np.clip(p.astype(float), np.finfo(p.dtype).eps/2, 1-np.finfo(p.dtype).eps/2)
@@ -178,7 +179,7 @@ def _nll(z, y, target, t):
     top = z.max(1)
     return (np.log(np.exp((z-top[:,None])/t).sum(1))-(z[np.arange(len(z)),y]-top)/t).mean()
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #317cee1b
+# %% ../../nbs/64_evaluation.calibrate.ipynb #88ee4a97
 @patch
 def fit(self:TemperatureScaling,
     ev:Evaluation # Rows that the model was not trained on
@@ -192,7 +193,7 @@ def fit(self:TemperatureScaling,
     self.temperature = float(np.exp(u)) if f(u)<f(0) else 1.
     return self
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #8426419a
+# %% ../../nbs/64_evaluation.calibrate.ipynb #639b4b84
 class Calibrated:
     "A fitted temperature, with the evaluation before and after it, and across folds"
     def __init__(self,
@@ -212,7 +213,7 @@ class Calibrated:
         "The same rows at the fitted temperature"
         return self.scaling.apply(ev)
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #ad174aba
+# %% ../../nbs/64_evaluation.calibrate.ipynb #fde4c816
 def _across(ev, k, seed):
     "Each part of the rows scaled by a temperature fitted on the others"
     if k<2: return None
@@ -222,7 +223,7 @@ def _across(ev, k, seed):
         probs[~rest] = TemperatureScaling().fit(Evaluation(ev.probs[rest], ev.targets[rest], ev.classes))(ev.probs[~rest])
     return same_rows(ev, probs, ev.preds)
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #7cc5deb7
+# %% ../../nbs/64_evaluation.calibrate.ipynb #d30cb0f9
 @patch
 def table(self:Calibrated,
     n_bins:int=15 # Bins of ECE and MCE
@@ -241,7 +242,7 @@ def plot(self:Calibrated,
     w,after = lambda o: in_words(o, lang),self.after if self.folds is None else self.folds
     return _reliability_figure({w('before'): self.before.reliability(n_bins, mass), w('after'): after.reliability(n_bins, mass)}, w, title=f'T = {self.temperature:.2f}')
 
-# %% ../../nbs/64_evaluation.calibrate.ipynb #e5c928ca
+# %% ../../nbs/64_evaluation.calibrate.ipynb #bd2ed450
 @patch
 def calibrate(self:Learner,
     ds_idx:int=1, # 0 for training, 1 for validation rows

@@ -7,25 +7,23 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.decide.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/65_evaluation.decide.ipynb #9a5fd3bd
+# %% ../../nbs/65_evaluation.decide.ipynb #cb1ac8cf
 import numpy as np, pandas as pd
 from fastcore.all import patch
 from ..core import DataError, FastaiTLError, shorten, unknown_option
 from .onepass import Evaluation, same_rows
-from .report import ScoreTable, in_words, ratio, wilson_interval
+from .report import ScoreTable, curve, in_words, ratio, wilson_interval
 from .calibrate import decisions
 from ..plot import PALETTE, figure_style
 
-# %% ../../nbs/65_evaluation.decide.ipynb #cee4a720
+# %% ../../nbs/65_evaluation.decide.ipynb #2954a2a5
 @patch
 def risk_coverage(self:Evaluation) -> ScoreTable: # threshold | coverage | risk | count, from the surest rows to all
     "Error rate of the rows that are decided, for each threshold of the confidence"
     conf,right = decisions(self)
     if not len(conf): raise DataError('Risk and coverage need at least one row', 'none')
-    i = np.argsort(-conf, kind='stable')
-    last = np.flatnonzero(np.r_[np.diff(conf[i])!=0, True]) # of the rows with the same confidence
-    n,wrong = last+1,np.cumsum(~right[i])[last]
-    return ScoreTable(dict(threshold=conf[i][last], coverage=n/len(conf), risk=wrong/n, count=n))
+    t,wrong,n = curve(~right, conf)
+    return ScoreTable(dict(threshold=t, coverage=n/len(conf), risk=wrong/n, count=n.astype(int)))
 
 @patch(as_prop=True)
 def aurc(self:Evaluation) -> float:
@@ -69,16 +67,10 @@ def plot_risk_coverage(self:Evaluation,
     plt.close(fig)
     return fig
 
-# %% ../../nbs/65_evaluation.decide.ipynb #3d42ab30
-def _curve(y, p):
-    "Thresholds from high to low, with right and all rows that reach them"
-    i = np.argsort(-p, kind='stable')
-    last = np.flatnonzero(np.r_[np.diff(p[i])!=0, True])
-    return np.r_[np.inf, p[i][last]],np.r_[0, np.cumsum(y[i])[last]],np.r_[0, last+1]
-
+# %% ../../nbs/65_evaluation.decide.ipynb #d9aa892d
 def _best(y, p, want, value):
     "The threshold of one class"
-    t,tp,n = _curve(y, p)
+    t,tp,n = (np.r_[first, o] for first,o in zip((np.inf,0,0), curve(y, p)))
     prec,rec = ratio(tp, n),ratio(tp, y.sum())
     if want=='f1': i = np.argmax(ratio(2*tp, n+y.sum()))
     elif want=='cost': i = np.argmin(value[0]*(n-tp)+value[1]*(y.sum()-tp))
@@ -88,7 +80,7 @@ def _best(y, p, want, value):
         i = ok[np.argmax(rec[ok])] if len(ok) else 0
     return dict(threshold=t[i], precision=prec[i], recall=rec[i], f1=float(ratio(2*tp[i], n[i]+y.sum())), predicted=int(n[i]), support=int(y.sum()))
 
-# %% ../../nbs/65_evaluation.decide.ipynb #01931d80
+# %% ../../nbs/65_evaluation.decide.ipynb #5ebfb863
 @patch
 def thresholds(self:Evaluation,
     recall:float|None=None, # At least this recall, with the best precision
@@ -104,7 +96,7 @@ def thresholds(self:Evaluation,
     rows = [_best(y[:,k].astype(int), self.probs[:,k].astype(float), want, value) if y[:,k].any() else dict(threshold=.5, precision=0., recall=0., f1=0., predicted=int((self.probs[:,k]>=.5).sum()), support=0) for k in range(len(self.classes))]
     return ScoreTable(pd.DataFrame(rows, index=list(map(str, self.classes))))
 
-# %% ../../nbs/65_evaluation.decide.ipynb #c186d6bb
+# %% ../../nbs/65_evaluation.decide.ipynb #10e985c2
 @patch
 def with_thresholds(self:Evaluation,
     thresholds # One a class, in their order: numbers, or the table of `thresholds()`

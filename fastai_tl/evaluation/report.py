@@ -89,16 +89,22 @@ def wilson_interval(
     mid,half = (k+z*z/2)/(n+z*z),z*np.sqrt(ratio(k*(n-k), n)+z*z/4)/(n+z*z)
     return np.clip(mid-half, 0, 1),np.clip(mid+half, 0, 1)
 
-# %% ../../nbs/61_evaluation.report.ipynb #bff3bf48
+# %% ../../nbs/61_evaluation.report.ipynb #7b371f5e
+def curve(y, p, weight=None):
+    "Thresholds from high to low, with the weight of the true rows and of all rows that reach them; rows with the same score come together"
+    i = np.argsort(-p)
+    last = np.flatnonzero(np.r_[np.diff(p[i])!=0, True])
+    w = np.ones(len(p)) if weight is None else weight[i]
+    return p[i][last],np.cumsum(w*y[i])[last],np.cumsum(w)[last]
+
 def ranking_scores(targets, probs, weight=None):
     "ROC-AUC and average precision of each class, from (rows, classes) indicators; not a number where there is nothing to rank"
-    from sklearn.metrics import average_precision_score, roc_auc_score
     auc,ap = np.full(probs.shape[1], np.nan),np.full(probs.shape[1], np.nan)
     for k in range(probs.shape[1]):
-        y = targets[:,k]>0
-        pos,all_ = (y.sum(), len(y)) if weight is None else (weight[y].sum(), weight.sum())
-        if pos>0: ap[k] = average_precision_score(y, probs[:,k], sample_weight=weight)
-        if 0<pos<all_: auc[k] = roc_auc_score(y, probs[:,k], sample_weight=weight)
+        _,tp,n = curve(targets[:,k]>0, probs[:,k], weight)
+        fp,pos,neg = n-tp,tp[-1],n[-1]-tp[-1]
+        if pos>0: ap[k] = (np.diff(tp, prepend=0)*ratio(tp, n)).sum()/pos
+        if pos>0 and neg>0: auc[k] = (np.diff(fp, prepend=0)*(tp+np.r_[0, tp[:-1]])/2).sum()/(pos*neg)
     return dict(roc_auc=auc, average_precision=ap)
 
 def mean_ranking(targets, probs, weight=None):
@@ -126,14 +132,14 @@ def spearman(a, b):
     from scipy.stats import rankdata
     return float(np.corrcoef(rankdata(a), rankdata(b))[0,1])
 
-# %% ../../nbs/61_evaluation.report.ipynb #af71a8fa
+# %% ../../nbs/61_evaluation.report.ipynb #82338be6
 _zh = {'Predicted': '預測類別', 'True': '真實類別', 'Confusion matrix': '混淆矩陣', 'Confidence': '預測信心度', 'Rows': '筆數', 'Accuracy': '準確率', 'right': '正確預測', 'wrong': '錯誤預測',
        'How confident the predictions are': '預測信心度分佈', 'Accuracy by confidence': '各信心度區間的準確率', 'perfect': '完全校準', '95 % interval': '95 % 信賴區間', 'Reliability': '校準曲線', 'before': '校準前', 'after': '校準後',
        'Coverage': '涵蓋率', 'Error': '錯誤率', 'Risk and coverage': '風險與涵蓋率', 'all rows': '全部資料', 'chosen': '選定門檻', 'True value': '真實值', 'Predicted value': '預測值', 'Residual': '殘差', 'Residuals': '殘差分佈',
        'Evaluation': '模型評估報告', 'Report': '分類報告', 'Most frequent errors': '最常見的錯誤類型', 'Rows with the highest loss': '損失最高的資料', 'Calibration': '信心度校準', 'Scores': '各項指標', 'Figures': '圖表',
        'rows': '筆資料', 'classes': '個類別', 'errors': '筆錯誤', 'row': '列', 'text': '文本', 'true': '真實', 'predicted': '預測', 'confidence': '信心度', 'loss': '損失', 'count': '次數', 'precision': '精確率', 'recall': '召回率',
        'f1': 'F1', 'score': '分數', 'low': '下限', 'high': '上限', 'support': '筆數', 'accuracy': '準確率', 'balanced accuracy': '平衡準確率', 'macro avg': '巨觀平均', 'weighted avg': '加權平均', 'micro avg': '微觀平均',
-       'samples avg': '樣本平均', 'exact match': '完全符合', 'log loss': '對數損失', 'average precision': '平均精確率', 'mean confidence': '平均信心度', 'ideal': '理想', 'share': '比例', 'ECE, equal mass': 'ECE（等量分組）', 'Brier score': 'Brier 分數', 'error': '誤差', 'macro F1': '巨觀平均 F1'}
+       'samples avg': '樣本平均', 'exact match': '完全符合', 'log loss': '對數損失', 'average precision': '平均精確率', 'mean confidence': '平均信心度', 'ideal': '理想', 'Probability': '預測機率', 'Share of the class': '實際比例', 'share': '比例', 'ECE, equal mass': 'ECE（等量分組）', 'Brier score': 'Brier 分數', 'error': '誤差', 'macro F1': '巨觀平均 F1'}
 LANGS = ('en','zh')
 
 def in_words(word, lang='en'):
@@ -274,7 +280,7 @@ def plot_confusion(self:Evaluation,
     xlabel,ylabel = (in_words(w, lang) if o is None else o for w,o in (('Predicted',xlabel), ('True',ylabel)))
     return plot_heatmap(shares, self.classes, self.classes, annot=annot, title=title, xlabel=xlabel, ylabel=ylabel)
 
-# %% ../../nbs/61_evaluation.report.ipynb #5468c1f8
+# %% ../../nbs/61_evaluation.report.ipynb #e29589e7
 @patch
 def most_confused(self:Evaluation,
     n:int=10 # At most so many pairs
@@ -287,7 +293,7 @@ def most_confused(self:Evaluation,
     long = long[i & (long['count']>0)]
     return ScoreTable(long.sort_values('count', ascending=False, kind='stable').head(n).reset_index(drop=True))
 
-# %% ../../nbs/61_evaluation.report.ipynb #1300224e
+# %% ../../nbs/61_evaluation.report.ipynb #4f9f47d5
 @patch
 def top_losses(self:Evaluation,
     n:int=10 # So many rows
@@ -299,7 +305,7 @@ def top_losses(self:Evaluation,
     if self.texts is not None: df['text'] = [self.texts[j] for j in i]
     return df
 
-# %% ../../nbs/61_evaluation.report.ipynb #9ee3585d
+# %% ../../nbs/61_evaluation.report.ipynb #b16fdaf4
 @patch
 def plot_residuals(self:Evaluation,
     lang:str='en', # Words in English, or `zh`: Traditional Chinese

@@ -7,7 +7,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.watch.html.md"""
 # %% auto #0
 __all__ = ['WATCHED', 'EvaluationCallback']
 
-# %% ../../nbs/68_evaluation.watch.ipynb #2bc77a0a
+# %% ../../nbs/68_evaluation.watch.ipynb #c4a9f497
+import warnings
 from pathlib import Path
 import pandas as pd
 from fastcore.all import L, patch
@@ -119,7 +120,7 @@ def after_validate(self:EvaluationCallback):
     self.last = from_pass(self.dls, self.dl, p, y, loss)
     self._now = _values(self.last, self._scores)
 
-# %% ../../nbs/68_evaluation.watch.ipynb #1da1acb6
+# %% ../../nbs/68_evaluation.watch.ipynb #392f0cfc
 @patch
 def after_epoch(self:EvaluationCallback):
     "Keep the scores, write if wanted, and remember the best epoch"
@@ -135,6 +136,7 @@ def after_fit(self:EvaluationCallback):
     "Write the evaluation of the model as it is left"
     self._strip()
     self._late,ev = False,self.best
+    if ev is None and self.rows: warnings.warn('The model that was loaded is of an epoch before this fit was resumed, so nothing is written: use `learn.evaluate().save(...)`')
     if ev is None: return
     self.last = ev
     if self.folder is not None and self.every=='fit': self._write(ev, self.folder)
