@@ -147,7 +147,7 @@ class PassCallback(Callback):
         if not isinstance(p, torch.Tensor) or p.ndim>2: raise DataError('An evaluation needs one prediction a row', f'shape {tuple(getattr(p, "shape", ()))}', 'For language models see `validate`')
         self.parts.append(self.act(p.detach().float()).cpu().numpy()); self.ys.append(y.detach().cpu().numpy())
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #5a87cd58
+# %% ../../nbs/60_evaluation.onepass.ipynb #af1f30e3
 def in_order(parts, idxs):
     "Batches as one array, in the order of the rows; each batch is let go as it is copied"
     res,a = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype),0
@@ -162,8 +162,9 @@ def _pass(learn, dl):
     idxs = None
     if hasattr(dl, 'get_idxs'):
         dl = dl.new(shuffle=False, drop_last=False)
-        idxs = np.asarray(list(dl.get_idxs())).argsort().argsort() # the row among those that are read
-        dl = dl.new(get_idxs=_ConstantFunc(dl.get_idxs()))
+        read = list(dl.get_idxs())
+        dl = dl.new(get_idxs=_ConstantFunc(read)) # asked once, since it may draw
+        idxs = np.argsort(np.argsort(read)) # the place of each row among those that are read
     cb = PassCallback(activation_of(learn))
     losses = learn.get_preds(dl=dl, with_preds=False, with_targs=False, with_loss=True, act=noop, reorder=False, cbs=cb)[-1]
     return in_order(cb.parts, idxs), in_order(cb.ys, idxs), in_order([losses.float().numpy()], idxs)
