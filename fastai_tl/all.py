@@ -25,8 +25,14 @@ from .learners.classify import *
 from .learners.language import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
+from .evaluation.onepass import *
 from .evaluation.report import *
 from .evaluation.errors import *
 from .evaluation.validate import *
+from .evaluation.calibrate import *
+from .evaluation.decide import *
+from .evaluation.spans import *
+from .evaluation.page import *
+from .evaluation.watch import *
 from .quickdata import *
 from .quickstart import *
