@@ -8,8 +8,7 @@ from .data.subwords import *
 from .data.blocks import *
 from .data.loaders import *
 from .data.corpus import *
-from .data.duplicates import *
-from .data.folds import *
+from .data.splits import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *

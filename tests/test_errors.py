@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from fastai_tl.core import DataError, FastaiTLError, seed_everything
-from fastai_tl.data.duplicates import _ngrams, _plain, near_duplicates
+from fastai_tl.data.splits import _ngrams, _plain, near_duplicates
 from fastai_tl.evaluation.errors import overused_words, text_words
 from fastai_tl.evaluation.report import Evaluation
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from fastai_tl.core import DataError, FastaiTLError, RunError, TrainingError, derive_seed
-from fastai_tl.data.folds import Fold, cross_folds, time_folds
+from fastai_tl.data.splits import Fold, cross_folds, time_folds
 from fastai_tl.evaluation.report import Evaluation
 from fastai_tl.evaluation.validate import FoldError, corrected_ttest, cross_validate, run_folds, time_series_validate
 

@@ -7,13 +7,13 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.errors.html.md"""
 # %% auto #0
 __all__ = ['text_words', 'overused_words']
 
-# %% ../../nbs/62_evaluation.errors.ipynb #f065cca0
+# %% ../../nbs/62_evaluation.errors.ipynb #3dd0d0fe
 import re
 import numpy as np, pandas as pd
 from fastcore.all import patch
 from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_dtype
 from ..core import DataError, FastaiTLError, unknown_option
-from ..data.duplicates import UNSPACED, near_duplicates, without_specials
+from ..data.splits import UNSPACED, near_duplicates, without_specials
 from ..data.tokenize import check_texts
 from .report import Evaluation
 from ..plot import PALETTE, figure_style

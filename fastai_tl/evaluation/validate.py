@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.validate.html.md"""
 # %% auto #0
 __all__ = ['fold_metrics', 'FoldResults', 'corrected_ttest', 'FoldError', 'run_folds', 'cross_validate', 'time_series_validate']
 
-# %% ../../nbs/63_evaluation.validate.ipynb #8b347436
+# %% ../../nbs/63_evaluation.validate.ipynb #2fadc805
 import gc, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastprogress import progress_bar
 from ..core import DataError, FastaiTLError, TrainingError, seed_everything, unknown_option
 from ..data.blocks import check_labels
-from ..data.folds import Fold, cross_folds, time_folds
+from ..data.splits import Fold, cross_folds, time_folds
 from ..data.tokenize import column
 from .report import Evaluation
 from ..files import digest, load_tree, read_json, save_tree, write_json
