@@ -360,3 +360,30 @@ def test_slow_tokenizer():
     l = quiet(hf_classifier_learner(dls, config()))
     l.fit(1, 1e-3)
     assert l.predict('abc')[0] in CLASSES
+
+
+# One pass of evaluation
+
+def test_evaluation_of_one_label(trained):
+    ev = trained.evaluate()
+    texts, labels = valid_rows(trained)
+    hand = logits_by_hand(trained, texts)
+    assert ev.texts == texts and [str(c) for c in ev.classes] == CLASSES and [CLASSES[t] for t in ev.targets] == labels
+    assert np.allclose(ev.probs, hand.softmax(1), atol=1e-5)
+    sk = skm.classification_report(labels, [CLASSES[i] for i in hand.argmax(1)], output_dict=True, zero_division=0)
+    rep = ev.report()
+    assert all(rep.loc[c, 'f1'] == pytest.approx(sk[c]['f1-score']) for c in CLASSES)
+
+
+@pytest.mark.parametrize('kind', ['multi', 'regression'])
+def test_evaluation_of_other_targets(kind, tokz):
+    df = frame()
+    df['label'] = [f'{l};long' if len(t.split()) > 5 else l for t, l in zip(df.text, df.label)] if kind == 'multi' else df.text.str.split().str.len()/10
+    l = quiet(hf_classifier_learner(HFTextDataLoaders.from_df(df, tokz, bs=8, verbose=False, **(dict(label_delim=';') if kind == 'multi' else dict(target='regression'))), config()))
+    l.fit_one_cycle(4, 5e-3)
+    ev = l.evaluate()
+    hand = logits_by_hand(l, valid_rows(l)[0])
+    assert ev.target == kind and ev.texts == valid_rows(l)[0]
+    assert np.allclose(ev.probs.reshape(len(hand), -1), hand.sigmoid() if kind == 'multi' else hand, atol=1e-5)
+    if kind == 'regression': assert np.allclose(ev.targets, valid_rows(l)[1])
+    else: assert [{c for c, o in zip(l.dls.vocab, t) if o} for t in ev.targets] == [set(v) for v in valid_rows(l)[1]]

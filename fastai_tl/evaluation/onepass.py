@@ -7,7 +7,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.onepass.html.md"""
 # %% auto #0
 __all__ = ['Evaluation', 'class_names', 'row_texts', 'PassCallback']
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #1eb4e41c
+# %% ../../nbs/60_evaluation.onepass.ipynb #940f2356
+from collections import UserList
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import noop, patch
 from fastai.callback.core import Callback, GatherPredsCallback
@@ -112,7 +113,7 @@ def class_names(
     if not one(vocab[0]) or (len(vocab)==2 and not one(vocab[1])): return list(vocab[-1]) if len(vocab)>1 else None
     return list(vocab) if n_out is None or n_out==len(vocab) or (n_out==1 and len(vocab)==2) else None
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #9ac86896
+# %% ../../nbs/60_evaluation.onepass.ipynb #250fbb4c
 def row_texts(
     dl # A DataLoader with `[text, label]` rows, tokenised or not, or a table
 ) -> list|None: # `None` if the rows hold no text
@@ -120,7 +121,7 @@ def row_texts(
     items = getattr(getattr(dl, 'dataset', None), 'items', None)
     if items is None or not len(items): return None
     if isinstance(items, pd.DataFrame): items = list(items['text' if 'text' in items else items.columns[0]])
-    else: items = [i[0] if isinstance(i, (list,tuple)) and len(i) else i for i in items]
+    else: items = [i[0] if isinstance(i, (list,tuple,UserList)) and len(i) else i for i in items]
     if isinstance(items[0], str): return [str(i) for i in items]
     return [' '.join(map(str, i)) for i in items] if not isinstance(items[0], torch.Tensor) and hasattr(items[0], '__iter__') else None
 
