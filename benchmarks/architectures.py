@@ -31,6 +31,7 @@ SMALL = [(re.compile(f'(?:{p})$'), v) for p, v in (
     (r'(encoder|decoder|num_hidden|hidden|num|n|num_encoder|num_decoder)_layers?|num_blocks|depth|num_layers_per_stack|num_self_attends_per_block', 3),
     (r'.*vocab_size(_.*)?|.*group_vocab|num_hash_buckets', 120),
     (r'.*(kv|key_value|key|value|query)_(heads|groups)', 2),
+    (r'rotary_dim', 4),
     (r'.*heads?', 4),
     (r'.*head_dim|.*head_size|dim_head|d_head|d_kv|kv_channels|mamba_(d_head|headdim)', 8),
     (r'.*(intermediate|ffn|inner|feed_forward|ff)_?(hidden_|inner_)?(size|dim)(_mlp)?|d_ff|d_inner|dff|dim_ff|hidden_dim|n_inner|adapter_.*dim|prompt_mid_dim', 48),
@@ -44,11 +45,13 @@ SMALL = [(re.compile(f'(?:{p})$'), v) for p, v in (
 
 # what the defaults leave open or contradict once they are shrunk: model type -> values
 MEND = dict(
-    bamba=dict(mamba_d_head=16), falcon_h1=dict(mamba_d_ssm=32), granitemoehybrid=dict(mamba_d_head=16), mamba2=dict(head_dim=16), zaya=dict(num_experts_per_tok=1), xlnet=dict(d_head=8),
-    esm=dict(vocab_size=33, pad_token_id=1), esmc=dict(num_key_value_heads=4), gpt_neo=dict(attention_types=[[['global', 'local', 'global'], 1]]),
-    zamba=dict(layers_block_type=['hybrid', 'linear_attention', 'hybrid']), zamba2=dict(layers_block_type=['hybrid', 'linear_attention', 'hybrid']),
+    bamba=dict(mamba_d_head=16), falcon_h1=dict(mamba_d_ssm=32, mamba_d_head=8), granitemoehybrid=dict(mamba_d_head=16, layer_types=['mamba', 'full_attention', 'mamba']), mamba2=dict(head_dim=16), zaya=dict(num_experts_per_tok=1), xlnet=dict(d_head=8),
+    deepseek_v2=dict(num_experts_per_tok=2), longcat_flash=dict(head_dim=8, qk_head_dim=16), esm=dict(vocab_size=33, pad_token_id=1), esmc=dict(num_key_value_heads=4), gpt_neo=dict(attention_types=[[['global', 'local', 'global'], 1]]),
+    layoutlmv3=dict(coordinate_size=6, shape_size=4), lilt=dict(hidden_size=48), markuplm=dict(max_xpath_tag_unit_embeddings=256, max_xpath_subs_unit_embeddings=1024),
+    xmod=dict(default_language='en_XX'), zamba=dict(attention_hidden_size=64, attention_head_dim=16, layers_block_type=['hybrid', 'linear_attention', 'hybrid']), zamba2=dict(layers_block_type=['hybrid', 'linear_attention', 'hybrid']),
     cohere_compass_text=dict(rope_parameters={'full_attention': dict(rope_type='default', rope_theta=1e4)}), lfm2_moe=dict(layer_types=['conv', 'full_attention', 'conv']),
-    dbrx=dict(attn_config=dict(rope_theta=1e4)), dots1=dict(n_routed_experts=4, n_shared_experts=1), gemma3n_text=dict(num_kv_shared_layers=0), gemma4_assistant=dict(),
+    dbrx=dict(attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8), ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)), dots1=dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2), gemma3n_text=dict(num_kv_shared_layers=0, intermediate_size=48, activation_sparsity_pattern=[.5, 0., 0.]),
+    gemma4_text=dict(global_head_dim=8, num_kv_shared_layers=0), gemma4_unified_text=dict(global_head_dim=8, num_kv_shared_layers=0),
     reformer=dict(axial_pos_embds_dim=(16, 16), axial_pos_shape=(8, 8), is_decoder=True))
 
 
@@ -57,9 +60,10 @@ def small_values(cls):
     try: default = cls()
     except Exception: default = None
     n, res, subs = getattr(default, 'num_hidden_layers', 0), {}, getattr(cls, 'sub_configs_defaults', None) or {}
+    names = {f.name for f in fields(cls)}
     for f in fields(cls):
         try: now = getattr(default, f.name, None)
-        except ValueError: now = f.default   # it differs from layer to layer
+        except Exception: now = f.default   # it differs from layer to layer
         if f.name in subs:
             c = subs[f.name].config_class
             if not getattr(c, 'model_type', None): c = subs[f.name].get_config_class(subs[f.name].model_type)
@@ -68,6 +72,8 @@ def small_values(cls):
             res[f.name] = (list({repr(o): o for o in now}.values()) + list(now))[:3]
         elif f.name.endswith(('_token_id', '_token_index')):
             if isinstance(now, int) and now >= 100: res[f.name] = dict(pad=0, bos=1, eos=2).get(f.name.split('_')[0], 110 + len(res)%9)
+        elif f.name in ('head_dim', 'qk_head_dim') and 'qk_rope_head_dim' in names: pass   # follows from others
+        elif f.name == 'num_key_value_heads' and 'kv_lora_rank' in names: res[f.name] = 4   # one for each head
         elif 'int' in str(f.type) and not isinstance(now, bool) and (isinstance(now, int) or f.name in ('head_dim', 'num_key_value_heads')):
             value = next((v for p, v in SMALL if p.match(f.name)), None)
             if value is not None: res[f.name] = value
@@ -96,18 +102,19 @@ def build(cfg_class, cls):
 
 # --- what can be known about a model without `layer_groups` ---
 
-def expected_layers(model):
-    "How many layers the configuration promises"
-    def count(cfg):
-        if cfg.model_type in LAYERS: return LAYERS[cfg.model_type](cfg)
-        both = [getattr(cfg, a, getattr(cfg, b, None)) for a, b in (('encoder_layers', 'num_layers'), ('decoder_layers', 'num_decoder_layers'))]
-        if getattr(cfg, 'is_encoder_decoder', False): return sum(both)
-        return both[1] or cfg.num_hidden_layers
-    return count(model.config)
+def expected_layers(cfg):
+    "How many layers the configuration `cfg` of a model promises, those of its parts included"
+    if cfg.model_type in LAYERS: return LAYERS[cfg.model_type](cfg)
+    parts = [c for c in (getattr(cfg, k, None) for k in cfg.sub_configs) if c is not None]
+    both = [getattr(cfg, a, getattr(cfg, b, None)) for a, b in (('encoder_layers', 'num_layers'), ('decoder_layers', 'num_decoder_layers'))]
+    own = sum(both) if getattr(cfg, 'is_encoder_decoder', False) and all(both) else both[1] or getattr(cfg, 'num_hidden_layers', None) or getattr(cfg, 'depth', 0)
+    return (own if isinstance(own, int) and not getattr(cfg, 'encoder', None) else 0) + sum(map(expected_layers, parts))
 
 
-LAYERS = dict(   # where the number of layers is another
-    albert=lambda c: c.num_hidden_groups, funnel=lambda c: sum(c.block_sizes))
+LAYERS = dict(   # where the number of blocks has another name
+    blt=lambda c: c.encoder_config.num_hidden_layers + 1 + c.global_config.num_hidden_layers + c.decoder_config.num_hidden_layers,   # its patcher is fixed
+    moshi=lambda c: c.num_hidden_layers, phi4_multimodal_audio=lambda c: c.num_blocks, albert=lambda c: c.num_hidden_groups, canine=lambda c: c.num_hidden_layers + 2, funnel=lambda c: sum(c.block_sizes), hrm_text=lambda c: 2*c.num_layers_per_stack,
+    longcat_flash=lambda c: c.num_layers, perceiver=lambda c: c.num_self_attends_per_block)
 
 
 def in_list(model, name):
@@ -123,21 +130,24 @@ def in_list(model, name):
 
 
 class Recorder:
-    "Run `model` on one text, and keep what the modules at `paths` take and give"
+    "Run `model` on one text, and keep what the modules at `paths` take and give in their first call"
     def __init__(self, model, paths, inputs): self.model, self.inputs, self.mods = model, inputs, {p: model.get_submodule(p) for p in paths}
     def __call__(self):
-        self.got = defaultdict(list)
-        hooks = [m.register_forward_hook(partial(self.note, p), with_kwargs=True) for p, m in self.mods.items()]
+        self.got = {}
+        for p, m in self.mods.items(): m.forward = partial(self.call, p, m.forward)   # a hook would miss `m.forward(x)`
         torch.manual_seed(0)
         try:
             with torch.no_grad(): out = self.model(**self.inputs)
         finally:
-            for h in hooks: h.remove()
+            for m in self.mods.values(): del m.forward
         self.got['', 'out'] = floats(out[0] if isinstance(out, tuple) else out.logits)
-        return {k: [o.clone() for o in v] for k, v in self.got.items()}
-    def note(self, path, m, args, kwargs, out):
-        self.got[path, 'in'] += floats((args, kwargs))
-        self.got[path, 'out'] += floats(out)
+        return self.got
+    def call(self, path, forward, *args, **kwargs):
+        first = (path, 'in') not in self.got
+        if first: self.got[path, 'in'] = [o.clone() for o in floats((args, kwargs))]
+        out = forward(*args, **kwargs)
+        if first: self.got[path, 'out'] = [o.clone() for o in floats(out)]
+        return out
 
 
 def floats(o):
@@ -172,7 +182,7 @@ def check_once(model, groups, fixed):
 
 def check_blocks(model, groups):
     inner = [g for g in groups if g.name not in ('embeddings', 'head')]
-    n = expected_layers(model)
+    n = expected_layers(model.config)
     if len(inner) != n: yield f'{len(inner)} groups for {n} layers'
     where = {n: g.name for g in groups for n in g.names}
     count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -195,6 +205,7 @@ def check_flow(model, groups, inputs, fixed):
     blocks = {item[n]: i for n, i in where.items() if item[n] and i in inner}
     owners = {n: n.rpartition('.')[0] for n in where}
     loose = [n for n in where if item[n] not in blocks]
+    count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     rec = Recorder(model, set(blocks) | {owners[n] for n in loose}, inputs)
     base, by_id = rec(), dict(model.named_parameters())
     up = defaultdict(set)      # owner of a loose parameter -> the groups that feed it
@@ -211,7 +222,7 @@ def check_flow(model, groups, inputs, fixed):
         last = groups[i].name == 'head' or i == len(groups)-1
         if hit and min(hit) < i: yield f'{n} in {groups[i].name} changes {groups[min(hit)].name}'
         if not hit and ('', 'out') in diff and not last: yield f'{n} in {groups[i].name} changes no layer: head?'
-        if (owners[n], 'out') in base:
+        if (owners[n], 'out') in base and count[id(by_id[n])] == 1:
             feeds = up[owners[n]]
             if feeds and i < max(feeds): yield f'{n} in {groups[i].name} is fed by {groups[max(feeds)].name}'
             if not feeds and hit and groups[i].name != 'embeddings': yield f'{n} in {groups[i].name} is fed by no layer: embeddings?'
@@ -283,6 +294,7 @@ def main():
     ap.add_argument('--md', type=Path)
     a = ap.parse_args()
     warnings.simplefilter('ignore'); logging.disable(logging.WARNING); torch.set_num_threads(1)
+    import fastai_tl.models.groups   # once, before the children are made
     rows = []
     for task, cfg, cls in classes():
         if a.only and not {cfg.model_type, cls.__name__} & set(a.only): continue

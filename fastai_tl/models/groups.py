@@ -2,7 +2,10 @@
 #| export
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import accumulate
+from operator import or_
+from os.path import commonprefix
 import pandas as pd, torch
 from torch import nn
 from fastcore.all import patch
@@ -94,22 +97,36 @@ def _sequence(stacks, uses):
 
 
 #| export
+def _companions(model, stacks):
+    "Lists of loose modules beside a stack, and as long as it"
+    res = {}
+    for path,m in model.named_modules():
+        if not isinstance(m, nn.ModuleList) or path in stacks or len(m)<2 or not all(_own(c) for c in m): continue
+        if any(s.rpartition('.')[0]==path.rpartition('.')[0] and len(bl)==len(m) for s,bl in stacks.items()): res[path] = [(f'{path}.{n}', c) for n,c in m.named_children()]
+    return res
+
 def _joined_stacks(stacks, seq):
     "Lists of stacks: several if they lie side by side and take turns in `seq`, else one"
-    index = {p: (s,i) for s,bl in stacks.items() for i,(p,_) in enumerate(bl)}
-    res = defaultdict(list)
-    for s,bl in stacks.items(): res[s.rpartition('.')[0], len(bl)].append(s)
-    def in_turns(ss):
-        turns = [i for s,i in map(index.get, seq) if s in ss]
+    index,res = {p: (s,i) for s,bl in stacks.items() for i,(p,_) in enumerate(bl)},[]
+    def together(a, b):
+        if a.rpartition('.')[0]!=b.rpartition('.')[0] or len(stacks[a])!=len(stacks[b]) or len(stacks[a])<2: return False
+        turns = [i for s,i in map(index.get, seq) if s in (a,b)]
         return turns==sorted(turns)
-    return [ss for (_,n),group in res.items() for ss in ([group] if n>1 and in_turns(group) else [[s] for s in group])]
+    for s in stacks:
+        found = next((ss for ss in res if together(ss[0], s)), None)
+        if found: found.append(s)
+        else: res.append([s])
+    return res
 
-def _layers(stacks, uses):
+
+
+#| export
+def _layers(stacks, uses, companions=()):
     "`(name, paths)` of the layer groups' blocks, bottom to top"
-    seq,tails = _sequence(stacks, uses),{}
-    joined = _joined_stacks(stacks, seq)
+    seq = _sequence(stacks, uses)
+    joined = [ss for ss in _joined_stacks(stacks, seq) if ss[0] not in companions]
     for k in range(1 if len(joined)==1 else 2, 9): # as much of the path as tells the stacks apart
-        tails = ['.'.join(ss[0].split('.')[-k:]) + ''.join(f"+{s.split('.')[-1]}" for s in ss[1:]) for ss in joined]
+        tails = ['.'.join(ss[0].split('.')[-k:]) for ss in joined]
         if len(set(tails))==len(tails): break
     res = [(f'{t}.{i}'.lstrip('.'), [stacks[s][i][0] for s in ss]) for t,ss in zip(tails, joined) for i in range(len(stacks[ss[0]]))]
     return sorted(res, key=lambda o: seq.index(o[1][0]))
@@ -119,18 +136,31 @@ def _layers(stacks, uses):
 #| export
 def _nearest(names, stacks):
     "The stacks whose paths share most with one of `names`"
-    def common(n, s): return next((i for i,(a,b) in enumerate(zip(n.split('.'), s.split('.'))) if a!=b), min(n.count('.'), s.count('.'))+1)
-    near = {s: max(common(n, s) for n in names) for s in stacks}
+    near = {s: max(len(commonprefix([n.split('.'), s.split('.')])) for n in names) for s in stacks}
     return [s for s in near if near[s]==max(near.values())]
 
-def _used_at(name, names, stacks, order, at):
-    "Positions of the loose parameter `name` by its uses; `at` has the position of the block at work, or `None`, for each use of `order`"
-    near = {number for s in _nearest(names, stacks) for number in stacks[s]}
-    busy = [t for t,i in enumerate(at) if i]
-    start = next((t for t in busy if at[t] in near), busy[0])
-    before = list(accumulate((i or 0 for i in at), lambda a,b: b or a))
-    n = max(i for s in stacks.values() for i in s)
-    return {0 if t<start else n+1 if t>busy[-1] else before[t] for t,o in enumerate(order) if o==name}
+class _Work:
+    "What the blocks do in a forward pass: `uses` of parameters, and for each the position of the block in which it happens, or `None`"
+    def __init__(self, uses, at):
+        self.uses,self.at = uses,at
+        self.busy,self.masks = [t for t,i in enumerate(at) if i],defaultdict(int)
+        for u,i in zip(uses, at): self.masks[i] |= u.bit
+        self.last = list(accumulate((i or 0 for i in at), lambda a,b: b or a)) # the block that worked last
+        self.fed = reduce(or_, (u.fed_by for u,i in zip(uses, at) if i), 0) # all that feeds a block
+        self.sound = all(self.masks[i] & self.fed for i in set(self.last) - {0, max(self.last, default=0)}) # no block's trail is lost
+
+
+
+#| export
+def _used_at(name, work, n, near):
+    "Positions of the loose parameter `name` by its uses, among `n` blocks, of which those in `near` are its own stack's"
+    start = next((t for t in work.busy if work.at[t] in near), work.busy[0])
+    def one(t, u):
+        feeders = [i for i,m in work.masks.items() if i and m & u.fed_by]
+        if t<work.busy[0]: return 0
+        if t>work.busy[-1] or (work.sound and not u.bit & work.fed): return n+1
+        return max(feeders) if feeders else 0 if t<start else work.last[t]
+    return {one(t, u) for t,u in enumerate(work.uses) if u.name==name}
 
 
 
@@ -153,20 +183,28 @@ def _registered_at(model, number, n):
 #| export
 def _stack_layout(model, stacks):
     "Names of the groups, the positions of each parameter by its name, and the paths of the blocks"
-    paths = {p for bl in stacks.values() for p,_ in bl}
-    names = _all_names(model)
-    inside = {k: {_inside(n, paths) for n in ns} for k,ns in names.items()}
-    order = execution_order(model)
-    uses = [next(iter(inside[k])) if len(inside[k])==1 else None for k in order]
-    layers = _layers(stacks, uses)
+    names,uses = _all_names(model),execution_order(model)
+    beside = _companions(model, stacks) if uses else {}
+    inside = _inside_of(names, {**stacks, **beside})
+    layers = _layers({**stacks, **beside}, [_only(inside[u.name]) for u in uses], beside)
     number = {p: i for i,(_,ps) in enumerate(layers, 1) for p in ps}
-    numbered = {s: [number[p] for p,_ in bl] for s,bl in stacks.items()}
-    at,reg = [number.get(b) for b in uses],_registered_at(model, number, len(layers))
-    pos = {}
+    inside = {k: {b if b in number else None for b in bs} for k,bs in inside.items()}
+    work = _Work(uses, [number.get(_only(inside[u.name])) for u in uses])
+    reg,pos = _registered_at(model, number, len(layers)),{}
     for k,ns in names.items():
-        loose = _used_at(k, ns, numbered, order, at) if None in inside[k] and any(at) else set()
+        near = {number[p] for s in _nearest(ns, stacks) for p,_ in stacks[s]}
+        loose = _used_at(k, work, len(layers), near) if None in inside[k] and work.busy else set()
         pos[k] = {number[b] for b in inside[k] if b} | (loose or {reg[n] for n in ns if n in reg})
-    return ['embeddings', *(n for n,_ in layers), 'head'],pos,paths
+    return ['embeddings', *(n for n,_ in layers), 'head'],pos,set(number)
+
+
+
+#| export
+def _only(blocks): return next(iter(blocks)) if len(blocks)==1 else None # a parameter that several blocks share tells nothing about their order
+
+def _inside_of(names, stacks):
+    paths = {p for bl in stacks.values() for p,_ in bl}
+    return {k: {_inside(n, paths) for n in ns} for k,ns in names.items()}
 
 def _all_names(model):
     "All names of each parameter, by the name that `named_parameters` gives it"
