@@ -6,6 +6,7 @@ from .files import *
 from .data.tokenize import *
 from .data.blocks import *
 from .data.corpus import *
+from .models.trace import *
 from .models.groups import *
 from .models.encoder import *
 from .tune.optim import *
