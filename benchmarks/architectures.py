@@ -34,8 +34,8 @@ SMALL = [(re.compile(f'(?:{p})$'), v) for p, v in (
     (r'rotary_dim', 4),
     (r'.*heads?', 4),
     (r'.*head_dim|.*head_size|dim_head|d_head|d_kv|kv_channels|mamba_(d_head|headdim)', 8),
+    (r'adapter_(in|out)_dim|.*hidden_size.*|.*(d_model|n_embd|d_latents|lru_width)|(emb|embed|embedding|word_embed_proj)_dim|dim|.*embed(ding)?_(size|dim)|.*emb_size|dim_model_base', 32),
     (r'.*(intermediate|ffn|inner|feed_forward|ff)_?(hidden_|inner_)?(size|dim)(_mlp)?|d_ff|d_inner|dff|dim_ff|hidden_dim|n_inner|adapter_.*dim|prompt_mid_dim', 48),
-    (r'.*hidden_size.*|.*(d_model|n_embd|d_latents|lru_width)|(emb|embed|embedding|word_embed_proj)_dim|dim|.*embed(ding)?_(size|dim)|.*emb_size|dim_model_base', 32),
     (r'intra_bottleneck_size', 16),
     (r'.*max_.*positions?.*|n_positions|n_ctx|max_seq_len|max_sequence_length|context_length|model_max_length|.*max_length|max_.*embeddings', 64),
     (r'.*experts?_per_tok(en)?|moe_topk|moe_k|moe_top_?k|top_k_experts|.*index_topk', 2),
@@ -50,7 +50,8 @@ MEND = dict(
     layoutlmv3=dict(coordinate_size=6, shape_size=4), lilt=dict(hidden_size=48), markuplm=dict(max_xpath_tag_unit_embeddings=256, max_xpath_subs_unit_embeddings=1024),
     xmod=dict(default_language='en_XX'), zamba=dict(attention_hidden_size=64, attention_head_dim=16, layers_block_type=['hybrid', 'linear_attention', 'hybrid']), zamba2=dict(layers_block_type=['hybrid', 'linear_attention', 'hybrid']),
     cohere_compass_text=dict(rope_parameters={'full_attention': dict(rope_type='default', rope_theta=1e4)}), lfm2_moe=dict(layer_types=['conv', 'full_attention', 'conv']),
-    dbrx=dict(attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8), ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)), dots1=dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2), gemma3n_text=dict(num_kv_shared_layers=0, intermediate_size=48, activation_sparsity_pattern=[.5, 0., 0.]),
+    dbrx=dict(attn_config=dict(rope_theta=1e4, clip_qkv=8), ffn_config=dict(ffn_hidden_size=48)), dots1=dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2), gemma3n_text=dict(num_kv_shared_layers=0, intermediate_size=48, activation_sparsity_pattern=[.5, 0., 0.]),
+    qwen4_exp_text=dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=4),
     gemma4_text=dict(global_head_dim=8, num_kv_shared_layers=0), gemma4_unified_text=dict(global_head_dim=8, num_kv_shared_layers=0),
     reformer=dict(axial_pos_embds_dim=(16, 16), axial_pos_shape=(8, 8), is_decoder=True))
 
@@ -77,7 +78,8 @@ def small_values(cls):
         elif 'int' in str(f.type) and not isinstance(now, bool) and (isinstance(now, int) or f.name in ('head_dim', 'num_key_value_heads')):
             value = next((v for p, v in SMALL if p.match(f.name)), None)
             if value is not None: res[f.name] = value
-    return {**res, **MEND.get(getattr(cls, 'model_type', ''), {})}
+    for k, v in MEND.get(getattr(cls, 'model_type', ''), {}).items(): res[k] = {**res[k], **v} if isinstance(res.get(k), dict) and k in subs else v
+    return res
 
 
 def classes():
@@ -226,6 +228,7 @@ def check_flow(model, groups, inputs, fixed):
             feeds = up[owners[n]]
             if feeds and i < max(feeds): yield f'{n} in {groups[i].name} is fed by {groups[max(feeds)].name}'
             if not feeds and hit and groups[i].name != 'embeddings': yield f'{n} in {groups[i].name} is fed by no layer: embeddings?'
+        elif isinstance(model.get_submodule(owners[n]), nn.Embedding) and hit and groups[i].name != 'embeddings': yield f'{n} in {groups[i].name} is an embedding'
 
 
 def check_top(model, inputs):

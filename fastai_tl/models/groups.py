@@ -146,7 +146,7 @@ def _registered_at(model, number, n):
             else: res[name] = n+1 if i==n else i
     return res
 
-# %% ../../nbs/22_models.groups.ipynb #11ccba96
+# %% ../../nbs/22_models.groups.ipynb #b0a54aac
 def _stack_layout(model, stacks):
     "Names of the groups, the positions of each parameter by its name, and the paths of the blocks"
     names,uses = _all_names(model),execution_order(model)
@@ -159,12 +159,14 @@ def _stack_layout(model, stacks):
     reg,pos = _registered_at(model, number, len(layers)),{}
     for k,ns in names.items():
         near = {number[p] for s in _nearest(ns, stacks) for p,_ in stacks[s]}
-        loose = work.positions(k, len(layers), near) if None in inside[k] and work.busy else set()
+        loose = work.positions(k, len(layers), near, embedding=_in_embedding(model, ns)) if None in inside[k] and work.busy else set()
         pos[k] = {number[b] for b in inside[k] if b} | (loose or {reg[n] for n in ns if n in reg})
     return ['embeddings', *(n for n,_ in layers), 'head'],pos,set(number)
 
-# %% ../../nbs/22_models.groups.ipynb #b2212942
+# %% ../../nbs/22_models.groups.ipynb #26f0bf7b
 def _only(blocks): return next(iter(blocks)) if len(blocks)==1 else None # a parameter that several blocks share tells nothing about their order
+
+def _in_embedding(model, names): return any(_is_embedding(model.get_submodule(n.rpartition('.')[0])) for n in names)
 
 def _inside_of(names, stacks):
     paths = {p for bl in stacks.values() for p,_ in bl}

@@ -177,23 +177,24 @@ class Work:
         self.fed = reduce(or_, (u.fed_by for u,i in zip(uses, at) if i), 0) # all that feeds a block
         self.sound = all(self.bits[i] & self.fed for i in set(self.last) - {0, max(self.last, default=0)}) # no trail is lost
 
-# %% ../../nbs/21_models.trace.ipynb #a4e9a659
+# %% ../../nbs/21_models.trace.ipynb #513b29ea
 @patch
 def positions(self:Work,
     name:str, # A parameter outside the blocks
     n:int, # Number of blocks
-    own # Positions of the blocks of its own stack
+    own, # Positions of the blocks of its own stack
+    embedding:bool=False # Is it an embedding?
 ) -> set: # One position for each place of use; empty if it is not used
     "Where the parameter `name` works"
     start = next((t for t in self.busy if self.at[t] in own), self.busy[0])
-    return {self._position(t, u, n, t<start) for t,u in enumerate(self.uses) if u.name==name}
+    return {self._position(t, u, n, embedding or t<start) for t,u in enumerate(self.uses) if u.name==name}
 
 @patch
-def _position(self:Work, t, u, n, before_own):
+def _position(self:Work, t, u, n, below):
     if t<self.busy[0]: return 0
     if t>self.busy[-1] or (self.sound and not u.bit & self.fed): return n+1
     feeders = [i for i,b in self.bits.items() if i and b & u.fed_by]
-    return max(feeders) if feeders else 0 if before_own else self.last[t]
+    return max(feeders) if feeders else 0 if below else self.last[t]
 
 # %% ../../nbs/21_models.trace.ipynb #98dcfb83
 def mark_fixed(
