@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Are the layer groups right for every text architecture of transformers?
 
-    python benchmarks/architectures.py [--only NAME ...] [--json FILE] [--md FILE]
+    python benchmarks/architectures.py [--only NAME …] [--json FILE] [--md FILE]
 
 Every class of transformers' mappings for sequence classification and for causal language modelling is built from a small configuration (its own default, with sizes
 shrunk by the names of the attributes) in a process of its own, with a limit on time and memory. Its groups are then compared with what can be found out without `layer_groups`:
@@ -13,10 +13,10 @@ shrunk by the names of the attributes) in a process of its own, with a limit on 
 - *top*: after one step with `freeze_to(-1)` the parameters of the head have changed, and no others."""
 
 import argparse, json, logging, os, re, resource, signal, time, traceback, warnings
-from copy import deepcopy
-from functools import partial
 from collections import Counter, defaultdict
+from copy import deepcopy
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -259,7 +259,7 @@ def check(cfg_class, cls):
     try: execution_order(model, strict=True)
     except Exception as e: res.update(traced=False, note=f'{e}'[:200])
     gs, low = layer_groups(model), layer_groups(model, tied='embeddings')
-    res.update(groups=len(gs), first=gs[0].name, layers=[g.name for g in low], seconds=0.)
+    res.update(groups=len(gs), layers=[g.name for g in low])
     if gs[-1].name != 'head': res['problems'].append(f'the last group is {gs[-1].name}')
     if low[0].name != 'embeddings': res['problems'].append(f'the first group is {low[0].name}')
     for groups in (gs, low): res['problems'] += [*check_once(model, groups, fixed), *check_blocks(model, groups)]
@@ -281,7 +281,7 @@ def in_child(f, *args):
         signal.alarm(LIMIT_S)
         t = time.perf_counter()
         try: res = f(*args)
-        except BaseException as e: res = dict(built=True, problems=[f'{type(e).__name__}: {e}'[:300]]); traceback.print_exc()
+        except BaseException as e: res = dict(built=True, traced=False, problems=[f'{type(e).__name__}: {e}'[:300]]); traceback.print_exc()
         os.write(w, json.dumps(dict(res, seconds=round(time.perf_counter()-t, 2))).encode())
         os._exit(0)
     os.close(w)
@@ -290,25 +290,47 @@ def in_child(f, *args):
     return json.loads(out) if out else dict(built=False, why=f'stopped by signal {status & 127} (time or memory)')
 
 
+def verdict(row):
+    "One word or more on a row"
+    if not row['built']: return 'not built: ' + ' '.join(row['why'].split())[:150]
+    return '; '.join(row['problems']) or ('ok' if row['traced'] else 'ok (not run)')
+
+
+def summary(rows):
+    built = [r for r in rows if r['built']]
+    right, run = [r for r in built if not r['problems']], [r for r in built if r.get('traced')]
+    return (f'{len(rows)} classes, {len(built)} could be built, {len(right)} of these are grouped rightly ({len(right)/max(1, len(built)):.1%}); '
+            f'{len(run)} could be run on a text and passed through all checks, the rest through those without running')
+
+
+def markdown(rows):
+    "The page of the documentation"
+    from importlib.metadata import version
+    table = ['| class | groups | layers | result |', '|---|---|---|---|']
+    for r in sorted(rows, key=lambda r: (r['task'], r['cls'].lower())):
+        names = [o for o in r.get('layers', []) if o not in ('embeddings', 'head')]
+        table.append(f"| `{r['cls']}` | {r.get('groups', '')} | {len(names) or ''} | {verdict(r)} |")
+    checks = __doc__.split('\n\n')
+    return '\n\n'.join(['# Layer groups of every architecture', f"transformers {version('transformers')}, torch {version('torch').split('+')[0]}. **{summary(rows)}.**", checks[2], checks[3] if len(checks) > 3 else '',
+                        '\n'.join(table)]).replace('\n\n\n', '\n\n').rstrip() + '\n'
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--only', nargs='*', default=[], help='model types or classes')
-    ap.add_argument('--json', type=Path)
-    ap.add_argument('--md', type=Path)
+    ap.add_argument('--json', type=Path, help='also write all rows to this file')
+    ap.add_argument('--md', type=Path, help='also write the table to this file')
     a = ap.parse_args()
     warnings.simplefilter('ignore'); logging.disable(logging.WARNING); torch.set_num_threads(1)
     import fastai_tl.models.groups   # once, before the children are made
     rows = []
     for task, cfg, cls in classes():
         if a.only and not {cfg.model_type, cls.__name__} & set(a.only): continue
-        row = dict(task=task, model=cfg.model_type, cls=cls.__name__, **in_child(check, cfg, cls))
-        rows.append(row)
-        verdict = 'ok' if row['built'] and not row['problems'] else '; '.join(row['problems']) if row['built'] else 'not built: ' + row['why'][:120]
-        print(f"{cls.__name__:45} {row.get('groups', ''):>3} {row['seconds'] if 'seconds' in row else '':>6} {'' if row.get('traced', True) else 'not run '}{verdict}", flush=True)
-    if a.json: a.json.write_text(json.dumps(rows, indent=1))
-    built = [r for r in rows if r['built']]
-    right = [r for r in built if not r['problems']]
-    print(f'{len(rows)} classes, {len(built)} built, {len(right)} grouped rightly ({len(right)/max(1,len(built)):.1%})')
+        rows.append(dict(task=task, model=cfg.model_type, cls=cls.__name__, **in_child(check, cfg, cls)))
+        print(f"{cls.__name__:45} {rows[-1].get('groups', ''):>3} {verdict(rows[-1])}", flush=True)
+    print(summary(rows))
+    if a.json: a.json.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
+    if a.md: a.md.write_text(markdown(rows), encoding='utf-8')
 
 
 if __name__ == '__main__': main()
