@@ -113,9 +113,6 @@ def values(m): return {n: p.detach().clone() for n,p in m.named_parameters()}
 def moved(m, before): return {n for n,p in m.named_parameters() if not torch.equal(p, before[n])}
 
 
-def test_there_are_thirty(): assert len({v[0] for v in MODELS.values()}) >= 40 and len(MODELS) >= 41
-
-
 @each
 def test_each_parameter_is_in_one_group(name):
     m = build(name)
@@ -138,7 +135,7 @@ def test_layers_between_embeddings_and_head(name):
     assert any(wte is p for p in low[0].params)
     tied = out is not None and out.weight is wte
     assert any(wte is p for p in groups[-1].params) == tied
-    assert (groups[0].name == 'embeddings') == any(p is not wte for p in low[0].params) or not tied   # the tied matrix may be all there is below
+    if tied: assert (groups[0].name == 'embeddings') == (len(low[0].params) > 1)   # the tied matrix may be all there is below
 
 
 @each
@@ -219,14 +216,15 @@ def test_a_model_on_meta_or_with_checkpointing_has_the_same_groups():
 
 def test_what_is_asked_for_groups_keeps_its_state():
     "Mode, hooks, gradients, random numbers and weights are as before"
-    m = build('rwkv') if 'rwkv' in MODELS else build('big_bird')
-    m.train(); m.get_submodule('bert.encoder').eval()
+    m = build('big_bird').train()
+    m.get_submodule('bert.encoder').eval()
     calls = []
     m.register_forward_hook(lambda *_: calls.append(1))
     before,modes,state = values(m),[o.training for o in m.modules()],torch.get_rng_state()
     layer_groups(m)
     assert not moved(m, before) and modes == [o.training for o in m.modules()] and torch.equal(state, torch.get_rng_state())
     assert not calls and all(p.grad is None for p in m.parameters()) and hf_models(m) == [m]
+    assert m.bert.attention_type == 'block_sparse'   # after a short text BigBird gives that up
 
 
 def test_groups_of_a_frozen_or_moved_model_are_the_same():
