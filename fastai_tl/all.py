@@ -9,6 +9,7 @@ from .data.blocks import *
 from .data.loaders import *
 from .data.corpus import *
 from .data.splits import *
+from .models.trace import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
