@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.hf.html.md"""
 # %% auto #0
 __all__ = ['HF_TASKS', 'load_hf', 'minilm_folder', 'max_positions', 'HFModel', 'check_tokenizer', 'check_lengths', 'HFEncoder']
 
-# %% ../../nbs/24_models.hf.ipynb #6ec1f0e7
+# %% ../../nbs/24_models.hf.ipynb #d9d63694
 import copy, importlib.util, inspect
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from ..core import DataError, FastaiTLError, VocabError, optional, shorten, unkn
 from ..data.subwords import TensorTokens, hub_error
 from ..files import load_tree, save_tree
 from .encoder import EncoderMatch, map_rows, match_vocab
-from .groups import mark_fixed
+from .trace import mark_fixed
 
 # %% ../../nbs/24_models.hf.ipynb #0c649052
 HF_TASKS = dict(classification='SequenceClassification', tagging='TokenClassification', qa='QuestionAnswering', causal_lm='CausalLM', masked_lm='MaskedLM', seq2seq='Seq2SeqLM')
