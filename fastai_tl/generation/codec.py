@@ -84,23 +84,24 @@ class FastaiCodec:
         if self.unk_id is None: raise VocabError('The vocabulary must have a token for unknown words', f'no {UNK} among {len(self.vocab)}')
     def numericalize(self, tokens): return [self.o2i.get(t, self.unk_id) for t in tokens]
 
-# %% ../../nbs/40_generation.codec.ipynb #e7be15d3
+# %% ../../nbs/40_generation.codec.ipynb #6f079f54
 @patch
 def encode(self:FastaiCodec,
     text:str # Any text; an empty one is the beginning of a text
 ) -> list: # Numbers, in the order in which the model reads
     "A text as the model reads it"
     ids = self.numericalize(self.tokenize(text) if text.strip() else [BOS])
-    return [i for i in reversed(ids) if i!=self.bos_id] if self.backwards else ids
+    return [i for i in reversed(ids) if i!=self.bos_id] or ids if self.backwards else ids
 
 @patch
 def encode_word(self:FastaiCodec,
     word:str # A word or a phrase
 ) -> list: # Lists of numbers, each a way to write it; empty if it has an unknown part
-    "The ways in which the model can write a word, its case left open"
-    marks = self.numericalize([BOS, TK_MAJ, TK_UP])
-    ids = [i for i in self.encode(word) if i==self.unk_id or i not in marks]
-    return [ids] if ids and self.unk_id not in ids else []
+    "The ways in which the model can write a word: in its case, and in lower case"
+    marks = self.numericalize([TK_MAJ, TK_UP])
+    cased = [i for i in self.encode(word) if i!=self.bos_id]
+    plain = [i for i in cased if i==self.unk_id or i not in marks]
+    return [] if self.unk_id in plain or not plain else [plain] if cased==plain or self.unk_id in cased else [cased, plain]
 
 # %% ../../nbs/40_generation.codec.ipynb #59df40c4
 @patch
@@ -187,7 +188,7 @@ class HFCodec:
         ids = tokenizer('天天', add_special_tokens=False)['input_ids']
         self.spaced = ' ' in self.tok.decode(ids).strip() # as BERT's tokenizer does between Chinese characters
 
-# %% ../../nbs/40_generation.codec.ipynb #d36268a0
+# %% ../../nbs/40_generation.codec.ipynb #50358754
 @patch
 def encode_spans(self:HFCodec,
     text:str, # Any text
@@ -200,6 +201,17 @@ def encode_spans(self:HFCodec,
     while not whole and n and o['special_tokens_mask'][n-1] and any(m==0 for m in o['special_tokens_mask']): n -= 1
     if not whole and n and all(o['special_tokens_mask'][:n]): n = 1 # nothing but the template: its beginning
     return list(o['input_ids'][:n]),[tuple(s) for s in o['offset_mapping'][:n]] if fast else None
+
+@patch
+def encode_whole(self:HFCodec,
+    text:str # Any text
+) -> tuple: # Special tokens in front, the numbers of the text, special tokens behind, and where each of the text's tokens is
+    "A text with its whole template, as a masked model reads it"
+    ids,spans = self.encode_spans(text, whole=True)
+    special = self.tok(text, truncation=False, return_special_tokens_mask=True, verbose=False)['special_tokens_mask']
+    a = next((i for i,m in enumerate(special) if not m), len(ids))
+    b = len(ids) - next((i for i,m in enumerate(reversed(special)) if not m), 0)
+    return ids[:a],ids[a:max(a, b)],ids[max(a, b):],spans and spans[a:max(a, b)]
 
 @patch
 def encode(self:HFCodec,
