@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.surprisal.html.md"""
 # %% auto #0
 __all__ = ['Surprisal', 'token_surprisal']
 
-# %% ../../nbs/48_generation.surprisal.ipynb #0bd25dfc
+# %% ../../nbs/48_generation.surprisal.ipynb #03b12d33
 import html, math
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
@@ -16,7 +16,7 @@ from ..core import DataError
 from .codec import join_words
 from .score import score_texts
 from .source import text_model
-from ..plot import figure_style
+from ..plot import figure_style, has_cjk
 
 # %% ../../nbs/48_generation.surprisal.ipynb #b4ec0089
 def _span_groups(s):
@@ -90,22 +90,32 @@ def _repr_html_(self:Surprisal):
         res.append(f'<span title="{b:.1f} bits" style="background:{bg};color:{fg};padding:.1em 0;white-space:pre-wrap">{html.escape(p)}</span>')
     return f'<div style="line-height:1.9">{"".join(res)}</div>'
 
-# %% ../../nbs/48_generation.surprisal.ipynb #70ed6aea
-def _lines(ax, pieces, size, width):
-    "The place of each piece: `(x, line, width)`, in points"
-    from matplotlib.textpath import TextPath
-    fig,res,x,line = ax.figure,[],0.,0
-    r = fig.canvas.get_renderer()
+# %% ../../nbs/48_generation.surprisal.ipynb #a7a702f4
+def _widths(ax, pieces, size):
+    "How wide each piece is, in points"
+    r,res = ax.figure.canvas.get_renderer(),[]
     for p in pieces:
-        t = ax.text(0, 0, p.replace('$', r'\$').replace('\n', ' ') or ' ', fontsize=size)
-        w = t.get_window_extent(r).width*72/fig.dpi if p.strip() else 0.
+        t = ax.text(0, 0, _plain(p), fontsize=size)
+        w = t.get_window_extent(r).width*72/ax.figure.dpi if p.strip() else 0.
         t.remove()
-        w = max(w, size*.3) + (size*.28 if p[:1].isspace() and p.strip() else 0) # spaces in front have no extent of their own
-        if x and (x+w>width or '\n' in p): x,line = 0.,line+1
-        res.append((x, line, w)); x += w
+        res.append(max(w+size*.08, size*.3) + (_lead(p, size) if p.strip() else 0))
+    return res
+
+def _plain(p): return p.strip().replace('$', r'\$').replace('\n', ' ')
+def _lead(p, size): return size*.28 if p[:1].isspace() else 0. # a space in front has no extent of its own
+
+def _lines(pieces, widths, width):
+    "`(x, line)` of each piece: a line ends before a space or a Chinese character, unless a word alone is too long"
+    res,x,line = [],0.,0
+    for i,(p,w) in enumerate(zip(pieces, widths)):
+        free = i==0 or p[:1].isspace() or has_cjk(p)
+        k = next((j for j in range(i+1, len(pieces)) if pieces[j][:1].isspace() or has_cjk(pieces[j])), len(pieces))
+        word = sum(widths[i:k]) if free else w
+        if x and (x+word>width if free and word<=width else x+w>width) or '\n' in p: x,line = 0.,line+(i>0)
+        res.append((x, line)); x += w
     return res,line+1
 
-# %% ../../nbs/48_generation.surprisal.ipynb #d49aa57d
+# %% ../../nbs/48_generation.surprisal.ipynb #14ac96a7
 @patch
 def plot(self:Surprisal,
     title:str='', # Above the figure
@@ -117,28 +127,29 @@ def plot(self:Surprisal,
     "Draw the text with the heat of its surprise, and return the Figure"
     with figure_style(self.text, title, font=font) as plt:
         fig,ax = plt.subplots(figsize=(width, 1), layout='none')
-        places,n = _lines(ax, self.pieces, size, width*72-90)
+        ws = _widths(ax, self.pieces, size)
+        places,n = _lines(self.pieces, ws, width*72-90)
         step,top = size*1.75,_limit(self.bits, vmax)
         h = n*step+(size*2.2 if title else 4)
         fig.set_size_inches(width, h/72)
         ax.set(position=(0, 0, 1-70/(width*72), 1), xlim=(-4, width*72-74), ylim=(-(n*step), h-n*step)); ax.axis('off')
-        self._draw(ax, places, step, size, top)
+        self._draw(ax, places, ws, step, size, top)
         if title: ax.set_title(title, fontsize=size+1, loc='left', x=4/(width*72), y=1-(size*2)/h)
         self._bar(fig, top, h, width*72, n*step)
     plt.close(fig)
     return fig
 
-# %% ../../nbs/48_generation.surprisal.ipynb #1aa64c5a
+# %% ../../nbs/48_generation.surprisal.ipynb #c5abdc8f
 @patch
-def _draw(self:Surprisal, ax, places, step, size, top):
+def _draw(self:Surprisal, ax, places, widths, step, size, top):
     "The pieces on their grounds"
     from matplotlib.patches import Rectangle
-    for p,b,(x,line,w) in zip(self.pieces, self.bits, places):
+    for p,b,(x,line),w in zip(self.pieces, self.bits, places, widths):
         bg,fg = _colour(min(b/top, 1.))
         y = -(line+.5)*step
         ax.add_patch(Rectangle((x, y-step*.42), w, step*.84, facecolor=[int(v)/255 for v in bg[4:-1].split(',')], edgecolor='white', linewidth=.6))
-        lead = size*.28 if p[:1].isspace() else 0
-        ax.text(x+lead+(w-lead)/2, y, p.strip().replace('$', r'\$').replace('\n', ' '), fontsize=size, color=fg, ha='center', va='center')
+        lead = _lead(p, size)
+        ax.text(x+lead+(w-lead)/2, y, _plain(p), fontsize=size, color=fg, ha='center', va='center')
 
 @patch
 def _bar(self:Surprisal, fig, top, h, w, text_h):
