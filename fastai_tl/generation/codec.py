@@ -103,7 +103,7 @@ def encode_word(self:FastaiCodec,
     plain = [i for i in cased if i==self.unk_id or i not in marks]
     return [] if self.unk_id in plain or not plain else [plain] if cased==plain or self.unk_id in cased else [cased, plain]
 
-# %% ../../nbs/40_generation.codec.ipynb #59df40c4
+# %% ../../nbs/40_generation.codec.ipynb #76590d65
 @patch
 def word_groups(self:FastaiCodec,
     ids # Numbers, in the order in which the model reads
@@ -122,6 +122,7 @@ def decode(self:FastaiCodec,
     "The text that numbers stand for"
     return join_words(w for w,_ in self.word_groups(ids))
 
+# %% ../../nbs/40_generation.codec.ipynb #b0e535d7
 @patch
 def encode_spans(self:FastaiCodec,
     text:str # Any text
@@ -129,7 +130,7 @@ def encode_spans(self:FastaiCodec,
     "A text as the model reads it"
     return self.encode(text),None
 
-# %% ../../nbs/40_generation.codec.ipynb #270ef4bc
+# %% ../../nbs/40_generation.codec.ipynb #99e6d44d
 @patch
 def complete(self:FastaiCodec,
     prompt_ids, # What the model has read
@@ -140,7 +141,7 @@ def complete(self:FastaiCodec,
     if self.backwards: return whole[:len(whole)-len(before)] if whole.endswith(before) else self.decode(ids)
     return whole[len(before):] if whole.startswith(before) else self.decode(ids)
 
-# %% ../../nbs/40_generation.codec.ipynb #7b31cdd0
+# %% ../../nbs/40_generation.codec.ipynb #d54347a4
 def _transforms(dls):
     "All transforms that a text goes through"
     return [f for tl in getattr(dls.train_ds, 'tls', []) for f in getattr(tl.tfms, 'fs', [])]
@@ -155,7 +156,7 @@ def from_dls(cls:FastaiCodec,
     if tok is None or num is None: raise DataError('The DataLoaders must tokenise and numericalise texts', f'the transforms {[type(f).__name__ for f in fs]}', 'Make them with TextDataLoaders or `language_model_dls`')
     return cls(num.vocab, lambda t: list(tok.encodes(t)), any(getattr(f, '__name__', getattr(f, 'name', ''))=='reverse_text' for f in fs))
 
-# %% ../../nbs/40_generation.codec.ipynb #85618f94
+# %% ../../nbs/40_generation.codec.ipynb #0749047f
 @patch(cls_method=True)
 def from_encoder(cls:FastaiCodec,
     enc:Encoder # With the settings of its tokenizer
@@ -169,7 +170,7 @@ def from_encoder(cls:FastaiCodec,
     post = compose(*defaults.text_postproc_rules)
     return cls(enc.vocab, lambda t: [post(o) for o in first(tok([rules(t)]))], enc.backwards)
 
-# %% ../../nbs/40_generation.codec.ipynb #558127fe
+# %% ../../nbs/40_generation.codec.ipynb #3985807f
 class HFCodec:
     "Texts as numbers of a Hugging Face tokenizer, and back"
     backwards,never = False,()
@@ -188,7 +189,7 @@ class HFCodec:
         ids = tokenizer('天天', add_special_tokens=False)['input_ids']
         self.spaced = ' ' in self.tok.decode(ids).strip() # as BERT's tokenizer does between Chinese characters
 
-# %% ../../nbs/40_generation.codec.ipynb #50358754
+# %% ../../nbs/40_generation.codec.ipynb #8015afda
 @patch
 def encode_spans(self:HFCodec,
     text:str, # Any text
@@ -202,6 +203,7 @@ def encode_spans(self:HFCodec,
     if not whole and n and all(o['special_tokens_mask'][:n]): n = 1 # nothing but the template: its beginning
     return list(o['input_ids'][:n]),[tuple(s) for s in o['offset_mapping'][:n]] if fast else None
 
+# %% ../../nbs/40_generation.codec.ipynb #6e146fa9
 @patch
 def encode_whole(self:HFCodec,
     text:str # Any text
@@ -222,7 +224,7 @@ def encode(self:HFCodec,
     ids = self.encode_spans(text, whole)[0] if text else []
     return ids or ([self.bos_id] if self.bos_id is not None else [])
 
-# %% ../../nbs/40_generation.codec.ipynb #7ffec6b2
+# %% ../../nbs/40_generation.codec.ipynb #b79d49c2
 @patch
 def encode_word(self:HFCodec,
     word:str # A word or a phrase
@@ -239,7 +241,7 @@ def decode(self:HFCodec,
     text = self.tok.decode([int(i) for i in ids], skip_special_tokens=True)
     return re.sub(f'(?<={_wide.pattern}) (?={_wide.pattern})', '', text) if self.spaced else text
 
-# %% ../../nbs/40_generation.codec.ipynb #aab7daf4
+# %% ../../nbs/40_generation.codec.ipynb #6daad3e5
 @patch
 def complete(self:HFCodec,
     prompt_ids, # What the model has read

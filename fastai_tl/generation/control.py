@@ -53,7 +53,7 @@ def _check_together(o):
     if beams>1 and n>beams: no('There can be no more texts for a prompt than beams', 'num_return_sequences', 'num_beams')
     if get('min_new_tokens', 0)>get('max_new_tokens', float('inf')): no('`min_new_tokens` must be no more than `max_new_tokens`', 'min_new_tokens', 'max_new_tokens')
 
-# %% ../../nbs/45_generation.control.ipynb #2ccf33ef
+# %% ../../nbs/45_generation.control.ipynb #7d5b8ef3
 def make_generation_config(
     base=None, # A `GenerationConfig` to start from
     **options # Options to set; `None` leaves one alone
@@ -71,6 +71,7 @@ def make_generation_config(
     _check_together(now)
     return _settle(cfg, now)
 
+# %% ../../nbs/45_generation.control.ipynb #f7e6b3ab
 def _settle(cfg, now):
     "Sampling that is meant, options that do nothing, and what transformers itself finds wrong"
     one_beam = (now.get('num_beams') or 1)==1
@@ -83,7 +84,7 @@ def _settle(cfg, now):
     except ValueError as e: raise FastaiTLError('Options of generation must fit together', str(e)) from e
     return cfg
 
-# %% ../../nbs/45_generation.control.ipynb #c82065ee
+# %% ../../nbs/45_generation.control.ipynb #1918d56c
 _padding_is_fine = set(SAMPLING) | {'max_new_tokens','do_sample','num_beams','num_return_sequences','early_stopping','length_penalty','pad_token_id','eos_token_id','bos_token_id','decoder_start_token_id',
                                     'use_cache','suppress_tokens','bad_words_ids','min_new_tokens','renormalize_logits','max_time','output_attentions','output_hidden_states','output_scores','output_logits','cache_implementation'}
 
@@ -94,7 +95,7 @@ def needs_equal_lengths(
     on = {k for c in configs for k,v in vars(c).items() if k in _known_options() and v is not None and v is not False and v!=0}
     return bool(on - _padding_is_fine - {'repetition_penalty' for c in configs if getattr(c, 'repetition_penalty', None) in (None, 1.)})
 
-# %% ../../nbs/45_generation.control.ipynb #48e65fe6
+# %% ../../nbs/45_generation.control.ipynb #ebed2723
 def _phrases(words, what):
     words = [words] if isinstance(words, str) else list(words or ())
     if any(not isinstance(w, str) or not w.strip() for w in words): raise FastaiTLError(f'`{what}` must be words or phrases', repr(words))
@@ -107,7 +108,7 @@ def bad_word_ids(
     "The ways to write each of `words`"
     return [ids for w in _phrases(words, 'bad_words') for ids in codec.encode_word(w)] or None
 
-# %% ../../nbs/45_generation.control.ipynb #03597d51
+# %% ../../nbs/45_generation.control.ipynb #01192b7e
 def _progress(new, way):
     "How many of the first numbers of `way` stand at the end of `new`"
     return next((k for k in range(min(len(way)-1, len(new)), 0, -1) if new[-k:]==way[:k]), 0)
@@ -126,7 +127,7 @@ class RequiredWords:
         self.eos_ids,self.strength,self.start,self.max_new = list(eos_ids),strength,0,None
         self.length = sum(len(ways[0]) for ways in self.ways)
 
-# %% ../../nbs/45_generation.control.ipynb #ea55656d
+# %% ../../nbs/45_generation.control.ipynb #8ee8666c
 @patch
 def __call__(self:RequiredWords,
     input_ids, # Prompts and what was written, rows × steps
@@ -148,9 +149,10 @@ def __call__(self:RequiredWords,
         scores[row,list({w[k] for k,w in todo})] += self.strength*len(ids)/self.max_new
     return scores
 
+# %% ../../nbs/45_generation.control.ipynb #18366dc4
 def _contains(ids, way): return any(ids[i:i+len(way)]==way for i in range(len(ids)-len(way)+1))
 
-# %% ../../nbs/45_generation.control.ipynb #28d3572b
+# %% ../../nbs/45_generation.control.ipynb #4cff6cee
 class StopStrings:
     "A stopping criterion: the text contains one of some strings"
     def __init__(self,
@@ -171,7 +173,7 @@ class StopStrings:
         "For each row, is it over?"
         return torch.tensor([self.found(self.codec.decode(ids[-self.last:])) for ids in input_ids[:,self.start:].tolist()], device=input_ids.device)
 
-# %% ../../nbs/45_generation.control.ipynb #7eaf97fa
+# %% ../../nbs/45_generation.control.ipynb #55bb2f38
 def cut_text(
     ids:list, # What was written
     eos_ids=(), # What ends a text

@@ -47,7 +47,7 @@ class PerplexityResult:
         df['text'] = [t if len(t)<=80 else t[:79]+'…' for t in df.text]
         return df.to_html(index=False, escape=True, float_format=lambda v: f'{v:,.4g}')
 
-# %% ../../nbs/47_generation.perplexity.ipynb #4eee7196
+# %% ../../nbs/47_generation.perplexity.ipynb #04b51e80
 def text_perplexity(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
     texts, # A string or several, a DataFrame, a table file or a folder; an empty string has no tokens and no perplexity
@@ -62,6 +62,7 @@ def text_perplexity(
     texts = [texts] if isinstance(texts, str) else _texts(texts)
     return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos), tm.kind=='masked')
 
+# %% ../../nbs/47_generation.perplexity.ipynb #cebc545a
 def _texts(texts):
     "Strings, some of them perhaps empty"
     if isinstance(texts, pd.DataFrame) or hasattr(texts, 'suffix'): return read_texts(texts)
@@ -70,7 +71,7 @@ def _texts(texts):
     if not texts: raise DataError('At least one text is needed', 'none')
     return texts
 
-# %% ../../nbs/47_generation.perplexity.ipynb #02a7356d
+# %% ../../nbs/47_generation.perplexity.ipynb #5eb20fa9
 @patch
 @delegates(text_perplexity, but=['model_or_name'])
 def perplexity(self:Learner,
@@ -80,7 +81,7 @@ def perplexity(self:Learner,
     "Perplexity of each text and of all together"
     return text_perplexity(self, texts, **kwargs)
 
-# %% ../../nbs/47_generation.perplexity.ipynb #dbb5a712
+# %% ../../nbs/47_generation.perplexity.ipynb #0bc63029
 def calculate_perplexity(
     text:str, # One text
     model_or_name, # As in `text_perplexity`
@@ -91,7 +92,7 @@ def calculate_perplexity(
     if not isinstance(text, str): raise DataError('One text is needed', f'a {type(text).__name__}', 'For several use `text_perplexity`')
     return float(text_perplexity(model_or_name, text, tokenizer, **{'bos': False, **kwargs}))
 
-# %% ../../nbs/47_generation.perplexity.ipynb #5ea9ba28
+# %% ../../nbs/47_generation.perplexity.ipynb #f6ee56b3
 class CorpusPerplexity(Metric):
     "Perplexity over all tokens of the validation set, each counted once"
     def __init__(self,
@@ -113,7 +114,7 @@ class CorpusPerplexity(Metric):
     @property
     def name(self): "As the Recorder shows it"; return 'corpus_perplexity'
 
-# %% ../../nbs/47_generation.perplexity.ipynb #08132c9f
+# %% ../../nbs/47_generation.perplexity.ipynb #3344fa37
 def _logits(pred):
     "The logits in what a model returns"
     if isinstance(pred, torch.Tensor): return pred if pred.ndim==3 else None

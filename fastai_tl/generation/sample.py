@@ -92,7 +92,7 @@ def run(self:_Job, contexts, streamer=None):
     k = len(rows)//len(contexts)
     return [rows[i*k:(i+1)*k] for i in range(len(contexts))]
 
-# %% ../../nbs/46_generation.sample.ipynb #a16ac377
+# %% ../../nbs/46_generation.sample.ipynb #3af74eb8
 def _check_prompts(prompts, prefix):
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts: raise DataError('At least one prompt is needed', 'none', "An empty string is a prompt too: the beginning of a text")
@@ -112,6 +112,7 @@ def _fit_lengths(tm, contexts, cfg):
     if cfg.max_length and not cfg.max_new_tokens and tm.kind!='seq2seq' and (bad := [i for i,c in enumerate(contexts) if len(c)>=cfg.max_length]):
         raise DataError(f'`max_length` counts the prompt too, and must leave room for a text', f'max_length={cfg.max_length} and {len(contexts[bad[0]])} tokens of prompt {shorten(bad)}', 'Use `max_new_tokens`')
 
+# %% ../../nbs/46_generation.sample.ipynb #e2ae864b
 def _contexts(tm, prompts, prefix):
     "What the model reads for each prompt"
     kw = dict(whole=True) if tm.kind=='seq2seq' else {}
@@ -119,7 +120,7 @@ def _contexts(tm, prompts, prefix):
     if bad := [i for i,c in enumerate(res) if not c]: raise DataError('An empty prompt needs a token for the beginning of a text', f'a tokenizer without one, and nothing in prompt {shorten(bad)}')
     return res
 
-# %% ../../nbs/46_generation.sample.ipynb #73cd3c1c
+# %% ../../nbs/46_generation.sample.ipynb #604b3be1
 def _make_job(tm, cfg, contexts, bad_words, required_words, stop_strings, logits_processor, stopping_criteria):
     if tm.kind=='masked': raise FastaiTLError('A model that writes is needed', f'a {type(tm.model).__name__}, which fills in masked words', 'Use a causal model, an AWD_LSTM or a sequence-to-sequence model')
     c = tm.codec
@@ -139,7 +140,7 @@ def _make_job(tm, cfg, contexts, bad_words, required_words, stop_strings, logits
     if req and req.length>room: raise FastaiTLError(f'The text must have room for the required words ({req.length} tokens)', f'{room} tokens to write', 'Raise `max_new_tokens`')
     return _Job(tm, model, cfg, [*(logits_processor or ()), *([req] if req else ())], stop, [*(stopping_criteria or ()), *([stop] if stop else ())], req, eos, cfg.pad_token_id)
 
-# %% ../../nbs/46_generation.sample.ipynb #5d1d1289
+# %% ../../nbs/46_generation.sample.ipynb #06fb4b41
 def _groups(job, contexts, bs, equal):
     "Indexes of prompts that go together"
     order,res = sorted(range(len(contexts)), key=lambda i: len(contexts[i])),[]
@@ -156,6 +157,7 @@ def _seeded(seed, device):
         torch.manual_seed(seed)
         yield
 
+# %% ../../nbs/46_generation.sample.ipynb #3f134d59
 def _text(tm, prompt, context, ids, why):
     done = tm.codec.decode(ids) if tm.kind=='seq2seq' else tm.codec.complete(context, ids)
     if tm.codec.backwards: text = done+prompt
@@ -165,7 +167,7 @@ def _text(tm, prompt, context, ids, why):
         text = prompt+done
     return GeneratedText(prompt, done, text, ids, why, context, tm)
 
-# %% ../../nbs/46_generation.sample.ipynb #e841bb91
+# %% ../../nbs/46_generation.sample.ipynb #a3207f47
 def generate(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
     prompts='', # A string or several; an empty one is the beginning of a text
@@ -209,7 +211,7 @@ def generate(
         for group in _groups(job, contexts, bs, equal): res |= dict(zip(group, job.run([contexts[i] for i in group])))
     return GeneratedTexts(_text(tm, prompts[i], contexts[i], *row) for i in range(len(prompts)) for row in res[i])
 
-# %% ../../nbs/46_generation.sample.ipynb #144bd4e1
+# %% ../../nbs/46_generation.sample.ipynb #2a88a54f
 class _Stopped(Exception): "The reader has gone"
 
 class _Pieces:
@@ -225,7 +227,7 @@ class _Pieces:
         if (last or not now.endswith('�')) and now.startswith(self.said) and now!=self.said: self.q.put(now[len(self.said):]); self.said = now
     def end(self): self.say(last=True)
 
-# %% ../../nbs/46_generation.sample.ipynb #a6d6aaf2
+# %% ../../nbs/46_generation.sample.ipynb #7f8aee03
 def _stream(job, prompts, contexts, seed):
     "Check that there is one text to stream, then stream it"
     n,beams = job.cfg.num_return_sequences or 1,job.cfg.num_beams or 1
@@ -233,6 +235,7 @@ def _stream(job, prompts, contexts, seed):
     if job.tm.codec.backwards: raise FastaiTLError('`stream=True` needs a model that writes forwards', 'a backward language model')
     return _pieces(job, prompts[0], contexts[0], seed)
 
+# %% ../../nbs/46_generation.sample.ipynb #976e5f65
 def _pieces(job, prompt, context, seed):
     p,failed = _Pieces(job, prompt, context),[]
     def work():
@@ -250,7 +253,7 @@ def _pieces(job, prompt, context, seed):
         while thread.is_alive(): # it may wait to hand over a piece
             with contextlib.suppress(queue.Empty): p.q.get(timeout=.01)
 
-# %% ../../nbs/46_generation.sample.ipynb #c0cd1a15
+# %% ../../nbs/46_generation.sample.ipynb #f707a410
 @patch
 @delegates(generate, but=['model_or_name'])
 def generate(self:Learner,
@@ -260,7 +263,7 @@ def generate(self:Learner,
     "Continue each prompt"
     return generate(self, prompts, **kwargs) # the function
 
-# %% ../../nbs/46_generation.sample.ipynb #8fd80ac5
+# %% ../../nbs/46_generation.sample.ipynb #f7143934
 def generate_with_prompt(
     prompt:str, # What the text begins with
     model_or_name, # As in `generate`

@@ -108,13 +108,14 @@ def _checked(tm, width, stride, bs):
     if bs<1: raise FastaiTLError('`bs` must be at least 1', str(bs))
     return width,stride
 
-# %% ../../nbs/44_generation.score.ipynb #1bf3e4ef
+# %% ../../nbs/44_generation.score.ipynb #0bbefed1
 def _masked_windows(n, width, stride):
     "For each token the begin of the window that it is scored in"
     if n<=width: return [0]*n
     begins = list(range(0, n-width, stride)) + [n-width]
     return [max(begins, key=lambda b: min(i-b, b+width-1-i) if b<=i<b+width else -1) for i in range(n)]
 
+# %% ../../nbs/44_generation.score.ipynb #5555922e
 def _masked(tm, wholes, width, stride, bs):
     tok,m = tm.codec.tok,tm.model
     if tok.mask_token_id is None: raise FastaiTLError('A masked model needs a tokenizer with a mask token', 'one without')
@@ -133,7 +134,7 @@ def _masked(tm, wholes, width, stride, bs):
         for (t,i,*_),v in zip(rows, _nll(m(input_ids=ids, attention_mask=mask).logits[r,at], target)): res[t][i] = v
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #2135fa6a
+# %% ../../nbs/44_generation.score.ipynb #2480bc5c
 @dataclass
 class TokenScores:
     "The tokens of a text with what each cost"
@@ -145,7 +146,7 @@ class TokenScores:
     unk:int=0 # How many of the scored tokens stand for unknown words
     chars:int=0 # Characters of the text that they stand for
 
-# %% ../../nbs/44_generation.score.ipynb #dba5ce2c
+# %% ../../nbs/44_generation.score.ipynb #829d86e2
 def _sequence(tm, text, bos):
     "What a causal model reads of a text, and where each token is"
     ids,spans = tm.codec.encode_spans(text) if text else ([], None)
@@ -155,7 +156,7 @@ def _sequence(tm, text, bos):
     elif bos is True and start is None: raise FastaiTLError('`bos=True` needs a token for the beginning of a text', 'a tokenizer without one')
     return ids,spans
 
-# %% ../../nbs/44_generation.score.ipynb #6d271b21
+# %% ../../nbs/44_generation.score.ipynb #80ec8d14
 def score_texts(
     tm:TextModel, # From `text_model`
     texts:list, # Strings; empty ones have no tokens

@@ -53,7 +53,7 @@ class AWDReader:
         sizes = [w.shape[1] for _,w in self.cells]
         return LSTMState([(self.emb.new_zeros(n, h), self.emb.new_zeros(n, h)) for h in sizes])
 
-# %% ../../nbs/42_generation.stateful.ipynb #e9d2939f
+# %% ../../nbs/42_generation.stateful.ipynb #53cffc7a
 @patch
 def read(self:AWDReader,
     ids, # Numbers, rows × steps, padded at the end
@@ -68,6 +68,7 @@ def read(self:AWDReader,
     x,_ = pad_packed_sequence(PackedSequence(x, p.batch_sizes, p.sorted_indices, p.unsorted_indices), batch_first=True, total_length=ids.shape[1])
     return x,state.take(p.unsorted_indices)
 
+# %% ../../nbs/42_generation.stateful.ipynb #319421fd
 @patch
 def _layers(self:AWDReader, x, state, batch_sizes=None):
     "PyTorch's LSTM with the weights before dropout, whatever copy of them a module holds"
@@ -78,7 +79,7 @@ def _layers(self:AWDReader, x, state, batch_sizes=None):
         res.append((h[0], c[0]))
     return x,LSTMState(res)
 
-# %% ../../nbs/42_generation.stateful.ipynb #7b7f4419
+# %% ../../nbs/42_generation.stateful.ipynb #9c37cfb0
 def _pack(w, rows):
     "A function for `x @ w.T + b`, with the weights rearranged if that helps"
     plain = lambda x, b: F.linear(x, w, b)
@@ -100,7 +101,7 @@ def prepare(self:AWDReader,
     bias = self.dec.bias if self.dec.bias is not None else self.emb.new_zeros(self.emb.shape[0])
     return cells,_pack(self.dec.weight, rows),bias.detach()
 
-# %% ../../nbs/42_generation.stateful.ipynb #30fc924b
+# %% ../../nbs/42_generation.stateful.ipynb #b279af58
 @patch
 def step(self:AWDReader,
     ids, # One number for each text
@@ -117,7 +118,7 @@ def step(self:AWDReader,
         res.append((x, c))
     return dec(x, bias),LSTMState(res, state.weights)
 
-# %% ../../nbs/42_generation.stateful.ipynb #ade91d2d
+# %% ../../nbs/42_generation.stateful.ipynb #6dcdfbac
 class _Stateful:
     "What transformers' `generate` calls; joined with its base classes by `stateful_class`"
     _is_stateful,main_input_name = True,'input_ids'
@@ -135,7 +136,7 @@ class _Stateful:
         else: logits,state = self.reader.step(input_ids[:,-1], past_key_values)
         return CausalLMOutputWithPast(logits=logits[:,None], past_key_values=None if use_cache is False else state)
 
-# %% ../../nbs/42_generation.stateful.ipynb #f2d2a2b0
+# %% ../../nbs/42_generation.stateful.ipynb #fe647a12
 @patch
 def begin(self:_Stateful, ids, mask=None):
     "Read prompts that are padded in front, each distinct one once"
@@ -149,7 +150,7 @@ def begin(self:_Stateful, ids, mask=None):
     logits = F.linear(state.layers[-1][0], r.dec.weight, r.dec.bias)
     return logits[back],state.take(back)
 
-# %% ../../nbs/42_generation.stateful.ipynb #98007d42
+# %% ../../nbs/42_generation.stateful.ipynb #3b4b73f7
 @functools.cache
 def stateful_class() -> type:
     "The class of an AWD_LSTM that transformers can generate with"

@@ -50,7 +50,7 @@ class Surprisal:
         "A row for each piece"
         return pd.DataFrame(dict(piece=self.pieces, bits=self.bits))
 
-# %% ../../nbs/48_generation.surprisal.ipynb #6089c3ed
+# %% ../../nbs/48_generation.surprisal.ipynb #a5ff9c8e
 def token_surprisal(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
     text:str, # One text
@@ -64,6 +64,7 @@ def token_surprisal(
     bits = s.nll/math.log(2)
     return Surprisal([(p, bits[idxs].sum()) for p,idxs in _pieces(tm, s)], text)
 
+# %% ../../nbs/48_generation.surprisal.ipynb #f37cb0a3
 @patch
 @delegates(token_surprisal, but=['model_or_name'])
 def token_surprisal(self:Learner,
@@ -73,7 +74,7 @@ def token_surprisal(self:Learner,
     "How surprised the model is by each piece of a text"
     return token_surprisal(self, text, **kwargs) # the function
 
-# %% ../../nbs/48_generation.surprisal.ipynb #97201f99
+# %% ../../nbs/48_generation.surprisal.ipynb #3d6c9b34
 def _colour(share):
     "From white to deep orange, and whether letters on it should be white"
     import matplotlib
@@ -90,7 +91,7 @@ def _repr_html_(self:Surprisal):
         res.append(f'<span title="{b:.1f} bits" style="background:{bg};color:{fg};padding:.1em 0;white-space:pre-wrap">{html.escape(p)}</span>')
     return f'<div style="line-height:1.9">{"".join(res)}</div>'
 
-# %% ../../nbs/48_generation.surprisal.ipynb #a7a702f4
+# %% ../../nbs/48_generation.surprisal.ipynb #a71d6d63
 def _widths(ax, pieces, size):
     "How wide each piece is, in points"
     r,res = ax.figure.canvas.get_renderer(),[]
@@ -104,6 +105,7 @@ def _widths(ax, pieces, size):
 def _plain(p): return p.strip().replace('$', r'\$').replace('\n', ' ')
 def _lead(p, size): return size*.28 if p[:1].isspace() else 0. # a space in front has no extent of its own
 
+# %% ../../nbs/48_generation.surprisal.ipynb #3ee3e2be
 def _lines(pieces, widths, width):
     "`(x, line)` of each piece: a line ends before a space or a Chinese character, unless a word alone is too long"
     res,x,line = [],0.,0
@@ -115,7 +117,7 @@ def _lines(pieces, widths, width):
         res.append((x, line)); x += w
     return res,line+1
 
-# %% ../../nbs/48_generation.surprisal.ipynb #14ac96a7
+# %% ../../nbs/48_generation.surprisal.ipynb #d278bfb9
 @patch
 def plot(self:Surprisal,
     title:str='', # Above the figure
@@ -127,10 +129,8 @@ def plot(self:Surprisal,
     "Draw the text with the heat of its surprise, and return the Figure"
     with figure_style(self.text, title, font=font) as plt:
         fig,ax = plt.subplots(figsize=(width, 1), layout='none')
-        ws = _widths(ax, self.pieces, size)
-        places,n = _lines(self.pieces, ws, width*72-90)
-        step,top = size*1.75,_limit(self.bits, vmax)
-        h = n*step+(size*2.2 if title else 4)
+        places,n = _lines(self.pieces, ws := _widths(ax, self.pieces, size), width*72-90)
+        step,top,h = size*1.75,_limit(self.bits, vmax),n*size*1.75+(size*2.2 if title else 4)
         fig.set_size_inches(width, h/72)
         ax.set(position=(0, 0, 1-70/(width*72), 1), xlim=(-4, width*72-74), ylim=(-(n*step), h-n*step)); ax.axis('off')
         self._draw(ax, places, ws, step, size, top)
@@ -139,7 +139,7 @@ def plot(self:Surprisal,
     plt.close(fig)
     return fig
 
-# %% ../../nbs/48_generation.surprisal.ipynb #c5abdc8f
+# %% ../../nbs/48_generation.surprisal.ipynb #4ab24e4d
 @patch
 def _draw(self:Surprisal, ax, places, widths, step, size, top):
     "The pieces on their grounds"
@@ -151,6 +151,7 @@ def _draw(self:Surprisal, ax, places, widths, step, size, top):
         lead = _lead(p, size)
         ax.text(x+lead+(w-lead)/2, y, _plain(p), fontsize=size, color=fg, ha='center', va='center')
 
+# %% ../../nbs/48_generation.surprisal.ipynb #29079286
 @patch
 def _bar(self:Surprisal, fig, top, h, w, text_h):
     "The scale beside it"
