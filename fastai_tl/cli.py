@@ -55,7 +55,7 @@ def _sizes(s, full):
     if lm: res['lm'] = {**base['lm'], **lm}
     return res
 
-# %% ../nbs/99_cli.ipynb #6c3a437c
+# %% ../nbs/99_cli.ipynb #59764670
 def _parser():
     p = argparse.ArgumentParser(prog='fastai-tl', description='Transfer learning for text, the fastai way.')
     p.add_argument('--version', action='version', version=f'fastai-tl {__version__}')
@@ -75,6 +75,7 @@ def _parser():
     _language_parsers(sub)
     return p
 
+# %% ../nbs/99_cli.ipynb #51e877a5
 def _language_parsers(sub):
     "What language models do"
     where = 'folder or name of a model of transformers, folder of a quickstart or of a ULMFiT run, or an encoder.safetensors'
@@ -93,7 +94,7 @@ def _generate_options(q):
     q.add_argument('--option', action='append', default=[], metavar='NAME=VALUE', help='any other option of generation, such as repetition_penalty=1.2')
     q.add_argument('--stream', action='store_true', help='print one text as it is written')
 
-# %% ../nbs/99_cli.ipynb #aca9f876
+# %% ../nbs/99_cli.ipynb #446ee9d2
 def _quickstart(a):
     from fastai_tl.plot import set_font
     from fastai_tl.quickstart import quickstart
@@ -110,7 +111,7 @@ def _status(a):
         st = ULMFiT(r).status()
         print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
 
-# %% ../nbs/99_cli.ipynb #6841eb92
+# %% ../nbs/99_cli.ipynb #db7bcb55
 def _predict(a):
     from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
@@ -124,7 +125,7 @@ def _predict(a):
         with learn.no_bar(): label,idx,p = learn.predict(t)
         print(f'{label}\t{float(p.max()):.3f}\t{t}')
 
-# %% ../nbs/99_cli.ipynb #64fc63b7
+# %% ../nbs/99_cli.ipynb #464d8bd6
 def _language_model(where):
     "What `generate` and `text_perplexity` take, from a path or a name"
     p = Path(where)
@@ -145,7 +146,7 @@ def _given(a):
     if not (lines := [l for l in lines if a.texts or l.strip()]): raise FastaiTLError('At least one text is needed', 'none')
     return lines
 
-# %% ../nbs/99_cli.ipynb #b5750724
+# %% ../nbs/99_cli.ipynb #9418a71c
 def _option(o):
     k,eq,v = o.partition('=')
     if not eq: raise FastaiTLError('--option must be NAME=VALUE', o)
@@ -163,6 +164,7 @@ def _generate(a):
         print(); return
     for o in generate(model, prompts, **kw): print(json.dumps(dict(prompt=o.prompt, completion=o.completion, finish=o.finish), ensure_ascii=False) if a.json else f'{o.text}\n')
 
+# %% ../nbs/99_cli.ipynb #2672c352
 def _perplexity(a):
     from fastai_tl.generation.perplexity import text_perplexity
     r = text_perplexity(_language_model(a.model), _given(a), stride=a.stride, max_length=a.max_length, bs=a.bs)
@@ -170,7 +172,7 @@ def _perplexity(a):
     if not a.json: print(f'{r.name}\tbits_per_char\tunk_share\ttokens\ttext')
     for o in rows: print(json.dumps({k: v if v==v else None for k,v in o.items()}, ensure_ascii=False) if a.json else f"{o[r.name]:.2f}\t{o['bits_per_char']:.3f}\t{o['unk_share']:.3f}\t{o['tokens']}\t{o.get('text', f'all {len(r)} texts')}")
 
-# %% ../nbs/99_cli.ipynb #5b1ce2bb
+# %% ../nbs/99_cli.ipynb #d0cf36c3
 def main(
     args=None # Words of the command line; those of the process if `None`
 ) -> int: # Exit status: 0 done, 1 an error for the user, 130 stopped

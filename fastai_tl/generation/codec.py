@@ -66,7 +66,7 @@ def _pieces_to_words(tokens):
         else: res[-1][0] += t; res[-1][1].append(i)
     return res
 
-# %% ../../nbs/40_generation.codec.ipynb #eb12f16a
+# %% ../../nbs/40_generation.codec.ipynb #4dfdec07
 class FastaiCodec:
     "Texts as numbers of a fastai vocabulary, and back"
     def __init__(self,
@@ -82,7 +82,9 @@ class FastaiCodec:
         self.eos_ids = ids(BOS, EOS) # texts follow each other in training: where the next one begins, this one has ended
         self.never = ids(UNK, PAD, FLD) + [i for i,w in enumerate(self.vocab) if w=='xxfake']
         if self.unk_id is None: raise VocabError('The vocabulary must have a token for unknown words', f'no {UNK} among {len(self.vocab)}')
-    def numericalize(self, tokens): return [self.o2i.get(t, self.unk_id) for t in tokens]
+    def numericalize(self,
+        tokens # Tokens, as the tokenizer gives them
+    ) -> list: "The numbers of tokens"; return [self.o2i.get(t, self.unk_id) for t in tokens]
 
 # %% ../../nbs/40_generation.codec.ipynb #6f079f54
 @patch

@@ -72,9 +72,9 @@ class _Job:
     eos_ids:tuple = ()
     pad_id:int = 0
 
-# %% ../../nbs/46_generation.sample.ipynb #c04d5fd0
+# %% ../../nbs/46_generation.sample.ipynb #614241ff
 @patch
-def run(self:_Job, contexts, streamer=None):
+def _run(self:_Job, contexts, streamer=None):
     "Generate for some prompts at once; for each its texts, as lists of numbers with why they ended"
     n,dev = max(map(len, contexts)),self.tm.device
     fill,behind = (self.pad_id if self.pad_id<self.model.config.get_text_config(decoder=True).vocab_size else 0),self.tm.kind=='seq2seq'
@@ -167,7 +167,7 @@ def _text(tm, prompt, context, ids, why):
         text = prompt+done
     return GeneratedText(prompt, done, text, ids, why, context, tm)
 
-# %% ../../nbs/46_generation.sample.ipynb #a3207f47
+# %% ../../nbs/46_generation.sample.ipynb #544c0c5b
 def generate(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
     prompts='', # A string or several; an empty one is the beginning of a text
@@ -208,7 +208,7 @@ def generate(
     equal = bool(logits_processor or stopping_criteria) or needs_equal_lengths(cfg, job.model.generation_config)
     res = {}
     with evaluating(tm.model), _seeded(seed, tm.device):
-        for group in _groups(job, contexts, bs, equal): res |= dict(zip(group, job.run([contexts[i] for i in group])))
+        for group in _groups(job, contexts, bs, equal): res |= dict(zip(group, job._run([contexts[i] for i in group])))
     return GeneratedTexts(_text(tm, prompts[i], contexts[i], *row) for i in range(len(prompts)) for row in res[i])
 
 # %% ../../nbs/46_generation.sample.ipynb #2a88a54f
@@ -235,12 +235,12 @@ def _stream(job, prompts, contexts, seed):
     if job.tm.codec.backwards: raise FastaiTLError('`stream=True` needs a model that writes forwards', 'a backward language model')
     return _pieces(job, prompts[0], contexts[0], seed)
 
-# %% ../../nbs/46_generation.sample.ipynb #976e5f65
+# %% ../../nbs/46_generation.sample.ipynb #73cb9342
 def _pieces(job, prompt, context, seed):
     p,failed = _Pieces(job, prompt, context),[]
     def work():
         try:
-            with evaluating(job.tm.model), _seeded(seed, job.tm.device): job.run([context], p)
+            with evaluating(job.tm.model), _seeded(seed, job.tm.device): job._run([context], p)
         except _Stopped: pass
         except BaseException as e: failed.append(e)
         finally: p.q.put(None)

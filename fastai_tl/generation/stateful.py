@@ -118,7 +118,7 @@ def step(self:AWDReader,
         res.append((x, c))
     return dec(x, bias),LSTMState(res, state.weights)
 
-# %% ../../nbs/42_generation.stateful.ipynb #6dcdfbac
+# %% ../../nbs/42_generation.stateful.ipynb #96d56545
 class _Stateful:
     "What transformers' `generate` calls; joined with its base classes by `stateful_class`"
     _is_stateful,main_input_name = True,'input_ids'
@@ -132,13 +132,13 @@ class _Stateful:
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
         "Read the prompts, or one more token of each text"
         from transformers.modeling_outputs import CausalLMOutputWithPast
-        if past_key_values is None: logits,state = self.begin(input_ids, attention_mask)
+        if past_key_values is None: logits,state = self._begin(input_ids, attention_mask)
         else: logits,state = self.reader.step(input_ids[:,-1], past_key_values)
         return CausalLMOutputWithPast(logits=logits[:,None], past_key_values=None if use_cache is False else state)
 
-# %% ../../nbs/42_generation.stateful.ipynb #fe647a12
+# %% ../../nbs/42_generation.stateful.ipynb #c460dc86
 @patch
-def begin(self:_Stateful, ids, mask=None):
+def _begin(self:_Stateful, ids, mask=None):
     "Read prompts that are padded in front, each distinct one once"
     n = ids.shape[1]
     lens = mask.sum(1) if mask is not None else ids.new_full((len(ids),), n)
