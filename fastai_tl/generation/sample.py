@@ -72,7 +72,7 @@ class _Job:
     eos_ids:tuple = ()
     pad_id:int = 0
 
-# %% ../../nbs/46_generation.sample.ipynb #614241ff
+# %% ../../nbs/46_generation.sample.ipynb #fd897915
 @patch
 def _run(self:_Job, contexts, streamer=None):
     "Generate for some prompts at once; for each its texts, as lists of numbers with why they ended"
@@ -86,6 +86,7 @@ def _run(self:_Job, contexts, streamer=None):
         if o is not None: o.start = start
     if self.required is not None: self.required.max_new = self.cfg.max_new_tokens or self.cfg.max_length-start
     kw = {k: v for k,v in dict(logits_processor=self.processors, stopping_criteria=self.criteria).items() if v}
+    if getattr(self.model.generation_config, 'stop_strings', None): kw['tokenizer'] = self.tm.codec.tok # a model's own, which transformers looks for itself
     out = self.model.generate(ids, attention_mask=mask, generation_config=self.cfg, streamer=streamer, **kw)
     out = out if isinstance(out, torch.Tensor) else out.sequences
     rows = [cut_text(o[start:], self.eos_ids, self.stop, self.pad_id) for o in out.tolist()]
