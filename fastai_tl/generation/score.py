@@ -30,14 +30,15 @@ def window_spans(
         res.append((end-width, end, done))
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #e7ff92dd
-LOGITS_BUDGET = 2**26 # numbers; 256 MB of float32
+# %% ../../nbs/44_generation.score.ipynb #81a37b7c
+LOGITS_BUDGET = {'cpu': 2**22, 'other': 2**26} # numbers, of float32 16 and 256 MB: a processor is fastest with what it need not fetch from memory
 
-def _batches(sizes, bs, vocab):
+def _batches(sizes, bs, vocab, device):
     "Lists of indexes into `sizes`, `(tokens read, logits kept)`, the longest first"
+    most = LOGITS_BUDGET.get(device.type, LOGITS_BUDGET['other'])
     order,res = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True),[]
     for i in order:
-        if res and len(res[-1])<bs and (len(res[-1])+1)*sizes[res[-1][0]][1]*vocab<=LOGITS_BUDGET: res[-1].append(i)
+        if res and len(res[-1])<bs and (len(res[-1])+1)*sizes[res[-1][0]][1]*vocab<=most: res[-1].append(i)
         else: res.append([i])
     return res
 
@@ -51,30 +52,30 @@ def _nll(logits, targets):
     "In nats, one a row; at least in float32"
     return F.cross_entropy(logits.float() if logits.dtype!=torch.float64 else logits, targets, reduction='none').double().cpu().numpy()
 
-# %% ../../nbs/44_generation.score.ipynb #44d701bc
+# %% ../../nbs/44_generation.score.ipynb #6814f34e
 def _causal(tm, seqs, width, stride, bs):
     m,pad = tm.model,tm.codec.pad_id
     spans = [(i, *w) for i,s in enumerate(seqs) for w in window_spans(len(s), width, stride)]
     vocab,keeps = m.config.get_text_config(decoder=True).vocab_size,'logits_to_keep' in inspect.signature(m.forward).parameters
     res = [np.zeros(max(len(s)-1, 0)) for s in seqs]
-    for batch in _batches([(e-b, e-d if keeps else e-b) for _,b,e,d in spans], bs, vocab):
+    for batch in _batches([(e-b, e-d if keeps else e-b) for _,b,e,d in spans], bs, vocab, tm.device):
         rows = [spans[k] for k in batch]
         ids,mask = _pad([seqs[i][b:e] for i,b,e,_ in rows], pad if pad is not None and pad<vocab else 0, tm.device)
         n = ids.shape[1]
         first = min(d-b for _,b,_,d in rows) # the position whose output predicts the first token that is scored
         out = m(input_ids=ids, attention_mask=mask, **({'logits_to_keep': n-first} if keeps else {})).logits
-        at = [(r, d-b-(first if keeps else 0), e-d) for r,(_,b,e,d) in enumerate(rows)]
-        logits = torch.cat([out[r,a:a+k] for r,a,k in at])
-        nll = _nll(logits, torch.tensor([t for i,_,e,d in rows for t in seqs[i][d+1:e+1]], device=out.device))
-        for (i,_,e,d),part in zip(rows, np.split(nll, np.cumsum([k for *_,k in at])[:-1])): res[i][d:e] = part
+        target = torch.full((len(rows), out.shape[1]), -100)
+        for r,(i,b,e,d) in enumerate(rows): target[r,d-b-(n-out.shape[1]):e-b-(n-out.shape[1])] = torch.tensor(seqs[i][d+1:e+1])
+        nll = _nll(out.flatten(0, 1), target.flatten().to(out.device)).reshape(target.shape)
+        for (i,_,e,d),row,t in zip(rows, nll, target.numpy()): res[i][d:e] = row[t!=-100]
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #dd0e9928
+# %% ../../nbs/44_generation.score.ipynb #4dd43756
 def _awd(tm, seqs, bs, chunk=256):
     r = AWDReader(tm.model)
     res,vocab = [np.zeros(max(len(s)-1, 0)) for s in seqs],len(r.emb)
     rows_of = [i for i,s in enumerate(seqs) if len(s)>1]
-    for batch in _batches([(len(seqs[i]), min(len(seqs[i]), chunk)) for i in rows_of], bs, vocab):
+    for batch in _batches([(len(seqs[i]), min(len(seqs[i]), chunk)) for i in rows_of], bs, vocab, r.device):
         rows = [rows_of[k] for k in batch]
         ids,mask = _pad([seqs[i] for i in rows], 0, r.device)
         state = r.zeros(len(rows))
@@ -115,7 +116,7 @@ def _masked_windows(n, width, stride):
     begins = list(range(0, n-width, stride)) + [n-width]
     return [max(begins, key=lambda b: min(i-b, b+width-1-i) if b<=i<b+width else -1) for i in range(n)]
 
-# %% ../../nbs/44_generation.score.ipynb #5555922e
+# %% ../../nbs/44_generation.score.ipynb #92d2d7b1
 def _masked(tm, wholes, width, stride, bs):
     tok,m = tm.codec.tok,tm.model
     if tok.mask_token_id is None: raise FastaiTLError('A masked model needs a tokenizer with a mask token', 'one without')
@@ -126,7 +127,7 @@ def _masked(tm, wholes, width, stride, bs):
             row = [*front, *ids[b:b+room], *back]
             items.append((t, i, row, len(front)+i-b))
     res,vocab = [np.zeros(len(ids)) for _,ids,_ in wholes],m.config.vocab_size
-    for batch in _batches([(len(row), len(row)) for _,_,row,_ in items], bs, vocab):
+    for batch in _batches([(len(row), len(row)) for _,_,row,_ in items], bs, vocab, tm.device):
         rows = [items[k] for k in batch]
         ids,mask = _pad([row for _,_,row,_ in rows], tm.codec.pad_id, tm.device)
         r,at = torch.arange(len(rows), device=ids.device),torch.tensor([a for *_,a in rows], device=ids.device)
