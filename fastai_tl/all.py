@@ -20,6 +20,14 @@ from .tune.precision import *
 from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
+from .generation.codec import *
+from .generation.stateful import *
+from .generation.source import *
+from .generation.score import *
+from .generation.control import *
+from .generation.sample import *
+from .generation.perplexity import *
+from .generation.surprisal import *
 from .learners.base import *
 from .learners.classify import *
 from .learners.language import *

@@ -7,8 +7,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/cli.html.md"""
 # %% auto #0
 __all__ = ['SETTINGS', 'read_settings', 'main']
 
-# %% ../nbs/99_cli.ipynb #d369c92a
-import argparse, configparser, sys
+# %% ../nbs/99_cli.ipynb #4e95da3a
+import argparse, configparser, json, sys
 from pathlib import Path
 from . import __version__
 from .core import FastaiTLError, did_you_mean
@@ -56,7 +56,7 @@ def _sizes(s, full):
     if lm: res['lm'] = {**base['lm'], **lm}
     return res
 
-# %% ../nbs/99_cli.ipynb #bfab8fc4
+# %% ../nbs/99_cli.ipynb #160c5500
 def _parser():
     p = argparse.ArgumentParser(prog='fastai-tl', description='Transfer learning for text, the fastai way.')
     p.add_argument('--version', action='version', version=f'fastai-tl {__version__}')
@@ -74,9 +74,29 @@ def _parser():
     q.add_argument('--cfg', help='a settings file, instead of settings.ini in this folder')
     s = sub.add_parser('status', help='what is done in a run'); s.add_argument('run', help='folder of a quickstart or of a ULMFiT run')
     t = sub.add_parser('predict', help='classify texts with a trained run'); t.add_argument('run', help='folder of a quickstart'); t.add_argument('texts', nargs='*', help='texts; lines of standard input if none is given')
+    _language_parsers(sub)
     return p
 
-# %% ../nbs/99_cli.ipynb #7135ba55
+# %% ../nbs/99_cli.ipynb #51e877a5
+def _language_parsers(sub):
+    "What language models do"
+    where = 'folder or name of a model of transformers, folder of a quickstart or of a ULMFiT run, or an encoder.safetensors'
+    for name,what,h in (('generate','prompts','write texts with a language model'), ('perplexity','texts','measure how well a language model expects texts')):
+        q = sub.add_parser(name, help=h, description=h.capitalize()+f'. Without {what} and --file, lines of standard input are read.')
+        q.add_argument('model', help=where); q.add_argument('texts', nargs='*', metavar=what[:-1].upper(), help=what)
+        q.add_argument('--file', help='a text file with one a line, or a .csv, .tsv, .jsonl or .parquet table'); q.add_argument('--text', dest='text_col', default='text', help='column of a table (text)')
+        q.add_argument('--json', action='store_true', help='print JSON, one object a line'); q.add_argument('--bs', type=int, default=16, help='texts in a batch (16)')
+        if name=='perplexity': q.add_argument('--stride', type=int, help='tokens that each further window of a long text scores'); q.add_argument('--max-length', type=int, help='tokens that the model reads at once')
+        else: _generate_options(q)
+
+def _generate_options(q):
+    for k,t,h in (('max-new-tokens', int, 'tokens to write at most (50)'), ('num-return-sequences', int, 'texts for each prompt (1)'), ('temperature', float, 'below 1 more cautious'), ('top-k', int, 'draw from the likeliest k'),
+                  ('top-p', float, 'draw from the likeliest that make up this share'), ('num-beams', int, 'beam search'), ('seed', int, 'repeats the texts')): q.add_argument(f'--{k}', type=t, help=h)
+    q.add_argument('--stop', action='append', dest='stop_strings', help='end a text at this string; may be given several times')
+    q.add_argument('--option', action='append', default=[], metavar='NAME=VALUE', help='any other option of generation, such as repetition_penalty=1.2')
+    q.add_argument('--stream', action='store_true', help='print one text as it is written')
+
+# %% ../nbs/99_cli.ipynb #7414d1f6
 def _quickstart(a):
     from fastai_tl.plot import set_font
     from fastai_tl.quickstart import quickstart
@@ -93,7 +113,7 @@ def _status(a):
         st = ULMFiT(r).status()
         print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
 
-# %% ../nbs/99_cli.ipynb #52af0c91
+# %% ../nbs/99_cli.ipynb #679f1693
 def _predict(a):
     from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
@@ -107,7 +127,54 @@ def _predict(a):
         with learn.no_bar(): label,idx,p = learn.predict(t)
         print(f'{label}\t{float(p.max()):.3f}\t{t}')
 
-# %% ../nbs/99_cli.ipynb #0ce44dd4
+# %% ../nbs/99_cli.ipynb #464d8bd6
+def _language_model(where):
+    "What `generate` and `text_perplexity` take, from a path or a name"
+    p = Path(where)
+    if not p.exists() or (p/'config.json').exists(): return where
+    from fastai_tl.models.encoder import Encoder
+    found = [p] if p.is_file() else [f for s in ('domain','general') for f in sorted(p.rglob(f'forward/{s}/encoder.safetensors'))[-1:]]
+    if not found: raise FastaiTLError(f'{where} must hold a language model', 'neither a config.json of transformers nor the encoder of a run')
+    return Encoder.load(found[0])
+
+def _given(a):
+    "Texts from the arguments, a file, or standard input"
+    if a.texts and a.file: raise FastaiTLError('Texts come from the arguments or from --file', 'both')
+    if a.file and Path(a.file).suffix in ('.csv','.tsv','.jsonl','.parquet'):
+        from fastai_tl.data.tokenize import read_texts, read_table, column
+        return read_texts(column(read_table(a.file), a.text_col))
+    if a.file and not Path(a.file).is_file(): raise FastaiTLError(f'{a.file} must be a file', 'nothing there')
+    lines = a.texts or [l.rstrip('\r\n') for l in (Path(a.file).read_text(encoding='utf-8').splitlines() if a.file else sys.stdin)]
+    if not (lines := [l for l in lines if a.texts or l.strip()]): raise FastaiTLError('At least one text is needed', 'none')
+    return lines
+
+# %% ../nbs/99_cli.ipynb #9418a71c
+def _option(o):
+    k,eq,v = o.partition('=')
+    if not eq: raise FastaiTLError('--option must be NAME=VALUE', o)
+    try: return k.replace('-', '_'),json.loads(v)
+    except ValueError: return k.replace('-', '_'),v
+
+def _generate(a):
+    from fastai_tl.generation.sample import generate
+    names = ('max_new_tokens','num_return_sequences','temperature','top_k','top_p','num_beams','seed','stop_strings','bs')
+    kw = {k: getattr(a, k) for k in names if getattr(a, k) is not None} | dict(map(_option, a.option))
+    prompts,model = _given(a),_language_model(a.model)
+    if a.stream:
+        print(prompts[0], end='')
+        for piece in generate(model, prompts, stream=True, **kw): print(piece, end='', flush=True)
+        print(); return
+    for o in generate(model, prompts, **kw): print(json.dumps(dict(prompt=o.prompt, completion=o.completion, finish=o.finish), ensure_ascii=False) if a.json else f'{o.text}\n')
+
+# %% ../nbs/99_cli.ipynb #2672c352
+def _perplexity(a):
+    from fastai_tl.generation.perplexity import text_perplexity
+    r = text_perplexity(_language_model(a.model), _given(a), stride=a.stride, max_length=a.max_length, bs=a.bs)
+    rows = [*r.texts.to_dict('records'), dict(r.corpus)]
+    if not a.json: print(f'{r.name}\tbits_per_char\tunk_share\ttokens\ttext')
+    for o in rows: print(json.dumps({k: v if v==v else None for k,v in o.items()}, ensure_ascii=False) if a.json else f"{o[r.name]:.2f}\t{o['bits_per_char']:.3f}\t{o['unk_share']:.3f}\t{o['tokens']}\t{o.get('text', f'all {len(r)} texts')}")
+
+# %% ../nbs/99_cli.ipynb #be083275
 def _predict_hf(folder, texts):
     "Classify with a tuned Transformer, in transformers' own format"
     import torch
@@ -117,13 +184,13 @@ def _predict_hf(folder, texts):
         with torch.no_grad(): p = model(**tok(t, truncation=True, return_tensors='pt')).logits.softmax(-1)[0]
         print(f'{model.config.id2label[int(p.argmax())]}\t{float(p.max()):.3f}\t{t}')
 
-# %% ../nbs/99_cli.ipynb #ddd892eb
+# %% ../nbs/99_cli.ipynb #532fadf0
 def main(
     args=None # Words of the command line; those of the process if `None`
 ) -> int: # Exit status: 0 done, 1 an error for the user, 130 stopped
     "The `fastai-tl` command"
     a = _parser().parse_args(args)
-    try: {'quickstart': _quickstart, 'status': _status, 'predict': _predict}[a.command](a)
+    try: {'quickstart': _quickstart, 'status': _status, 'predict': _predict, 'generate': _generate, 'perplexity': _perplexity}[a.command](a)
     except FastaiTLError as e: print(f'fastai-tl: {e.message}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nStopped. The same command goes on from the last finished epoch.', file=sys.stderr); return 130
     return 0
