@@ -8,6 +8,7 @@ from .data.subwords import *
 from .data.blocks import *
 from .data.loaders import *
 from .data.corpus import *
+from .data.spans import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
@@ -21,6 +22,7 @@ from .tune.recipes import *
 from .learners.base import *
 from .learners.classify import *
 from .learners.language import *
+from .learners.tag import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
 from .evaluation.report import *
