@@ -9,6 +9,7 @@ from .data.blocks import *
 from .data.loaders import *
 from .data.corpus import *
 from .data.spans import *
+from .data.questions import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
@@ -25,5 +26,6 @@ from .learners.language import *
 from .learners.tag import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
+from .learners.answer import *
 from .evaluation.report import *
 from .quickstart import *
