@@ -130,10 +130,10 @@ def best_answers(context, found, n_best=1, may_be_none=False, none_threshold=0.)
     p = torch.tensor([r[0] for r in rows]).softmax(0).tolist()
     return [Answer(text, a, b, v, c) for (v,text,a,b),c in zip(rows[:n_best], p)]
 
-# %% ../../nbs/57_learners.answer.ipynb #bfd65a1b
+# %% ../../nbs/57_learners.answer.ipynb #cdb366fc
 class AnswerExact(Metric):
     "Share of the questions whose answer is exactly right"
-    which = 0
+    which,name = 0,'exact_match'
     def __init__(self,
         share=None, # Another of these metrics, whose answers are used again
         max_tokens:int=30, # Longest answer
@@ -149,8 +149,6 @@ class AnswerExact(Metric):
     def value(self):
         m = self.share or self
         return float(np.mean([answer_scores(a.text, m.tok.examples[n].answers)[self.which] for n,a in m.answers().items()])) if m.found else None
-    @property
-    def name(self): return 'exact_match'
     def __getstate__(self): return {**self.__dict__, 'found': {}, 'tok': None}
 
 # %% ../../nbs/57_learners.answer.ipynb #c0b2c0d0
@@ -159,12 +157,10 @@ def answers(self:AnswerExact):
     "Number of each question to its `Answer`"
     return {n: best_answers(self.tok.examples[n].context, f, 1, self.tok.may_be_none, self.none_threshold)[0] for n,f in self.found.items()}
 
-# %% ../../nbs/57_learners.answer.ipynb #b5113838
+# %% ../../nbs/57_learners.answer.ipynb #8184daf1
 class AnswerF1(AnswerExact):
     "Mean F1 of the words of the answers"
-    which = 1
-    @property
-    def name(self): return 'answer_f1'
+    which,name = 1,'answer_f1'
 
 # %% ../../nbs/57_learners.answer.ipynb #c1424f12
 class HFAnswerer(HFLearner):
