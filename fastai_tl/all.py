@@ -10,6 +10,8 @@ from .data.loaders import *
 from .data.corpus import *
 from .data.spans import *
 from .data.questions import *
+from .data.splits import *
+from .models.trace import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
@@ -27,5 +29,14 @@ from .learners.tag import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
 from .learners.answer import *
+from .evaluation.onepass import *
 from .evaluation.report import *
+from .evaluation.errors import *
+from .evaluation.validate import *
+from .evaluation.calibrate import *
+from .evaluation.decide import *
+from .evaluation.spans import *
+from .evaluation.page import *
+from .evaluation.watch import *
+from .quickdata import *
 from .quickstart import *

@@ -13,11 +13,11 @@ from pathlib import Path
 from . import __version__
 from .core import FastaiTLError, did_you_mean
 
-# %% ../nbs/99_cli.ipynb #77cc0bdc
+# %% ../nbs/99_cli.ipynb #c12dcbe0
 def _flag(v): return {'yes':True, 'true':True, 'on':True, '1':True, 'no':False, 'false':False, 'off':False, '0':False, '':False}[v.lower()]
 def _list(f): return lambda v: [f(o) for o in v.replace(',', ' ').split()]
 
-SETTINGS = dict(data=str, out=str, text_col=str, label_col=str, seed=int, bidirectional=_flag, full=_flag, font=str, # of a run
+SETTINGS = dict(data=str, out=str, text_col=str, label_col=str, seed=int, model=str, bidirectional=_flag, full=_flag, font=str, # of a run
                 emb_sz=int, n_hid=int, n_layers=int, max_vocab=int, lm_epochs=int, lm_bs=int, # of the language models
                 epochs=_list(int), rates=_list(float), bs=int, drop_mult=float) # of the classifier
 
@@ -36,7 +36,7 @@ def read_settings(
     for k,v in (ini['fastai_tl'].items() if 'fastai_tl' in ini else ()): res |= _one(path, k, v.strip())
     return res
 
-# %% ../nbs/99_cli.ipynb #2f57e04e
+# %% ../nbs/99_cli.ipynb #4b3e5176
 def _one(path, k, v):
     "One setting, converted; an empty one is left to its default"
     if k not in SETTINGS: raise FastaiTLError(f'{path} has an unknown setting', repr(k), did_you_mean(k, SETTINGS))
@@ -47,6 +47,7 @@ def _one(path, k, v):
 def _sizes(s, full):
     "The sizes of a quickstart that settings change"
     from fastai_tl.quickstart import FULL, QUICK
+    if s.get('model'): return {k: s[k] for k in ('epochs','rates','bs') if k in s}
     base = FULL if full else QUICK
     res = {k: s[k] for k in ('max_vocab','epochs','rates','bs','drop_mult') if k in s}
     cfg,lm = {k: s[k] for k in ('emb_sz','n_hid','n_layers') if k in s},{k[3:]: s[k] for k in ('lm_epochs','lm_bs') if k in s}
@@ -55,7 +56,7 @@ def _sizes(s, full):
     if lm: res['lm'] = {**base['lm'], **lm}
     return res
 
-# %% ../nbs/99_cli.ipynb #2a60a1a7
+# %% ../nbs/99_cli.ipynb #bfab8fc4
 def _parser():
     p = argparse.ArgumentParser(prog='fastai-tl', description='Transfer learning for text, the fastai way.')
     p.add_argument('--version', action='version', version=f'fastai-tl {__version__}')
@@ -67,6 +68,7 @@ def _parser():
     q.add_argument('--label', dest='label_col', help='column of the labels (label)')
     q.add_argument('--seed', type=int, help='everything random follows from it (42)')
     q.add_argument('--bidirectional', action='store_true', default=None, help='train models in both directions')
+    q.add_argument('--model', help="a Transformer instead of the three stages: 'minilm' (the extra minilm), a name on the Hugging Face hub, or a folder")
     q.add_argument('--full', action='store_true', default=None, help='larger model, all texts, the time that it needs')
     q.add_argument('--quiet', action='store_true', help='no progress bars and tables')
     q.add_argument('--cfg', help='a settings file, instead of settings.ini in this folder')
@@ -74,14 +76,14 @@ def _parser():
     t = sub.add_parser('predict', help='classify texts with a trained run'); t.add_argument('run', help='folder of a quickstart'); t.add_argument('texts', nargs='*', help='texts; lines of standard input if none is given')
     return p
 
-# %% ../nbs/99_cli.ipynb #aca9f876
+# %% ../nbs/99_cli.ipynb #7135ba55
 def _quickstart(a):
     from fastai_tl.plot import set_font
     from fastai_tl.quickstart import quickstart
     s = read_settings(a.cfg)
     s |= {k: v for k,v in vars(a).items() if v is not None and k in SETTINGS}
     if 'font' in s: set_font(s['font'])
-    kw = {k: s[k] for k in ('data','out','text_col','label_col','seed','bidirectional') if k in s}
+    kw = {k: s[k] for k in ('data','out','text_col','label_col','seed','bidirectional','model') if k in s}
     quickstart(full=s.get('full', False), progress=not a.quiet, **kw, **_sizes(s, s.get('full', False)))
 
 def _status(a):
@@ -91,21 +93,31 @@ def _status(a):
         st = ULMFiT(r).status()
         print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
 
-# %% ../nbs/99_cli.ipynb #6841eb92
+# %% ../nbs/99_cli.ipynb #52af0c91
 def _predict(a):
     from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
     f = Path(a.run)/'summary.json'
     if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart', 'no summary.json there', f'Run: fastai-tl quickstart --out {a.run}')
-    s = read_json(f)
+    s,texts = read_json(f),a.texts or [l.strip() for l in sys.stdin if l.strip()]
+    if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts)
     ulm = ULMFiT(Path(a.run)/'runs'/'stages 1+2', config=s['size']['config'], bidirectional=s['bidirectional'], progress=False)
     learn = ulm.load_classifier(s['chosen']['stages 1 and 2']['name'])
-    texts = a.texts or [l.strip() for l in sys.stdin if l.strip()]
     for t in texts:
         with learn.no_bar(): label,idx,p = learn.predict(t)
         print(f'{label}\t{float(p.max()):.3f}\t{t}')
 
-# %% ../nbs/99_cli.ipynb #2cf5f1b5
+# %% ../nbs/99_cli.ipynb #0ce44dd4
+def _predict_hf(folder, texts):
+    "Classify with a tuned Transformer, in transformers' own format"
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    tok,model = AutoTokenizer.from_pretrained(folder),AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for t in texts:
+        with torch.no_grad(): p = model(**tok(t, truncation=True, return_tensors='pt')).logits.softmax(-1)[0]
+        print(f'{model.config.id2label[int(p.argmax())]}\t{float(p.max()):.3f}\t{t}')
+
+# %% ../nbs/99_cli.ipynb #ddd892eb
 def main(
     args=None # Words of the command line; those of the process if `None`
 ) -> int: # Exit status: 0 done, 1 an error for the user, 130 stopped

@@ -74,7 +74,16 @@ def _labels(ax, size, turn):
     for t in ax.get_xticklabels(): t.set(rotation=45 if turn else 0, ha='right' if turn else 'center', rotation_mode='anchor')
     for t in ax.get_yticklabels(): t.set(rotation=0)
 
-# %% ../nbs/01_plot.ipynb #48b07036
+# %% ../nbs/01_plot.ipynb #93f2516b
+def _width(s): return sum(2 if has_cjk(c) else 1 for c in s)
+
+def _cut(s, n=36):
+    "A label that is at most `n` columns wide, Chinese characters taking two"
+    if _width(s)<=n: return s
+    while _width(s)>=n: s = s[:-1]
+    return s+'…'
+
+# %% ../nbs/01_plot.ipynb #e74ab3e1
 def plot_heatmap(
     values, # Matrix that decides the colours
     row_labels, # One label a row
@@ -87,12 +96,14 @@ def plot_heatmap(
     font:str|None=None # Font family, found by itself if `None`
 ):
     "Draw a matrix as a heatmap and return its Figure"
-    values,rows,cols = np.asarray(values),list(map(str, row_labels)),list(map(str, col_labels))
-    n,width = max(values.shape),max(map(len, rows+cols+['']))
-    side,size = float(np.clip(.55*n+2, 3.6, 16)),float(np.clip(120/n, 5.5, 11))
+    values,rows,cols = np.asarray(values),[_cut(str(o)) for o in row_labels],[_cut(str(o)) for o in col_labels]
+    n,width = max(values.shape),max(map(_width, rows+cols+['']))
+    side = float(np.clip(.55*n+2, 3.6, 16) if n<=25 else np.clip(.2*n+3, 13, 20)) # beyond, as large as the labels need
+    size = float(np.clip(120/n, 8, 11) if n<=25 else np.clip(side*31/n-1, 3.5, 8))
     with figure_style(rows, cols, title, xlabel, ylabel, font=font) as plt:
         import seaborn as sns
-        fig,ax = plt.subplots(figsize=(side+min(width, 24)*.05+1, side*.86))
+        name = width*(min(size+1, 10)*.0075) # inches of the longest label
+        fig,ax = plt.subplots(figsize=(side+name+.6, side*.86+(.72*name if width>4 or n>12 else 0)))
         sns.heatmap(values, annot=annot if annot is not None and n<=25 else False, fmt='', cmap=cmap, square=True, linewidths=.5 if n<=25 else 0, linecolor='white',
                     xticklabels=cols, yticklabels=rows, annot_kws={'size': size}, cbar_kws={'shrink': .7}, ax=ax)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -100,7 +111,7 @@ def plot_heatmap(
     plt.close(fig)
     return fig
 
-# %% ../nbs/01_plot.ipynb #d30570a6
+# %% ../nbs/01_plot.ipynb #94f6437e
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
 def _draw(ax, name, c, i):
@@ -108,7 +119,7 @@ def _draw(ax, name, c, i):
     x,y = c if isinstance(c, tuple) and len(c)==2 else (range(len(c)), c)
     ax.plot(x, y, label=name, color=PALETTE[i%len(PALETTE)], marker='o' if len(x)<=12 else None, markersize=3.5, linewidth=1.6)
 
-# %% ../nbs/01_plot.ipynb #9e1bcba4
+# %% ../nbs/01_plot.ipynb #a566181c
 def plot_curves(
     curves:dict, # Name to `(x, y)`, or to `y` alone
     title:str='', # Above the figure
@@ -129,7 +140,7 @@ def plot_curves(
     plt.close(fig)
     return fig
 
-# %% ../nbs/01_plot.ipynb #3832b6e3
+# %% ../nbs/01_plot.ipynb #3b6140f2
 def plot_panels(
     panels:dict, # Title of each panel to its curves, see `plot_curves`
     xlabel:str='', # Below each panel
@@ -144,7 +155,7 @@ def plot_panels(
             ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
-# %% ../nbs/01_plot.ipynb #5dcfefcf
+# %% ../nbs/01_plot.ipynb #00deebb2
 def _mark_stages(ax, stages, n, label):
     "Shade every second stage, and write the names above"
     starts = [s for s,_ in stages] + [n]
@@ -152,7 +163,7 @@ def _mark_stages(ax, stages, n, label):
         if i%2: ax.axvspan(a, b, color='0.93', zorder=0, linewidth=0)
         if label: ax.annotate(f'{i+1}', ((a+b)/2, 1.01), xycoords=('data','axes fraction'), ha='center', va='bottom', fontsize=9, color='0.35')
 
-# %% ../nbs/01_plot.ipynb #39e4a463
+# %% ../nbs/01_plot.ipynb #26f59953
 def plot_stages(
     rates, # A list a step, with one rate a layer group, bottom to top; not a number while frozen
     losses, # Smoothed training loss, one a step

@@ -1,7 +1,8 @@
-"""The programs that people know from tutorials, under their names, on offline data: ULMFiT, discriminative rates, gradual unfreezing."""
+"""The programs that people know from tutorials, under their names, on offline data: ULMFiT, discriminative rates, gradual unfreezing, evaluation."""
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -121,3 +122,45 @@ def test_gradual_unfreezing(bert_and_loaders, capsys, monkeypatch):
     seen = {n: int(opt.state[p]['step']) for n, p in model.named_parameters()}
     assert seen['classifier.weight'] == 12*steps, 'the head was stepped in all stages, by one optimizer'
     assert seen['bert.embeddings.word_embeddings.weight'] == 4*steps, 'the embeddings in the last one alone'
+
+
+def test_evaluation(tmp_path, monkeypatch, capsys):
+    "A report with four digits, both figures at 300 dots an inch, confidence of right and wrong predictions, and the most frequent errors"
+    from PIL import Image
+    from sklearn.metrics import classification_report
+    from transformers import BertConfig, BertForSequenceClassification
+    if find_cjk_font() is None: pytest.skip('no font with Chinese characters')
+    seed_everything(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=16, num_labels=3))
+    X, y = torch.randint(3, 60, (360, 12)), torch.randint(0, 3, (360,))
+    some = torch.rand(360) < .8
+    X[some, 4] = y[some]   # a word that tells, in four texts of five
+    batch = lambda i: dict(input_ids=X[i], attention_mask=torch.ones_like(X[i]), labels=y[i])
+    opt = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(4):
+        for i in torch.randperm(240).split(16): train_epoch(model, [batch(i)], opt)
+    test_loader = [batch(i) for i in torch.arange(240, 360).split(32)]
+
+    monkeypatch.chdir(tmp_path)
+    evaluator = ModelEvaluator(model, test_loader, class_names=['負面', '中性', '正面'])
+    preds, labels, probs = evaluator.evaluate()
+
+    said = capsys.readouterr().out
+    preds, labels, probs = map(np.array, (preds, labels, probs))
+    assert (labels == y[240:].numpy()).all() and (preds == probs.argmax(1)).all() and probs.shape == (120, 3)
+    model.eval()
+    with torch.no_grad(): assert np.allclose(probs, model(X[240:], torch.ones_like(X[240:])).logits.softmax(-1).numpy(), atol=1e-5)
+    assert .5 < (preds == labels).mean() < 1, 'the test needs right and wrong ones'
+    ref = classification_report(labels, preds, target_names=evaluator.class_names, digits=4, output_dict=True)
+    for c in evaluator.class_names:
+        line = next(l.split() for l in said.splitlines() if l.startswith(c))
+        assert line[1:4] == [f"{ref[c][k]:.4f}" for k in ('precision', 'recall', 'f1-score')] and line[-1] == str(int(ref[c]['support']))
+    assert f"{ref['accuracy']:.4f}" in next(l for l in said.splitlines() if l.startswith('accuracy'))
+    conf, right = probs.max(1), preds == labels
+    assert f'正確預測的平均信心度: {conf[right].mean():.4f}' in said and f'錯誤預測的平均信心度: {conf[~right].mean():.4f}' in said
+    assert f'總錯誤數: {(~right).sum()}' in said and f'錯誤率: {100*(~right).mean():.2f}%' in said
+    pairs = re.findall(r'^(\S+) → (\S+): (\d+) 次$', said, re.M)
+    assert sum(int(n) for *_, n in pairs) == (~right).sum() and [int(n) for *_, n in pairs] == sorted((int(n) for *_, n in pairs), reverse=True)
+    for name in ('confusion_matrix.png', 'confidence_analysis.png'):
+        im = Image.open(tmp_path/name)
+        assert name in said and im.info['dpi'] == pytest.approx((300, 300), abs=.1) and np.asarray(im.convert('L')).std() > 10

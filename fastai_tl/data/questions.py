@@ -204,14 +204,14 @@ def hf_qa_dls(
     kw,bs = dict(before_batch=[PadTokens()], num_workers=0),min(bs, n) # on the right whatever the tokenizer wants: positions count from the left
     return HFQADataLoaders(TokensDL(dsets.train, bs=bs, shuffle=True, drop_last=n%bs==1 and n>1, **kw), TokensDL(dsets.valid, bs=val_bs or 2*bs, **kw), path=path, device=default_device())
 
-# %% ../../nbs/18_data.questions.ipynb #946682bf
+# %% ../../nbs/18_data.questions.ipynb #89a387d0
 def _say_windows(ws, tok):
     each,n = {},len(tok.examples)
     for w in ws: each.setdefault(w.example.number, []).append(w.data[2,w.first]>0)
     long = sum(len(v)>1 for v in each.values())
     if long: print(f'{long:,} of {n:,} passages are longer than a window of {tok.max_length} tokens; {len(ws):,} windows in all')
     lost = [e for e in tok.examples if e.answers[0] and not any(each[e.number])]
-    if lost: print(f'{len(lost):,} answers are in no window, such as {lost[0].answers[0][:60]!r}: they are longer than what windows share, or give no token; a larger `stride` helps against the first')
+    if lost: print(f'answers that are in no window, since they are longer than what windows share or give no token: {len(lost):,}, such as {lost[0].answers[0][:60]!r}; a larger `stride` helps against the first')
 
 # %% ../../nbs/18_data.questions.ipynb #898169b3
 @patch(cls_method=True)

@@ -275,7 +275,7 @@ def two_splits(dataset, valid=None):
         raise DataError("The dataset must have the splits 'train' and one to validate", shorten(dataset), 'Name the split with `valid`' if valid is None else did_you_mean(valid, dataset))
     return pd.concat([dataset[o].to_pandas().assign(split_=k) for o,k in (('train','train'),(valid,'valid'))], ignore_index=True)
 
-# %% ../../nbs/16_data.spans.ipynb #5d4ca2a7
+# %% ../../nbs/16_data.spans.ipynb #2f059dfa
 _COLOURS = ['#cfe3f7','#fbdcc4','#d3efd3','#f6d0d8','#e4d8f3','#fff0b3','#cdeeee','#e7dccb','#dfe6c8','#e6e6e6']
 
 def tags_html(words, *rows, colours=None):
@@ -287,7 +287,7 @@ def tags_html(words, *rows, colours=None):
         colour = _COLOURS[colours.setdefault(kind, len(colours))%len(_COLOURS)] if kind else 'transparent'
         frame = 'outline:2px solid #c0392b;' if len(set(tags))>1 else ''
         low = ''.join(f'<br><small>{html.escape(t) if t!="O" or frame else "&nbsp;"}</small>' for t in tags)
-        cells.append(f'<span style="display:inline-block;text-align:center;margin:2px;padding:0 3px;border-radius:3px;background:{colour};{frame}">{html.escape(w)}{low}</span>')
+        cells.append(f'<span style="display:inline-block;vertical-align:top;text-align:center;margin:2px;padding:0 3px;border-radius:3px;background:{colour};{frame}">{html.escape(w)}{low}</span>')
     return ''.join(cells)
 
 def show_html(rows, heads=None):

@@ -245,7 +245,7 @@ def show_rows(columns, max_n, trunc_at=150):
     display_df(df)
     return df
 
-# %% ../../nbs/11_data.subwords.ipynb #ebf409ba
+# %% ../../nbs/11_data.subwords.ipynb #a3a99afa
 @dispatch
 def show_batch(x:TensorTokens, y, samples, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     names = ['text','target'] if len(samples[0])==2 else ['text'] if len(samples[0])==1 else ['text',*[f'target {i}' for i in range(1, len(samples[0]))]]
@@ -255,13 +255,21 @@ def show_batch(x:TensorTokens, y, samples, ctxs=None, max_n=9, trunc_at=150, **k
 def show_results(x:TensorTokens, y, samples, outs, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     return show_rows({'text': samples.itemgot(0), 'target': samples.itemgot(1), 'predicted': outs.itemgot(0)}, max_n, trunc_at)
 
-@dispatch
-def plot_top_losses(x:TensorTokens, y:TensorCategory|TensorMultiCategory|torch.Tensor, samples, outs, raws, losses, trunc_at=150, **kwargs):
+# %% ../../nbs/11_data.subwords.ipynb #ab47fe46
+def _show_top_losses(x, y, samples, outs, raws, losses, trunc_at=150, **kwargs):
     columns = {'text': samples.itemgot(0), 'target': samples.itemgot(1), 'predicted': outs.itemgot(0)}
     if isinstance(y, TensorCategory): columns['probability'] = raws.max(-1).values
     show_rows({**columns, 'loss': losses}, len(samples), trunc_at)
 
-# %% ../../nbs/11_data.subwords.ipynb #22ec049c
+# %% ../../nbs/11_data.subwords.ipynb #c2180238
+@dispatch
+def plot_top_losses(x:TensorTokens, y:TensorCategory, *args, **kwargs): _show_top_losses(x, y, *args, **kwargs)
+@dispatch
+def plot_top_losses(x:TensorTokens, y:TensorMultiCategory, *args, **kwargs): _show_top_losses(x, y, *args, **kwargs)
+@dispatch
+def plot_top_losses(x:TensorTokens, y:torch.Tensor, *args, **kwargs): _show_top_losses(x, y, *args, **kwargs)
+
+# %% ../../nbs/11_data.subwords.ipynb #b29d9248
 class HFTextBlock(TransformBlock):
     "Texts for a Hugging Face model, in fastai's DataBlock API"
     def __init__(self,

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.base.html.md"""
 # %% auto #0
 __all__ = ['HFLearner']
 
-# %% ../../nbs/50_learners.base.ipynb #453a9528
+# %% ../../nbs/50_learners.base.ipynb #405acaef
 import inspect
 from fastcore.all import patch
 from fastai.data.core import DataLoaders
@@ -17,12 +17,15 @@ from ..core import DataError, FastaiTLError
 from ..models.groups import layer_splitter
 from ..models.hf import HFEncoder, HFModel, check_lengths, check_tokenizer, load_hf
 from ..tune.optim import LayerwiseOptimizer
+from ..tune.precision import * # learn.to_mixed_precision
 
-# %% ../../nbs/50_learners.base.ipynb #449cd257
+# %% ../../nbs/50_learners.base.ipynb #23d3b59a
 class HFLearner(Learner):
     "A Learner around a Hugging Face model"
     @property
     def tokenizer(self): "The tokenizer of the texts"; return self.dls.tokenizer
+    def to_bf16(self, **kwargs): "bfloat16 autocast, on a CPU too"; return self.to_mixed_precision('bf16', **kwargs)
+    def to_fp16(self, **kwargs): "float16 autocast with a scaled loss"; return self.to_mixed_precision('fp16', **kwargs)
 
 # %% ../../nbs/50_learners.base.ipynb #ce3f7376
 _LOADING = {n for n,p in inspect.signature(load_hf).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD} - {'model','task','classes','n_out'}
@@ -36,7 +39,7 @@ def make_learner(dls, model, task, cls=HFLearner, classes=None, n_out=None, mode
     if lr is None: lr = 1e-3 if hasattr(model, 'to_diff_dict') else 5e-5
     return cls(dls, hf, opt_func=kwargs.pop('opt_func', LayerwiseOptimizer), splitter=splitter or layer_splitter(), lr=lr, train_bn=kwargs.pop('train_bn', False), **kwargs)
 
-# %% ../../nbs/50_learners.base.ipynb #ce5a6f06
+# %% ../../nbs/50_learners.base.ipynb #3f9a2476
 @patch
 def save_encoder(self:HFLearner,
     file:str # Name of the file, in the Learner's model folder unless it is a path; `.safetensors` is added
