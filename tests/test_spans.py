@@ -247,7 +247,7 @@ def test_scores_are_squads():
     rng,vocab = np.random.default_rng(0),['the','a','An','cat','Cat.','dog','“x”','$5','1,000','x-y','an-other','']
     for _ in range(500):
         p,t = (' '.join(rng.choice(vocab, rng.integers(0, 6))) for _ in range(2))
-        assert answer_scores(p, [t]) == pytest.approx((normalize(t) == normalize(p), f1(t, p))), (p, t)
+        assert answer_scores(p, [t]) == pytest.approx((float(normalize(t) == normalize(p)), f1(t, p))), (p, t)
 
 
 def tiny(kind, **kwargs):
