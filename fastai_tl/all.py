@@ -8,6 +8,8 @@ from .data.subwords import *
 from .data.blocks import *
 from .data.loaders import *
 from .data.corpus import *
+from .data.spans import *
+from .data.questions import *
 from .data.splits import *
 from .models.trace import *
 from .models.groups import *
@@ -31,8 +33,10 @@ from .generation.surprisal import *
 from .learners.base import *
 from .learners.classify import *
 from .learners.language import *
+from .learners.tag import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
+from .learners.answer import *
 from .evaluation.onepass import *
 from .evaluation.report import *
 from .evaluation.errors import *

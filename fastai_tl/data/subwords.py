@@ -22,20 +22,23 @@ from fastai.text.data import SortedDL, TensorText
 from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory, display_df
 from ..core import DataError, FastaiTLError, unknown_option
 
-# %% ../../nbs/11_data.subwords.ipynb #b995a4bb
+# %% ../../nbs/11_data.subwords.ipynb #1f7d73d9
 class TensorTokens(TensorText):
-    "Token numbers (and token types) of a text, (fields, tokens), or of a batch, (texts, fields, tokens); -1 is padding"
+    "Token numbers (and token types, and places) of a text, (fields, tokens), or of a batch, (texts, fields, tokens); -1 is padding"
+    def _field(self, i): return self.as_subclass(torch.Tensor).select(-2, i) if self.shape[-2]>i else None
     @property
-    def ids(self): "Token numbers, padding as -1"; return self.as_subclass(torch.Tensor).select(-2, 0)
+    def ids(self): "Token numbers, padding as -1"; return self._field(0)
     @property
-    def types(self): "Token types, or `None` if there are none"; return self.as_subclass(torch.Tensor).select(-2, 1) if self.shape[-2]>1 else None
+    def types(self): "Token types, or `None` if there are none"; t = self._field(1); return None if t is None or (t<0).all() else t
+    @property
+    def places(self): "What each token belongs to (its word, or its character), -1 for none; `None` if places are not kept"; return self._field(2)
     @property
     def mask(self): "1 for a token, 0 for padding"; return (self.ids>=0).long()
 
 class TensorTargets(TensorBase):
     "A target for each token of a text, (tokens,), or of a batch; -100 is none, and padding"
 
-# %% ../../nbs/11_data.subwords.ipynb #fdf20ccf
+# %% ../../nbs/11_data.subwords.ipynb #d7ca959c
 def hub_error(what, name, e):
     "The error for a name or folder that transformers cannot load"
     offline = 'offline' in str(e).lower() or 'connect' in str(e).lower()
@@ -43,7 +46,7 @@ def hub_error(what, name, e):
             else 'Check the spelling on https://huggingface.co/models, or pass a folder that holds it')
     return FastaiTLError(f'{what} must be a name on the Hugging Face hub or a local folder', f'{str(name)!r}, which cannot be loaded ({str(e).splitlines()[0][:200]})', todo)
 
-# %% ../../nbs/11_data.subwords.ipynb #6f36df1a
+# %% ../../nbs/11_data.subwords.ipynb #c8951219
 def load_tokenizer(
     tokenizer, # A name on the hub, a folder, or a tokenizer of transformers
     **kwargs # More for `AutoTokenizer.from_pretrained`
@@ -57,12 +60,12 @@ def load_tokenizer(
         raise FastaiTLError('A tokenizer must be a name, a folder, or a tokenizer of transformers', f'a {type(tokenizer).__name__}', 'Wrap a tokenizer of the `tokenizers` library in `PreTrainedTokenizerFast(tokenizer_object=…)`')
     return tokenizer
 
-# %% ../../nbs/11_data.subwords.ipynb #830f413f
+# %% ../../nbs/11_data.subwords.ipynb #06184258
 _SPECIAL = dict(encoder=['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]'], decoder=['<|endoftext|>'], seq2seq=['<pad>','<unk>','</s>'])
 _NAMED = dict(encoder=dict(zip(('pad_token','unk_token','cls_token','sep_token','mask_token'), _SPECIAL['encoder'])), decoder=dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>'),
               seq2seq=dict(pad_token='<pad>', unk_token='<unk>', eos_token='</s>'))
 
-# %% ../../nbs/11_data.subwords.ipynb #3dbbf97e
+# %% ../../nbs/11_data.subwords.ipynb #13e68d43
 def train_tokenizer(
     texts, # Strings to learn from
     vocab_size:int=8000, # At most so many tokens, at least the 256 bytes and the special ones
@@ -83,7 +86,7 @@ def train_tokenizer(
     names = ['input_ids','token_type_ids','attention_mask'] if kind=='encoder' else ['input_ids','attention_mask']
     return PreTrainedTokenizerFast(tokenizer_object=t, model_max_length=max_length, model_input_names=names, **_NAMED[kind])
 
-# %% ../../nbs/11_data.subwords.ipynb #aa2e2f1c
+# %% ../../nbs/11_data.subwords.ipynb #756a9b39
 class HFTokenize(DisplayedTransform):
     "Texts, or pairs of texts as lists of two, to `TensorTokens`; each text is cut once"
     def __init__(self,
@@ -97,24 +100,27 @@ class HFTokenize(DisplayedTransform):
         self.has_types = 'token_type_ids' in self.tokenizer.model_input_names
         self.forget()
         super().__init__()
-    def forget(self): "Drop the texts that are kept"; self._rows,self._data,self._ends,self._later,self.n_cut = {},np.zeros((1+self.has_types, 0), np.int32),np.zeros(1, np.int64),{},0
+    @property
+    def n_fields(self): "Rows of the tensor of a text"; return 1+self.has_types
+    def forget(self): "Drop the texts that are kept"; self._rows,self._data,self._ends,self._later,self.n_cut = {},np.zeros((self.n_fields, 0), np.int32),np.zeros(1, np.int64),{},0
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('_rows','_data','_ends','_later')}
     def __setstate__(self, d): self.__dict__.update(d); n = self.n_cut; self.forget(); self.n_cut = n
 
-# %% ../../nbs/11_data.subwords.ipynb #8af2f499
+# %% ../../nbs/11_data.subwords.ipynb #25e1bf00
 def _key(x): return x if isinstance(x, str) else tuple(x)
 
-def _cut(tok, texts):
+@patch
+def _cut(self:HFTokenize, texts):
     "Arrays of shape (fields, tokens) of some texts, and how many were longer than `max_length`"
     args = [texts] if isinstance(texts[0], str) else [list(o) for o in zip(*texts)]
-    enc = tok.tokenizer(*args, truncation=tok.truncation, max_length=tok.max_length if tok.truncation else None, verbose=False)
-    rows = zip(enc['input_ids'], enc['token_type_ids']) if tok.has_types else ([i] for i in enc['input_ids'])
-    if not tok.truncation: n = 0
+    enc = self.tokenizer(*args, truncation=self.truncation, max_length=self.max_length if self.truncation else None, verbose=False)
+    rows = zip(enc['input_ids'], enc['token_type_ids']) if self.has_types else ([i] for i in enc['input_ids'])
+    if not self.truncation: n = 0
     elif enc.encodings is not None: n = sum(bool(e.overflowing) for e in enc.encodings)
-    else: n = sum(len(i)>tok.max_length for i in tok.tokenizer(*args, verbose=False)['input_ids']) # one written in Python does not say what it cut
+    else: n = sum(len(i)>self.max_length for i in self.tokenizer(*args, verbose=False)['input_ids']) # one written in Python does not say what it cut
     return [np.asarray(r, dtype=np.int32) for r in rows],n
 
-# %% ../../nbs/11_data.subwords.ipynb #3ebcd6b0
+# %% ../../nbs/11_data.subwords.ipynb #4ab87008
 @patch
 def remember(self:HFTokenize,
     texts # Texts, or pairs of texts
@@ -123,13 +129,13 @@ def remember(self:HFTokenize,
     new = [k for k in dict.fromkeys(map(_key, texts)) if k not in self._rows]
     data,lens = [self._data],[]
     for a in range(0, len(new), 1000):
-        arrays,n = _cut(self, new[a:a+1000])
+        arrays,n = self._cut(new[a:a+1000])
         data += arrays; lens += [o.shape[1] for o in arrays]; self.n_cut += n
     self._rows.update({k: i for i,k in enumerate(new, len(self._rows))})
     self._data,self._ends = np.concatenate(data, axis=1),np.concatenate([self._ends, self._ends[-1]+np.cumsum(lens, dtype=np.int64)])
     return self
 
-# %% ../../nbs/11_data.subwords.ipynb #4ca7cfab
+# %% ../../nbs/11_data.subwords.ipynb #53b417fc
 @patch
 def tokens(self:HFTokenize,
     x # A text, or a pair of texts
@@ -141,11 +147,11 @@ def tokens(self:HFTokenize,
         return TensorTokens(torch.from_numpy(self._data[:,a:b].astype(np.int64)))
     if k not in self._later:
         if len(self._later)>=10_000: self._later.clear() # a bound for texts that come to be predicted, each wanted twice: for its length and for its batch
-        self._later[k] = TensorTokens(torch.from_numpy(_cut(self, [k])[0][0].astype(np.int64)))
+        self._later[k] = TensorTokens(torch.from_numpy(self._cut([k])[0][0].astype(np.int64)))
     if not self._later[k].shape[1]: raise DataError('A text must have at least one token', f'none in {x!r}', 'Leave out empty texts')
     return self._later[k]
 
-# %% ../../nbs/11_data.subwords.ipynb #2c3c95b9
+# %% ../../nbs/11_data.subwords.ipynb #430a09bf
 @HFTokenize
 def encodes(self, x:str|list|L): return self.tokens(x)
 
@@ -155,7 +161,7 @@ def decodes(self, x:TensorTokens):
     texts = [self.tokenizer.decode(p[p>=0].tolist(), skip_special_tokens=True) for p in parts]
     return TitledStr(' ‖ '.join(t for t in texts if t))
 
-# %% ../../nbs/11_data.subwords.ipynb #783d0498
+# %% ../../nbs/11_data.subwords.ipynb #7b0747bb
 @patch
 def setup(self:HFTokenize,
     items=None, # The dataset's texts; all of them are cut, those for validation too
@@ -168,7 +174,7 @@ def setup(self:HFTokenize,
     new,cut = len(self._rows)-before,self.n_cut-n
     if cut and self.verbose: print(f'{cut/new:.0%} of texts were cut at {self.max_length} tokens' if cut/new>=.005 else f'{cut:,} of {new:,} texts were cut at {self.max_length} tokens')
 
-# %% ../../nbs/11_data.subwords.ipynb #e6351401
+# %% ../../nbs/11_data.subwords.ipynb #c6c9df8f
 def _pad_stack(ts, value, left=False):
     "One tensor of tensors whose last dimensions differ"
     n = max(t.shape[-1] for t in ts)
@@ -178,7 +184,7 @@ def _pad_stack(ts, value, left=False):
         r[..., slice(n-k, n) if left else slice(k)] = t
     return list(res)
 
-# %% ../../nbs/11_data.subwords.ipynb #fb023c3b
+# %% ../../nbs/11_data.subwords.ipynb #b7e4c56c
 class PadTokens(Transform):
     "Pad the token tensors of some samples to the longest of them"
     def __init__(self,
@@ -188,19 +194,21 @@ class PadTokens(Transform):
         self.side = side
         super().__init__()
     def encodes(self, samples:list):
-        pad = {TensorTokens: -1, TensorTargets: -100}
-        return list(zip(*[_pad_stack(c, pad[type(c[0])], self.side=='left') if type(c[0]) in pad else c for c in zip(*samples)]))
+        def _pad(c):
+            value = -1 if isinstance(c[0], TensorTokens) else -100 if isinstance(c[0], TensorTargets) else None
+            return c if value is None else _pad_stack(c, value, self.side=='left')
+        return list(zip(*map(_pad, zip(*samples))))
     def decodes(self, x:TensorTokens): return x[:, x.ids>=0]
     def decodes(self, x:TensorTargets): return x
 
-# %% ../../nbs/11_data.subwords.ipynb #ea8f7dae
+# %% ../../nbs/11_data.subwords.ipynb #6ec4426e
 def n_tokens(
     sample # `(TensorTokens, …)`
 ) -> int:
     "Tokens of a sample's first text"
     return sample[0].shape[-1]
 
-# %% ../../nbs/11_data.subwords.ipynb #82668c7d
+# %% ../../nbs/11_data.subwords.ipynb #0c6b5499
 class TokensDL(SortedDL):
     "A `SortedDL` that measures texts in tokens, and can draw them by weight"
     def __init__(self,
@@ -221,7 +229,7 @@ class TokensDL(SortedDL):
         batches = [order[i:i+self.bs] for i in range(0, len(order), self.bs)]
         return iter(np.concatenate([batches[i] for i in np.random.permutation(len(batches)-1)] + batches[-1:]))
 
-# %% ../../nbs/11_data.subwords.ipynb #67a37968
+# %% ../../nbs/11_data.subwords.ipynb #c51cd3f8
 def _shown(o, trunc_at):
     "An item as a person reads it"
     if isinstance(o, (list,tuple,L)) and not isinstance(o, str): return ';'.join(map(str, o))
@@ -237,7 +245,7 @@ def show_rows(columns, max_n, trunc_at=150):
     display_df(df)
     return df
 
-# %% ../../nbs/11_data.subwords.ipynb #7a07bc19
+# %% ../../nbs/11_data.subwords.ipynb #a3a99afa
 @dispatch
 def show_batch(x:TensorTokens, y, samples, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     names = ['text','target'] if len(samples[0])==2 else ['text'] if len(samples[0])==1 else ['text',*[f'target {i}' for i in range(1, len(samples[0]))]]
@@ -247,13 +255,13 @@ def show_batch(x:TensorTokens, y, samples, ctxs=None, max_n=9, trunc_at=150, **k
 def show_results(x:TensorTokens, y, samples, outs, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     return show_rows({'text': samples.itemgot(0), 'target': samples.itemgot(1), 'predicted': outs.itemgot(0)}, max_n, trunc_at)
 
-# %% ../../nbs/11_data.subwords.ipynb #68131ca8
+# %% ../../nbs/11_data.subwords.ipynb #ab47fe46
 def _show_top_losses(x, y, samples, outs, raws, losses, trunc_at=150, **kwargs):
     columns = {'text': samples.itemgot(0), 'target': samples.itemgot(1), 'predicted': outs.itemgot(0)}
     if isinstance(y, TensorCategory): columns['probability'] = raws.max(-1).values
     show_rows({**columns, 'loss': losses}, len(samples), trunc_at)
 
-# %% ../../nbs/11_data.subwords.ipynb #621c0fcf
+# %% ../../nbs/11_data.subwords.ipynb #c2180238
 @dispatch
 def plot_top_losses(x:TensorTokens, y:TensorCategory, *args, **kwargs): _show_top_losses(x, y, *args, **kwargs)
 @dispatch
@@ -261,7 +269,7 @@ def plot_top_losses(x:TensorTokens, y:TensorMultiCategory, *args, **kwargs): _sh
 @dispatch
 def plot_top_losses(x:TensorTokens, y:torch.Tensor, *args, **kwargs): _show_top_losses(x, y, *args, **kwargs)
 
-# %% ../../nbs/11_data.subwords.ipynb #22ec049c
+# %% ../../nbs/11_data.subwords.ipynb #b29d9248
 class HFTextBlock(TransformBlock):
     "Texts for a Hugging Face model, in fastai's DataBlock API"
     def __init__(self,

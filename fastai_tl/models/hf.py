@@ -141,7 +141,7 @@ def _inputs(self:HFModel, x, prefix=''):
     if not x.mask[:,0].all() and 'position_ids' in self.accepts and self.limit: res['position_ids'] = (x.mask.cumsum(1)-1).clamp(min=0) # padded on the left
     return {k: v for k,v in res.items() if k in self.accepts}
 
-# %% ../../nbs/24_models.hf.ipynb #6434b536
+# %% ../../nbs/24_models.hf.ipynb #659e02c4
 @patch
 def forward(self:HFModel,
     x:TensorTokens, # (texts, fields, tokens), padded with -1
@@ -152,7 +152,9 @@ def forward(self:HFModel,
     if decoder_x is not None: kw |= self._inputs(decoder_x.as_subclass(TensorTokens), 'decoder_')
     if 'use_cache' in self.accepts: kw['use_cache'] = False
     out = self.hf(**kw, return_dict=True)
-    return (out.start_logits,out.end_logits) if 'start_logits' in out else out.logits
+    if 'start_logits' not in out: return out.logits
+    free = x.as_subclass(TensorTokens).mask>0 if (places := x.as_subclass(TensorTokens).places) is None else places>=0
+    return tuple(o.masked_fill(~free, torch.finfo(o.dtype).min/4) for o in (out.start_logits,out.end_logits))
 
 # %% ../../nbs/24_models.hf.ipynb #6a340e8b
 def check_tokenizer(
