@@ -8,7 +8,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.lm.html.md"""
 __all__ = ['CausalBlocks', 'TokenMasker', 'MaskedBlocks', 'TokenTargetsDL', 'HFLMDataLoaders', 'HFCausalLMDataLoaders',
            'HFMaskedLMDataLoaders']
 
-# %% ../../nbs/17_data.lm.ipynb #c3e3c780
+# %% ../../nbs/17_data.lm.ipynb #45905ce2
+import re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.all import patch
@@ -173,7 +174,7 @@ class MaskedBlocks:
     def __len__(self): return len(self.blocks)
     def _tokens(self, ids): ids = torch.from_numpy(ids.astype(np.int64)); return TensorTokens(torch.stack([ids, torch.zeros_like(ids)] if self.has_types else [ids]))
 
-# %% ../../nbs/17_data.lm.ipynb #99c8f8a6
+# %% ../../nbs/17_data.lm.ipynb #8da92d7e
 @patch
 def __getitem__(self:MaskedBlocks, i):
     if self.masker is None: return (self._tokens(self.blocks[i]),)
@@ -191,7 +192,8 @@ def decode(self:MaskedBlocks,
     hidden = set(self.tokenizer.all_special_ids)-{self.tokenizer.mask_token_id}
     runs = [[g.tolist() for g in torch.as_tensor(y).as_subclass(torch.Tensor).tensor_split((torch.as_tensor(y)<0).nonzero().flatten().tolist())] for y in ys]
     words = [' · '.join(self.tokenizer.decode([t for t in g if t>=0]).strip() for g in r if any(t>=0 for t in g)) for r in runs]
-    return tuple(map(TitledStr, [self.tokenizer.decode([i for i in x.ids.tolist() if i>=0 and i not in hidden]), *words]))
+    text,mask = self.tokenizer.decode([i for i in x.ids.tolist() if i>=0 and i not in hidden]),self.tokenizer.mask_token
+    return tuple(map(TitledStr, [re.sub(f' *{re.escape(mask)} *', f' {mask} ', text).strip(), *words]))
 
 # %% ../../nbs/17_data.lm.ipynb #e16fb500
 @patch
