@@ -8,6 +8,8 @@ from .data.subwords import *
 from .data.blocks import *
 from .data.loaders import *
 from .data.corpus import *
+from .data.lm import *
+from .data.pairs import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
@@ -23,5 +25,7 @@ from .learners.classify import *
 from .learners.language import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
+from .learners.seq2seq import *
+from .learners.auto import *
 from .evaluation.report import *
 from .quickstart import *
