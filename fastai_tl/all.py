@@ -6,11 +6,13 @@ from .files import *
 from .data.tokenize import *
 from .data.subwords import *
 from .data.blocks import *
+from .data.splits import *
 from .data.loaders import *
 from .data.corpus import *
 from .data.spans import *
+from .data.lm import *
 from .data.questions import *
-from .data.splits import *
+from .data.pairs import *
 from .models.trace import *
 from .models.groups import *
 from .models.encoder import *
@@ -36,7 +38,9 @@ from .learners.language import *
 from .learners.tag import *
 from .learners.bidirectional import *
 from .learners.ulmfit import *
+from .learners.seq2seq import *
 from .learners.answer import *
+from .learners.auto import *
 from .evaluation.onepass import *
 from .evaluation.report import *
 from .evaluation.errors import *
