@@ -155,9 +155,10 @@ def check_answers(
     if bad: raise DataError('Each answer must stand in its passage, at the character that is told', f'{bad[0][1]!r} in row {shorten(dict.fromkeys(r for r,_ in bad))}, which does not', 'Mend the starts, or leave them out to have the answers looked for')
     return res
 
-# %% ../../nbs/18_data.questions.ipynb #4489ca55
+# %% ../../nbs/18_data.questions.ipynb #e0fd20f8
 class HFQADataLoaders(DataLoaders):
     "DataLoaders of questions about passages, in windows, for a Hugging Face model"
+    task = 'qa'
     @property
     def tok(self): "The `HFTokenizeQA` that cuts the passages"; return self.valid_ds.tls[0].tfms.fs[0]
     def test_dl(self,

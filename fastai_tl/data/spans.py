@@ -177,9 +177,10 @@ def _check_tags(tags, train, valid, vocab, rows):
     if len(known)<2: raise DataError('At least two tags are needed', f'only {shorten(known)}')
     return known
 
-# %% ../../nbs/16_data.spans.ipynb #2c602270
+# %% ../../nbs/16_data.spans.ipynb #af7831bd
 class HFTagDataLoaders(DataLoaders):
     "DataLoaders of sentences with a tag for each word, for a Hugging Face model"
+    task = 'tagging'
     def test_dl(self,
         test_items, # Lists of words, or strings to be cut into words; with tags as well, pairs in a `TaggedWords`
         rm_type_tfms=None, # fastai's

@@ -7,47 +7,36 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.spans.html.md"""
 # %% auto #0
 __all__ = ['TagEvaluation', 'AnswerEvaluation']
 
-# %% ../../nbs/66_evaluation.spans.ipynb #665101c5
-import re, string
-from collections import Counter
+# %% ../../nbs/66_evaluation.spans.ipynb #d8b4bf72
+import re
 import numpy as np, pandas as pd
 from fastcore.all import patch
-from ..core import DataError, FastaiTLError, optional, shorten, unknown_option
+from ..core import DataError, shorten
+from ..data.spans import tag_spans
+from ..learners.answer import HFAnswerer, answer_scores, normalize_answer
+from ..learners.tag import HFTagger
 from .report import ScoreTable, averages, class_scores, percentiles, resample_counts
 
-# %% ../../nbs/66_evaluation.spans.ipynb #d5433592
-def entities(tags, scheme=None):
-    "Set of `(type, first, last)` of each row of tags"
-    why = 'The report of entities'
-    if scheme is None:
-        get = optional('seqeval.metrics.sequence_labeling', 'tag', why).get_entities
-        return [set(get(list(t))) for t in tags]
-    schemes = optional('seqeval.scheme', 'tag', why)
-    if scheme not in ('IOB1','IOB2','IOE1','IOE2','IOBES','BILOU'): raise unknown_option('scheme', scheme, ('IOB1','IOB2','IOE1','IOE2','IOBES','BILOU'))
-    rows = schemes.Entities([list(t) for t in tags], getattr(schemes, scheme), False).entities
-    return [{(e.tag, e.start, e.end-1) for e in r} for r in rows]
-
-# %% ../../nbs/66_evaluation.spans.ipynb #756ffe37
+# %% ../../nbs/66_evaluation.spans.ipynb #274a65fa
 class TagEvaluation:
     "True and predicted tags of some sentences"
     def __init__(self,
         preds, # Lists of tags such as `B-PER` and `O`, one list a sentence
         targets, # The true ones, of the same lengths
-        tokens=None, # What is tagged, for the table of errors
-        scheme:str|None=None # `IOB2`, `IOBES`, …: strictly by this scheme; forgiving if `None`
+        tokens=None # What is tagged, for the table of errors
     ):
-        self.preds,self.targets,self.tokens,self.scheme = [list(t) for t in preds],[list(t) for t in targets],tokens,scheme
+        self.preds,self.targets,self.tokens = [list(t) for t in preds],[list(t) for t in targets],tokens
         if len(self.preds)!=len(self.targets): raise DataError('Predictions and targets must have the same number of sentences', f'{len(self.preds)} and {len(self.targets)}')
         bad = [i for i,(p,t) in enumerate(zip(self.preds, self.targets)) if len(p)!=len(t)]
         if bad: raise DataError('Each sentence needs as many predicted tags as true ones', f'others in row {shorten(bad)}', 'Leave out the tags of special tokens and of word pieces')
         odd = {t for r in self.preds+self.targets for t in r if not re.fullmatch(r'O|[BIESLU]-.+', str(t))}
         if odd: raise DataError('Tags are O, or a letter of BIESLU, a hyphen and a type', shorten(sorted(map(str, odd))))
-        self.found,self.true = entities(self.preds, scheme),entities(self.targets, scheme)
+        self.found,self.true = ([{(k, i, j-1) for k,i,j in tag_spans(t)} for t in ts] for ts in (self.preds,self.targets))
         self.types = sorted({e[0] for r in self.found+self.true for e in r})
     def __len__(self): return len(self.targets)
     def __repr__(self): return f'TagEvaluation({len(self):,} sentences, {sum(map(len, self.true)):,} entities, types={shorten(self.types)})'
 
-# %% ../../nbs/66_evaluation.spans.ipynb #ddad12dc
+# %% ../../nbs/66_evaluation.spans.ipynb #3df73049
 @patch(as_prop=True)
 def accuracy(self:TagEvaluation) -> float:
     "Share of tags that are right"
@@ -86,21 +75,7 @@ def errors(self:TagEvaluation) -> pd.DataFrame: # row | kind | true | predicted 
         rows += [dict(row=i, kind='invented', true=None, predicted=o[0], first=o[1], last=o[2], text=_piece(self, i, o)) for o in f]
     return pd.DataFrame(rows, columns=['row','kind','true','predicted','first','last','text'])
 
-# %% ../../nbs/66_evaluation.spans.ipynb #123430c1
-_punct = re.compile(f"[{re.escape(string.punctuation)}，。、；：？！「」『』（）《》〈〉【】“”‘’…—～·]")
-_word = re.compile(r'[぀-ヿ㐀-鿿豈-﫿𠀀-𲎯]|[^\W぀-ヿ㐀-鿿豈-﫿𠀀-𲎯]+')
-
-def answer_tokens(text):
-    "Lower-case words without punctuation and articles; Chinese and Japanese by character"
-    return [w for w in _word.findall(_punct.sub('', str(text).lower())) if w not in ('a','an','the')]
-
-def answer_scores(pred, ref):
-    "Exact match and F1 of one answer"
-    a,b = answer_tokens(pred),answer_tokens(ref)
-    both = sum((Counter(a)&Counter(b)).values())
-    return float(a==b),(float(a==b) if not a or not b else 2*both/(len(a)+len(b)))
-
-# %% ../../nbs/66_evaluation.spans.ipynb #05e87b73
+# %% ../../nbs/66_evaluation.spans.ipynb #07130fbd
 class AnswerEvaluation:
     "Predicted answers and what they should have been"
     def __init__(self,
@@ -111,13 +86,13 @@ class AnswerEvaluation:
         self.preds,self.questions = [str(p) for p in preds],questions
         self.targets = [[t] if isinstance(t, str) else (list(t) or ['']) for t in targets]
         if len(self.preds)!=len(self.targets): raise DataError('Predictions and targets must have the same number of rows', f'{len(self.preds)} and {len(self.targets)}')
-        each = [np.array([answer_scores(p, t) for t in ts]).max(0) for p,ts in zip(self.preds, self.targets)]
+        each = [answer_scores(p, ts) for p,ts in zip(self.preds, self.targets)]
         self.exact,self.f1 = np.array(each).reshape(-1, 2).T
-        self.lengths = np.array([min((len(answer_tokens(t)) for t in ts), default=0) for ts in self.targets])
+        self.lengths = np.array([min((len(normalize_answer(t)) for t in ts), default=0) for ts in self.targets])
     def __len__(self): return len(self.preds)
     def __repr__(self): return f'AnswerEvaluation({len(self):,} rows)'
 
-# %% ../../nbs/66_evaluation.spans.ipynb #2ea9ecce
+# %% ../../nbs/66_evaluation.spans.ipynb #98849b54
 @patch
 def report(self:AnswerEvaluation,
     lengths:tuple=(1,2,3,5,9), # Where the groups of lengths begin; 0, no answer, has its own
@@ -137,7 +112,7 @@ def report(self:AnswerEvaluation,
         rows[k]['support'] = int(m.sum())
     return ScoreTable(pd.DataFrame(rows.values(), index=list(rows)))
 
-# %% ../../nbs/66_evaluation.spans.ipynb #efec92bb
+# %% ../../nbs/66_evaluation.spans.ipynb #5e5d36d8
 @patch
 def worst(self:AnswerEvaluation,
     n:int=10 # So many rows
@@ -147,3 +122,22 @@ def worst(self:AnswerEvaluation,
     df = pd.DataFrame(dict(row=i, true=[' | '.join(self.targets[j]) for j in i], predicted=[self.preds[j] for j in i], exact=self.exact[i], f1=self.f1[i]))
     if self.questions is not None: df.insert(1, 'question', [self.questions[j] for j in i])
     return df
+
+# %% ../../nbs/66_evaluation.spans.ipynb #69cf1c58
+@patch
+def evaluate(self:HFTagger,
+    ds_idx:int=1 # 0 for training, 1 for validation rows
+) -> TagEvaluation:
+    "Tag the sentences, and compare"
+    items = self.dls[ds_idx].dataset.items
+    with self.no_bar(), self.no_logging(): found = self.tag([list(words) for words,_ in items])
+    return TagEvaluation([f.tags for f in found], [tags for _,tags in items], [words for words,_ in items])
+
+@patch
+def evaluate(self:HFAnswerer,
+    ds_idx:int=1 # 0 for training, 1 for validation rows
+) -> AnswerEvaluation:
+    "Answer the questions, and compare"
+    examples = list({id(w.example): w.example for w in self.dls[ds_idx].dataset.items}.values())
+    with self.no_bar(), self.no_logging(): found = self.answers([(e.question, e.context) for e in examples])
+    return AnswerEvaluation([a.text for a in found], [e.answers for e in examples], [e.question for e in examples])

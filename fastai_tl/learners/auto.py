@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.auto.html.md"""
 # %% auto #0
 __all__ = ['LEARNERS', 'TASK_BY_CLASS', 'task_of_class', 'hf_learner']
 
-# %% ../../nbs/58_learners.auto.ipynb #18ea13a6
+# %% ../../nbs/58_learners.auto.ipynb #d4edd698
 from pathlib import Path
 from fastai.data.core import DataLoaders
 from ..core import FastaiTLError, shorten, unknown_option
@@ -15,12 +15,14 @@ from ..data.subwords import hub_error
 from .base import HFLearner
 from .classify import hf_classifier_learner
 from .language import hf_causal_lm_learner, hf_masked_lm_learner
+from .answer import hf_qa_learner
 from .seq2seq import hf_seq2seq_learner
+from .tag import hf_tagger_learner
 
-# %% ../../nbs/58_learners.auto.ipynb #949f4c24
-LEARNERS = dict(classification=hf_classifier_learner, causal_lm=hf_causal_lm_learner, masked_lm=hf_masked_lm_learner, seq2seq=hf_seq2seq_learner)
+# %% ../../nbs/58_learners.auto.ipynb #1f03986f
+LEARNERS = dict(classification=hf_classifier_learner, tagging=hf_tagger_learner, qa=hf_qa_learner, causal_lm=hf_causal_lm_learner, masked_lm=hf_masked_lm_learner, seq2seq=hf_seq2seq_learner)
 
-TASK_BY_CLASS = {'ForSequenceClassification': 'classification', 'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm', 'ForMaskedLM': 'masked_lm',
+TASK_BY_CLASS = {'ForSequenceClassification': 'classification', 'ForTokenClassification': 'tagging', 'ForQuestionAnswering': 'qa', 'ForQuestionAnsweringSimple': 'qa', 'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm', 'ForMaskedLM': 'masked_lm',
                  'ForConditionalGeneration': 'seq2seq', 'MTModel': 'seq2seq', 'EncoderDecoderModel': 'seq2seq'}
 
 # %% ../../nbs/58_learners.auto.ipynb #b6f630e1
@@ -30,7 +32,7 @@ def task_of_class(
     "What a class of transformers is for, by the end of its name"
     return next((t for end,t in TASK_BY_CLASS.items() if name.endswith(end)), None)
 
-# %% ../../nbs/58_learners.auto.ipynb #9d680c09
+# %% ../../nbs/58_learners.auto.ipynb #13425ceb
 def _class_names(model):
     "Names of the classes that a model is, or that its config names"
     if isinstance(model, (str,Path)):
@@ -44,8 +46,7 @@ def _find_task(dls, model):
     names = _class_names(model)
     by_class,by_data = next((t for t in map(task_of_class, names) if t), None),getattr(dls, 'task', None)
     has_head = not isinstance(model, (str,Path)) and not hasattr(model, 'to_diff_dict')
-    if has_head or by_class not in (None,'causal_lm','masked_lm','seq2seq'): task = by_class
-    else: task = by_data or ('classification' if hasattr(dls.train_ds, 'loss_func') else by_class)
+    task = by_class if has_head else by_data or ('classification' if hasattr(dls.train_ds, 'loss_func') else by_class)
     if task is None: raise FastaiTLError('The class of the model must say what it is for', shorten(names) or 'a config without `architectures`', f'Name the task: task={" or ".join(map(repr, LEARNERS))}')
     return task
 
