@@ -18,7 +18,7 @@ LONG_CELLS = {   # each parameter has a line of its own; the body is short
     'tune.recipes:fit_gradual': 'ten parameters', 'tune.recipes:gradual_unfreezing_training': 'ten parameters',
     'learners.ulmfit:finetune_lm': 'twelve parameters',
     'learners.ulmfit:classifier': 'twenty-one parameters', 'quickstart:Quickstart': 'six parameters',
-    'data.loaders:hf_classifier_dls': 'twelve parameters', 'data.lm:from_texts': 'ten parameters', 'data.pairs:from_lists': 'twelve parameters',
+    'data.loaders:hf_classifier_dls': 'twelve parameters', 'data.pairs:from_lists': 'twelve parameters',
     'models.hf:load_hf': 'ten parameters'}
 # 'module:attribute' -> why the attribute is not the Learner method of that name, which a higher number patches on
 NOT_THAT_METHOD = {}
