@@ -7,7 +7,7 @@ import pytest
 
 from repo import *
 
-EXTRAS = {'dev', 'docs', 'zh', 'minilm', 'peft', 'blurr'}
+EXTRAS = {'dev', 'docs', 'zh', 'minilm', 'peft', 'seq2seq', 'blurr'}
 
 
 @pytest.fixture(scope='module')

@@ -73,7 +73,7 @@ class HFSeq2SeqDataLoaders(DataLoaders):
         items = [LabelledText(check_texts(o)) for o in test_items] if with_labels else check_texts(test_items)
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/19_data.pairs.ipynb #6fe70d86
+# %% ../../nbs/19_data.pairs.ipynb #f87fc09f
 @patch(cls_method=True)
 def from_lists(cls:HFSeq2SeqDataLoaders,
     sources, # Strings
@@ -98,12 +98,13 @@ def from_lists(cls:HFSeq2SeqDataLoaders,
     return _pair_dls(cls, [LabelledText([sources[i], targets[i]]) for i in train+held], len(train), HFTokenize(tokenizer, max_length, verbose=verbose),
                      TokenizeTargets(tokenizer, max_target_length or max_length, verbose), min(bs, len(train)), val_bs or 2*bs, path)
 
+# %% ../../nbs/19_data.pairs.ipynb #0f60dee6
 def _pair_dls(cls, items, n, source, target, bs, val_bs, path):
     dsets = Datasets(items, [[itemgetter(0), source], [itemgetter(1), target]], splits=[list(range(n)), list(range(n, len(items)))], n_inp=1)
     kw = dict(before_batch=[PadTokens('right')], num_workers=0)
     return cls(TokenTargetsDL(dsets.train, bs=bs, shuffle=True, **kw), TokenTargetsDL(dsets.valid, bs=val_bs, **kw), path=path, device=default_device())
 
-# %% ../../nbs/19_data.pairs.ipynb #061912da
+# %% ../../nbs/19_data.pairs.ipynb #fa2bde4b
 @patch(cls_method=True)
 def from_df(cls:HFSeq2SeqDataLoaders,
     df:pd.DataFrame, # A row a pair
@@ -117,6 +118,7 @@ def from_df(cls:HFSeq2SeqDataLoaders,
     pairs = [check_texts(column(df, c), df.index, w) for c,w in ((source_col,'source'),(target_col,'target'))]
     return cls.from_lists(*pairs, tokenizer, valid=None if valid_col is None else column(df, valid_col), **kwargs)
 
+# %% ../../nbs/19_data.pairs.ipynb #42f0455e
 @patch(cls_method=True)
 def from_csv(cls:HFSeq2SeqDataLoaders,
     path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file

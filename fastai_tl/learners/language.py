@@ -77,7 +77,7 @@ class TokenPerplexity(Metric):
     @property
     def value(self): return float(torch.tensor(self.total/self.count, dtype=torch.double).exp()) if self.count else None
 
-# %% ../../nbs/52_learners.language.ipynb #04070434
+# %% ../../nbs/52_learners.language.ipynb #4b4bf635
 def with_token_ids(model, tokenizer):
     "A copy of a config with the special tokens of `tokenizer`; anything else as it is"
     if not hasattr(model, 'to_diff_dict'): return model
@@ -89,6 +89,7 @@ def with_token_ids(model, tokenizer):
     if config.is_encoder_decoder and getattr(config, 'decoder_start_token_id', None) is None: config.decoder_start_token_id = config.pad_token_id
     return config
 
+# %% ../../nbs/52_learners.language.ipynb #555105be
 def check_task(dls, task, maker):
     "Refuse data that were made for another kind of model"
     if getattr(dls, 'task', None)!=task: raise DataError(f'The data must be made for {task}', f"data for {getattr(dls, 'task', None) or 'something else'}", f'Make them with `{maker}`')
@@ -103,7 +104,7 @@ def eval_mode(model):
     finally:
         for m,t in was: m.training = t
 
-# %% ../../nbs/52_learners.language.ipynb #624bdd27
+# %% ../../nbs/52_learners.language.ipynb #f01fc10c
 class HFCausalLMLearner(HFLearner):
     "A Learner around a causal language model"
     def predict(self,
@@ -119,7 +120,7 @@ class HFCausalLMLearner(HFLearner):
         with eval_mode(self.model): out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=self.model.pad_id, **kwargs)
         return item+tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
-# %% ../../nbs/52_learners.language.ipynb #e74a8840
+# %% ../../nbs/52_learners.language.ipynb #28fb9a4b
 def hf_causal_lm_learner(
     dls:DataLoaders, # From `HFCausalLMDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -133,7 +134,7 @@ def hf_causal_lm_learner(
 
 def _lm_metrics(): return [TokenAccuracy(), TokenPerplexity()]
 
-# %% ../../nbs/52_learners.language.ipynb #38460410
+# %% ../../nbs/52_learners.language.ipynb #9f659cd4
 class HFMaskedLMLearner(HFLearner):
     "A Learner around a masked language model"
     def predict(self,
@@ -149,7 +150,7 @@ class HFMaskedLMLearner(HFLearner):
         found = p[at].argmax(-1)
         return TitledStr(tok.decode(ids.masked_scatter(at, found), skip_special_tokens=True)),found,p[at]
 
-# %% ../../nbs/52_learners.language.ipynb #c303f87f
+# %% ../../nbs/52_learners.language.ipynb #07cfe652
 def hf_masked_lm_learner(
     dls:DataLoaders, # From `HFMaskedLMDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)

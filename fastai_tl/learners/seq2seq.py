@@ -7,9 +7,9 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.seq2seq.html.md"""
 # %% auto #0
 __all__ = ['decoder_inputs', 'DecoderInputs', 'GeneratedMetric', 'generation_metrics', 'HFSeq2SeqLearner', 'hf_seq2seq_learner']
 
-# %% ../../nbs/56_learners.seq2seq.ipynb #12bff9c1
+# %% ../../nbs/56_learners.seq2seq.ipynb #1f1a366a
 import numpy as np, torch
-from fastcore.all import L
+from fastcore.all import L, patch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Metric
@@ -31,11 +31,12 @@ def decoder_inputs(
     real = torch.cat([torch.ones_like(y[:,:1], dtype=torch.bool), y[:,:-1]!=-100], 1)
     return TensorTokens(ids.where(real, -1)[:,None])
 
-# %% ../../nbs/56_learners.seq2seq.ipynb #f0902a3f
+# %% ../../nbs/56_learners.seq2seq.ipynb #afb40dd7
 class DecoderInputs(Callback):
     "Give the decoder the target shifted by one token"
     order = CastToTensor.order-1 # after `get_preds` has kept the source, before all inputs are cast
     def before_batch(self):
+        "Shift the target"
         if not self.yb: raise FastaiTLError('To be compared with a target, a source needs one', 'sources alone', 'Use `learn.predict` or `learn.generate_texts` to get texts')
         self.learn.xb = (*self.xb[:1], decoder_inputs(self.model, self.yb[0]))
 
@@ -102,7 +103,7 @@ def generation_metrics(
     made = _Generated(n, seed, kwargs)
     return [GeneratedMetric(s, _rouge(s) if 'rouge' in s else _sacre(s, **({'tokenize': tokenize} if tokenize and s=='bleu' else {})), made) for s in scores]
 
-# %% ../../nbs/56_learners.seq2seq.ipynb #6b625410
+# %% ../../nbs/56_learners.seq2seq.ipynb #e34cdfb7
 class HFSeq2SeqLearner(HFLearner):
     "A Learner around a sequence-to-sequence model"
     def generate_texts(self,
@@ -120,13 +121,24 @@ class HFSeq2SeqLearner(HFLearner):
     ) -> str: # What the model makes of it
         "The text for a source"
         return self.generate_texts([item], **kwargs)[0]
-    def show_results(self, ds_idx=1, dl=None, max_n=9, shuffle=True, trunc_at=150, **kwargs):
-        dl = dl or self.dls[ds_idx].new(shuffle=shuffle)
-        b = dl.one_batch()
-        its = dl.show_batch(b, max_n=max_n, show=False)[2]
-        show_rows({'source': its.itemgot(0), 'target': its.itemgot(1), 'generated': generate_from(self, b[0][:max_n], **kwargs)}, max_n, trunc_at)
 
-# %% ../../nbs/56_learners.seq2seq.ipynb #6ec08cac
+# %% ../../nbs/56_learners.seq2seq.ipynb #58398ea5
+@patch
+def show_results(self:HFSeq2SeqLearner,
+    ds_idx:int=1, # Which DataLoader
+    dl=None, # Another DataLoader
+    max_n:int=9, # Pairs to show
+    shuffle:bool=True, # Draw them at random
+    trunc_at:int=150, # Words of a text to show
+    **kwargs # More for `generate` of transformers
+):
+    "Sources, targets, and what the model makes of the sources"
+    dl = dl or self.dls[ds_idx].new(shuffle=shuffle)
+    b = dl.one_batch()
+    its = dl.show_batch(b, max_n=max_n, show=False)[2]
+    show_rows({'source': its.itemgot(0), 'target': its.itemgot(1), 'generated': generate_from(self, b[0][:max_n], **kwargs)}, max_n, trunc_at)
+
+# %% ../../nbs/56_learners.seq2seq.ipynb #01024cbb
 def _check_ends(hf, tokenizer):
     "Padding and end of text must be the same for tokenizer and model: one is shifted, the other ends what is generated"
     for n in ('pad','eos'):
@@ -134,7 +146,7 @@ def _check_ends(hf, tokenizer):
         if ours is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
             raise VocabError(f'Tokenizer and model must agree on `{n}_token`, number {theirs} for the model', f'{ours} in the tokenizer', f'Use the tokenizer of the model, or set `model.config.{n}_token_id`')
 
-# %% ../../nbs/56_learners.seq2seq.ipynb #0ed1ade8
+# %% ../../nbs/56_learners.seq2seq.ipynb #602e07ec
 def hf_seq2seq_learner(
     dls:DataLoaders, # From `HFSeq2SeqDataLoaders`, or from a `DataBlock` with an `HFTargetTextBlock`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
