@@ -6,7 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from fastai.callback.all import EarlyStoppingCallback, GradientAccumulation, SaveModelCallback
 from fastai.callback.schedule import *
 from fastai.learner import load_learner
@@ -249,13 +248,20 @@ def test_predict_goes_on_greedily(causal, tokenizers):
     assert len(causal.predict('an array '*200, max_new_tokens=4)) > 200   # longer than the model's positions: the end of it is read
 
 
-def test_shown(learn, capsys):
+def test_shown(learn, monkeypatch):
+    "The text with its masks (or its ends of text), the targets and what is predicted in their places"
+    shown,tok = [],learn.tokenizer
+    monkeypatch.setattr('fastai_tl.data.subwords.display_df', shown.append)
     x,y = learn.dls.valid.one_batch()
-    its = learn.dls.valid.show_batch((x, y), max_n=2, show=False)[2]
-    if learn.dls.task == 'masked_lm': assert '[MASK]' in its[0][0] and '[CLS]' not in its[0][0] and '[SEP]' not in its[0][0]
-    else: assert str(its[0][1]).startswith(str(its[0][0])[len(learn.tokenizer.decode(x.ids[0][:1])):][:20])
-    with learn.no_bar(): learn.show_results(max_n=2)
-    assert 'predicted' in capsys.readouterr().out
+    with eval_mode(learn.model): best = learn.model(x).argmax(-1)
+    learn.dls.valid.show_batch((x, y), max_n=2)
+    with learn.no_bar(): learn.show_results(max_n=2, shuffle=False)
+    at,words = y[0].as_subclass(torch.Tensor) != -100,lambda s: ''.join(s.replace('·', '').split())
+    for df in shown:
+        assert '[CLS]' not in df.text[0] and '[SEP]' not in df.text[0]
+        assert df.text[0].count('[MASK]') == (x.ids[0] == (tok.mask_token_id or -5)).sum()
+        assert words(df.target[0]) == words(''.join(tok.decode(t) for t in y[0][at].tolist()))
+    assert words(shown[1].predicted[0]) == words(''.join(tok.decode(t) for t in best[0][at].tolist()))
 
 
 # --- the domain step ---
