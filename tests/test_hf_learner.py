@@ -1,13 +1,12 @@
 "All of fastai on a Learner of a Hugging Face model, each with a checked value; and what such a Learner refuses."
 
-import copy, os
-from pathlib import Path
+import copy
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.callback.all import EarlyStoppingCallback, GradientAccumulation, GradientClip, SaveModelCallback
+from fastai.callback.all import EarlyStoppingCallback, GradientAccumulation, SaveModelCallback
 from fastai.callback.schedule import *
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner

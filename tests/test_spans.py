@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.schedule import *
 from fastai.learner import load_learner
 from hypothesis import given, settings, strategies as st
 from transformers import BertConfig
@@ -347,3 +348,30 @@ def test_questions_of_the_offline_corpus_with_minilm(capsys):
         after = learn.validate()
     with capsys.disabled(): print(f'\nDefaults in documentation: exact match and F1 before {list(before)[1:]}, after {list(after)[1:]}')
     assert before[1] < .2 and after[1] > .6
+
+
+# --- evaluation ---
+
+def test_entity_report_of_a_learner_is_that_of_its_words(byte_bpe):
+    words = [['Ann','met','Bo','Li','in','Rome'],['no','one','met','Ann']]*12
+    tags = [['B-PER','O','B-PER','I-PER','O','B-LOC'],['O','O','O','B-PER']]*12
+    learn = hf_tagger_learner(HFTagDataLoaders.from_lists(words, tags, byte_bpe, valid=[i >= 16 for i in range(24)], bs=8), tiny('bert'))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(12, 2e-2)
+    with learn.no_bar(): f1 = learn.validate()[2]
+    assert f1 > 0      # else equality says little
+    ev = learn.evaluate()
+    assert ev.targets == tags[16:] and [list(t) for t in ev.tokens] == words[16:]
+    assert ev.report(level=None).loc['micro avg', 'f1'] == pytest.approx(f1)
+
+
+def test_answer_report_of_a_learner_is_that_of_its_metrics(byte_bpe):
+    n = 24
+    context = [f'The {a} fox sleeps under tree number {i}' for i,a in zip(range(n), ['red','old','shy']*n)]
+    dls = HFQADataLoaders.from_lists(['Which fox?']*n, context, [c.split()[1] for c in context], byte_bpe, valid=[i >= 16 for i in range(n)], max_length=48, stride=8, bs=8, verbose=False)
+    learn = hf_qa_learner(dls, tiny('bert'))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(12, 1e-2)
+    with learn.no_bar(): _,exact,f1 = learn.validate()
+    assert f1 > 0
+    ev = learn.evaluate()
+    assert ev.questions == ['Which fox?']*8 and [t[0] for t in ev.targets] == [c.split()[1] for c in context[16:]]
+    assert ev.exact.mean() == pytest.approx(exact) and ev.f1.mean() == pytest.approx(f1)
