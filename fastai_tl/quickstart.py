@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickstart.html.md"""
 # %% auto #0
 __all__ = ['QUICK', 'FULL', 'TRANSFORMER', 'Quickstart', 'TransformerQuickstart', 'quickstart']
 
-# %% ../nbs/98_quickstart.ipynb #ddc72a24
+# %% ../nbs/98_quickstart.ipynb #d64ab92b
 import platform, re, time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.all import patch
 from fastai.callback.schedule import *
 from .core import FastaiTLError, derive_seed, seed_everything, shorten
 from .data.loaders import HFTextDataLoaders
-from .evaluation.report import Evaluation
+from .evaluation.report import Evaluation, wilson_interval
 from .files import atomic_path, read_json, write_json
 from .learners.bidirectional import text_items
 from .learners.classify import hf_classifier_learner
@@ -125,26 +125,16 @@ def evaluation(self:Quickstart,
     classes = list(learn.dls.vocab[1])
     return Evaluation(p.numpy(), [classes.index(l) for l in self.test.label], classes, texts=list(self.test.text))
 
-# %% ../nbs/98_quickstart.ipynb #5fcff80a
-def interval(
-    accuracy:float, # Share of right answers
-    n:int # Number of answers
-) -> tuple: # Lower and upper end
-    "95 % interval of an accuracy (Wilson 1927)"
-    z = 1.959964
-    mid,half = (accuracy+z*z/(2*n))/(1+z*z/n),z*((accuracy*(1-accuracy)/n+z*z/(4*n*n))**.5)/(1+z*z/n)
-    return mid-half,mid+half
-
-# %% ../nbs/98_quickstart.ipynb #0b4b62ca
+# %% ../nbs/98_quickstart.ipynb #c2b415f5
 @patch
 def table(self:Quickstart,
     accs:dict # Accuracy of each model
 ) -> pd.DataFrame: # model | accuracy | low | high
     "Accuracies on the test rows with their intervals"
-    rows = [dict(model=k, accuracy=v, low=interval(v, len(self.test))[0], high=interval(v, len(self.test))[1]) for k,v in accs.items()]
+    rows = [dict(model=k, accuracy=v, **dict(zip(('low','high'), map(float, wilson_interval(v*len(self.test), len(self.test)))))) for k,v in accs.items()]
     return pd.DataFrame(rows).set_index('model').round(4)
 
-# %% ../nbs/98_quickstart.ipynb #eae081ae
+# %% ../nbs/98_quickstart.ipynb #5dfe9894
 def save_figure(
     fig, # A Matplotlib figure
     path # Where; a PNG
@@ -152,7 +142,7 @@ def save_figure(
     "Write a figure as PNG, atomically"
     with atomic_path(path) as p: fig.savefig(p, dpi=150, format='png')
 
-# %% ../nbs/98_quickstart.ipynb #60c8f2fb
+# %% ../nbs/98_quickstart.ipynb #dc56dc02
 @patch
 def figures(self:Quickstart,
     learn, # The classifier
@@ -169,7 +159,7 @@ def figures(self:Quickstart,
     panels = {'Language models': {k: curve(v.perplexity) for k,v in lms.items()}, 'Classifier': {'train': curve(h.train_loss), 'valid': curve(h.valid_loss)}}
     save_figure(plot_panels(panels, 'epoch', ['perplexity, held-out texts','loss']), self.out/'learning_curves.png')
 
-# %% ../nbs/98_quickstart.ipynb #9fdc5879
+# %% ../nbs/98_quickstart.ipynb #9dcd7480
 _why = {True: 'Counting words is still ahead: enough labels and telling words are all that it needs. Transfer gains where labels are few and the order of words matters.',
         False: 'Counting words knows nothing of order, nor of words that the labelled texts lack; the language model has read all the texts.'}
 
@@ -184,7 +174,7 @@ def summary(self:Quickstart,
     return dict(accuracy=accs[best], scratch_accuracy=accs['from scratch'], baseline_accuracy=accs['bag of words'], majority_accuracy=accs['majority class'], best=best, chosen=chosen,
                 model=f"runs/stages 1+2/forward/{chosen[best]['name']}/model.safetensors", bidirectional=self.bidirectional, **self.facts(df))
 
-# %% ../nbs/98_quickstart.ipynb #d53c50db
+# %% ../nbs/98_quickstart.ipynb #157de393
 @patch
 def facts(self:Quickstart,
     df:pd.DataFrame # The table
@@ -195,12 +185,12 @@ def facts(self:Quickstart,
     return dict(seconds=sum(o['seconds'] for o in stages), stages=stages, table=df.reset_index().to_dict('records'), data=self.data.name, rows=self.data.labelled.split.value_counts().to_dict(),
                 classes=sorted(self.data.labelled.label.unique()), seed=self.seed, size=self.size, versions=dict(fastai_tl=_own_version(), python=platform.python_version(), **libs))
 
-# %% ../nbs/98_quickstart.ipynb #6a6bd925
+# %% ../nbs/98_quickstart.ipynb #e9f5e46f
 def _own_version():
     from fastai_tl import __version__
     return __version__
 
-# %% ../nbs/98_quickstart.ipynb #f4957bb3
+# %% ../nbs/98_quickstart.ipynb #c3cf7996
 @patch
 def run(self:Quickstart) -> dict: # The summary
     "All steps, the table, the figures and summary.json"
@@ -214,7 +204,7 @@ def run(self:Quickstart) -> dict: # The summary
     self.figures(learn, ev, chosen[label]['name']) # of the last one, which has both stages
     return self.finish(df, self.summary(df, accs, chosen), _why[accs['bag of words']>accs[label]])
 
-# %% ../nbs/98_quickstart.ipynb #ea56ce47
+# %% ../nbs/98_quickstart.ipynb #67715fc4
 @patch
 def finish(self:Quickstart,
     df:pd.DataFrame, # The table
@@ -229,7 +219,7 @@ def finish(self:Quickstart,
         print(f"\n{why}\n{summary['seconds']:.0f} seconds; results in {self.out}/" if why else f"\n{summary['seconds']:.0f} seconds; results in {self.out}/")
     return summary
 
-# %% ../nbs/98_quickstart.ipynb #413655b6
+# %% ../nbs/98_quickstart.ipynb #e9b36955
 TRANSFORMER = dict(epochs=[4], rates=(1e-4, 3e-4), bs=16, max_length=128, spread=2.6)
 
 class TransformerQuickstart(Quickstart):
@@ -246,7 +236,7 @@ class TransformerQuickstart(Quickstart):
         self.model = minilm_folder() if model=='minilm' else model
         self.label = 'MiniLM, fine-tuned' if model=='minilm' else f'{Path(model).name}, fine-tuned'
 
-# %% ../nbs/98_quickstart.ipynb #0e1efc2e
+# %% ../nbs/98_quickstart.ipynb #1674ad08
 @patch
 def fit(self:TransformerQuickstart,
     dls, # Training and validation rows
@@ -263,7 +253,7 @@ def fit(self:TransformerQuickstart,
         with learn.no_bar(), learn.no_logging(): fit()
     return learn
 
-# %% ../nbs/98_quickstart.ipynb #4148cdbb
+# %% ../nbs/98_quickstart.ipynb #3c9684ef
 @patch
 def classifier(self:TransformerQuickstart) -> tuple: # Learner, `Evaluation` of the test rows, and what was chosen
     "The classifier with the rate that validates best, and its evaluation on the test rows"
@@ -278,7 +268,7 @@ def classifier(self:TransformerQuickstart) -> tuple: # Learner, `Evaluation` of 
     classes = list(dls.vocab)
     return learn,Evaluation(p.numpy(), [classes.index(l) for l in self.test.label], classes, texts=list(self.test.text)),dict(lr=lr, valid_accuracy=acc, name=f'classifier-{lr:g}')
 
-# %% ../nbs/98_quickstart.ipynb #3bf77d26
+# %% ../nbs/98_quickstart.ipynb #68080001
 @patch
 def run(self:TransformerQuickstart) -> dict: # The summary
     "What has to be beaten, the classifier, table, figures, model and summary.json"
@@ -292,7 +282,7 @@ def run(self:TransformerQuickstart) -> dict: # The summary
     df = self.table(accs)
     return self.finish(df, dict(kind='transformer', accuracy=ev.accuracy, baseline_accuracy=accs['bag of words'], majority_accuracy=accs['majority class'], chosen=chosen, model='model', **self.facts(df)))
 
-# %% ../nbs/98_quickstart.ipynb #f1d76396
+# %% ../nbs/98_quickstart.ipynb #731010be
 def quickstart(
     out='quickstart', # Folder of the results; a stopped quickstart goes on there
     data=None, # `None` for the offline default, `'imdb'`, a table file, or a folder with a subfolder a class

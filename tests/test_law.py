@@ -58,11 +58,6 @@ def test_number_is_in_the_range_of_its_folder(nb):
         assert nb.number//10 == FOLDERS[nb.folder] and nb.number != 99, f'{nb.path.name}: the numbers of {nb.folder}/ begin with {FOLDERS[nb.folder]}'
 
 
-def test_numbers_are_unique():
-    seen = [n.number for n in notebooks()]
-    assert len(seen) == len(set(seen)), f'numbers used twice: {sorted(n for n in set(seen) if seen.count(n) > 1)}'
-
-
 def not_smaller(nb, imported):
     "What is wrong with `nb`'s imports"
     nums = numbers()

@@ -13,7 +13,7 @@ from fastcore.all import L
 from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from fastai_tl.all import *
-from fastai_tl.learners.language import eval_mode
+from fastai_tl.generation.source import evaluating
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=600, max_position_embeddings=80)
 
@@ -92,7 +92,7 @@ def test_causal_loss_is_the_models_own(df, tokenizers, config):
         whole = torch.cat([x.ids, y[:, -1:].as_subclass(torch.Tensor)], 1)
         for i,n in enumerate((y != -100).sum(1).tolist()): whole[i, n] = y[i, n-1]
         labels = whole.where(whole >= 0, -100)
-        with eval_mode(learn.model):
+        with evaluating(learn.model):
             theirs = learn.model.hf(input_ids=whole.clamp(min=0), attention_mask=(whole >= 0).long(), labels=labels).loss
             ours = learn.loss_func(learn.model(x), y)
         assert abs(ours-theirs) < 1e-5
@@ -151,7 +151,7 @@ def test_validation_masks_are_fixed(masked):
 def test_masked_loss_is_the_models_own(df, tokenizers, config):
     learn = hf_masked_lm_learner(HFMaskedLMDataLoaders.from_df(df, tokenizers['encoder'], max_length=48, bs=8), config)
     for x,y in learn.dls.valid:
-        with eval_mode(learn.model): assert abs(learn.loss_func(learn.model(x), y) - learn.model.hf(input_ids=x.ids.clamp(min=0), attention_mask=x.mask, labels=y.as_subclass(torch.Tensor)).loss) < 1e-5
+        with evaluating(learn.model): assert abs(learn.loss_func(learn.model(x), y) - learn.model.hf(input_ids=x.ids.clamp(min=0), attention_mask=x.mask, labels=y.as_subclass(torch.Tensor)).loss) < 1e-5
 
 
 # --- all of fastai ---
@@ -159,7 +159,7 @@ def test_masked_loss_is_the_models_own(df, tokenizers, config):
 def by_hand(learn):
     "Accuracy and perplexity by tokens, from the log-probabilities of each"
     lp,right = [],[]
-    with eval_mode(learn.model):
+    with evaluating(learn.model):
         for x,y in learn.dls.valid:
             out = learn.model(x).log_softmax(-1)
             for o,t in zip(out, y.tolist()):
@@ -233,14 +233,14 @@ def test_predict_fills_masks(masked, tokenizers):
     tok,text = tokenizers['encoder'],'the [MASK] of an [MASK]'
     filled,ids,p = masked.predict(text)
     enc = tok(text, return_tensors='pt')
-    with eval_mode(masked.model): want = masked.model.hf(**enc).logits[0].softmax(-1)[enc['input_ids'][0] == tok.mask_token_id]
+    with evaluating(masked.model): want = masked.model.hf(**enc).logits[0].softmax(-1)[enc['input_ids'][0] == tok.mask_token_id]
     assert torch.allclose(p, want, atol=1e-6) and ids.tolist() == want.argmax(-1).tolist() and '[MASK]' not in filled
 
 
 def test_predict_goes_on_greedily(causal, tokenizers):
     quiet(causal, 'fit_one_cycle', 1, 5e-3)
     tok = tokenizers['decoder']; ids = tok('returns the')['input_ids']
-    with eval_mode(causal.model):
+    with evaluating(causal.model):
         for _ in range(6):
             ids.append(int(causal.model.hf(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] == tok.eos_token_id: break
@@ -253,7 +253,7 @@ def test_shown(learn, monkeypatch):
     shown,tok = [],learn.tokenizer
     monkeypatch.setattr('fastai_tl.data.subwords.display_df', shown.append)
     x,y = learn.dls.valid.one_batch()
-    with eval_mode(learn.model): best = learn.model(x).argmax(-1)
+    with evaluating(learn.model): best = learn.model(x).argmax(-1)
     learn.dls.valid.show_batch((x, y), max_n=2)
     with learn.no_bar(): learn.show_results(max_n=2, shuffle=False)
     at,words = y[0].as_subclass(torch.Tensor) != -100,lambda s: ''.join(s.replace('·', '').split())
@@ -274,15 +274,15 @@ def test_domain_step(request, df, tmp_path, kind):
     dls = HFTextDataLoaders.from_df(df, lm.tokenizer, max_length=48, bs=8, verbose=False)
     clas = hf_classifier_learner(dls, lm.model.hf.config)
     x = dls.valid.one_batch()[0]
-    with eval_mode(clas.model): before = clas.model(x)
+    with evaluating(clas.model): before = clas.model(x)
     lm.save_encoder(tmp_path/'body'); clas.load_encoder(tmp_path/'body', verbose=False)
     body = lm.model.hf.base_model.state_dict(); mine = clas.model.hf.base_model.state_dict()
     assert len(body) > 20 and all(torch.equal(w, mine[n]) for n,w in body.items())
-    with eval_mode(clas.model): after = clas.model(x)
+    with evaluating(clas.model): after = clas.model(x)
     theirs = type(clas.model.hf)(clas.model.hf.config)
     theirs.load_state_dict({**clas.model.hf.state_dict(), **{f'{clas.model.hf.base_model_prefix}.{n}': w for n,w in body.items()}})
     theirs.config.pad_token_id = clas.model.pad_id
-    with eval_mode(theirs): want = theirs(input_ids=x.ids.where(x.ids >= 0, clas.model.pad_id), attention_mask=x.mask).logits
+    with evaluating(theirs): want = theirs(input_ids=x.ids.where(x.ids >= 0, clas.model.pad_id), attention_mask=x.mask).logits
     assert torch.allclose(after, want, atol=1e-5) and (before-after).abs().max() > 1e-3
 
 

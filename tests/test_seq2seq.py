@@ -14,7 +14,7 @@ from fastai.learner import load_learner
 from transformers import BartConfig, DataCollatorForSeq2Seq, MarianConfig, MBartConfig, MT5Config, PegasusConfig, T5Config
 
 from fastai_tl.all import *
-from fastai_tl.learners.language import eval_mode
+from fastai_tl.generation.source import evaluating
 
 T5 = dict(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=300, dropout_rate=0., pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
 BART = dict(d_model=32, vocab_size=300, max_position_embeddings=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
@@ -62,11 +62,11 @@ def test_shift_and_loss_are_transformers_own(dls, df, tok, name):
         assert torch.equal(y.as_subclass(torch.Tensor), theirs['labels']) and torch.equal(x.ids.where(x.ids >= 0, 0), theirs['input_ids'])
         read = torch.cat([torch.ones(len(y), 1), y[:, :-1].as_subclass(torch.Tensor) != -100], 1).bool()
         assert torch.equal(dec.mask.bool(), read) and torch.equal(dec.ids[read], theirs['decoder_input_ids'][read])
-        with eval_mode(learn.model):
+        with evaluating(learn.model):
             loss = hf(input_ids=theirs['input_ids'], attention_mask=theirs['attention_mask'], labels=theirs['labels']).loss
             assert abs(learn.loss_func(learn.model(x, dec), y)-loss) < 1e-5
     quiet(learn, 'validate')   # and through the Callback, by tokens
-    with eval_mode(learn.model): nll = torch.cat([F.cross_entropy(learn.model(x, decoder_inputs(learn.model, y)).flatten(0, 1), y.as_subclass(torch.Tensor).flatten(), reduction='none')[y.as_subclass(torch.Tensor).flatten() != -100] for x,y in dls.valid])
+    with evaluating(learn.model): nll = torch.cat([F.cross_entropy(learn.model(x, decoder_inputs(learn.model, y)).flatten(0, 1), y.as_subclass(torch.Tensor).flatten(), reduction='none')[y.as_subclass(torch.Tensor).flatten() != -100] for x,y in dls.valid])
     assert quiet(learn, 'validate')[2] == pytest.approx(nll.mean().exp().item(), rel=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_a_model_without_a_start(dls):
 def test_label_smoothing(dls):
     learn = hf_seq2seq_learner(dls, CONFIGS['t5'], label_smoothing=.1)
     x,y = dls.valid.one_batch()
-    with eval_mode(learn.model): out = learn.model(x, decoder_inputs(learn.model, y))
+    with evaluating(learn.model): out = learn.model(x, decoder_inputs(learn.model, y))
     lp,keep = out.log_softmax(-1),y.as_subclass(torch.Tensor) != -100
     want = -(.9*lp[keep].gather(1, y.as_subclass(torch.Tensor)[keep][:, None])[:, 0] + .1*lp[keep].mean(-1)).mean()
     assert learn.loss_func(out, y).item() == pytest.approx(want.item(), rel=1e-5)
@@ -95,7 +95,7 @@ def greedy(learn, s, n=24):
     "Token by token with the model's own forward"
     cfg,hf = learn.model.hf.config,learn.model.hf
     enc,ids = learn.tokenizer(s, return_tensors='pt'),[learn.model.hf.config.decoder_start_token_id]
-    with eval_mode(learn.model):
+    with evaluating(learn.model):
         while len(ids) <= n and ids[-1] != cfg.eos_token_id: ids.append(int(hf(input_ids=enc['input_ids'], decoder_input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return learn.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -144,7 +144,7 @@ def test_get_preds_and_losses(learn, dls):
     for i in range(0, len(dls.valid_ds), 4):
         x,t = dls.valid_ds[i]; n = len(t)
         assert inp[i].ids[:x.shape[-1]].tolist() == x.ids.tolist() and y[i][:n].tolist() == t.tolist()
-        with eval_mode(learn.model): want = learn.model(TensorTokens(x)[None], decoder_inputs(learn.model, t[None]))[0].softmax(-1)
+        with evaluating(learn.model): want = learn.model(TensorTokens(x)[None], decoder_inputs(learn.model, t[None]))[0].softmax(-1)
         assert torch.allclose(p[i][:n], want, atol=1e-5) and loss[i].item() == pytest.approx(-want[range(n), t.tolist()].log().mean().item(), rel=1e-4)
     with pytest.raises(FastaiTLError, match='generate_texts'): quiet(learn, 'get_preds', dl=dls.test_dl(['a date']))
     pairs = dls.test_dl([('1 May 2020', '2020-05-01')], with_labels=True)

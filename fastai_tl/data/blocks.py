@@ -139,7 +139,13 @@ def _told_split(valid, n):
     told = [names[v.lower()] if isinstance(v, str) else bool(v) for v in valid]
     return [i for i,v in enumerate(told) if v is False],[i for i,v in enumerate(told) if v]
 
-# %% ../../nbs/12_data.blocks.ipynb #4a63a6d8
+# %% ../../nbs/12_data.blocks.ipynb #912bd129
+def need_rows(train, valid):
+    "Refuse a split with nothing on one side"
+    for idxs,what in ((train,'training'),(valid,'validation')):
+        if not idxs: raise DataError(f'At least one row is needed for {what}', 'none', 'Check the split column or `valid_pct`')
+
+# %% ../../nbs/12_data.blocks.ipynb #20f736df
 def check_split(
     labels:list, # One a text
     target:str, # `single`, `multi` or `regression`
@@ -147,8 +153,7 @@ def check_split(
     valid:list # Indexes for validation
 ) -> list|None: # The classes, sorted; `None` for a regression
     "Refuse a split with which nothing can be learnt or judged; return the classes"
-    for idxs,what in ((train,'training'),(valid,'validation')):
-        if not idxs: raise DataError(f'At least one row is needed for {what}', 'none', 'Check the split column or `valid_pct`')
+    need_rows(train, valid)
     if target=='regression': return None
     each = (lambda i: labels[i]) if target=='multi' else (lambda i: [labels[i]])
     known,seen = ({l for i in idxs for l in each(i)} for idxs in (train, valid))
@@ -156,13 +161,13 @@ def check_split(
     if len(known)<(2 if target=='single' else 1): raise DataError('At least two classes are needed', f'only {shorten(known)}' if known else 'no label')
     return sorted(known, key=lambda l: (str(type(l)), l))
 
-# %% ../../nbs/12_data.blocks.ipynb #b175a713
+# %% ../../nbs/12_data.blocks.ipynb #42204f45
 def target_tfms(target, classes):
     "fastai's transforms for a kind of target"
     if target=='single': return [Categorize(vocab=classes, sort=False)]
     return [MultiCategorize(vocab=classes), OneHotEncode(len(classes))] if target=='multi' else [RegressionSetup(c=1)]
 
-# %% ../../nbs/12_data.blocks.ipynb #f2da1215
+# %% ../../nbs/12_data.blocks.ipynb #64cf5bc5
 def classifier_dls(
     texts:TokenizedTexts, # Tokenised texts
     labels:list, # One a text, as `check_labels` returns them

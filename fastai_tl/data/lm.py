@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.lm.html.md"""
 __all__ = ['CausalBlocks', 'TokenMasker', 'MaskedBlocks', 'TokenTargetsDL', 'HFLMDataLoaders', 'HFCausalLMDataLoaders',
            'HFMaskedLMDataLoaders']
 
-# %% ../../nbs/17_data.lm.ipynb #45905ce2
+# %% ../../nbs/17_data.lm.ipynb #0aa80217
 import re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -18,8 +18,9 @@ from fastai.text.core import TitledStr
 from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, VocabError, derive_seed, shorten
 from .blocks import split_rows, split_stream
+from .loaders import HFTableDataLoaders
 from .subwords import PadTokens, TensorTargets, TensorTokens, TokensDL, load_tokenizer
-from .tokenize import check_texts, column, read_folder, read_table
+from .tokenize import check_texts, column, read_folder
 
 # %% ../../nbs/17_data.lm.ipynb #13710263
 def frame(tokenizer):
@@ -220,8 +221,8 @@ class TokenTargetsDL(TokensDL):
         if getattr(self.dataset, 'anew', False): self.dataset.reshuffle()
         return super().shuffle_fn(idxs)
 
-# %% ../../nbs/17_data.lm.ipynb #43655f38
-class HFLMDataLoaders(DataLoaders):
+# %% ../../nbs/17_data.lm.ipynb #c93d8a70
+class HFLMDataLoaders(HFTableDataLoaders):
     "DataLoaders of texts for a language model of Hugging Face"
     def test_dl(self,
         test_items, # Texts
@@ -295,7 +296,7 @@ def from_texts(cls:HFMaskedLMDataLoaders,
     train,held = [MaskedBlocks([ids[i][a:b] for i,a,b in p], [starts[i][a:b] for i,a,b in p], tokenizer, n, masker, pack, s) for p,s in zip(parts, (None,seed))]
     return _lm_dls(cls, train, held, bs, val_bs, path)
 
-# %% ../../nbs/17_data.lm.ipynb #7b3e6378
+# %% ../../nbs/17_data.lm.ipynb #184bbb93
 @patch(cls_method=True)
 def from_df(cls:HFLMDataLoaders,
     df:pd.DataFrame, # A row a text
@@ -306,15 +307,6 @@ def from_df(cls:HFLMDataLoaders,
 ) -> HFLMDataLoaders:
     "From a DataFrame"
     return cls.from_texts(check_texts(column(df, text_col), df.index), tokenizer, valid=None if valid_col is None else column(df, valid_col), **kwargs)
-
-@patch(cls_method=True)
-def from_csv(cls:HFLMDataLoaders,
-    path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file
-    tokenizer, # A name, a folder, or a tokenizer of transformers
-    **kwargs # More for `from_df`
-) -> HFLMDataLoaders:
-    "From a table on disk"
-    return cls.from_df(read_table(path), tokenizer, **kwargs)
 
 # %% ../../nbs/17_data.lm.ipynb #2779d8d0
 @patch(cls_method=True)

@@ -7,9 +7,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.pairs.html.md"""
 # %% auto #0
 __all__ = ['TokenizeTargets', 'HFTargetTextBlock', 'HFSeq2SeqDataLoaders']
 
-# %% ../../nbs/19_data.pairs.ipynb #97b6cb0d
+# %% ../../nbs/19_data.pairs.ipynb #90e9dc5b
 from operator import itemgetter
-from pathlib import Path
 import pandas as pd, torch
 from fastcore.all import L, patch
 from fasttransform import DisplayedTransform
@@ -20,9 +19,9 @@ from fastai.torch_core import default_device
 from ..core import DataError
 from .blocks import split_rows
 from .lm import TokenTargetsDL
-from .loaders import LabelledText
+from .loaders import HFTableDataLoaders, LabelledText
 from .subwords import HFTokenize, PadTokens, TensorTargets, load_tokenizer
-from .tokenize import check_texts, column, read_table
+from .tokenize import check_texts, column
 
 # %% ../../nbs/19_data.pairs.ipynb #43ee32bd
 class AsTarget:
@@ -60,8 +59,8 @@ class HFTargetTextBlock(TransformBlock):
         verbose:bool=True # Say how many targets were cut short
     ): super().__init__(type_tfms=[TokenizeTargets(tokenizer, max_length, verbose)], dl_type=TokenTargetsDL, dls_kwargs=dict(before_batch=[PadTokens('right')], num_workers=0))
 
-# %% ../../nbs/19_data.pairs.ipynb #78b88d99
-class HFSeq2SeqDataLoaders(DataLoaders):
+# %% ../../nbs/19_data.pairs.ipynb #499421dd
+class HFSeq2SeqDataLoaders(HFTableDataLoaders):
     "DataLoaders of source and target texts"
     def test_dl(self,
         test_items, # Sources, or with `with_labels` pairs of source and target
@@ -117,13 +116,3 @@ def from_df(cls:HFSeq2SeqDataLoaders,
     "From a DataFrame"
     pairs = [check_texts(column(df, c), df.index, w) for c,w in ((source_col,'source'),(target_col,'target'))]
     return cls.from_lists(*pairs, tokenizer, valid=None if valid_col is None else column(df, valid_col), **kwargs)
-
-# %% ../../nbs/19_data.pairs.ipynb #42f0455e
-@patch(cls_method=True)
-def from_csv(cls:HFSeq2SeqDataLoaders,
-    path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file
-    tokenizer, # A name, a folder, or a tokenizer of transformers
-    **kwargs # More for `from_df`
-) -> HFSeq2SeqDataLoaders:
-    "From a table on disk"
-    return cls.from_df(read_table(path), tokenizer, **kwargs)

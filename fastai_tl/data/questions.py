@@ -8,20 +8,21 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.questions.html.md"""
 __all__ = ['TensorSpan', 'QAExample', 'QAWindow', 'HFTokenizeQA', 'EncodeSpan', 'check_answers', 'HFQADataLoaders', 'hf_qa_dls',
            'show_batch', 'show_results', 'plot_top_losses']
 
-# %% ../../nbs/18_data.questions.ipynb #e77ad1ef
+# %% ../../nbs/18_data.questions.ipynb #cec5d739
 import html
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from fastcore.all import L, patch
 from fasttransform import DisplayedTransform
 from plum import dispatch
-from fastai.data.core import DataLoaders, Datasets, show_batch, show_results
+from fastai.data.core import DataLoaders, show_batch, show_results
 from fastai.interpret import plot_top_losses
-from fastai.torch_core import TensorBase, default_device
+from fastai.torch_core import TensorBase
 from ..core import DataError, FastaiTLError, shorten
-from .blocks import split_rows
-from .spans import ShownWords, show_html, two_splits
-from .subwords import PadTokens, TensorTokens, TokensDL, load_tokenizer
+from .blocks import need_rows, split_rows
+from .loaders import tokens_dls, two_splits
+from .spans import ShownWords, show_html
+from .subwords import TensorTokens, load_tokenizer
 from .tokenize import check_texts, column
 
 # %% ../../nbs/18_data.questions.ipynb #f0df6cbe
@@ -179,7 +180,7 @@ def number_examples(tok, examples, labelled=True):
         if e.number<0: e.number = len(tok.examples); tok.examples.append(e)
     return examples
 
-# %% ../../nbs/18_data.questions.ipynb #e0f0fc53
+# %% ../../nbs/18_data.questions.ipynb #e3b8f1b7
 def hf_qa_dls(
     examples:list, # `QAExample` objects, as `check_answers` returns them
     train:list, # Indexes of the training rows
@@ -194,16 +195,13 @@ def hf_qa_dls(
     rows=None # Names of the rows for messages
 ) -> HFQADataLoaders:
     "DataLoaders of windows, of checked questions"
-    for idxs,what in ((train,'training'),(valid,'validation')):
-        if not idxs: raise DataError(f'At least one row is needed for {what}', 'none', 'Check the split column or `valid_pct`')
+    need_rows(train, valid)
     tok,rows = HFTokenizeQA(tokenizer, max_length, stride),list(rows if rows is not None else range(len(examples)))
     tok.may_be_none = any(not examples[i].answers[0] for i in train)
     parts = [tok.windows(number_examples(tok, [examples[i] for i in p]), [rows[i] for i in p]) for p in (train,valid)]
     if verbose: _say_windows(parts[0]+parts[1], tok)
     items,n = parts[0]+parts[1],len(parts[0])
-    dsets = Datasets(items, [[tok], [EncodeSpan()]], splits=[list(range(n)), list(range(n, len(items)))], n_inp=1)
-    kw,bs = dict(before_batch=[PadTokens()], num_workers=0),min(bs, n) # on the right whatever the tokenizer wants: positions count from the left
-    return HFQADataLoaders(TokensDL(dsets.train, bs=bs, shuffle=True, drop_last=n%bs==1 and n>1, **kw), TokensDL(dsets.valid, bs=val_bs or 2*bs, **kw), path=path, device=default_device())
+    return tokens_dls(HFQADataLoaders, items, n, [[tok], [EncodeSpan()]], 'right', bs, val_bs, path) # whatever the tokenizer wants: positions count from the left
 
 # %% ../../nbs/18_data.questions.ipynb #89a387d0
 def _say_windows(ws, tok):

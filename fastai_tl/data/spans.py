@@ -8,22 +8,21 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.spans.html.md"""
 __all__ = ['TensorTags', 'split_tag', 'tag_spans', 'HFTokenizeWords', 'decodes', 'EncodeTags', 'check_tagged', 'HFTagDataLoaders',
            'hf_tagger_dls', 'show_batch', 'show_results', 'plot_top_losses']
 
-# %% ../../nbs/16_data.spans.ipynb #10675361
+# %% ../../nbs/16_data.spans.ipynb #971c65a2
 import copy, html, json, re
 from collections import Counter, UserList
 from operator import itemgetter
-from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.all import L, patch
 from fasttransform import DisplayedTransform
 from plum import dispatch
-from fastai.data.core import DataLoaders, Datasets, show_batch, show_results
+from fastai.data.core import DataLoaders, show_batch, show_results
 from fastai.data.transforms import CategoryMap
 from fastai.interpret import plot_top_losses
-from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, did_you_mean, shorten
-from .blocks import split_rows
-from .subwords import HFTokenize, PadTokens, TensorTargets, TensorTokens, TokensDL
+from .blocks import need_rows, split_rows
+from .loaders import tokens_dls, two_splits
+from .subwords import HFTokenize, TensorTargets, TensorTokens
 from .tokenize import column
 
 # %% ../../nbs/16_data.spans.ipynb #53da1b04
@@ -58,10 +57,11 @@ def tag_vocab(tags): "All tags, `O` first, each type's together"; return sorted(
 
 def has_entities(vocab): "Do the tags mean entities, or does each stand for itself, as parts of speech do?"; return any(t=='O' or t[1:2]=='-' for t in vocab) or set(vocab)<=set(_LETTERS)
 
-# %% ../../nbs/16_data.spans.ipynb #12498618
-_CJK = re.compile('[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af\U00020000-\U0003ffff]')
+# %% ../../nbs/16_data.spans.ipynb #4e54116d
+CJK = '\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af\U00020000-\U0003ffff' # for a regex
+_one_cjk = re.compile(f'[{CJK}]')
 
-def guess_sep(sentences): "Nothing stands between words that are single characters of Chinese; between others, a space"; n = Counter(bool(len(w)==1 and _CJK.match(w)) for s in sentences for w in s); return '' if n[True]>n[False] else ' '
+def guess_sep(sentences): "Nothing stands between words that are single characters of Chinese; between others, a space"; n = Counter(bool(len(w)==1 and _one_cjk.match(w)) for s in sentences for w in s); return '' if n[True]>n[False] else ' '
 
 def spaced(tokenizer):
     "A copy of a fast tokenizer that reads each word as one after a space"
@@ -164,11 +164,10 @@ def check_tagged(
     bad('Tags must be strings', lambda w,t: repr(next(o for o in t if not isinstance(o, str))), lambda w,t: not all(isinstance(o, str) for o in t), 'Give names to numbers; a `ClassLabel` has them')
     return [list(w) for w in words],[list(map(str, t)) for t in tags]
 
-# %% ../../nbs/16_data.spans.ipynb #bfe93340
+# %% ../../nbs/16_data.spans.ipynb #87b49283
 def _check_tags(tags, train, valid, vocab, rows):
     "The vocabulary, made of the training rows or given; each tag must be in it"
-    for idxs,what in ((train,'training'),(valid,'validation')):
-        if not idxs: raise DataError(f'At least one row is needed for {what}', 'none', 'Check the split column or `valid_pct`')
+    need_rows(train, valid)
     known = tag_vocab(tags[i] for i in train) if vocab is None else list(vocab)
     if vocab is not None and len(set(known))<len(known): raise DataError('Each tag must be in the vocabulary once', shorten([t for t,n in Counter(known).items() if n>1]))
     strange = [(i,t) for i in train+valid for t in tags[i] if t not in known]
@@ -191,7 +190,7 @@ class HFTagDataLoaders(DataLoaders):
         items = [[w for w,*_ in cut_words(o, self.sep)] if isinstance(o, str) else o for o in test_items]
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/16_data.spans.ipynb #e40fba37
+# %% ../../nbs/16_data.spans.ipynb #977bcb2b
 def hf_tagger_dls(
     words:list, # A list of words for each sentence
     tags:list, # A list of tags for each
@@ -210,10 +209,9 @@ def hf_tagger_dls(
     "DataLoaders of a tagger, of checked words and tags"
     tok = HFTokenizeWords(tokenizer, guess_sep(words[i] for i in train) if sep is None else sep, max_length, verbose)
     items,n = [TaggedWords([words[i], tags[i]]) for i in train+valid],len(train)
-    dsets = Datasets(items, [[itemgetter(0), tok], [EncodeTags(tok, vocab, label_all)]], splits=[list(range(n)), list(range(n, len(items)))], n_inp=1)
+    dls = tokens_dls(HFTagDataLoaders, items, n, [[itemgetter(0), tok], [EncodeTags(tok, vocab, label_all)]], tok.tokenizer.padding_side, bs, val_bs, path)
     if verbose: _say_lost(tok, items)
-    kw,bs = dict(before_batch=[PadTokens(tok.tokenizer.padding_side)], num_workers=0),min(bs, n)
-    return HFTagDataLoaders(TokensDL(dsets.train, bs=bs, shuffle=True, drop_last=n%bs==1 and n>1, **kw), TokensDL(dsets.valid, bs=val_bs or 2*bs, **kw), path=path, device=default_device())
+    return dls
 
 def _say_lost(tok, items):
     lost = [(i,w) for i,o in enumerate(items) for seen in [set(tok.tokens(o[0]).places.tolist())] for w in range(max(seen)) if w not in seen]
@@ -268,15 +266,7 @@ def from_dataset(cls:HFTagDataLoaders,
     if names: df[tags_col],kwargs['vocab'] = [[names[i] for i in t] for t in df[tags_col]],kwargs.get('vocab') or names
     return cls.from_df(df, tokenizer, words_col, tags_col, **kwargs)
 
-# %% ../../nbs/16_data.spans.ipynb #ae09b571
-def two_splits(dataset, valid=None):
-    "The training and the validating split of a `DatasetDict` as one table; `split_` says which"
-    valid = valid or next((o for o in ('validation','valid','dev','test') if o in dataset), None)
-    if valid not in dataset or 'train' not in dataset:
-        raise DataError("The dataset must have the splits 'train' and one to validate", shorten(dataset), 'Name the split with `valid`' if valid is None else did_you_mean(valid, dataset))
-    return pd.concat([dataset[o].to_pandas().assign(split_=k) for o,k in (('train','train'),(valid,'valid'))], ignore_index=True)
-
-# %% ../../nbs/16_data.spans.ipynb #2f059dfa
+# %% ../../nbs/16_data.spans.ipynb #3f68ad3d
 _COLOURS = ['#cfe3f7','#fbdcc4','#d3efd3','#f6d0d8','#e4d8f3','#fff0b3','#cdeeee','#e7dccb','#dfe6c8','#e6e6e6']
 
 def tags_html(words, *rows, colours=None):
@@ -298,7 +288,7 @@ def show_html(rows, heads=None):
     head = '<tr>'+''.join(f'<th>{h}</th>' for h in heads)+'</tr>' if heads else ''
     display(HTML(f'<table style="text-align:left">{head}'+''.join('<tr>'+''.join(f'<td style="text-align:left">{c}</td>' for c in r)+'</tr>' for r in rows)+'</table>'))
 
-# %% ../../nbs/16_data.spans.ipynb #496f834f
+# %% ../../nbs/16_data.spans.ipynb #74b12444
 def word_tags(x, decoded):
     "The tags of a sentence's words, of those of its tokens; '' for a word without"
     places,first = x.places.tolist(),first_tokens(x.places).tolist()
@@ -311,7 +301,7 @@ def _tag_rows(x, samples, outs=None, max_n=9, trunc_at=150):
         rows = [word_tags(TensorTokens(x[i]), o) for o in ([samples[i][1]] if outs is None else [samples[i][1], outs[i][0]])]
         yield tags_html(samples[i][0][:trunc_at], *rows, colours=colours)+(' …' if len(samples[i][0])>trunc_at else '')
 
-# %% ../../nbs/16_data.spans.ipynb #c5fe7ea6
+# %% ../../nbs/16_data.spans.ipynb #021993db
 @dispatch
 def show_batch(x:TensorTokens, y:TensorTags, samples, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     show_html([[r] for r in _tag_rows(x, samples, None, max_n, trunc_at)])

@@ -198,7 +198,7 @@ def _ngram_len(texts):
 
 def _sketch(texts, rows, n): return np.array([_minhash(_ngrams(_plain(texts[i]), n)) for i in rows], dtype=np.uint32).reshape(len(rows), 128)
 
-# %% ../../nbs/13_data.splits.ipynb #913cf22e
+# %% ../../nbs/13_data.splits.ipynb #3235097a
 def near_duplicates(
     texts, # Strings
     others=None, # Where to look for them, such as the training texts; the earlier ones of `texts` if `None`
@@ -211,7 +211,7 @@ def near_duplicates(
     names_a,names_b = (None if callable(o) else o for o in (names_a, names_b)) # a list has a method of that name
     a = check_texts(texts, names_a); b = a if within else check_texts(others, names_b)
     pairs = _match(a, b, threshold, n or _ngram_len(a), within)
-    t = pd.DataFrame(pairs, columns=['row','other','similarity']).assign(text=[a[i] for i,_,_ in pairs], other_text=[b[j] for _,j,_ in pairs])
+    t = pd.DataFrame(pairs, columns=['row','other','similarity']).astype(dict(row=int, other=int, similarity=float)).assign(text=[a[i] for i,_,_ in pairs], other_text=[b[j] for _,j,_ in pairs])
     if names_a is not None: t['row'] = names_a[t.row]
     if names_b is not None: t['other'] = names_b[t.other]
     return t.sort_values('similarity', ascending=False, kind='stable', ignore_index=True)

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.errors.html.md"""
 # %% auto #0
 __all__ = ['text_words', 'overused_words']
 
-# %% ../../nbs/62_evaluation.errors.ipynb #3dd0d0fe
+# %% ../../nbs/62_evaluation.errors.ipynb #74f8a9f4
 import re
 import numpy as np, pandas as pd
 from fastcore.all import patch
@@ -15,7 +15,7 @@ from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.splits import UNSPACED, near_duplicates, without_specials
 from ..data.tokenize import check_texts
-from .report import Evaluation
+from .report import Evaluation, wilson_interval
 from ..plot import PALETTE, figure_style
 
 # %% ../../nbs/62_evaluation.errors.ipynb #f4f24ce6
@@ -59,7 +59,7 @@ def _slicers(ev, by):
     if not cols or bad: raise DataError(f'A slice needs a value for each of the {len(ev)} rows', bad[0] if bad else 'nothing to slice by', 'Take the validation rows of the table, in their order')
     return cols
 
-# %% ../../nbs/62_evaluation.errors.ipynb #2dcc24de
+# %% ../../nbs/62_evaluation.errors.ipynb #c44a19cf
 def _row_errors(ev):
     "1 for a wrong row (any label of it) and 0 for a right one, or the absolute error of a regression"
     if ev.target=='regression': return np.abs(ev.preds-ev.targets.reshape(-1)).astype(float)
@@ -69,8 +69,8 @@ def _slice_row(err, rows, level, counts):
     "Rate or mean, interval and p of one slice"
     e,n = err[rows],len(rows)
     if counts:
-        ci = _stats().binomtest(int(e.sum()), n).proportion_ci(level, 'wilson')
-        return dict(rows=n, errors=int(e.sum()), error=e.mean(), low=ci.low, high=ci.high, p=float(_excess_p(e.sum(), n, err.sum(), len(err))))
+        low,high = map(float, wilson_interval(e.sum(), n, level))
+        return dict(rows=n, errors=int(e.sum()), error=e.mean(), low=low, high=high, p=float(_excess_p(e.sum(), n, err.sum(), len(err))))
     half = _stats().t.ppf(.5+level/2, n-1)*e.std(ddof=1)/n**.5 if n>1 else np.nan
     rest = np.delete(err, rows)
     p = _stats().ttest_ind(e, rest, equal_var=False, alternative='greater').pvalue if min(n, len(rest))>1 else 1.

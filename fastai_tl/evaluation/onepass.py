@@ -7,13 +7,14 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.onepass.html.md"""
 # %% auto #0
 __all__ = ['Evaluation', 'class_names', 'row_texts', 'PassCallback']
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #940f2356
+# %% ../../nbs/60_evaluation.onepass.ipynb #3274d1e7
 from collections import UserList
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import noop, patch
 from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import Learner, _ConstantFunc
 from ..core import DataError, shorten, unknown_option
+from ..generation.source import evaluating
 from ..learners.bidirectional import BidirectionalLearner
 
 # %% ../../nbs/60_evaluation.onepass.ipynb #f001a381
@@ -253,7 +254,7 @@ def _stream(model, loader, target, label, parts):
         for l,o in zip(parts, (p, y, _loss_of(z, y, target))): l.append(o.cpu().numpy())
     return target
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #4c8c0ab7
+# %% ../../nbs/60_evaluation.onepass.ipynb #b94303c3
 @patch(cls_method=True)
 def from_model(cls:Evaluation,
     model, # A PyTorch model; its mode is put back
@@ -265,10 +266,8 @@ def from_model(cls:Evaluation,
 ) -> Evaluation:
     "One pass of a plain PyTorch model over a loader, in its order"
     if target not in (None, 'single','multi','regression'): raise unknown_option('target', target, ('single','multi','regression'))
-    was,parts = model.training,([],[],[])
-    model.eval()
-    try: target = _stream(model, loader, target, label, parts)
-    finally: model.train(was)
+    parts = ([],[],[])
+    with evaluating(model): target = _stream(model, loader, target, label, parts)
     if not parts[0]: raise DataError('An evaluation needs at least one batch', 'none')
     p,y,losses = (in_order(o, None) for o in parts)
     if classes is None and target!='regression': classes = list(range(max(p.shape[1], 2)))

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.perplexity.html.md"""
 # %% auto #0
 __all__ = ['PerplexityResult', 'text_perplexity', 'calculate_perplexity', 'CorpusPerplexity']
 
-# %% ../../nbs/47_generation.perplexity.ipynb #5b0333bb
+# %% ../../nbs/47_generation.perplexity.ipynb #b3218e44
 import math, re
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import delegates, patch
@@ -15,11 +15,12 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import flatten_check
 from ..core import DataError, FastaiTLError, shorten
 from ..data.tokenize import read_texts
+from .codec import WIDE
 from .score import score_texts
 from .source import text_model
 
-# %% ../../nbs/47_generation.perplexity.ipynb #37d8742c
-_word = re.compile(r'[⺀-鿿豈-﫿＀-￯𠀀-𲎯]|[^\s⺀-鿿豈-﫿＀-￯𠀀-𲎯]+')
+# %% ../../nbs/47_generation.perplexity.ipynb #15cea502
+_word = re.compile(rf'[{WIDE}]|[^\s{WIDE}]+')
 
 def _figures(nll, tokens, unk, chars, words, name):
     "The figures of a text, or of a corpus, from its sums"

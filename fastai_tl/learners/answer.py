@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.answer.html.md"""
 __all__ = ['best_spans', 'AnswerLoss', 'normalize_answer', 'answer_scores', 'Answer', 'AnswerExact', 'AnswerF1', 'HFAnswerer',
            'hf_qa_learner']
 
-# %% ../../nbs/57_learners.answer.ipynb #8360e1af
+# %% ../../nbs/57_learners.answer.ipynb #aa9dc2f1
 import re, string, unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from fastai.learner import Metric
 from fastai.torch_core import TensorBase
 from ..core import DataError, FastaiTLError
 from ..data.questions import HFQADataLoaders, QAExample, TensorSpan
+from ..data.spans import CJK
 from ..data.subwords import TensorTokens
 from .base import HFLearner, make_learner
 
@@ -75,17 +76,15 @@ def decodes(self:AnswerLoss,
         res.append(max(best)[1:])
     return TensorBase([[a,b,-1] for a,b in res])
 
-# %% ../../nbs/57_learners.answer.ipynb #38383941
-_cjk = '\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af\U00020000-\U0003ffff'
-
+# %% ../../nbs/57_learners.answer.ipynb #4c6e5146
 def normalize_answer(
     text:str # An answer
 ) -> list: # Its words, characters where it is Chinese
     "What is compared of an answer, as SQuAD's script has it"
-    zh = re.search(f'[{_cjk}]', text)
+    zh = re.search(f'[{CJK}]', text)
     text = ''.join(c for c in text.lower() if c not in string.punctuation and not (zh and unicodedata.category(c)[0]=='P'))
     text = re.sub(r'\b(a|an|the)\b', ' ', text)
-    return re.findall(f'[{_cjk}]|[^\\s{_cjk}]+', text) if zh else text.split()
+    return re.findall(f'[{CJK}]|[^\\s{CJK}]+', text) if zh else text.split()
 
 # %% ../../nbs/57_learners.answer.ipynb #19f50adc
 def answer_scores(

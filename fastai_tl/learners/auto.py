@@ -7,17 +7,17 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.auto.html.md"""
 # %% auto #0
 __all__ = ['LEARNERS', 'TASK_BY_CLASS', 'task_of_class', 'hf_learner']
 
-# %% ../../nbs/58_learners.auto.ipynb #d4edd698
+# %% ../../nbs/58_learners.auto.ipynb #87d6da3d
 from pathlib import Path
 from fastai.data.core import DataLoaders
 from ..core import FastaiTLError, shorten, unknown_option
-from ..data.subwords import hub_error
 from .base import HFLearner
 from .classify import hf_classifier_learner
 from .language import hf_causal_lm_learner, hf_masked_lm_learner
 from .answer import hf_qa_learner
 from .seq2seq import hf_seq2seq_learner
 from .tag import hf_tagger_learner
+from ..models.hf import load_config
 
 # %% ../../nbs/58_learners.auto.ipynb #1f03986f
 LEARNERS = dict(classification=hf_classifier_learner, tagging=hf_tagger_learner, qa=hf_qa_learner, causal_lm=hf_causal_lm_learner, masked_lm=hf_masked_lm_learner, seq2seq=hf_seq2seq_learner)
@@ -32,13 +32,10 @@ def task_of_class(
     "What a class of transformers is for, by the end of its name"
     return next((t for end,t in TASK_BY_CLASS.items() if name.endswith(end)), None)
 
-# %% ../../nbs/58_learners.auto.ipynb #13425ceb
+# %% ../../nbs/58_learners.auto.ipynb #f8084583
 def _class_names(model):
     "Names of the classes that a model is, or that its config names"
-    if isinstance(model, (str,Path)):
-        from transformers import AutoConfig
-        try: model = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as e: raise hub_error('A model', model, e) from e
+    if isinstance(model, (str,Path)): model = load_config(model)
     if hasattr(model, 'to_diff_dict'): return list(model.architectures or ())
     return [type(model.get_base_model() if hasattr(model, 'get_base_model') else model).__name__]
 

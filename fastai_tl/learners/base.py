@@ -7,9 +7,9 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.base.html.md"""
 # %% auto #0
 __all__ = ['HFLearner']
 
-# %% ../../nbs/50_learners.base.ipynb #405acaef
+# %% ../../nbs/50_learners.base.ipynb #b287bd34
 import inspect
-from fastcore.all import patch
+from fastcore.all import L, patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import join_path_file
@@ -39,7 +39,12 @@ def make_learner(dls, model, task, cls=HFLearner, classes=None, n_out=None, mode
     if lr is None: lr = 1e-3 if hasattr(model, 'to_diff_dict') else 5e-5
     return cls(dls, hf, opt_func=kwargs.pop('opt_func', LayerwiseOptimizer), splitter=splitter or layer_splitter(), lr=lr, train_bn=kwargs.pop('train_bn', False), **kwargs)
 
-# %% ../../nbs/50_learners.base.ipynb #3f9a2476
+# %% ../../nbs/50_learners.base.ipynb #0f429e9c
+def each_row(f, x):
+    "`f` of a tensor, or of each row where rows differ in length"
+    return L(f(o) for o in x) if isinstance(x, (L,list)) else f(x)
+
+# %% ../../nbs/50_learners.base.ipynb #bc9e4bf3
 @patch
 def save_encoder(self:HFLearner,
     file:str # Name of the file, in the Learner's model folder unless it is a path; `.safetensors` is added

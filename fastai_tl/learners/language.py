@@ -8,9 +8,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.language.html.md"""
 __all__ = ['awd_lm_learner', 'TokenLossFlat', 'TokenAccuracy', 'TokenPerplexity', 'HFCausalLMLearner', 'hf_causal_lm_learner',
            'HFMaskedLMLearner', 'hf_masked_lm_learner']
 
-# %% ../../nbs/52_learners.language.ipynb #c090978d
+# %% ../../nbs/52_learners.language.ipynb #b60f88ac
 import copy
-from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from fastcore.all import L, merge
 from fastai.data.core import DataLoaders
@@ -24,7 +23,8 @@ from fastai.text.models.core import get_language_model
 from ..core import DataError, FastaiTLError
 from ..data.lm import end_of_text, frame
 from ..data.tokenize import check_texts
-from .base import HFLearner, make_learner
+from ..generation.source import evaluating
+from .base import HFLearner, each_row, make_learner
 from ..models.encoder import text_vocab
 from ..models.groups import layer_splitter
 from ..tune.optim import LayerwiseOptimizer
@@ -42,9 +42,7 @@ def awd_lm_learner(
     return LMLearner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
                      metrics=[accuracy, Perplexity()] if metrics is None else metrics, **kwargs)
 
-# %% ../../nbs/52_learners.language.ipynb #092b1b03
-def _each(f, x): return x.map(f) if isinstance(x, L) else f(x)
-
+# %% ../../nbs/52_learners.language.ipynb #464bd10e
 class TokenLossFlat(CrossEntropyLossFlat):
     "Cross-entropy of the tokens that have a target: their mean, or the mean of each text with the reduction `none`"
     def __init__(self,
@@ -56,8 +54,8 @@ class TokenLossFlat(CrossEntropyLossFlat):
         if self.reduction=='sum': return each.sum()
         total,n = (each.sum(-1),(targ!=-100).sum(-1)) if self.reduction=='none' else (each.sum(),(targ!=-100).sum())
         return total/n.clamp(min=1) # a batch without targets has the loss 0
-    def activation(self, x): "Probabilities"; return _each(super().activation, x)
-    def decodes(self, x): "The most probable tokens"; return _each(super().decodes, x)
+    def activation(self, x): "Probabilities"; return each_row(super().activation, x)
+    def decodes(self, x): "The most probable tokens"; return each_row(super().decodes, x)
 
 # %% ../../nbs/52_learners.language.ipynb #5340a009
 class TokenAccuracy(Metric):
@@ -89,22 +87,12 @@ def with_token_ids(model, tokenizer):
     if config.is_encoder_decoder and getattr(config, 'decoder_start_token_id', None) is None: config.decoder_start_token_id = config.pad_token_id
     return config
 
-# %% ../../nbs/52_learners.language.ipynb #555105be
+# %% ../../nbs/52_learners.language.ipynb #b531e446
 def check_task(dls, task, maker):
     "Refuse data that were made for another kind of model"
     if getattr(dls, 'task', None)!=task: raise DataError(f'The data must be made for {task}', f"data for {getattr(dls, 'task', None) or 'something else'}", f'Make them with `{maker}`')
 
-@contextmanager
-def eval_mode(model):
-    "No gradients, no dropout; afterwards each module is in the mode it was in"
-    was = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m,t in was: m.training = t
-
-# %% ../../nbs/52_learners.language.ipynb #f01fc10c
+# %% ../../nbs/52_learners.language.ipynb #729a037d
 class HFCausalLMLearner(HFLearner):
     "A Learner around a causal language model"
     def predict(self,
@@ -117,7 +105,7 @@ class HFCausalLMLearner(HFLearner):
         ids = before + tok(item, add_special_tokens=False, verbose=False)['input_ids'] or [end_of_text(tok)]
         if self.model.limit: ids = ids[-max(1, self.model.limit-max_new_tokens):]
         ids = torch.tensor([ids], device=next(self.model.parameters()).device)
-        with eval_mode(self.model): out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=self.model.pad_id, **kwargs)
+        with evaluating(self.model): out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=self.model.pad_id, **kwargs)
         return item+tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
 # %% ../../nbs/52_learners.language.ipynb #28fb9a4b
@@ -134,7 +122,7 @@ def hf_causal_lm_learner(
 
 def _lm_metrics(): return [TokenAccuracy(), TokenPerplexity()]
 
-# %% ../../nbs/52_learners.language.ipynb #9f659cd4
+# %% ../../nbs/52_learners.language.ipynb #a7d3c5ae
 class HFMaskedLMLearner(HFLearner):
     "A Learner around a masked language model"
     def predict(self,
@@ -145,7 +133,7 @@ class HFMaskedLMLearner(HFLearner):
         if tok.mask_token not in item: raise DataError(f'The text needs a mask token, {tok.mask_token}', repr(item))
         if len(dl.dataset)>1: raise DataError(f'The text must have at most {dl.dataset.max_length} tokens', f'{sum(map(len, dl.dataset.blocks))}')
         x = dl.one_batch()[0]
-        with eval_mode(self.model): p = self.model(x.to(next(self.model.parameters()).device)).float().softmax(-1)[0].cpu()
+        with evaluating(self.model): p = self.model(x.to(next(self.model.parameters()).device)).float().softmax(-1)[0].cpu()
         ids = x.ids[0].cpu(); at = ids==tok.mask_token_id
         found = p[at].argmax(-1)
         return TitledStr(tok.decode(ids.masked_scatter(at, found), skip_special_tokens=True)),found,p[at]

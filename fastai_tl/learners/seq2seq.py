@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.seq2seq.html.md"""
 # %% auto #0
 __all__ = ['decoder_inputs', 'DecoderInputs', 'GeneratedMetric', 'generation_metrics', 'HFSeq2SeqLearner', 'hf_seq2seq_learner']
 
-# %% ../../nbs/56_learners.seq2seq.ipynb #1f1a366a
+# %% ../../nbs/56_learners.seq2seq.ipynb #b6b657bb
 import numpy as np, torch
 from fastcore.all import L, patch
 from fastai.callback.core import Callback
@@ -15,8 +15,9 @@ from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Metric
 from ..core import FastaiTLError, VocabError, derive_seed, optional, unknown_option
 from ..data.subwords import TensorTokens, show_rows
+from ..generation.source import evaluating
 from .base import HFLearner, make_learner
-from .language import TokenAccuracy, TokenLossFlat, TokenPerplexity, check_task, eval_mode, with_token_ids
+from .language import TokenAccuracy, TokenLossFlat, TokenPerplexity, check_task, with_token_ids
 from ..models.hf import HFModel
 
 # %% ../../nbs/56_learners.seq2seq.ipynb #97120756
@@ -40,7 +41,7 @@ class DecoderInputs(Callback):
         if not self.yb: raise FastaiTLError('To be compared with a target, a source needs one', 'sources alone', 'Use `learn.predict` or `learn.generate_texts` to get texts')
         self.learn.xb = (*self.xb[:1], decoder_inputs(self.model, self.yb[0]))
 
-# %% ../../nbs/56_learners.seq2seq.ipynb #3c9b248c
+# %% ../../nbs/56_learners.seq2seq.ipynb #2ccd77d6
 class _Generated:
     "Texts generated during a validation, and their references; shared by several metrics"
     def __init__(self, n, seed, kwargs): self.n,self.seed,self.kwargs = n,seed,kwargs; self.clear()
@@ -58,7 +59,7 @@ def generate_from(learn, x, max_new_tokens=None, **kwargs):
     "Texts for a batch of sources; lists of texts with `num_return_sequences`"
     model,tok = learn.model,learn.tokenizer
     x = x.as_subclass(TensorTokens).to(next(model.parameters()).device)
-    with eval_mode(model): out = model.hf.generate(**model._inputs(x), max_new_tokens=max_new_tokens or learn.dls.max_target_length, **kwargs)
+    with evaluating(model): out = model.hf.generate(**model._inputs(x), max_new_tokens=max_new_tokens or learn.dls.max_target_length, **kwargs)
     res,n = [tok.decode(o, skip_special_tokens=True) for o in out.cpu()],kwargs.get('num_return_sequences', 1)
     return res if n==1 else [res[i:i+n] for i in range(0, len(res), n)]
 

