@@ -138,7 +138,7 @@ class SinglePosition:
         self._stack = None
     def __repr__(self): return f'SinglePosition({type(hf_models(self.model)[0]).__name__}, {self.kind})'
 
-# %% ../../nbs/26_models.position.ipynb #fd0c7944
+# %% ../../nbs/26_models.position.ipynb #a06be116
 @patch
 def _forward(self:SinglePosition, *args, **kw):
     "The top layer, for one position a text"
@@ -146,6 +146,7 @@ def _forward(self:SinglePosition, *args, **kw):
     if h.shape[1]==1 or kw.get('past_key_values') is not None: return self._own(*args, **kw) # nothing to be saved, or generation
     at = self.ids.at(self.kind, len(h), h.device)
     full,one = (h if self.norm is None else self.norm(h)),(h[:,:1] if self.kind=='first' else h.gather(1, at[:,None,None].expand(-1, 1, h.shape[-1])))
+    if torch.is_autocast_enabled(h.device.type): one = one.float() # what is added to in the layer is not rounded again
     kw = {n: v for n,v in kw.items() if n!='hidden_states'}
     with replaced_forwards({self.attn: partial(_attend, self.attn, self.names, full, at)}): out = self._own(one, *args[1:], **kw)
     if self.kind=='first': return out
