@@ -88,7 +88,7 @@ def logits_of(out):
 
 def differ(a, b): "Largest difference, in units of the largest number"; return ((a-b).abs().max()/b.abs().max().clamp(min=1e-6)).item()
 
-# %% ../../nbs/25_models.prefix.ipynb #e55c5c7a
+# %% ../../nbs/25_models.prefix.ipynb #4cd3d0b6
 class Prefix:
     "A Hugging Face model cut above its lower `k` blocks"
     def __init__(self,
@@ -98,7 +98,8 @@ class Prefix:
         self.model,self.blocks,self.k = model,find_blocks(model),k
         if not 0<=k<=len(self.blocks): raise FastaiTLError(f'`k` must be between 0 and {len(self.blocks)}, the number of layers', str(k))
         with resting(model): self._check()
-    def __repr__(self): return f'Prefix({type(hf_models(self.model)[0]).__name__}, {self.k} of {len(self.blocks)} layers)'
+    def __str__(self): return f'{self.k} of {len(self.blocks)} layers'
+    def __repr__(self): return f'Prefix({type(hf_models(self.model)[0]).__name__}, {self})'
     @property
     def width(self): "Numbers of a hidden state"; return self._width
     def _as_output(self, h): return (h,)+(None,)*(self._tuple-1) if self._tuple else h
@@ -163,7 +164,7 @@ def _check(self:Prefix):
     with torch.no_grad(), self.replay(states): again = logits_of(self.model(*args, **kw))
     if not torch.isfinite(again).all() or differ(again, whole)>1e-3: raise FastaiTLError(f'A model to be cut must give the same from its hidden states as from its texts', f'outputs that differ by {differ(again, whole):.1e} for a {type(hf_models(self.model)[0]).__name__}', 'Its upper layers need more than the states of the lower ones')
 
-# %% ../../nbs/25_models.prefix.ipynb #f5909df1
+# %% ../../nbs/25_models.prefix.ipynb #fab276ce
 def is_pooled(
     model # Any model
 ) -> bool:
@@ -195,6 +196,7 @@ class PooledPrefix:
         "Inside the block, the head goes on from `states`; the outputs that fastai's regularisation looks at are zeros"
         none = states.new_zeros(1, 2, 1)
         with replaced_forwards({self.encoder: lambda x: states, self.head: lambda o: (self.head.layers(o), none, none)}): yield
+    def __str__(self): return 'the encoder and its pooling'
     def __repr__(self): return f'PooledPrefix({self.width} numbers a text)'
 
 # %% ../../nbs/25_models.prefix.ipynb #58e73d33

@@ -43,7 +43,7 @@ def _remove(path): Path(path).unlink(missing_ok=True)
 
 def in_words(n): return f'{n/1e9:.1f} GB' if n>=1e9 else f'{n/1e6:.1f} MB' if n>=1e5 else f'{n/1e3:.1f} kB'
 
-# %% ../../nbs/34_tune.cache.ipynb #5422e005
+# %% ../../nbs/34_tune.cache.ipynb #03a580e4
 class StateStore:
     "Hidden states of texts of different lengths, one after another, in memory or in a memory-mapped file"
     def __init__(self,
@@ -60,7 +60,8 @@ class StateStore:
     @property
     def nbytes(self): "Bytes in all"; return int(self.ends[-1])*self.width*self.dtype.itemsize
     def __len__(self): return len(self.ends)-1
-    def __repr__(self): return f'StateStore({len(self):,} texts, {self.ends[-1]:,} rows of {self.width} in {str(self.dtype).split(".")[-1]}, {in_words(self.nbytes)} {"on disk" if self.where=="disk" else "in memory"})'
+    def __str__(self): return f'{len(self):,} texts, {self.ends[-1]:,} states of {self.width} in {str(self.dtype).split(".")[-1]}, {in_words(self.nbytes)} {"on disk" if self.where=="disk" else "in memory"}'
+    def __repr__(self): return f'StateStore({self})'
 
 # %% ../../nbs/34_tune.cache.ipynb #72b31e5b
 @patch
@@ -131,7 +132,7 @@ def check_same_each_time(dl):
     same = len(a)==len(b) and all(s.shape==t.shape and torch.equal(s, t) for s,t in zip(a, b))
     if not same: raise DataError('Texts whose states are kept must be the same every epoch', 'items that differ when they are drawn again', todo)
 
-# %% ../../nbs/34_tune.cache.ipynb #e9040809
+# %% ../../nbs/34_tune.cache.ipynb #fa8ac78a
 class PrefixCache:
     "The states that a frozen prefix gives for the texts of one DataLoader"
     def __init__(self,
@@ -152,7 +153,7 @@ class PrefixCache:
         self.tokens,self.targets,self.left = [None]*len(lengths),[None]*len(lengths),False
     def _measure(self): return [self.dl.do_item(i)[0].shape[-1] for i in range(len(self.dataset))]
     def close(self): "Give the room back"; self.store.close()
-    def __repr__(self): return f'PrefixCache({self.prefix}, {self.store})'
+    def __repr__(self): return f'PrefixCache({self.prefix}; {self.store})'
 
 # %% ../../nbs/34_tune.cache.ipynb #c08ccca8
 @patch
@@ -306,7 +307,7 @@ def _ready(self:CachedPrefix) -> bool: # Are there states to train from?
     self._key = now
     return self.prefix is not None
 
-# %% ../../nbs/34_tune.cache.ipynb #ed04c5df
+# %% ../../nbs/34_tune.cache.ipynb #c68b4d5a
 @patch
 def _fill(self:CachedPrefix):
     "Compute the states of both sets"
@@ -315,7 +316,7 @@ def _fill(self:CachedPrefix):
     folder = self.folder or self.learn.path/'cache'
     for name,dl in zip(('training','validation'), self.dls.loaders):
         c = self.caches[name] = PrefixCache(self.prefix, dl, self.one, dtype, self.where, folder)
-        if self.verbose and self.learn.logger is not noop: print(f'{self.prefix}, {name}: {c.store}')
+        if self.verbose and self.learn.logger is not noop: print(f'Computed once for {name}: {self.prefix}; {c.store}')
         c.fill(self.batch_size, context)
 
 @patch
