@@ -218,6 +218,7 @@ class CachedDL(GetAttr):
     def __iter__(self):
         self.source.randomize(); self.source.before_iter()
         self._DataLoader__idxs = list(self.source.get_idxs()) # where fastai keeps the order that it reads in
+        torch.empty((), dtype=torch.int64).random_() # PyTorch's loaders draw a seed here
         for idxs in chunked(self._DataLoader__idxs, self.source.bs, self.source.drop_last):
             b,states = self.cache.batch(idxs)
             self.offer(b[0], states)
