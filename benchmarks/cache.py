@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """What it is worth to compute frozen layers once: cached stages and the single-position top layer beside the naive frozen epoch, in turn, in one process.
 
-    python benchmarks/cache.py [--data FOLDER] [--texts 96] [--rounds 5] [--threads 1] [--device cpu] [--json FILE] [--only NAME ...]
+    python benchmarks/cache.py [--data PATH] [--texts 96] [--rounds 5] [--threads 1] [--device cpu] [--json FILE] [--only NAME ...]
 
-MiniLM (6 layers, 384 wide, the extra `minilm`; or `--model NAME`) and fastai's AWD_LSTM classifier (400/1152/3) on movie reviews (FOLDER holds `train/pos` and `train/neg`, as IMDb
-does) or, without FOLDER, on the offline corpus; at most 128 tokens. The peer of every line is the same Learner with the same batches and rates, frozen to the same depth, in float32, with
+MiniLM (6 layers, 384 wide, the extra `minilm`; or `--model NAME`) and fastai's AWD_LSTM classifier (400/1152/3) on movie reviews (`--data`: a folder with `train/pos` and `train/neg`, as IMDb has, or a
+parquet table) or, without it, on the offline corpus; at most 128 tokens. The peer of every line is the same Learner with the same batches and rates, frozen to the same depth, in float32, with
 fastai's loop and nothing kept. A line is an epoch of training (cached epochs find their states computed), or a whole stage of several epochs whose states are computed within the
 time, for the training texts (there are no validation batches in either side). Before the clock starts, the logits of the whole model and of the cached one are compared. A round runs
 each line once, in an order that changes; the first round only warms up. Ratios are taken within a round."""
@@ -15,7 +15,7 @@ from pathlib import Path
 
 def parse():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--data', type=Path, help='folder with train/pos/*.txt and train/neg/*.txt')
+    ap.add_argument('--data', type=Path, help='folder with train/pos/*.txt and train/neg/*.txt, or a parquet table with text, label and split')
     ap.add_argument('--model', help='a name or folder instead of MiniLM')
     ap.add_argument('--texts', type=int, default=96, help='training texts')
     ap.add_argument('--bs', type=int, default=16)
@@ -36,6 +36,9 @@ def texts(a):
         from fastai_tl.all import docstring_corpus
         df = docstring_corpus(label='library')
         return df[df.text.str.len() > 300].sample(a.texts+32, random_state=0)[['text', 'label']].reset_index(drop=True)
+    if a.data.is_file():
+        df = pd.read_parquet(a.data)
+        return df[df.split=='train'].sample(a.texts+32, random_state=0)[['text', 'label']].reset_index(drop=True)
     rows = [(p, l) for l in ('neg', 'pos') for p in sorted((a.data/'train'/l).iterdir())]
     random.Random(0).shuffle(rows)
     return pd.DataFrame([dict(text=p.read_text(encoding='utf8').replace('<br />', ' '), label=l) for p,l in rows[:a.texts+32]])
@@ -60,8 +63,7 @@ def awd(a, df):
     import torch
     from fastai_tl.all import awd_classifier_learner, classifier_dls, seed_everything, texts_vocab, tokenize_texts_once
     seed_everything(0)
-    toks = tokenize_texts_once(df.text.tolist())
-    toks.texts = toks.texts if not hasattr(toks, 'cut') else toks.texts
+    toks = tokenize_texts_once([' '.join(t.split()[:110]) for t in df.text])   # about 128 tokens
     dls = classifier_dls(toks, df.label.tolist(), 'single', list(range(a.texts)), list(range(a.texts, a.texts+32)), texts_vocab(toks), bs=a.bs)
     return quiet(awd_classifier_learner(dls, 'single', df.label.nunique(), dict(emb_sz=400, n_hid=1152, n_layers=3), path='.'))
 
@@ -69,11 +71,12 @@ def awd(a, df):
 def main():
     a = parse()
     warnings.filterwarnings('ignore')
-    import numpy as np, torch
+    import torch
+    import transformers
+    transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
     if a.threads: torch.set_num_threads(a.threads)
-    from fastai_tl.all import CachedPrefix, SinglePosition, seed_everything
-    from fastai_tl.models.prefix import frozen_prefix
-    from fastai_tl.tune.cache import PrefixCache
+    from fastai_tl.all import CachedPrefix
+    from fastai_tl.tune.cache import drawn
     df,lines,notes = texts(a),{},{}
 
     def line(make, top, bf16=False, cache=None, epochs=1, keep=True):
@@ -95,9 +98,7 @@ def main():
         run()
         c,model = run.cb.caches['training'],run.learn.model
         (x,*_),states = c.batch(c.order[:32])
-        whole = run.learn.dls.train
-        from fastai_tl.tune.cache import drawn
-        full = drawn(whole, c.order[:32])[0].as_subclass(torch.Tensor)
+        full = drawn(run.learn.dls.train, c.order[:32])[0].as_subclass(torch.Tensor)
         model.eval()
         first = lambda o: o[0] if isinstance(o, tuple) else o
         with torch.no_grad():
@@ -113,9 +114,12 @@ def main():
     off,on = (lambda: CachedPrefix(one_position=False, verbose=False)),(lambda: CachedPrefix(verbose=False))
     naive = {}
     def base(make, top, epochs):
-        key = f'{make.__name__} naive, {top} group{"s" if top>1 else ""} train, {epochs} epoch{"s" if epochs>1 else ""}'
-        if key not in groups: groups[key],peers[key] = line(make, top, epochs=epochs),None
-        return key
+        "A naive stage is so many equal epochs: one is timed and multiplied"
+        key = f'{make.__name__}, {top} group{"s" if top>1 else ""} train'
+        if key not in naive: naive[key] = line(make, top)
+        name = f'{key}, {epochs} naive epoch{"s" if epochs>1 else ""}'
+        groups[name],peers[name] = (key,epochs),None
+        return name
     if 'epochs' in a.only:
         add('k=5, float32', line(minilm, 2, cache=off), base(minilm, 2, 1))
         add('k=5, float32, single position', line(minilm, 2, cache=on), base(minilm, 2, 1))
@@ -130,21 +134,18 @@ def main():
     if 'awd' in a.only:
         add('AWD_LSTM head, float32, stage of 10 epochs', line(awd, 1, cache=on, epochs=10, keep=False), base(awd, 1, 10))
         add('AWD_LSTM head, bfloat16, stage of 10 epochs', line(awd, 1, True, on, epochs=10, keep=False), base(awd, 1, 10))
-    # the naive stage of several epochs is that many equal epochs: one is timed and multiplied
     times = {n: [] for n in groups}
-    once = {n: (line(minilm if n.startswith('minilm') else awd, int(n.split('naive, ')[1].split()[0])), int(n.rsplit(', ', 1)[1].split()[0])) for n in groups if peers[n] is None}
+    units = {**naive, **{n: f for n,f in groups.items() if peers[n]}}
     for r in range(a.rounds+1):
-        names = list(groups)
+        names,took = list(units),{}
         random.Random(r).shuffle(names)
-        done = {}
         for n in names:
-            run,times_ = once.get(n, (groups[n], 1))
-            key = n.rsplit(', ', 1)[0] if n in once else n
-            if key not in done:
-                t = time.perf_counter(); run()
-                if a.device != 'cpu': torch.accelerator.synchronize()
-                done[key] = time.perf_counter()-t
-            if r: times[n].append(done[key]*times_)
+            t = time.perf_counter(); units[n]()
+            if a.device != 'cpu': torch.accelerator.synchronize()
+            took[n] = time.perf_counter()-t
+        if r:
+            for n in groups: times[n].append(took[n] if peers[n] else took[groups[n][0]]*groups[n][1])
+        print(f'round {r}: {sum(took.values()):.0f} s', flush=True)
     rows = []
     for n in groups:
         if peers[n] is None: continue

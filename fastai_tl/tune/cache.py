@@ -205,7 +205,7 @@ def batch(self:PrefixCache,
     ys = [torch.stack(_pad_stack([c[i] for i in idxs], -100, self.left)) if isinstance(c, list) else c[at] for c in self.targets]
     return to_device(((x,*ys),states), device)
 
-# %% ../../nbs/34_tune.cache.ipynb #94b6f1cc
+# %% ../../nbs/34_tune.cache.ipynb #91f9f3d2
 class CachedDL(GetAttr):
     "The batches of a DataLoader, in its own order, from a `PrefixCache`"
     _default = 'source'
