@@ -55,7 +55,7 @@ def head_position(
         if torch.isfinite(out).all(): return kind
     raise FastaiTLError('The head must read one position, the first or the last token', f'a {type(hf_models(model)[0]).__name__}, whose head reads more')
 
-# %% ../../nbs/26_models.position.ipynb #7ac5d609
+# %% ../../nbs/26_models.position.ipynb #793ac621
 _projections = (('query','key','value'), ('q_lin','k_lin','v_lin'), ('q_proj','k_proj','v_proj')) # BERT and its kin, DistilBERT, Llama and its kin
 _outputs = ('out_lin','o_proj','out_proj','c_proj')
 
@@ -72,6 +72,7 @@ def _heads(t, attn):
     size = getattr(attn, 'attention_head_size', None) or attn.head_dim
     return t.view(*t.shape[:2], -1, size).transpose(1, 2)
 
+# %% ../../nbs/26_models.position.ipynb #ef132756
 def _project(attn, names, x, full):
     "Query of `x`; keys and values of `full`"
     if len(names)==3: q,k,v = (getattr(attn, n)(t) for n,t in zip(names, (x,full,full)))
@@ -80,7 +81,7 @@ def _project(attn, names, x, full):
         q,(k,v) = x@w[:,:d]+b[:d],(full@w[:,d:]+b[d:]).split(d, -1)
     return [_heads(t, attn) for t in (q,k,v)]
 
-# %% ../../nbs/26_models.position.ipynb #5cff0116
+# %% ../../nbs/26_models.position.ipynb #7277bbd0
 def _row_of(mask, attn, at, n, dtype):
     "The row of the mask for one query a text: (texts, 1, 1, n), or `None` if all may be seen"
     if mask is None:
@@ -97,7 +98,7 @@ def _rotated(attn, q, k, at, angles):
     rows = lambda t: t.gather(1, at[:,None,None].expand(-1, 1, t.shape[-1]))
     return turn(q, q, rows(cos), rows(sin))[0],turn(k, k, cos, sin)[0]
 
-# %% ../../nbs/26_models.position.ipynb #f6cd97c5
+# %% ../../nbs/26_models.position.ipynb #350ba3b5
 def _attend(attn, names, full, at, *args, **kwargs):
     "What `attn` gives for one query a text, with keys and values of all tokens"
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -115,7 +116,7 @@ def _attend(attn, names, full, at, *args, **kwargs):
         if isinstance(getattr(attn, n, None), nn.Module): out = getattr(attn, n)(out)
     return out,None
 
-# %% ../../nbs/26_models.position.ipynb #d1b6c49a
+# %% ../../nbs/26_models.position.ipynb #51f13329
 class SinglePosition:
     "Let the top layer of a model compute the position that its head reads, inside the `with` block"
     def __init__(self,
@@ -138,7 +139,7 @@ class SinglePosition:
         self._stack = None
     def __repr__(self): return f'SinglePosition({type(hf_models(self.model)[0]).__name__}, {self.kind})'
 
-# %% ../../nbs/26_models.position.ipynb #a06be116
+# %% ../../nbs/26_models.position.ipynb #87c23bb1
 @patch
 def _forward(self:SinglePosition, *args, **kw):
     "The top layer, for one position a text"
@@ -155,7 +156,7 @@ def _forward(self:SinglePosition, *args, **kw):
 @patch
 def _all(self:SinglePosition, out, h): "The one state at all positions, since a decoder's head looks for the last by itself"; return out.expand(-1, h.shape[1], -1)
 
-# %% ../../nbs/26_models.position.ipynb #7f21b22a
+# %% ../../nbs/26_models.position.ipynb #23080169
 @patch
 def _check(self:SinglePosition):
     "Find the norm before attention, and refuse a layer that would give something else"
@@ -176,6 +177,7 @@ def _check(self:SinglePosition):
     whole = got[0][0] if isinstance(got[0], tuple) else got[0]
     self._compare(whole[torch.arange(len(at)), at], args, kw)
 
+# %% ../../nbs/26_models.position.ipynb #20e1a41e
 @patch
 def _compare(self:SinglePosition, whole, args, kw):
     got = []
@@ -186,7 +188,7 @@ def _compare(self:SinglePosition, whole, args, kw):
     one = (got[0][0] if isinstance(got[0], tuple) else got[0])[:,0]
     if not differ(one, whole)<1e-3: raise FastaiTLError('The top layer must give the same for one position as for all', f'a difference of {differ(one, whole):.1e} in a {type(self.top).__name__}', 'Its attention does more than this package knows')
 
-# %% ../../nbs/26_models.position.ipynb #6702b761
+# %% ../../nbs/26_models.position.ipynb #560825d0
 class SinglePositionCallback(Callback):
     "Compute one position in the top layer, in training and prediction"
     order = 0 # before the first callback that may run the model

@@ -46,7 +46,7 @@ def frozen_layers(
     while k<len(blocks) and not any(id(p) in later or p.requires_grad for p in blocks[k].parameters()): k += 1
     return k
 
-# %% ../../nbs/25_models.prefix.ipynb #86a2c7a6
+# %% ../../nbs/25_models.prefix.ipynb #a5a40a76
 @contextmanager
 def replaced_forwards(
     forwards:dict # Module to what it does instead
@@ -60,6 +60,7 @@ def replaced_forwards(
             if f is None: m.__dict__.pop('forward', None)
             else: m.forward = f
 
+# %% ../../nbs/25_models.prefix.ipynb #48e6f490
 @contextmanager
 def resting(model):
     "All of `model` in eval mode inside the block, each module's mode put back after it"
@@ -71,7 +72,7 @@ def resting(model):
 
 def hidden(args, kw): return args[0] if args else kw['hidden_states']
 
-# %% ../../nbs/25_models.prefix.ipynb #cc9caf04
+# %% ../../nbs/25_models.prefix.ipynb #1fbd4fb2
 def probe_batch(model):
     "Positional and named arguments for `model`: two texts, the second shorter"
     x = dummy_inputs(hf_models(model)[0])
@@ -88,7 +89,7 @@ def logits_of(out):
 
 def differ(a, b): "Largest difference, in units of the largest number"; return ((a-b).abs().max()/b.abs().max().clamp(min=1e-6)).item()
 
-# %% ../../nbs/25_models.prefix.ipynb #4cd3d0b6
+# %% ../../nbs/25_models.prefix.ipynb #f1f55f66
 class Prefix:
     "A Hugging Face model cut above its lower `k` blocks"
     def __init__(self,
@@ -104,7 +105,7 @@ class Prefix:
     def width(self): "Numbers of a hidden state"; return self._width
     def _as_output(self, h): return (h,)+(None,)*(self._tuple-1) if self._tuple else h
 
-# %% ../../nbs/25_models.prefix.ipynb #18b9654b
+# %% ../../nbs/25_models.prefix.ipynb #16e0878d
 @patch
 def record(self:Prefix,
     *args, # What the model takes
@@ -120,8 +121,12 @@ def record(self:Prefix,
     with replaced_forwards({blocks[-1]: last} if self.k==n else {b: keep if i==self.k else rest for i,b in enumerate(blocks) if i>=self.k}): self.model(*args, **kwargs)
     return got[0]
 
+# %% ../../nbs/25_models.prefix.ipynb #29717f11
+@patch
 @contextmanager
-def _replay(self, states):
+def replay(self:Prefix,
+    states:torch.Tensor # (texts, tokens, width), from `record`
+):
     "Inside the block, the model goes on from `states`; its inputs tell it where there is padding"
     at = min(self.k, len(self.blocks)-1)
     own = self.blocks[at].forward
@@ -130,9 +135,8 @@ def _replay(self, states):
     below = {b: skip for b in self.blocks[:self.k]}
     if self._entry is not None: below[self._entry] = lambda *a, **kw: states
     with replaced_forwards({**below, **({} if self.k==len(self.blocks) else {self.blocks[at]: go_on})}): yield
-Prefix.replay = _replay
 
-# %% ../../nbs/25_models.prefix.ipynb #646f3f52
+# %% ../../nbs/25_models.prefix.ipynb #dfeb8183
 @patch
 def _look(self:Prefix, args, kw):
     "One ordinary forward pass: what feeds the first block, what form blocks return, and the model's outputs"
@@ -152,7 +156,7 @@ def _look(self:Prefix, args, kw):
     self._width = seen['h'].shape[-1]
     return out
 
-# %% ../../nbs/25_models.prefix.ipynb #b46ea952
+# %% ../../nbs/25_models.prefix.ipynb #2ee6d32f
 @patch
 def _check(self:Prefix):
     "Refuse a cut that is not sound"
@@ -164,13 +168,14 @@ def _check(self:Prefix):
     with torch.no_grad(), self.replay(states): again = logits_of(self.model(*args, **kw))
     if not torch.isfinite(again).all() or differ(again, whole)>1e-3: raise FastaiTLError(f'A model to be cut must give the same from its hidden states as from its texts', f'outputs that differ by {differ(again, whole):.1e} for a {type(hf_models(self.model)[0]).__name__}', 'Its upper layers need more than the states of the lower ones')
 
-# %% ../../nbs/25_models.prefix.ipynb #fab276ce
+# %% ../../nbs/25_models.prefix.ipynb #d71c6c67
 def is_pooled(
     model # Any model
 ) -> bool:
     "Is it fastai's text classifier, an encoder with concat pooling?"
     return isinstance(model, nn.Sequential) and len(model)==2 and isinstance(model[0], SentenceEncoder) and type(model[1]) is PoolingLinearClassifier
 
+# %% ../../nbs/25_models.prefix.ipynb #d0f589dd
 class PooledPrefix:
     "fastai's text classifier, cut between the pooling and the layers of its head"
     def __init__(self,
@@ -178,28 +183,31 @@ class PooledPrefix:
     ):
         if not is_pooled(model): raise FastaiTLError('The model must be a text classifier of fastai', f'a {type(model).__name__}')
         self.model,self.encoder,self.head = model,model[0],model[1]
-        self._width = next(m for m in self.head.layers.modules() if isinstance(m, (nn.BatchNorm1d, nn.Linear)))
-        self._width = getattr(self._width, 'num_features', None) or self._width.in_features
     @property
-    def width(self): "Numbers of a text"; return self._width
-    def record(self,
-        x # Tokens, as the model takes them
-    ) -> torch.Tensor: # (texts, width)
-        "Run the encoder and the pooling"
-        got = []
-        with replaced_forwards({self.head.layers: lambda o: got.append(o) or o}): self.model(x)
-        return got[0]
-    @contextmanager
-    def replay(self,
-        states # From `record`
-    ):
-        "Inside the block, the head goes on from `states`; the outputs that fastai's regularisation looks at are zeros"
-        none = states.new_zeros(1, 2, 1)
-        with replaced_forwards({self.encoder: lambda x: states, self.head: lambda o: (self.head.layers(o), none, none)}): yield
+    def width(self): "Numbers of a text"; return next(m for m in self.head.layers.modules() if isinstance(m, nn.Linear)).in_features
     def __str__(self): return 'the encoder and its pooling'
     def __repr__(self): return f'PooledPrefix({self.width} numbers a text)'
 
-# %% ../../nbs/25_models.prefix.ipynb #58e73d33
+# %% ../../nbs/25_models.prefix.ipynb #83b8539c
+@patch
+def record(self:PooledPrefix,
+    x # Tokens, as the model takes them
+) -> torch.Tensor: # (texts, width)
+    "Run the encoder and the pooling"
+    got = []
+    with replaced_forwards({self.head.layers: lambda o: got.append(o) or o}): self.model(x)
+    return got[0]
+
+@patch
+@contextmanager
+def replay(self:PooledPrefix,
+    states:torch.Tensor # (texts, width), from `record`
+):
+    "Inside the block, the head goes on from `states`; the outputs that fastai's regularisation looks at are zeros"
+    none = states.new_zeros(1, 2, 1)
+    with replaced_forwards({self.encoder: lambda x: states, self.head: lambda o: (self.head.layers(o), none, none)}): yield
+
+# %% ../../nbs/25_models.prefix.ipynb #9cf58bca
 def frozen_prefix(
     model:nn.Module # A Hugging Face model or an AWD_LSTM classifier, part of it frozen
 ): # A `Prefix`, a `PooledPrefix`, or `None` if there is nothing frozen to be kept

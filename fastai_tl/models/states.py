@@ -48,7 +48,7 @@ class StateStore:
     def __str__(self): return f'{len(self):,} texts, {self.ends[-1]:,} states of {self.width} in {str(self.dtype).split(".")[-1]}, {in_words(self.nbytes)} {"on disk" if self.where=="disk" else "in memory"}'
     def __repr__(self): return f'StateStore({self})'
 
-# %% ../../nbs/27_models.states.ipynb #72b31e5b
+# %% ../../nbs/27_models.states.ipynb #f96648b5
 @patch
 def open(self:StateStore) -> StateStore: # Itself
     "Make room"
@@ -65,13 +65,14 @@ def open(self:StateStore) -> StateStore: # Itself
     self.data = self.data.view(-1, self.width)
     return self
 
+# %% ../../nbs/27_models.states.ipynb #72bcbbee
 @patch
 def close(self:StateStore):
     "Give the room back"
     self.data = None
     if self.file is not None: self._end()
 
-# %% ../../nbs/27_models.states.ipynb #81b0d976
+# %% ../../nbs/27_models.states.ipynb #22e3ac68
 @patch
 def write(self:StateStore,
     i:int, # Number of the text

@@ -74,7 +74,7 @@ class PrefixCache:
     def close(self): "Give the room back"; self.store.close()
     def __repr__(self): return f'PrefixCache({self.prefix}; {self.store})'
 
-# %% ../../nbs/34_tune.cache.ipynb #d8fb9d09
+# %% ../../nbs/34_tune.cache.ipynb #c11d06db
 @patch
 def fill(self:PrefixCache,
     bs:int=64, # Texts of a batch
@@ -91,6 +91,7 @@ def fill(self:PrefixCache,
     self._stack_targets()
     return self
 
+# %% ../../nbs/34_tune.cache.ipynb #a08e76d9
 @patch
 def _keep(self:PrefixCache, idxs, x, ys, states):
     "Take a batch apart"
@@ -106,7 +107,7 @@ def _keep(self:PrefixCache, idxs, x, ys, states):
         self.tokens[i] = x[j].cpu()[:, last[j].item():last[j].item()+1] if self.vectors else x[j][:,there[j]].cpu()
         self.store.write(i, states[j,:1] if self.vectors else states[j][there[j]])
 
-# %% ../../nbs/34_tune.cache.ipynb #f8fc6fa4
+# %% ../../nbs/34_tune.cache.ipynb #b9d30508
 @patch
 def _stack_targets(self:PrefixCache):
     columns = [[t.cpu() for t in c] for c in zip(*self.targets)]
@@ -124,7 +125,7 @@ def batch(self:PrefixCache,
     ys = [torch.stack(_pad_stack([c[i] for i in idxs], -100, self.left)) if isinstance(c, list) else c[at] for c in self.targets]
     return to_device(((x,*ys),states), device)
 
-# %% ../../nbs/34_tune.cache.ipynb #35bc8e98
+# %% ../../nbs/34_tune.cache.ipynb #4c0cef5a
 class CachedDL(GetAttr):
     "The batches of a DataLoader, in its own order, from a `PrefixCache`"
     _default = 'source'
@@ -144,7 +145,7 @@ class CachedDL(GetAttr):
             yield b
         self.source.after_iter()
 
-# %% ../../nbs/34_tune.cache.ipynb #a602efd1
+# %% ../../nbs/34_tune.cache.ipynb #1b4de4e6
 class CachedPrefix(Callback):
     "Compute the frozen lower layers once, and train and validate those above from what was kept"
     order,_learn = ParamScheduler.order+1,None # after GradualUnfreezing has frozen the layers of the epoch
@@ -166,7 +167,7 @@ class CachedPrefix(Callback):
         if v is None and self._learn is not None: self.forget()
         self._learn = v
 
-# %% ../../nbs/34_tune.cache.ipynb #60887a5b
+# %% ../../nbs/34_tune.cache.ipynb #d544e4d0
 @patch
 def before_fit(self:CachedPrefix):
     "Rest while rates are searched or predictions gathered"
@@ -188,13 +189,14 @@ def before_validate(self:CachedPrefix):
 @patch
 def after_batch(self:CachedPrefix): "Put the model's `forward` back"; self._leave()
 
+# %% ../../nbs/34_tune.cache.ipynb #26b9704f
 @patch
 def after_epoch(self:CachedPrefix): "What comes outside of an epoch is computed in full"; self._on = False
 
 @patch
 def after_fit(self:CachedPrefix): "Put the model's `forward` back; the states are kept for a next fit"; self._leave()
 
-# %% ../../nbs/34_tune.cache.ipynb #e2f9149b
+# %% ../../nbs/34_tune.cache.ipynb #09d78a64
 def _fingerprint(p): return id(p),p._version,p.detach().reshape(-1)[::max(1, p.numel()//512)].double().sum().item()
 
 @patch
@@ -211,6 +213,7 @@ def _state_of(self:CachedPrefix):
     frozen = [p for p in self.model.parameters() if not p.requires_grad] + [b for m in frozen_modules(self.model) for b in m.buffers()]
     return [_fingerprint(p) for p in frozen],[(id(d.dataset), len(d.dataset)) for d in self.dls.loaders[:2]],self._precision()[1],id(self.model)
 
+# %% ../../nbs/34_tune.cache.ipynb #79f35a55
 @patch
 def _ready(self:CachedPrefix) -> bool: # Are there states to train from?
     now = self._state_of()
@@ -224,7 +227,7 @@ def _ready(self:CachedPrefix) -> bool: # Are there states to train from?
     self._key = now
     return self.prefix is not None
 
-# %% ../../nbs/34_tune.cache.ipynb #37fd37d3
+# %% ../../nbs/34_tune.cache.ipynb #46108677
 @patch
 def _cached(self:CachedPrefix, name):
     "The batches of the DataLoader in use, from states that are computed when they are first needed"
@@ -244,6 +247,7 @@ def _find_one(self:CachedPrefix):
     except FastaiTLError:
         if self.one_position: raise
 
+# %% ../../nbs/34_tune.cache.ipynb #0d20ac2f
 @patch
 def forget(self:CachedPrefix):
     "Give up what is kept; it is computed again when it is needed"
@@ -251,7 +255,7 @@ def forget(self:CachedPrefix):
     for c in self.caches.values(): c.close()
     self.caches,self.prefix,self.one,self._key = {},None,None,None
 
-# %% ../../nbs/34_tune.cache.ipynb #a639e2e0
+# %% ../../nbs/34_tune.cache.ipynb #301f1449
 @patch
 def _offer(self:CachedPrefix, x, states):
     "Let the model go on from `states` when it is given `x`"
@@ -271,6 +275,7 @@ def _forward(self:CachedPrefix, own, *args, **kw):
     if not (amp and n==1 and self.one is not None): states = states.float()
     with (self.one if n and self.one is not None else nullcontext()), self.prefix.replay(states): return own(*args, **kw)
 
+# %% ../../nbs/34_tune.cache.ipynb #a1e4247d
 @patch
 def _leave(self:CachedPrefix):
     if self._stack is not None: self._stack.close()
