@@ -27,7 +27,7 @@ from ..models.position import SinglePosition
 from ..models.prefix import Prefix, frozen_prefix, replaced_forwards, resting
 from ..models.states import StateStore
 
-# %% ../../nbs/34_tune.cache.ipynb #4890a5b9
+# %% ../../nbs/34_tune.cache.ipynb #19f2734b
 def _tensors_of(o): return [t for x in o for t in _tensors_of(x)] if isinstance(o, (tuple,list)) else [torch.as_tensor(o)]
 
 def _pipelines(dl):
@@ -35,6 +35,7 @@ def _pipelines(dl):
         if isinstance(getattr(dl, n, None), Pipeline): yield getattr(dl, n)
     yield from (t.tfms for t in getattr(dl.dataset, 'tls', ()))
 
+# %% ../../nbs/34_tune.cache.ipynb #9c1eeb96
 def drawn(dl, idxs):
     "A batch of the items `idxs`"
     return dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i)) for i in idxs]), dl.device))
@@ -51,7 +52,7 @@ def check_same_each_time(dl):
     same = len(a)==len(b) and all(s.shape==t.shape and torch.equal(s, t) for s,t in zip(a, b))
     if not same: raise DataError('Texts whose states are kept must be the same every epoch', 'items that differ when they are drawn again', todo)
 
-# %% ../../nbs/34_tune.cache.ipynb #6a7979e1
+# %% ../../nbs/34_tune.cache.ipynb #8c1408e9
 class PrefixCache:
     "The states that a frozen prefix gives for the texts of one DataLoader"
     def __init__(self,
@@ -63,8 +64,7 @@ class PrefixCache:
         folder:str|Path='.' # See `StateStore`
     ):
         check_same_each_time(dl)
-        self.prefix,self.dl,self.one,self.dataset = prefix,dl,one,dl.dataset
-        self.pooled = not isinstance(prefix, Prefix)
+        self.prefix,self.dl,self.one,self.dataset,self.pooled = prefix,dl,one,dl.dataset,not isinstance(prefix, Prefix)
         self.vectors = self.pooled or (one is not None and prefix.k==len(prefix.blocks)) # one a text
         lengths = np.array(dl.res if getattr(dl, 'res', None) is not None and not self.pooled else self._measure())
         self.order = np.argsort(-lengths, kind='stable')
@@ -74,7 +74,7 @@ class PrefixCache:
     def close(self): "Give the room back"; self.store.close()
     def __repr__(self): return f'PrefixCache({self.prefix}; {self.store})'
 
-# %% ../../nbs/34_tune.cache.ipynb #c11d06db
+# %% ../../nbs/34_tune.cache.ipynb #db928b6b
 @patch
 def fill(self:PrefixCache,
     bs:int=64, # Texts of a batch
@@ -91,7 +91,7 @@ def fill(self:PrefixCache,
     self._stack_targets()
     return self
 
-# %% ../../nbs/34_tune.cache.ipynb #a08e76d9
+# %% ../../nbs/34_tune.cache.ipynb #13d2a8ef
 @patch
 def _keep(self:PrefixCache, idxs, x, ys, states):
     "Take a batch apart"
@@ -107,7 +107,7 @@ def _keep(self:PrefixCache, idxs, x, ys, states):
         self.tokens[i] = x[j].cpu()[:, last[j].item():last[j].item()+1] if self.vectors else x[j][:,there[j]].cpu()
         self.store.write(i, states[j,:1] if self.vectors else states[j][there[j]])
 
-# %% ../../nbs/34_tune.cache.ipynb #b9d30508
+# %% ../../nbs/34_tune.cache.ipynb #3b4db858
 @patch
 def _stack_targets(self:PrefixCache):
     columns = [[t.cpu() for t in c] for c in zip(*self.targets)]
@@ -125,7 +125,7 @@ def batch(self:PrefixCache,
     ys = [torch.stack(_pad_stack([c[i] for i in idxs], -100, self.left)) if isinstance(c, list) else c[at] for c in self.targets]
     return to_device(((x,*ys),states), device)
 
-# %% ../../nbs/34_tune.cache.ipynb #4c0cef5a
+# %% ../../nbs/34_tune.cache.ipynb #fc8c573d
 class CachedDL(GetAttr):
     "The batches of a DataLoader, in its own order, from a `PrefixCache`"
     _default = 'source'
@@ -145,7 +145,7 @@ class CachedDL(GetAttr):
             yield b
         self.source.after_iter()
 
-# %% ../../nbs/34_tune.cache.ipynb #1b4de4e6
+# %% ../../nbs/34_tune.cache.ipynb #9b4f792d
 class CachedPrefix(Callback):
     "Compute the frozen lower layers once, and train and validate those above from what was kept"
     order,_learn = ParamScheduler.order+1,None # after GradualUnfreezing has frozen the layers of the epoch
@@ -167,7 +167,7 @@ class CachedPrefix(Callback):
         if v is None and self._learn is not None: self.forget()
         self._learn = v
 
-# %% ../../nbs/34_tune.cache.ipynb #d544e4d0
+# %% ../../nbs/34_tune.cache.ipynb #faf27bcf
 @patch
 def before_fit(self:CachedPrefix):
     "Rest while rates are searched or predictions gathered"
@@ -189,14 +189,14 @@ def before_validate(self:CachedPrefix):
 @patch
 def after_batch(self:CachedPrefix): "Put the model's `forward` back"; self._leave()
 
-# %% ../../nbs/34_tune.cache.ipynb #26b9704f
+# %% ../../nbs/34_tune.cache.ipynb #050b5ce7
 @patch
 def after_epoch(self:CachedPrefix): "What comes outside of an epoch is computed in full"; self._on = False
 
 @patch
 def after_fit(self:CachedPrefix): "Put the model's `forward` back; the states are kept for a next fit"; self._leave()
 
-# %% ../../nbs/34_tune.cache.ipynb #09d78a64
+# %% ../../nbs/34_tune.cache.ipynb #077f0a2a
 def _fingerprint(p): return id(p),p._version,p.detach().reshape(-1)[::max(1, p.numel()//512)].double().sum().item()
 
 @patch
@@ -213,7 +213,7 @@ def _state_of(self:CachedPrefix):
     frozen = [p for p in self.model.parameters() if not p.requires_grad] + [b for m in frozen_modules(self.model) for b in m.buffers()]
     return [_fingerprint(p) for p in frozen],[(id(d.dataset), len(d.dataset)) for d in self.dls.loaders[:2]],self._precision()[1],id(self.model)
 
-# %% ../../nbs/34_tune.cache.ipynb #79f35a55
+# %% ../../nbs/34_tune.cache.ipynb #6d41afcf
 @patch
 def _ready(self:CachedPrefix) -> bool: # Are there states to train from?
     now = self._state_of()
@@ -227,7 +227,7 @@ def _ready(self:CachedPrefix) -> bool: # Are there states to train from?
     self._key = now
     return self.prefix is not None
 
-# %% ../../nbs/34_tune.cache.ipynb #46108677
+# %% ../../nbs/34_tune.cache.ipynb #5389e346
 @patch
 def _cached(self:CachedPrefix, name):
     "The batches of the DataLoader in use, from states that are computed when they are first needed"
@@ -247,7 +247,7 @@ def _find_one(self:CachedPrefix):
     except FastaiTLError:
         if self.one_position: raise
 
-# %% ../../nbs/34_tune.cache.ipynb #0d20ac2f
+# %% ../../nbs/34_tune.cache.ipynb #54fa47b3
 @patch
 def forget(self:CachedPrefix):
     "Give up what is kept; it is computed again when it is needed"
@@ -255,7 +255,7 @@ def forget(self:CachedPrefix):
     for c in self.caches.values(): c.close()
     self.caches,self.prefix,self.one,self._key = {},None,None,None
 
-# %% ../../nbs/34_tune.cache.ipynb #301f1449
+# %% ../../nbs/34_tune.cache.ipynb #77ddf300
 @patch
 def _offer(self:CachedPrefix, x, states):
     "Let the model go on from `states` when it is given `x`"
@@ -275,7 +275,7 @@ def _forward(self:CachedPrefix, own, *args, **kw):
     if not (amp and n==1 and self.one is not None): states = states.float()
     with (self.one if n and self.one is not None else nullcontext()), self.prefix.replay(states): return own(*args, **kw)
 
-# %% ../../nbs/34_tune.cache.ipynb #a1e4247d
+# %% ../../nbs/34_tune.cache.ipynb #04b1f5b7
 @patch
 def _leave(self:CachedPrefix):
     if self._stack is not None: self._stack.close()
