@@ -19,7 +19,6 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.imports import noop
 from fastai.torch_core import to_device
-from fastai.vision.augment import RandTransform
 from ..core import DataError, FastaiTLError, shorten
 from ..data.subwords import TensorTargets, TensorTokens, _pad_stack
 from ..models.groups import frozen_modules
@@ -44,7 +43,7 @@ def check_same_each_time(dl):
     "Refuse a DataLoader whose items change"
     todo = 'Leave it out while layers are frozen, or train without the cache'
     if not getattr(dl, 'indexed', False) or dl.bs is None: raise DataError('Texts whose states are kept must come one by one, by number', f'a {type(dl).__name__}', todo)
-    rand = [type(t).__name__ for p in _pipelines(dl) for t in p.fs if isinstance(t, RandTransform)]
+    rand = [type(t).__name__ for p in _pipelines(dl) for t in p.fs if any(c.__name__=='RandTransform' for c in type(t).__mro__)] # by name: its module brings torchvision along
     if rand: raise DataError('Texts whose states are kept must be the same every epoch', f'random transforms ({shorten(rand)}) in front of the model', todo)
     if any(hasattr(dl.dataset, o) for o in ('reshuffle','masker')): raise DataError('Texts whose states are kept must be the same every epoch', f'a {type(dl.dataset).__name__}, whose texts are cut or masked anew', todo)
     n = min(len(dl.dataset), 8, dl.bs)
