@@ -17,10 +17,14 @@ from .models.trace import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
+from .models.prefix import *
+from .models.position import *
+from .models.states import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
 from .tune.precision import *
+from .tune.cache import *
 from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
