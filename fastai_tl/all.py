@@ -17,6 +17,8 @@ from .models.trace import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
+from .models.chunked import *
+from .models.lstm import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
@@ -24,6 +26,7 @@ from .tune.precision import *
 from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
+from .tune.lean import *
 from .generation.codec import *
 from .generation.stateful import *
 from .generation.source import *
