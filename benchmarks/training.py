@@ -144,6 +144,7 @@ def texts_and_labels(a, n_train, n_valid):
     else:
         from fastai_tl.all import docstring_corpus
         df = docstring_corpus(); parts = df[df.split == 'train'], df[df.split != 'train']
+    parts = [p.dropna(subset='label') for p in parts]
     train = parts[0].sample(n_train, random_state=0)
     valid = parts[1].drop(train.index, errors='ignore').sample(n_valid, random_state=0)
     labels = sorted(set(train.label.astype(str)))

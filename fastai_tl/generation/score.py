@@ -56,8 +56,8 @@ def _nll(logits, targets):
 
 def _numbers(x): return x.double().cpu().numpy()
 
-# %% ../../nbs/44_generation.score.ipynb #b191a7ad
-_LAZY_VOCAB = 2**12 # where no logits are kept, a token counts as much as a vocabulary of this size
+# %% ../../nbs/44_generation.score.ipynb #2cf023f4
+_LAZY_VOCAB = 2**11 # where no logits are kept, a token counts as much as a vocabulary of this size
 
 def _lazily(m):
     "A context in which a causal model gives `LazyLogits`, if its output layer is a plain one"

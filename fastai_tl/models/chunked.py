@@ -78,12 +78,13 @@ class _Each(torch.autograd.Function):
         _,*grads = _pieces(*_cast(x, w, b, dtype), y, smoothing, ctx.needs_input_grad[:3], g)
         return *[None if d is None else d.to(o.dtype) for d,o in zip(grads, (x, w, b))],None,None,None
 
-# %% ../../nbs/27_models.chunked.ipynb #bcf77195
+# %% ../../nbs/27_models.chunked.ipynb #cc24fb7e
 def _compute_dtype(x):
     "The dtype of a matrix product here and now"
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype!=torch.float64 else x.dtype
 
+# %% ../../nbs/27_models.chunked.ipynb #fe97cd21
 def linear_cross_entropy(
     x:torch.Tensor, # Hidden states (…, units)
     weight:torch.Tensor, # Of the output layer (vocabulary, units)
@@ -103,7 +104,7 @@ def linear_cross_entropy(
     if reduction!='none': return loss/len(y) if reduction=='mean' else loss
     return (loss if whole else loss.new_zeros(real.shape).masked_scatter(real, loss)).view(target.shape)
 
-# %% ../../nbs/27_models.chunked.ipynb #c9942477
+# %% ../../nbs/27_models.chunked.ipynb #dc246c33
 class LazyLogits(torch.Tensor):
     "The logits of an output layer, computed when they are needed"
     @staticmethod
@@ -115,18 +116,19 @@ class LazyLogits(torch.Tensor):
     def as_subclass(self, cls): "fastai's classes of tensors carry no meaning for logits"; return self
     def __repr__(self): return f'LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})'
     @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return func(*tree_map(_full, list(args)), **tree_map(_full, kwargs or {}))
+    @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if (f := _LAZY.get(func)) is not None and (res := f(*args, **kwargs)) is not NotImplemented: return res
         if func in _NATIVE:
             with torch._C.DisableTorchFunctionSubclass(): return func(*args, **kwargs)
         return func(*tree_map(_full, list(args)), **tree_map(_full, kwargs))
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return func(*tree_map(_full, list(args)), **tree_map(_full, kwargs or {}))
 
+# %% ../../nbs/27_models.chunked.ipynb #9e40b1ca
 def _full(o): return o.full() if isinstance(o, LazyLogits) else o
 
-# %% ../../nbs/27_models.chunked.ipynb #dc24c237
+# %% ../../nbs/27_models.chunked.ipynb #d87d75e7
 _NATIVE = {getattr(torch.Tensor, k).__get__ for k in ('shape','dtype','device','ndim','layout','is_cuda','is_sparse','is_quantized','is_meta','is_nested')} | {
     torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.is_floating_point, torch.numel}
 _LAZY = {} # function of PyTorch -> ours; `NotImplemented` where the full logits are needed after all
@@ -136,7 +138,7 @@ def _lazily(*funcs):
     def _inner(f): return _LAZY.update({o: f for o in funcs}) or f
     return _inner
 
-# %% ../../nbs/27_models.chunked.ipynb #167d7bf3
+# %% ../../nbs/27_models.chunked.ipynb #e46a8f79
 @patch
 def full(self:LazyLogits) -> torch.Tensor: # (…, vocabulary)
     "All logits"
@@ -150,7 +152,7 @@ def _with(self, x=None, dtype=None):
     res.product = self.product
     return res
 
-# %% ../../nbs/27_models.chunked.ipynb #baef825f
+# %% ../../nbs/27_models.chunked.ipynb #d6f1df72
 @_lazily(torch.Tensor.contiguous)
 def _same(self, *args, **kwargs): return self
 
@@ -160,6 +162,7 @@ def _float(self, *args, **kwargs): return _with(self, dtype=torch.float32)
 @_lazily(torch.Tensor.detach)
 def _detach(self): return LazyLogits.__new__(LazyLogits, *[o if o is None else o.detach() for o in self.parts], self.dtype)
 
+# %% ../../nbs/27_models.chunked.ipynb #b12919ed
 @_lazily(torch.Tensor.transpose, torch.transpose)
 def _transpose(self, a, b): return self if a%self.ndim==b%self.ndim else NotImplemented
 
@@ -173,7 +176,7 @@ def _view(self, *shape):
 def _flatten(self, start_dim=0, end_dim=-1):
     return NotImplemented if end_dim%self.ndim==self.ndim-1 else _with(self, self.parts[0].flatten(start_dim, end_dim))
 
-# %% ../../nbs/27_models.chunked.ipynb #a2100891
+# %% ../../nbs/27_models.chunked.ipynb #719e6c19
 @_lazily(torch.Tensor.__getitem__)
 def _getitem(self, idx):
     if not isinstance(self, LazyLogits): return NotImplemented
@@ -182,7 +185,7 @@ def _getitem(self, idx):
     plain = all(isinstance(o, (int,slice,torch.Tensor)) and not isinstance(o, bool) for o in items)
     return _with(self, self.parts[0][idx]) if plain and used<self.ndim else NotImplemented
 
-# %% ../../nbs/27_models.chunked.ipynb #a96005b6
+# %% ../../nbs/27_models.chunked.ipynb #807e79c7
 @_lazily(torch.Tensor.argmax, torch.argmax)
 @torch.no_grad()
 def _argmax(self, dim=None, keepdim=False):
@@ -199,7 +202,7 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
     if odd or target.is_floating_point() or input.ndim!=2: return NotImplemented # class weights, or targets that are probabilities
     return linear_cross_entropy(*input.parts, target.as_subclass(torch.Tensor), ignore_index, reduction, label_smoothing, input.product)
 
-# %% ../../nbs/27_models.chunked.ipynb #f671bed3
+# %% ../../nbs/27_models.chunked.ipynb #2c74c721
 def lazy_head(
     layer:torch.nn.Linear, # The output layer
     on:bool=True # Or back

@@ -100,7 +100,7 @@ def before_fit(self:AutocastPrecision):
     self.learn._do_one_batch = partial(_guarded_batch, self.learn, self)
     if kind=='cpu' and self.compute_dtype==torch.bfloat16: swap_lstms(self.model)
 
-# %% ../../nbs/33_tune.precision.ipynb #20d81c36
+# %% ../../nbs/33_tune.precision.ipynb #93acb8b1
 @patch
 def before_batch(self:AutocastPrecision):
     "Enter autocast"
@@ -115,6 +115,7 @@ def after_loss(self:AutocastPrecision): "Leave autocast; the backward pass runs 
 @patch
 def after_cancel_batch(self:AutocastPrecision): "Leave autocast"; self._leave()
 
+# %% ../../nbs/33_tune.precision.ipynb #d3284ecf
 @patch
 def after_fit(self:AutocastPrecision):
     "Put everything away"
@@ -123,7 +124,7 @@ def after_fit(self:AutocastPrecision):
     self.autocast,self.learn.scaler = None,None
     self.learn.__dict__.pop('_do_one_batch', None)
 
-# %% ../../nbs/33_tune.precision.ipynb #b0a8f458
+# %% ../../nbs/33_tune.precision.ipynb #0e3d9256
 @patch
 def state_dict(self:AutocastPrecision) -> dict: # Numbers; empty unless float16 is in use
     "The loss scale and when it was last raised"
@@ -136,7 +137,7 @@ def load_state_dict(self:AutocastPrecision,
     "Go on with the loss scale of an earlier fit"
     if sd and self.learn.scaler.is_enabled(): self.learn.scaler.load_state_dict(sd)
 
-# %% ../../nbs/33_tune.precision.ipynb #c9e87851
+# %% ../../nbs/33_tune.precision.ipynb #fadbfc1f
 @patch
 def to_mixed_precision(self:Learner,
     dtype=None, # `bf16` or `fp16`, also as a PyTorch dtype; the best that the device has if `None`
