@@ -216,3 +216,15 @@ def test_padding_factor_and_fused_steps():
     from transformers import BertConfig
     learn = hf_classifier_learner(dls, BertConfig(vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)); learn.create_opt()
     assert learn.opt.opt.defaults.get('fused') is True
+
+
+# --- perplexity ---
+
+@bf16_cpu
+def test_perplexity_in_bfloat16():
+    "Products in bfloat16 change the figure by less than one part in a thousand, and leave the model as it was"
+    learn = hf_lm('causal')
+    texts = [' '.join(f'w{(i*k) % 90}' for i in range(k)) for k in range(3, 28)]
+    a, b = (text_perplexity(learn, texts, dtype=d).corpus.nll for d in (None, 'bf16'))
+    assert a != b and b == pytest.approx(a, rel=1e-3)
+    assert not any('forward' in vars(m) for m in learn.model.modules())

@@ -32,7 +32,7 @@ def window_spans(
         res.append((end-width, end, done))
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #974941b5
+# %% ../../nbs/44_generation.score.ipynb #ac750e38
 LOGITS_BUDGET = {'cpu': 2**22, 'other': 2**26} # numbers, of float32 16 and 256 MB: a processor is fastest with what it need not fetch from memory
 
 def _batches(sizes, bs, vocab, device):
@@ -50,13 +50,14 @@ def _pad(seqs, value, device):
     ids = torch.tensor([list(s)+[value]*(n-len(s)) for s in seqs], device=device)
     return ids,torch.tensor([[1]*len(s)+[0]*(n-len(s)) for s in seqs], device=device)
 
+# %% ../../nbs/44_generation.score.ipynb #0c9bedf7
 def _nll(logits, targets):
     "In nats, one a row; at least in float32"
     return _numbers(F.cross_entropy(logits.float() if logits.dtype!=torch.float64 else logits, targets, reduction='none'))
 
 def _numbers(x): return x.double().cpu().numpy()
 
-# %% ../../nbs/44_generation.score.ipynb #2cf023f4
+# %% ../../nbs/44_generation.score.ipynb #d28f14d1
 _LAZY_VOCAB = 2**11 # where no logits are kept, a token counts as much as a vocabulary of this size
 
 def _lazily(m):
@@ -64,6 +65,7 @@ def _lazily(m):
     layer = m.get_output_embeddings()
     return lazy_heads(layer) if type(layer) is torch.nn.Linear else contextlib.nullcontext(False)
 
+# %% ../../nbs/44_generation.score.ipynb #2832d12e
 def _causal(tm, seqs, width, stride, bs):
     m,pad = tm.model,tm.codec.pad_id
     spans = [(i, *w) for i,s in enumerate(seqs) for w in window_spans(len(s), width, stride)]
@@ -75,6 +77,7 @@ def _causal(tm, seqs, width, stride, bs):
         for batch in _batches(sizes, bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device): _score_spans(tm, [spans[k] for k in batch], seqs, pad, keeps, res, kw)
     return res
 
+# %% ../../nbs/44_generation.score.ipynb #f8339af6
 def _score_spans(tm, rows, seqs, pad, keeps, res, kw):
     "Score a batch of windows"
     ids,mask = _pad([seqs[i][b:e] for i,b,e,_ in rows], pad, tm.device)
@@ -85,7 +88,7 @@ def _score_spans(tm, rows, seqs, pad, keeps, res, kw):
     nll = _nll(out.flatten(0, 1), target.flatten().to(out.device)).reshape(target.shape)
     for (i,_,e,d),row,t in zip(rows, nll, target.numpy()): res[i][d:e] = row[t!=-100]
 
-# %% ../../nbs/44_generation.score.ipynb #611952cf
+# %% ../../nbs/44_generation.score.ipynb #3dd9a311
 def _awd(tm, seqs, bs, chunk=256):
     r = AWDReader(tm.model)
     res,vocab = [np.zeros(max(len(s)-1, 0)) for s in seqs],len(r.emb)
@@ -103,7 +106,7 @@ def _awd(tm, seqs, bs, chunk=256):
             for i,n,part in zip(rows, counts, np.split(nll, np.cumsum(counts)[:-1])): res[i][a:a+n] = part
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #82804dd5
+# %% ../../nbs/44_generation.score.ipynb #f9118f79
 def score_ids(
     tm:TextModel, # A causal model or an AWD_LSTM
     seqs:list, # Lists of numbers
@@ -124,14 +127,14 @@ def _checked(tm, width, stride, bs):
     if bs<1: raise FastaiTLError('`bs` must be at least 1', str(bs))
     return width,stride
 
-# %% ../../nbs/44_generation.score.ipynb #0bbefed1
+# %% ../../nbs/44_generation.score.ipynb #e7888494
 def _masked_windows(n, width, stride):
     "For each token the begin of the window that it is scored in"
     if n<=width: return [0]*n
     begins = list(range(0, n-width, stride)) + [n-width]
     return [max(begins, key=lambda b: min(i-b, b+width-1-i) if b<=i<b+width else -1) for i in range(n)]
 
-# %% ../../nbs/44_generation.score.ipynb #6338186e
+# %% ../../nbs/44_generation.score.ipynb #4190fc88
 def _masked(tm, wholes, width, stride, bs):
     tok,m = tm.codec.tok,tm.model
     if tok.mask_token_id is None: raise FastaiTLError('A masked model needs a tokenizer with a mask token', 'one without')
@@ -146,6 +149,7 @@ def _masked(tm, wholes, width, stride, bs):
         for batch in _batches([(len(row), len(row)) for _,_,row,_ in items], bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device): _score_masks(tm, [items[k] for k in batch], res)
     return res
 
+# %% ../../nbs/44_generation.score.ipynb #1df94e0a
 def _score_masks(tm, rows, res):
     "Score a batch of rows, in each the one token that is masked"
     ids,mask = _pad([row for _,_,row,_ in rows], tm.codec.pad_id, tm.device)
@@ -153,7 +157,7 @@ def _score_masks(tm, rows, res):
     target,ids[r,at] = ids[r,at].clone(),tm.codec.tok.mask_token_id
     for (t,i,*_),v in zip(rows, _nll(tm.model(input_ids=ids, attention_mask=mask).logits[r,at], target)): res[t][i] = v
 
-# %% ../../nbs/44_generation.score.ipynb #2480bc5c
+# %% ../../nbs/44_generation.score.ipynb #8d812107
 @dataclass
 class TokenScores:
     "The tokens of a text with what each cost"
@@ -165,7 +169,7 @@ class TokenScores:
     unk:int=0 # How many of the scored tokens stand for unknown words
     chars:int=0 # Characters of the text that they stand for
 
-# %% ../../nbs/44_generation.score.ipynb #829d86e2
+# %% ../../nbs/44_generation.score.ipynb #8f35ea24
 def _sequence(tm, text, bos):
     "What a causal model reads of a text, and where each token is"
     ids,spans = tm.codec.encode_spans(text) if text else ([], None)
@@ -175,7 +179,7 @@ def _sequence(tm, text, bos):
     elif bos is True and start is None: raise FastaiTLError('`bos=True` needs a token for the beginning of a text', 'a tokenizer without one')
     return ids,spans
 
-# %% ../../nbs/44_generation.score.ipynb #fa3ca1ff
+# %% ../../nbs/44_generation.score.ipynb #09885b6b
 def score_texts(
     tm:TextModel, # From `text_model`
     texts:list, # Strings; empty ones have no tokens
@@ -188,6 +192,7 @@ def score_texts(
     "Score each token of each text once"
     with _products(tm, dtype): return _score_texts(tm, texts, stride, max_length, bs, bos)
 
+# %% ../../nbs/44_generation.score.ipynb #6ce2f114
 def _products(tm, dtype):
     "A context with matrix products in `dtype`, where the device is not slow with it"
     if dtype is None: return contextlib.nullcontext()
@@ -196,6 +201,7 @@ def _products(tm, dtype):
     warnings.warn(f'{reason}: computing in the dtype of the weights')
     return contextlib.nullcontext()
 
+# %% ../../nbs/44_generation.score.ipynb #99da260d
 def _score_texts(tm, texts, stride, max_length, bs, bos):
     if tm.kind=='seq2seq': raise FastaiTLError('A language model of single texts is needed', f'a {type(tm.model).__name__}, which models one text given another')
     if tm.kind=='masked': return _score_masked(tm, texts, *_checked(tm, max_length, stride, bs), bs)
@@ -203,6 +209,7 @@ def _score_texts(tm, texts, stride, max_length, bs, bos):
     nll = score_ids(tm, read, stride, max_length, bs)
     return [TokenScores(t, list(r[1:]), v, list(r), s and s[1:], r[1:].count(tm.codec.unk_id), len(t)-(s[0][1] if s else 0)) for t,r,s,v in zip(texts, read, spans, nll)]
 
+# %% ../../nbs/44_generation.score.ipynb #83e719d1
 def _score_masked(tm, texts, width, stride, bs):
     wholes = [tm.codec.encode_whole(t) if t.strip() else ([], [], [], None) for t in texts]
     with evaluating(tm.model): nll = _masked(tm, [w[:3] for w in wholes], width, stride, bs)
