@@ -170,10 +170,9 @@ def trainer(model, tok, train, labels, bs, folder, **kw):
 
 def top_layer(learn):
     "The single-position top layer, where the package has it"
-    spec = importlib.util.find_spec('fastai_tl.models.single') # the module that brings it, if it is installed
-    if spec is None: return False
-    import fastai_tl.models.single as single
-    single.single_position(learn.model)
+    if importlib.util.find_spec('fastai_tl.models.position') is None: return False
+    import fastai_tl.models.position # brings learn.single_position
+    learn.single_position()
     return True
 
 
