@@ -19,7 +19,9 @@ from .models.encoder import *
 from .models.hf import *
 from .models.prefix import *
 from .models.position import *
+from .models.chunked import *
 from .models.states import *
+from .models.lstm import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
@@ -28,6 +30,7 @@ from .tune.cache import *
 from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
+from .tune.lean import *
 from .generation.codec import *
 from .generation.stateful import *
 from .generation.source import *
