@@ -13,9 +13,9 @@ import contextlib, re
 import numpy as np
 from .core import FastaiTLError, shorten
 
-# %% ../nbs/01_plot.ipynb #cd3e671e
+# %% ../nbs/01_plot.ipynb #351fe9aa
 CJK_FONTS = ('Noto Sans CJK TC', 'Noto Sans TC', 'PingFang TC', 'Heiti TC', 'Microsoft JhengHei', 'WenQuanYi Micro Hei', 'Noto Sans CJK SC', 'Noto Sans CJK JP')
-_cjk = re.compile('[⺀-鿿가-힯豈-﫿＀-￯𠀀-𲎯]')
+_cjk = re.compile('[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af]')
 
 _cjk_file = re.compile('cjk|wqy|pingfang|heiti|jheng|notosanstc', re.I)
 

@@ -34,8 +34,8 @@ def undo_rules(
         rule,n,idxs = None,None,[]
     return res + ([('', idxs)] if idxs else [])
 
-# %% ../../nbs/10_data.decode.ipynb #5792f1cf
-WIDE = '⺀-鿿豈-﫿＀-￯𠀀-𲎯' # for a regex: characters without spaces between them; Korean is left out, for it has them
+# %% ../../nbs/10_data.decode.ipynb #ea2fd764
+WIDE = '\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af' # for a regex: characters without spaces between them; Korean is left out, for it has them
 HAN = '\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af々〇' # of these the Chinese characters
 LETTER = rf'[^\W_{WIDE}]' # letters and digits of scripts that have spaces
 _wide = re.compile(f'[{WIDE}]')
