@@ -11,6 +11,7 @@ from .data.blocks import *
 from .data.splits import *
 from .data.loaders import *
 from .data.corpus import *
+from .data.reviews import *
 from .data.spans import *
 from .data.lm import *
 from .data.questions import *
