@@ -92,6 +92,7 @@ def widen_punctuation(
     while (res := _marks.sub(lambda m: _wide_marks[m[0]], text))!=text: text = res # a mark made wide counts for the next
     return text
 
+# %% ../../nbs/11_data.chinese.ipynb #43aa84ce
 class ToTraditional:
     "A rule that converts Simplified characters, and words, to those of Taiwan, by OpenCC"
     def __init__(self,
@@ -138,6 +139,7 @@ def _spaced(toks):
     "Spaces as the rule of decoding wants them: left out between two words, a token elsewhere"
     return [TK_SPACE if t==' ' else t for i,t in enumerate(toks) if not (t==' ' and is_letter(toks[i-1][-1]) and is_letter(toks[i+1][0]))]
 
+# %% ../../nbs/11_data.chinese.ipynb #260d03d8
 def marked_tokens(text, pieces):
     "The tokens of a text whose `pieces` (a function) make it up again, with the marks that decoding needs"
     text = squeeze_spaces(text)
@@ -259,8 +261,7 @@ def train_chinese_tokenizer(
     n = Counter(w for t in texts for w,_ in cut.pre_tokenize_str(norm.normalize_str(normalize_chinese(t, rules))))
     letters = [o for c in sorted({c for w in n for c in w if len(w)>1}) for o in (c, '##'+c)]
     words = [w for w,k in sorted(n.items(), key=lambda o: (-o[1], o[0])) if k>=min_freq]
-    vocab = list(dict.fromkeys([*special, *letters, *words]))[:vocab_size]
-    t = Model(models.WordPiece({w: i for i,w in enumerate(vocab)}, unk_token='[UNK]'))
+    t = Model(models.WordPiece({w: i for i,w in enumerate(list(dict.fromkeys([*special, *letters, *words]))[:vocab_size])}, unk_token='[UNK]'))
     t.normalizer,t.pre_tokenizer,t.decoder = norm,cut,decoders.WordPiece()
     t.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B:1 [SEP]:1', special_tokens=[('[CLS]',2),('[SEP]',3)])
     return PreTrainedTokenizerFast(tokenizer_object=t, model_max_length=max_length, model_input_names=['input_ids','token_type_ids','attention_mask'],
@@ -315,6 +316,7 @@ def language_tools(
     if tok is None or isinstance(tok, str): tok = ChineseTokenizer(tok or 'chars')
     return tok,list(CHINESE_RULES if rules is None else rules)
 
+# %% ../../nbs/11_data.chinese.ipynb #db783084
 def tools_from_settings(s):
     "Tokenizer and rules from what `tokenizer_settings` has written of them"
     from fastai_tl.data.tokenize import WordLevelTokenizer
