@@ -198,7 +198,8 @@ def test_ulmfit_in_chinese(run):
     assert acc > .7 and label == '正面'
     out = lm.generate(['雖然房間'], max_new_tokens=20, num_return_sequences=3, seed=1)
     assert all(o.text.startswith('雖然房間') for o in out)
-    assert all(not re.search(f'[{HAN}，] [{HAN}]', o.text) and 'xx' not in o.text for o in out)
+    sp = text_model(lm).codec.o2i['xxsp']     # the texts have `住了 3 天`: spaces are there where the model writes one, and nowhere else
+    for o in out: assert 'xx' not in o.text and len(re.findall(f'[{HAN}，。] [{HAN}]', o.completion)) <= list(o.ids).count(sp), o.text
     assert lm.perplexity(list(df.text[:50])).corpus['bits_per_char'] < lm.perplexity([t[::-1] for t in df.text[:50]]).corpus['bits_per_char']
 
 
@@ -219,8 +220,7 @@ def test_a_loaded_classifier_predicts_the_same(run):
 
 def test_shown_texts_have_no_spaces_between_characters(run, capsys):
     _,_,clf,df = run
-    x = clf.dls.valid.one_batch()[0]
-    shown = clf.dls.decode((x[:3],))[0] if False else [clf.dls.train_ds.tfms[0].decode(clf.dls.train_ds[i][0]) for i in range(3)]
+    shown = [clf.dls.train_ds.tfms[0].decode(clf.dls.train_ds[i][0]) for i in range(3)]
     for t in shown: assert '， ' not in str(t) and not re.search(f'[{HAN}] [{HAN}]', str(t))
 
 
