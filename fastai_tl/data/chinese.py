@@ -6,9 +6,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.chinese.html.md"""
 
 # %% auto #0
 __all__ = ['VARIANTS', 'CHINESE_RULES', 'CUTS', 'strip_invisible', 'narrow_letters', 'unify_variants', 'squeeze_spaces',
-           'normalize_chinese', 'widen_punctuation', 'ToTraditional', 'marked_tokens', 'map_cuts', 'ChineseTokenizer',
-           'SubwordCut', 'train_subwords', 'train_chinese_tokenizer', 'char_shares', 'chinese_report', 'language_tools',
-           'tools_from_settings']
+           'normalize_chinese', 'widen_punctuation', 'ToTraditional', 'ChineseTokenizer', 'SubwordCut',
+           'train_subwords', 'train_chinese_tokenizer', 'chinese_report', 'language_tools']
 
 # %% ../../nbs/11_data.chinese.ipynb #ffe2ffa6
 import re, unicodedata
