@@ -17,6 +17,7 @@ from .models.trace import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
+from .models.foreign import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
@@ -50,5 +51,7 @@ from .evaluation.decide import *
 from .evaluation.spans import *
 from .evaluation.page import *
 from .evaluation.watch import *
+from .interop.shims import *
+from .interop.blurr import *
 from .quickdata import *
 from .quickstart import *

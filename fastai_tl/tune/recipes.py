@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.recipes.html.md"""
 # %% auto #0
 __all__ = ['recipe_stages', 'recipe_lrs', 'train_epoch', 'validate_epoch', 'gradual_unfreezing_training']
 
-# %% ../../nbs/36_tune.recipes.ipynb #e9d58e9c
+# %% ../../nbs/36_tune.recipes.ipynb #b3afd699
 import numpy as np, pandas as pd, torch
 from torch import nn
 from fastcore.all import L, patch
@@ -16,6 +16,7 @@ from fastai.torch_core import trainable_params
 from fastai.callback.schedule import *
 from fastai.text.models.awdlstm import AWD_LSTM
 from ..core import FastaiTLError, TrainingError, unknown_option
+from ..models.foreign import coarse_splitter
 from ..models.groups import LayerFreezer, layer_splitter
 from .rates import create_discriminative_optimizer, discriminative_lrs
 from .schedule import *
@@ -42,14 +43,14 @@ def recipe_lrs(
     at = np.linspace(0, len(_SHAPE)-1, n_stages) if n_stages>1 else [0]
     return lr*np.exp(np.interp(at, range(len(_SHAPE)), np.log(_SHAPE)))
 
-# %% ../../nbs/36_tune.recipes.ipynb #b7243faf
+# %% ../../nbs/36_tune.recipes.ipynb #43db2807
 def _default_lr(learn):
     "The recipe's 2e-2 for AWD_LSTM, the Learner's own rate for anything else"
     return 2e-2 if any(isinstance(m, AWD_LSTM) for m in learn.model.modules()) else learn.lr
 
 def _needs_split(learn):
-    "fastai's default splitter makes one group of everything: give such a Learner the layer groups"
-    if learn.splitter is not trainable_params: return
+    "fastai's default splitter makes one group of everything, blurr's one of an encoder: give such a Learner the layer groups"
+    if learn.splitter is not trainable_params and not coarse_splitter(learn.splitter): return
     learn.splitter = layer_splitter()
     learn.opt = None
 
