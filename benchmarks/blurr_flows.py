@@ -54,7 +54,7 @@ FLOWS = {
     ('versions and seed', "print_versions('torch fastai transformers'); set_seed()"),
     ('raw data as a table', "df = pd.DataFrame(dict(text=texts, label=[i%2 for i in range(60)], is_valid=[i>=44 for i in range(60)])); labels = ['neg','pos']"),
     ('`ClassificationPreprocessor.process_df`', "pre = ClassificationPreprocessor(tok, label_mapping=labels, tok_kwargs=dict(max_length=32)); proc = pre.process_df(df); assert {'proc_text','label_name'} <= set(proc.columns) and len(proc)==60"),
-    ('`ClassificationPreprocessor.process_hf_dataset`', "ds = ClassificationPreprocessor(tok).process_hf_dataset(Dataset.from_pandas(df[:40]), Dataset.from_pandas(df[40:])); assert len(ds)==60"),
+    ('`ClassificationPreprocessor.process_hf_dataset`', "ds = ClassificationPreprocessor(tok).process_hf_dataset(Dataset.from_pandas(df[['text','label']][:40], preserve_index=False), Dataset.from_pandas(df[['text','label']][40:], preserve_index=False)); assert len(ds)==60"),
     ('`get_hf_objects`', "hf_arch, hf_config, hf_tokenizer, hf_model = get_hf_objects(str(folder/'bert'), model_cls=AutoModelForSequenceClassification); assert hf_arch=='bert'"),
     ('`TextBlock` and `DataBlock`', "dblock = DataBlock(blocks=(TextBlock(hf_arch, hf_config, hf_tokenizer, hf_model, batch_tokenize_kwargs={'labels': labels}), CategoryBlock), get_x=ColReader('text'), get_y=ColReader('label'), splitter=RandomSplitter(seed=42))"),
     ('`dblock.summary`', "dblock.summary(df)"),

@@ -3,7 +3,7 @@
 Needs blurr, installed as the package says: `pip install --no-deps ohmeow-blurr==1.0.5`. Without it the tests skip, unless FASTAI_TL_BLURR=1
 says that it has to be there, as in continuous integration."""
 
-import functools,importlib.util,os,sys,warnings
+import functools,importlib,importlib.util,json,os,re,sys
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from fastai_tl.all import (FastaiTLError, GradualUnfreezing, LayerwiseOptimizer,
 from fastai_tl.data.subwords import TensorTokens
 from fastai_tl.learners.auto import task_of_class
 from fastai_tl.models.foreign import foreign_parts, unwrap_model
-from repo import python
+from repo import NBS,ROOT,python
 
 there = importlib.util.find_spec('blurr') is not None
 if os.environ.get('FASTAI_TL_BLURR') == '1' and not there: raise RuntimeError('FASTAI_TL_BLURR=1, but blurr is not installed: pip install --no-deps ohmeow-blurr==1.0.5')
@@ -142,9 +142,9 @@ def test_lives(task, blurr, folder, tmp_path, monkeypatch):
     moved = {n for n,p in learn.model.named_parameters() if not torch.equal(p, weights[n])}
     assert moved and all(id(p) in top or 'norm' in n.lower() or 'ln_' in n for n,p in learn.model.named_parameters() if n in moved)
     learn.unfreeze()
-    before = float(quiet(learn, learn.validate)[0])
-    quiet(learn, lambda: learn.fit(3, 1e-2))
-    assert float(quiet(learn, learn.validate)[0]) < before
+    before = float(quiet(learn, lambda: learn.validate(ds_idx=0))[0])
+    quiet(learn, lambda: learn.fit(5, 1e-2))
+    assert float(quiet(learn, lambda: learn.validate(ds_idx=0))[0]) < before
     rate, = quiet(learn, lambda: learn.lr_find(num_it=5, suggest_funcs=[minimum], show_plot=False))
     assert 1e-9 < rate < 10
     results = shown(monkeypatch, lambda: quiet(learn, lambda: learn.show_results(learner=learn, max_n=2)))[-1]
@@ -401,6 +401,8 @@ from fasttransform import Pipeline
 from fastai.learner import Learner
 from fastai_tl.interop.blurr import enable_blurr, disable_blurr
 import fastai.text.all
+from fastai_tl.interop import shims
+shims._there = lambda name: False     # as if seqeval were not installed
 owners = [fastcore.all, pd.DataFrame, tf.PreTrainedConfig, tf.PreTrainedTokenizerBase, datasets, nltk, nltk.tokenize, Pipeline, Learner]
 def state(): return [{k: id(v) for k,v in vars(o).items() if not k.startswith('__')} for o in owners]
 before = state()
@@ -412,12 +414,17 @@ with_mends = enable_blurr()
 assert len(with_mends) > len(made)
 import blurr.text.modeling.all as bl
 assert bl.blurr_splitter.by_layers
+import blurr.text.modeling.token_classification as tc
+true,pred = [['B-X','O','B-X']],[['B-X','O','O']]
+assert [tc.calculate_token_class_metrics(pred, true, k) for k in ('accuracy','precision','recall')] == [2/3, 1, 1/2]
+assert tc.seq_metrics.__spec__ is None and 'X' in tc.calculate_token_class_metrics(pred, true, 'classification_report')
 disable_blurr()
+assert 'seqeval' not in sys.modules
 assert not hasattr(bl.blurr_splitter, 'by_layers')
 after = state()
 for o,a,b in zip(owners, before, after):
     new = {k for k in b if a.get(k) != b[k]} - {k for k in vars(o) if k.startswith('blurr_')}
-    assert not new or o is tf.PreTrainedConfig and False, (o, new)
+    assert not new, (o, new)
 print('undone')
 ''')
     assert res.returncode == 0 and 'undone' in res.stdout, res.stdout
@@ -456,6 +463,36 @@ except ImportError as e: print(e)
 def test_native_learners_are_refused():
     from fastai.test_utils import synth_learner
     with pytest.raises(FastaiTLError, match='made with blurr'): from_blurr(synth_learner())
+
+
+# --- the page that shows the way ---
+
+def page():
+    cells = json.loads((NBS/'tutorials'/'from_blurr.ipynb').read_text(encoding='utf-8'))['cells']
+    return [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
+
+
+def test_page_shows_the_flows():
+    "The tables are those that benchmarks/blurr_flows.py has written"
+    found = json.loads((ROOT/'benchmarks'/'blurr_flows.json').read_text())
+    text = '\n'.join(page())
+    for name,cells in found['flows'].items():
+        assert f'**{name}**: {sum(c["passes"] for c in cells)} of {len(cells)} cells pass' in text
+        for c in cells: assert f'| {c["cell"]} | {"yes" if c["passes"] else "no: "}' in text
+    assert all(v in text for v in found['versions'].values())
+
+
+def test_page_names_what_exists():
+    "Each name on the right of the table is there"
+    import fastai.text.all as ft, fastai_tl.all as all_
+    rows = [l.split('|')[2] for t in page() if t.startswith('## Write it natively') for l in t.splitlines() if l.startswith('| ') and '---' not in l]
+    names = {m for r in rows for code in re.findall('`([^`]*)`', r) for m in re.findall(r'(?<![\w.\'"])([A-Za-z_]+)(?=\()|^([A-Z]\w+)$', code) for m in m if m}
+    assert len(names) > 20
+    missing = {n for n in names if not hasattr(all_, n) and not hasattr(ft, n)}
+    assert not missing, missing
+    methods = {m for r in rows for m in re.findall(r'learn\.([a-z_]+)\(', r)}
+    from fastai_tl.learners.tag import HFTagger; from fastai_tl.learners.answer import HFAnswerer; from fastai_tl.learners.seq2seq import HFSeq2SeqLearner
+    assert not {m for m in methods if not any(hasattr(c, m) for c in (HFTagger, HFAnswerer, HFSeq2SeqLearner))}
 
 
 # --- together with modules that may be there or not ---

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr.html.md"""
 # %% auto #0
 __all__ = ['enable_blurr', 'disable_blurr', 'from_blurr', 'from_blurr_export']
 
-# %% ../../nbs/91_interop.blurr.ipynb #093af5e2
+# %% ../../nbs/91_interop.blurr.ipynb #7b2504f0
 import importlib, importlib.util, inspect, pickle, sys, types, warnings
 from functools import wraps
 from operator import itemgetter
@@ -24,6 +24,7 @@ from ..data.pairs import HFSeq2SeqDataLoaders
 from ..data.questions import QAExample, hf_qa_dls
 from ..data.spans import HFTagDataLoaders
 from ..data.subwords import HFTokenize
+from ..data.tokenize import read_table
 from ..evaluation.onepass import class_names
 from .shims import Patches, put_in_place
 from ..learners.auto import LEARNERS, task_of_class
@@ -75,9 +76,15 @@ def _in_order(old):
         finally: self.results = [(p, t) for t,p in self.results]
     return after_validate
 
-# %% ../../nbs/91_interop.blurr.ipynb #f67db455
+# %% ../../nbs/91_interop.blurr.ipynb #7a202b9e
+def _frame(data):
+    "A table from a file; anything else as it is"
+    if not isinstance(data, (str,Path)): return data
+    kind = Path(data).suffix
+    return pd.read_excel(data) if kind.startswith('.xls') else pd.read_json(data, orient='records') if kind=='.json' else read_table(data)
+
 def _own_defaults(old):
-    "A classmethod whose dictionaries are copied at each call"
+    "A classmethod whose dictionaries are copied at each call, and whose `data` may be a file"
     f,sig = old.__func__,inspect.signature(old.__func__)
     names = [n for n,p in sig.parameters.items() if isinstance(p.default, dict)]
     clean = {n: dict(sig.parameters[n].default) for n in names}
@@ -85,6 +92,7 @@ def _own_defaults(old):
     def from_data(*args, **kwargs):
         b = sig.bind(*args, **kwargs)
         for n in names: b.arguments[n] = dict(b.arguments.get(n, clean[n]))
+        if 'data' in b.arguments: b.arguments['data'] = _frame(b.arguments['data'])
         return f(*b.args, **b.kwargs)
     return classmethod(from_data)
 
@@ -103,7 +111,7 @@ def _whole_labels(old):
         return res
     return blurr_predict
 
-# %% ../../nbs/91_interop.blurr.ipynb #9853dba5
+# %% ../../nbs/91_interop.blurr.ipynb #1f8df54c
 def _mend(p):
     "Exchange what is wrong in blurr, wherever its modules hold it"
     for m in ('blurr.text.data.all','blurr.text.modeling.all'): importlib.import_module(m)
@@ -116,7 +124,7 @@ def _mend(p):
     cb = tag.TokenClassMetricsCallback
     p.set(cb, 'after_validate', _in_order(cb.after_validate), 'precision and recall under their own names')
     for c in {c for m in mods for c in vars(m).values() if isinstance(c, type) and 'from_data' in vars(c)}:
-        p.set(c, 'from_data', _own_defaults(vars(c)['from_data']), 'defaults of one Learner do not leak into the next')
+        p.set(c, 'from_data', _own_defaults(vars(c)['from_data']), 'defaults of one Learner do not leak into the next; files can be read')
     p.set(Learner, 'blurr_predict', _whole_labels(Learner.blurr_predict), 'labels that are whole, values of a regression')
 
 # %% ../../nbs/91_interop.blurr.ipynb #5bf7ae28
@@ -140,7 +148,7 @@ def _sizes(learn, parts):
     bs,val_bs = (getattr(dl, 'bs', None) or 16 for dl in (learn.dls.train, learn.dls.valid))
     return dict(bs=bs, val_bs=val_bs, path=learn.path, **({'max_length': length} if isinstance(length, int) and not isinstance(length, bool) else {}))
 
-# %% ../../nbs/91_interop.blurr.ipynb #86961535
+# %% ../../nbs/91_interop.blurr.ipynb #9608d7ca
 def _name_outputs(parts, classes):
     "Tell the model's config what its outputs mean"
     cfg = parts.model.config
@@ -148,7 +156,8 @@ def _name_outputs(parts, classes):
 
 def _classification(learn, parts, rows, n, kw):
     target = 'regression' if _is_regression(learn) else 'multi' if isinstance(plain_loss(learn.loss_func), BCEWithLogitsLossFlat) else 'single'
-    classes = None if target=='regression' else class_names(learn.dls, parts.model.config.num_labels)
+    names = (getattr(parts.transform, 'kwargs', None) or {}).get('labels') # what blurr shows for the numbers 0, 1, … of a dataset
+    classes = None if target=='regression' else list(names or class_names(learn.dls, parts.model.config.num_labels))
     label = dict(regression=lambda y: float(y), single=lambda y: classes[int(y)], multi=lambda y: [c for c,v in zip(classes, y) if v])[target]
     if not rows: rows,n = [('a', 0. if classes is None else [i==j for j in range(len(classes))] if target=='multi' else i) for _ in range(2) for i in range(len(classes or [0]))],len(classes or [0])
     _name_outputs(parts, classes)
