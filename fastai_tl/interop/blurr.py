@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr.html.md"""
 # %% auto #0
 __all__ = ['enable_blurr', 'disable_blurr', 'from_blurr', 'from_blurr_export']
 
-# %% ../../nbs/91_interop.blurr.ipynb #7b2504f0
+# %% ../../nbs/91_interop.blurr.ipynb #14dd4efa
 import importlib, importlib.util, inspect, pickle, sys, types, warnings
 from functools import wraps
 from operator import itemgetter
@@ -28,11 +28,13 @@ from ..data.tokenize import read_table
 from ..evaluation.onepass import class_names
 from .shims import Patches, put_in_place
 from ..learners.auto import LEARNERS, task_of_class
+
+# %% ../../nbs/91_interop.blurr.ipynb #1aa2e3f6
 from ..learners.base import HFLearner
 from ..models.foreign import foreign_parts, plain_loss
 from ..models.groups import layer_splitter
 
-# %% ../../nbs/91_interop.blurr.ipynb #3f042242
+# %% ../../nbs/91_interop.blurr.ipynb #a58280b0
 _patches = Patches()
 _INSTALL = 'pip install --no-deps ohmeow-blurr==1.0.5 && pip install "fastai_tl[blurr]"'
 
@@ -53,11 +55,12 @@ def enable_blurr(
     except BaseException: _patches.restore(); raise
     return pd.DataFrame(_patches.rows, columns=['what','why'])
 
+# %% ../../nbs/91_interop.blurr.ipynb #61a5a279
 def disable_blurr():
     "Undo all that `enable_blurr` has changed; what blurr itself has registered, such as its show methods for its own types, stays"
     _patches.restore()
 
-# %% ../../nbs/91_interop.blurr.ipynb #f00d6c97
+# %% ../../nbs/91_interop.blurr.ipynb #6cfc526e
 _mended = ('TokenClassMetricsCallback.after_validate',)
 
 def _by_layers(old):
@@ -76,7 +79,7 @@ def _in_order(old):
         finally: self.results = [(p, t) for t,p in self.results]
     return after_validate
 
-# %% ../../nbs/91_interop.blurr.ipynb #7a202b9e
+# %% ../../nbs/91_interop.blurr.ipynb #10671c66
 def _frame(data):
     "A table from a file; anything else as it is"
     if not isinstance(data, (str,Path)): return data
@@ -98,6 +101,7 @@ def _own_defaults(old):
 
 def _is_regression(learn): return isinstance(getattr(plain_loss(learn.loss_func), 'func', None), nn.MSELoss)
 
+# %% ../../nbs/91_interop.blurr.ipynb #56d362bc
 def _whole_labels(old):
     "Labels as they are, and the values of a regression"
     @wraps(old)
@@ -111,7 +115,7 @@ def _whole_labels(old):
         return res
     return blurr_predict
 
-# %% ../../nbs/91_interop.blurr.ipynb #1f8df54c
+# %% ../../nbs/91_interop.blurr.ipynb #e4895982
 def _mend(p):
     "Exchange what is wrong in blurr, wherever its modules hold it"
     for m in ('blurr.text.data.all','blurr.text.modeling.all'): importlib.import_module(m)
@@ -127,7 +131,7 @@ def _mend(p):
         p.set(c, 'from_data', _own_defaults(vars(c)['from_data']), 'defaults of one Learner do not leak into the next; files can be read')
     p.set(Learner, 'blurr_predict', _whole_labels(Learner.blurr_predict), 'labels that are whole, values of a regression')
 
-# %% ../../nbs/91_interop.blurr.ipynb #5bf7ae28
+# %% ../../nbs/91_interop.blurr.ipynb #d1127e56
 def _text(x):
     "What blurr reads: a string, a pair, a list of words, or a dictionary with one of them"
     x = x['text'] if isinstance(x, dict) else x
@@ -148,7 +152,7 @@ def _sizes(learn, parts):
     bs,val_bs = (getattr(dl, 'bs', None) or 16 for dl in (learn.dls.train, learn.dls.valid))
     return dict(bs=bs, val_bs=val_bs, path=learn.path, **({'max_length': length} if isinstance(length, int) and not isinstance(length, bool) else {}))
 
-# %% ../../nbs/91_interop.blurr.ipynb #9608d7ca
+# %% ../../nbs/91_interop.blurr.ipynb #a23481b0
 def _name_outputs(parts, classes):
     "Tell the model's config what its outputs mean"
     cfg = parts.model.config
@@ -164,6 +168,7 @@ def _classification(learn, parts, rows, n, kw):
     tok,items = HFTokenize(parts.tokenizer, kw.get('max_length'), verbose=False),[LabelledText([_text(x), label(y)]) for x,y in rows]
     return tokens_dls(HFTextDataLoaders, items, n, [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(target, classes)], tok.tokenizer.padding_side, kw['bs'], kw['val_bs'], kw['path'])
 
+# %% ../../nbs/91_interop.blurr.ipynb #da4619b6
 def _tagging(learn, parts, rows, n, kw):
     vocab,strategy = list(learn.dls.vocab),type(getattr(parts.transform, 'labeling_strategy', None)).__name__
     if not rows: rows,n = [(['a'], [i]) for _ in range(2) for i in range(len(vocab))],len(vocab)
@@ -171,7 +176,7 @@ def _tagging(learn, parts, rows, n, kw):
     return HFTagDataLoaders.from_lists([_text(x) for x,_ in rows], [[vocab[int(i)] for i in y] for _,y in rows], parts.tokenizer, valid=_held(n, rows), vocab=vocab,
                                        label_all=strategy in ('SameLabelLabelingStrategy','BILabelingStrategy'), verbose=False, **kw)
 
-# %% ../../nbs/91_interop.blurr.ipynb #efe48b71
+# %% ../../nbs/91_interop.blurr.ipynb #cb910938
 def _example(tok, x, start, end, max_length):
     "A question with its answer in characters; none where both positions are 0"
     left = tok.padding_side=='left'
@@ -193,12 +198,13 @@ def _texts(cls):
         return cls.from_texts([_text(r[0]) for r in rows], parts.tokenizer, valid=_held(n, rows), **kw)
     return make
 
+# %% ../../nbs/91_interop.blurr.ipynb #f4dda4bb
 def _seq2seq(learn, parts, rows, n, kw):
     if not rows: rows,n = [('a','a')]*2,1
     return HFSeq2SeqDataLoaders.from_lists([_text(r[0]) for r in rows], [r[1] for r in rows], parts.tokenizer, valid=_held(n, rows), verbose=False,
                                            max_target_length=getattr(parts.transform, 'max_target_length', None), **kw)
 
-# %% ../../nbs/91_interop.blurr.ipynb #e0f7d655
+# %% ../../nbs/91_interop.blurr.ipynb #0055bdb0
 _MAKERS = dict(classification=_classification, tagging=_tagging, qa=_qa, causal_lm=_texts(HFCausalLMDataLoaders), masked_lm=_texts(HFMaskedLMDataLoaders), seq2seq=_seq2seq)
 
 def from_blurr(
@@ -217,7 +223,7 @@ def from_blurr(
     if not rows: res.dls = dls.new_empty() # an export has no data; the rows that stood in are taken out again
     return res
 
-# %% ../../nbs/91_interop.blurr.ipynb #d725c987
+# %% ../../nbs/91_interop.blurr.ipynb #317494f2
 _MOVED = {'fastcore.transform': 'fasttransform.transform', 'transformers.configuration_utils': 'transformers'}
 
 class _Shell:
@@ -234,6 +240,7 @@ class _OldPickle(pickle.Unpickler):
             except (ImportError, AttributeError): pass
         return type(name, (_Shell,), {})
 
+# %% ../../nbs/91_interop.blurr.ipynb #42eee05f
 def _load_export(path):
     pickles = types.SimpleNamespace(Unpickler=_OldPickle, load=lambda f, **kw: _OldPickle(f, **kw).load(), __name__='old_pickle')
     try: learn = torch.load(path, map_location='cpu', pickle_module=pickles, weights_only=False)
@@ -241,7 +248,7 @@ def _load_export(path):
     if not hasattr(learn, 'dls') or not isinstance(getattr(learn, 'model', None), nn.Module): raise FastaiTLError('A file that `learn.export` wrote is needed', f'{path} with a {type(learn).__name__}')
     return learn
 
-# %% ../../nbs/91_interop.blurr.ipynb #1ea9e987
+# %% ../../nbs/91_interop.blurr.ipynb #c43006f2
 def _built_anew(hf):
     "The same model as today's transformers builds it"
     cfg = type(hf.config).from_dict({k: v for k,v in vars(hf.config).items() if not k.startswith('_')})
@@ -252,6 +259,7 @@ def _built_anew(hf):
     fresh.tie_weights()
     return fresh.eval()
 
+# %% ../../nbs/91_interop.blurr.ipynb #4f77a01c
 def from_blurr_export(
     path:str|Path, # A file that `learn.export` wrote
     trust:bool=False, # An export is a pickle and runs code as it is read: only for files whose maker you trust

@@ -50,7 +50,7 @@ def foreign_parts(
     if tfm is None or not names & {'BaseModelWrapper','HF_BaseModelWrapper'}: return None
     return ForeignParts('blurr', unwrap_model(learn.model), tfm.hf_tokenizer, tfm)
 
-# %% ../../nbs/29_models.foreign.ipynb #60020516
+# %% ../../nbs/29_models.foreign.ipynb #a5fbdf39
 def _is_precalculated(f): return any('PreCalculated' in c.__name__ for c in type(f).__mro__)
 
 def plain_loss(
@@ -64,6 +64,7 @@ def plain_loss(
     if type(loss_func).__name__.endswith('QALoss'): raise FastaiTLError('A loss for each row needs one target a row', 'a pair of positions, as question answering has', 'Turn the Learner into a native one with `from_blurr(learn)`')
     return CrossEntropyLossFlat(axis=getattr(loss_func, 'axis', -1))
 
+# %% ../../nbs/29_models.foreign.ipynb #66ad80ae
 @contextmanager
 def row_losses_of(
     learn # A Learner
@@ -74,7 +75,7 @@ def row_losses_of(
     try: yield learn
     finally: learn.loss_func = before
 
-# %% ../../nbs/29_models.foreign.ipynb #9fde8ab2
+# %% ../../nbs/29_models.foreign.ipynb #47a34aa3
 _COARSE = ('blurr_splitter','hf_splitter','blurr_seq2seq_splitter','hf_seq2seq_splitter')
 
 def coarse_splitter(
