@@ -7,8 +7,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/interop.shims.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/90_interop.shims.ipynb #20378f07
-import inspect, re, sys
+# %% ../../nbs/90_interop.shims.ipynb #d531072c
+import importlib.util, inspect, re, sys
 from contextlib import contextmanager
 from functools import wraps
 from types import ModuleType
@@ -20,32 +20,26 @@ from ..core import FastaiTLError, optional
 from ..learners.answer import answer_scores
 from ..learners.tag import entity_counts, entity_scores
 
-# %% ../../nbs/90_interop.shims.ipynb #9007daa4
+# %% ../../nbs/90_interop.shims.ipynb #b93b1e0e
 _absent = object()
 
 class Patches:
     "Attributes set on other libraries, with the way back"
     def __init__(self): self.rows,self.undo = [],[]
-    def set(self,
-        owner, # A module, a class, or `sys.modules`
-        name:str, # The attribute, or the key
-        value, # What it becomes
-        why:str # What for, in a few words
-    ):
-        "Set an attribute and remember what was there"
+    def set(self, owner, name, value, why):
+        "Set an attribute of a module or class, or a key of a dictionary, remember what was there and what it is for"
         d,label = (owner, 'sys.modules') if isinstance(owner, dict) else (vars(owner), owner.__qualname__ if isinstance(owner, type) else owner.__name__)
         put = owner.__setitem__ if isinstance(owner, dict) else lambda k,v: setattr(owner, k, v)
         drop = owner.pop if isinstance(owner, dict) else lambda k: delattr(owner, k)
         before = d.get(name, _absent)
         put(name, value)
         self.undo.append(lambda: drop(name) if before is _absent else put(name, before))
-        self.rows.append((f'{label}.{name}', why))
+        if why: self.rows.append((f'{label}.{name}', why))
     def put_back(self, owner, name, value, why):
         "Set an attribute if it is missing"
         if name not in (owner if isinstance(owner, dict) else dir(owner)): self.set(owner, name, value, why)
     def restore(self):
-        "Take everything back, the last first"
-        while self.undo: self.undo.pop()()
+        while self.undo: self.undo.pop()() # the last first
         self.rows.clear()
 
 # %% ../../nbs/90_interop.shims.ipynb #81c2e6a9
@@ -80,22 +74,14 @@ def _bleu(predictions, references, words=False, **kwargs):
     if words: predictions,refs,kwargs = [' '.join(p) for p in predictions],[[' '.join(r) for r in rs] for rs in refs],dict(tokenize='none', smooth_method='none', force=True)
     return sacre.corpus_bleu(predictions, refs, **kwargs).score
 
-# %% ../../nbs/90_interop.shims.ipynb #49d3afd0
+# %% ../../nbs/90_interop.shims.ipynb #9bcbce02
 _METRICS = dict(squad=_squad, rouge=_rouge, sacrebleu=lambda predictions, references, **kw: dict(score=_bleu(predictions, references, **kw)),
                 bleu=lambda predictions, references, **kw: dict(bleu=_bleu(predictions, references, words=True)/100))
 
 class OldMetric:
     "A metric under the name and with the `compute` that `datasets` gave it"
-    def __init__(self,
-        name:str # `squad`, `rouge`, `bleu` or `sacrebleu`
-    ): self.name = name
-    def compute(self,
-        predictions, # What was predicted
-        references, # What is right
-        **kwargs # More for the metric
-    ) -> dict: # By the names that `datasets` used
-        "The score of some predictions"
-        return _METRICS[self.name](predictions, references, **kwargs)
+    def __init__(self, name): self.name = name
+    def compute(self, predictions, references, **kwargs): "The score of some predictions"; return _METRICS[self.name](predictions, references, **kwargs)
 
 def load_metric(name, *args, **kwargs):
     "A metric by its name, as `datasets.load_metric` gave it"
@@ -125,7 +111,7 @@ def seqeval_modules():
     top.metrics,top.__path__ = metrics,[]
     return {'seqeval': top, 'seqeval.metrics': metrics}
 
-# %% ../../nbs/90_interop.shims.ipynb #09585d1e
+# %% ../../nbs/90_interop.shims.ipynb #9c36a2f3
 def append(self, other, ignore_index=False, **kwargs):
     "`DataFrame.append` of pandas 1"
     other = other if is_listy(other) else [other]
@@ -143,13 +129,14 @@ def as_target_tokenizer(self):
         self._in_target_context_manager = False
         getattr(self, '_switch_to_input_mode', lambda: None)()
 
+# %% ../../nbs/90_interop.shims.ipynb #21e23f9f
 def adding(add):
     "`Pipeline.add` that makes a Transform of a plain function"
     @wraps(add)
     def res(self, ts, items=None, train_setup=False): return add(self, [mk_transform(t) for t in (ts if is_listy(ts) else [ts])], items, train_setup)
     return res
 
-# %% ../../nbs/90_interop.shims.ipynb #ddcf8f8c
+# %% ../../nbs/90_interop.shims.ipynb #cbb48749
 def sentences_of(tokenize):
     "nltk's sentences, or those that end in a stop where its data are missing"
     @wraps(tokenize)
@@ -164,10 +151,10 @@ def download_later(download):
     def res(info_or_id=None, *args, **kwargs): return True if info_or_id=='wordnet' else download(info_or_id, *args, **kwargs)
     return res
 
-# %% ../../nbs/90_interop.shims.ipynb #ec897709
-def put_in_place(
-    p:Patches # Where it is written down
-):
+# %% ../../nbs/90_interop.shims.ipynb #54e85a27
+def _there(name): return name in sys.modules or importlib.util.find_spec(name) is not None
+
+def put_in_place(p):
     "Put back what blurr 1.0.5 needs, where it is missing"
     import fastcore.all, fastcore.dispatch, fasttransform.transform as ft
     datasets,nltk = (optional(o, 'blurr', 'blurr') for o in ('datasets','nltk'))
@@ -182,7 +169,3 @@ def put_in_place(
     p.set(nltk.tokenize, 'sent_tokenize', sentences_of(nltk.tokenize.sent_tokenize), 'sentences for ROUGE without nltk\'s data')
     if not _there('seqeval'):
         for name,m in seqeval_modules().items(): p.put_back(sys.modules, name, m, 'entity scores, where seqeval is not installed')
-
-def _there(name):
-    from importlib.util import find_spec
-    return name in sys.modules or find_spec(name) is not None
