@@ -486,7 +486,7 @@ def test_page_names_what_exists():
     "Each name on the right of the table is there"
     import fastai.text.all as ft, fastai_tl.all as all_
     rows = [l.split('|')[2] for t in page() if t.startswith('## Write it natively') for l in t.splitlines() if l.startswith('| ') and '---' not in l]
-    names = {m for r in rows for code in re.findall('`([^`]*)`', r) for m in re.findall(r'(?<![\w.\'"])([A-Za-z_]+)(?=\()|^([A-Z]\w+)$', code) for m in m if m}
+    names = {n for r in rows for code in re.findall('`([^`]*)`', r) for n in re.findall(r'(?<![\w.\'"])([A-Za-z]\w+)(?=\(|\.from|$)', code) if n != 'True' and (not n.islower() or '_' in n)}
     assert len(names) > 20
     missing = {n for n in names if not hasattr(all_, n) and not hasattr(ft, n)}
     assert not missing, missing
@@ -501,14 +501,11 @@ def test_page_names_what_exists():
 @pytest.mark.skipif(importlib.util.find_spec('fastai_tl.deploy') is None or importlib.util.find_spec('fastai_tl.deploy.bundle') is None, reason='fastai_tl.deploy.bundle is not there')
 def test_bundle(blurr, folder, tmp_path):
     "Saved without a pickle, by way of the native Learner"
-    importlib.import_module('fastai_tl.deploy.bundle')
+    from fastai_tl.deploy.bundle import load_bundle
     learn = make('single', folder)
     from_blurr(learn).save_bundle(tmp_path/'bundle')
-    from fastai_tl.deploy.bundle import load_bundle
-    with torch.no_grad(): want = [r['probs'] for r in learn.blurr_predict(TEXTS[:4])]
-    got = load_bundle(tmp_path/'bundle').predict_batch(TEXTS[:4])
-    probs = got.probs if hasattr(got, 'probs') else np.array([list(o['probs'].values()) if isinstance(o, dict) and isinstance(o.get('probs'), dict) else o['probs'] if isinstance(o, dict) else o[-1] for o in got])
-    np.testing.assert_allclose(np.asarray(probs), want, atol=1e-5)
+    want = [r['probs'] for r in learn.blurr_predict(TEXTS[:4])]
+    np.testing.assert_allclose(load_bundle(tmp_path/'bundle').predict_proba(TEXTS[:4]), want, atol=1e-5)
 
 
 @needs_blurr
