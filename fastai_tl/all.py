@@ -25,6 +25,7 @@ from .models.position import *
 from .models.chunked import *
 from .models.states import *
 from .models.lstm import *
+from .models.foreign import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
@@ -60,5 +61,7 @@ from .evaluation.decide import *
 from .evaluation.spans import *
 from .evaluation.page import *
 from .evaluation.watch import *
+from .interop.shims import *
+from .interop.blurr import *
 from .quickdata import *
 from .quickstart import *

@@ -16,6 +16,7 @@ from fastai.torch_core import trainable_params
 from fastai.callback.schedule import *
 from fastai.text.models.awdlstm import AWD_LSTM
 from ..core import FastaiTLError, TrainingError, unknown_option
+from ..models.foreign import coarse_splitter
 from ..models.groups import LayerFreezer, layer_splitter
 from .rates import create_discriminative_optimizer, discriminative_lrs
 from .schedule import *
@@ -48,8 +49,8 @@ def _default_lr(learn):
     return 2e-2 if any(isinstance(m, AWD_LSTM) for m in learn.model.modules()) else learn.lr
 
 def _needs_split(learn):
-    "fastai's default splitter makes one group of everything: give such a Learner the layer groups"
-    if learn.splitter is not trainable_params: return
+    "fastai's default splitter makes one group of everything, blurr's one of an encoder: give such a Learner the layer groups"
+    if learn.splitter is not trainable_params and not coarse_splitter(learn.splitter): return
     learn.splitter = layer_splitter()
     learn.opt = None
 
