@@ -53,5 +53,7 @@ from .evaluation.watch import *
 from .deploy.int8 import *
 from .deploy.engines import *
 from .deploy.predict import *
+from .deploy.manifest import *
+from .deploy.bundle import *
 from .quickdata import *
 from .quickstart import *

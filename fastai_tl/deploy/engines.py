@@ -33,7 +33,7 @@ class LSTMCell:
     def __init__(self, *weights): self.hidden,self.weights = weights[1].shape[1],list(weights)
     def __call__(self, x, h, c): return torch.lstm(x, (h, c), self.weights, True, 1, 0., False, False, True)
 
-# %% ../../nbs/81_deploy.engines.ipynb #7ea0bde2
+# %% ../../nbs/81_deploy.engines.ipynb #ac5d1732
 class AWDEngine:
     "A trained AWD_LSTM classifier: texts to numbers, numbers to scores"
     budget,step_tokens,pairs,windows = 32_768,4096,False,None
@@ -48,19 +48,20 @@ class AWDEngine:
         self.vocab,self.tok,self.rules,self.backwards,self.precision,self.lock = list(vocab),tok,list(rules),backwards,'fp32',threading.Lock()
         self.o2i = {w: i for i,w in enumerate(self.vocab) if w!='xxfake'}
         keep = (lambda t: t.detach()) if share else (lambda t: t.detach().clone())
-        sentence,head = _classifier_parts(model)
+        sentence,head = classifier_parts(model)
         enc = find_encoder(sentence)
         self.emb,self.cells = keep(enc.encoder.weight),[LSTMCell(*map(keep, (r.module.weight_ih_l0, r.weight_hh_l0_raw, r.module.bias_ih_l0, r.module.bias_hh_l0))) for r in enc.rnns]
         self.head = head.layers if share else copy.deepcopy(head.layers).eval().requires_grad_(False)
         self.seq_len,self.max_len,self.pad_id,self.share = sentence.bptt,sentence.max_len,sentence.pad_idx,share
 
-# %% ../../nbs/81_deploy.engines.ipynb #f3560912
-def _classifier_parts(model):
+# %% ../../nbs/81_deploy.engines.ipynb #b8ac1ec1
+def classifier_parts(model):
     "Sentence encoder and head of fastai's text classifier"
     ok = isinstance(model, nn.Sequential) and len(model)==2 and isinstance(model[0], SentenceEncoder) and isinstance(model[1], PoolingLinearClassifier)
     if not ok or find_encoder(model).n_dir!=1: raise FastaiTLError("The model must be fastai's text classifier around an AWD_LSTM of one direction", f'a {type(model).__name__}', 'Make it with `text_classifier_learner`, `awd_classifier_learner` or `ULMFiT`')
     return model
 
+# %% ../../nbs/81_deploy.engines.ipynb #56481cb4
 @patch
 def encode(self:AWDEngine,
     texts # Strings
@@ -77,7 +78,7 @@ def of_sample(self:AWDEngine,
     "A row of token numbers from a sample of the DataLoaders"
     return np.asarray(x)
 
-# %% ../../nbs/81_deploy.engines.ipynb #20a3f733
+# %% ../../nbs/81_deploy.engines.ipynb #fee97600
 @patch
 def __call__(self:AWDEngine,
     rows # Arrays of token numbers, the longest first
@@ -99,7 +100,7 @@ def __call__(self:AWDEngine,
         pool[2] /= (lens-skip).to(dev)[:,None]
         return self._head(torch.cat(pool, 1)).float()
 
-# %% ../../nbs/81_deploy.engines.ipynb #1ee4e219
+# %% ../../nbs/81_deploy.engines.ipynb #77582bfe
 @patch
 def _unpooled(self:AWDEngine, lens):
     "How many tokens at its start are not pooled, of each text: whole chunks, until at most `max_len` tokens are left"
@@ -115,7 +116,7 @@ def _read(self:AWDEngine, ids, state):
         state[i] = (h, c)
     return x.float()
 
-# %% ../../nbs/81_deploy.engines.ipynb #3985e6bd
+# %% ../../nbs/81_deploy.engines.ipynb #38501241
 @patch
 def _pool(self:AWDEngine, pool, h, t, end, lens, skip):
     "Add the outputs `h` of the steps from `t` to `end` to the last, the greatest and the sum"
@@ -132,7 +133,7 @@ def _head(self:AWDEngine, x):
     if not self.share: return self.head(x)
     with evaluating(self.head): return self.head(x)
 
-# %% ../../nbs/81_deploy.engines.ipynb #97baadd3
+# %% ../../nbs/81_deploy.engines.ipynb #8a71e0ae
 @patch
 def to_precision(self:AWDEngine,
     precision:str # A key of `PRECISIONS`
@@ -150,22 +151,24 @@ def n_bytes(self:AWDEngine) -> int:
     lstm = sum((c.n_bytes if isinstance(c, LSTMCell8) else sum(w.numel()*w.element_size() for w in c.weights)) for c in self.cells)
     return self.emb.numel()*self.emb.element_size()+lstm
 
-# %% ../../nbs/81_deploy.engines.ipynb #b8cba646
+# %% ../../nbs/81_deploy.engines.ipynb #5f49c1a2
 def _transforms(dls):
     "All transforms that a text goes through"
     return [f for tl in getattr(dls.train_ds, 'tls', [])[:1] for f in getattr(tl.tfms, 'fs', [])]
 
-def _find(dls, kind, todo):
+def find_transform(dls, kind, todo=''):
+    "The transform of a kind that a text goes through"
     f = next((f for f in _transforms(dls) if isinstance(f, kind)), None)
     if f is None: raise DataError(f'The DataLoaders must have a {kind.__name__} for texts to come', f'the transforms {shorten([type(o).__name__ for o in _transforms(dls)])}', todo)
     return f
 
-def _awd_engine(learn, share):
-    tok,num = (_find(learn.dls, k, 'Make them with `TextDataLoaders`, a `TextBlock` or `classifier_dls`') for k in (Tokenizer, Numericalize))
-    back = any(getattr(f, '__name__', getattr(f, 'name', ''))=='reverse_text' for f in _transforms(learn.dls))
-    return AWDEngine(learn.model, num.vocab, tok.tok, tok.rules, back, share)
+def reads_backwards(dls): return any(getattr(f, '__name__', getattr(f, 'name', ''))=='reverse_text' for f in _transforms(dls))
 
-# %% ../../nbs/81_deploy.engines.ipynb #f8ba2b93
+def _awd_engine(learn, share):
+    tok,num = (find_transform(learn.dls, k, 'Make them with `TextDataLoaders`, a `TextBlock` or `classifier_dls`') for k in (Tokenizer, Numericalize))
+    return AWDEngine(learn.model, num.vocab, tok.tok, tok.rules, reads_backwards(learn.dls), share)
+
+# %% ../../nbs/81_deploy.engines.ipynb #d9737fdd
 class HFEngine:
     "A trained Hugging Face classifier: texts to numbers, numbers to scores"
     budget,pairs = 4096,True
@@ -185,7 +188,7 @@ class HFEngine:
     def n_bytes(self): "Bytes of the weights"; return sum(p.numel()*p.element_size() for p in self.model.parameters())+sum(m.n_bytes for m in self.model.modules() if isinstance(m, Int8Linear))
     def of_sample(self, x): "A row of token numbers from a sample of the DataLoaders"; return np.asarray(x)
 
-# %% ../../nbs/81_deploy.engines.ipynb #d2246c5f
+# %% ../../nbs/81_deploy.engines.ipynb #81bea814
 @patch
 def encode(self:HFEngine,
     texts # Strings, or pairs of them
@@ -214,7 +217,7 @@ def __call__(self:HFEngine,
         with torch.inference_mode(): return self.run(x).float()
     with evaluating(self.model): return self.run(x).float()
 
-# %% ../../nbs/81_deploy.engines.ipynb #9b38b358
+# %% ../../nbs/81_deploy.engines.ipynb #4ae62898
 @patch
 def to_precision(self:HFEngine,
     precision:str # A key of `PRECISIONS`
@@ -230,7 +233,7 @@ def to_precision(self:HFEngine,
         for o in res.model.parameters(): o.data = o.data.to(PRECISIONS[p])
     return res
 
-# %% ../../nbs/81_deploy.engines.ipynb #337962dc
+# %% ../../nbs/81_deploy.engines.ipynb #276b825c
 def activation_kind(
     act # From scores to probabilities
 ) -> str: # `single` (softmax), `multi` (sigmoid) or `regression` (nothing)
@@ -242,7 +245,7 @@ def activation_kind(
         if isinstance(out, torch.Tensor) and out.shape==p.shape and torch.allclose(out.as_subclass(torch.Tensor), p, atol=1e-6): return kind
     raise FastaiTLError('The activation of the loss must be a softmax, a sigmoid or nothing', f'another one: {getattr(act, "__qualname__", act)!r}', 'Use `learn.get_preds`')
 
-# %% ../../nbs/81_deploy.engines.ipynb #490db049
+# %% ../../nbs/81_deploy.engines.ipynb #6ff7adb4
 def unactivate(
     probs:torch.Tensor, # Probabilities, or values
     kind:str # `single`, `multi` or `regression`
@@ -255,7 +258,7 @@ def activate_at(scores, kind, temperature=1.):
     "Probabilities of scores at a temperature, or the values themselves"
     return (scores/temperature).softmax(-1) if kind=='single' else (scores/temperature).sigmoid() if kind=='multi' else scores
 
-# %% ../../nbs/81_deploy.engines.ipynb #5644f345
+# %% ../../nbs/81_deploy.engines.ipynb #2c997056
 class AveragedEngine:
     "Two engines, one of which reads backwards; their probabilities are averaged"
     pairs,windows,budget = False,None,AWDEngine.budget
@@ -275,7 +278,7 @@ class Several(tuple):
     @property
     def shape(self): return self[0].shape
 
-# %% ../../nbs/81_deploy.engines.ipynb #0e4d0ed8
+# %% ../../nbs/81_deploy.engines.ipynb #0b69266b
 def engine_of(
     learn, # A Learner of a classifier or a regression, or a `BidirectionalLearner`
     share:bool=False # Use the Learner's own weights, instead of a copy of them as they are now
@@ -297,4 +300,4 @@ def engine_of(
 def _hf_engine(learn, share):
     task = getattr(learn.dls, 'task', None)
     if task is not None: raise FastaiTLError('A classifier or a regression is needed', f'a Learner for {task}', 'Use its own methods, such as `learn.tag`, `learn.answers` or `learn.generate`')
-    return HFEngine(learn.model, _find(learn.dls, HFTokenize, 'Make them with `HFTextDataLoaders` or an `HFTextBlock`'), getattr(learn.dls, 'window_stride', None), share)
+    return HFEngine(learn.model, find_transform(learn.dls, HFTokenize, 'Make them with `HFTextDataLoaders` or an `HFTextBlock`'), getattr(learn.dls, 'window_stride', None), share)
