@@ -168,10 +168,10 @@ def _awd_engine(learn, share):
     tok,num = (find_transform(learn.dls, k, 'Make them with `TextDataLoaders`, a `TextBlock` or `classifier_dls`') for k in (Tokenizer, Numericalize))
     return AWDEngine(learn.model, num.vocab, tok.tok, tok.rules, reads_backwards(learn.dls), share)
 
-# %% ../../nbs/81_deploy.engines.ipynb #d9737fdd
+# %% ../../nbs/81_deploy.engines.ipynb #23b7ce56
 class HFEngine:
     "A trained Hugging Face classifier: texts to numbers, numbers to scores"
-    budget,pairs = 4096,True
+    pairs = True
     def __init__(self,
         model:HFModel, # The model
         tok:HFTokenize, # Cuts the texts
@@ -184,6 +184,8 @@ class HFEngine:
         self.run = run or self.model
     @property
     def device(self): "Where the model is"; return next(self.model.parameters()).device
+    @property
+    def budget(self): "A good number of tokens for a batch: what stays in the caches of a CPU"; return 1024 if self.device.type=='cpu' else 32_768
     @property
     def n_bytes(self): "Bytes of the weights"; return sum(p.numel()*p.element_size() for p in self.model.parameters())+sum(m.n_bytes for m in self.model.modules() if isinstance(m, Int8Linear))
     def of_sample(self, x): "A row of token numbers from a sample of the DataLoaders"; return np.asarray(x)
