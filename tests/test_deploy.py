@@ -1,6 +1,6 @@
 "Fast prediction gives what the Learner gives; bundles come back whole in another process, and not at all when something is wrong with them."
 
-import json,pickle,shutil,subprocess,sys
+import hashlib,json,os,pickle,shutil,subprocess,sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,8 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
-from fastai.text.all import *
+from fastcore.all import merge
+from fastcore.test import expect_fail
+from fastai.losses import BCEWithLogitsLossFlat
+from fastai.text.core import Tokenizer
+from fastai.text.data import TextDataLoaders
+from fastai.text.learner import text_classifier_learner
+from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_clas_config
 from fastai_tl.all import *
+from fastai_tl.core import DataError,FastaiTLError,RunError,seed_everything
 from fastai_tl.files import digest
 from repo import ROOT
 from transformers import BertConfig,GPT2Config,T5Config
@@ -254,7 +261,7 @@ def forge(folder, **said):
     (folder/'bundle.json').write_text(json.dumps({**m, 'checksum': digest(m)}))
 
 
-def facts(p): import hashlib; b = p.read_bytes(); return dict(size=len(b), checksum=hashlib.blake2b(b, digest_size=16).hexdigest())
+def facts(p): b = p.read_bytes(); return dict(size=len(b), checksum=hashlib.blake2b(b, digest_size=16).hexdigest())
 
 
 class Evil:
@@ -379,7 +386,7 @@ def test_tied_weights_are_written_once(tmp_path):
 
 
 def test_tagger(tok, tmp_path):
-    words = [t.rstrip('.').split() for t in TEXTS]; tags = [['B-X' if w in ('good', 'bad') else 'O' for w in s] for s in words]
+    words = [t.lower().rstrip('.').split() for t in TEXTS]; tags = [['B-X' if w in ('good', 'bad') else 'O' for w in s] for s in words]
     learn = hf_tagger_learner(HFTagDataLoaders.from_lists(words, tags, tok, max_length=32, bs=8, verbose=False), bert(tok))
     learn.save_bundle(tmp_path/'m'); again = load_bundle(tmp_path/'m')
     with learn.no_bar(), again.no_bar(): a,b = learn.word_probs(words[:5]),again.word_probs(words[:5])
