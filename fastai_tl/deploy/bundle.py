@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.bundle.html.md"""
 # %% auto #0
 __all__ = ['TOKENIZER_MAKERS', 'load_bundle']
 
-# %% ../../nbs/84_deploy.bundle.ipynb #a20860e5
+# %% ../../nbs/84_deploy.bundle.ipynb #2cfc0ea2
 from pathlib import Path
 import torch
 from fastcore.all import L, patch
@@ -21,7 +21,7 @@ from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, RunError, shorten
 from ..data.blocks import classifier_dls, language_model_dls
 from ..data.lm import HFCausalLMDataLoaders, HFMaskedLMDataLoaders
-from ..data.loaders import hf_classifier_dls
+from ..data.loaders import LabelledText, hf_classifier_dls
 from ..data.pairs import HFSeq2SeqDataLoaders, TokenizeTargets
 from ..data.questions import HFQADataLoaders
 from ..data.spans import HFTagDataLoaders
@@ -103,7 +103,7 @@ def _load_awd(folder, name):
     if unknown or any(now[k].data_ptr() not in filled for k in missing): raise RunError('The weights of a bundle must be those of its model', f'{shorten([*unknown, *missing])}', 'Write it again')
     return s,model.to(default_device()).eval()
 
-# %% ../../nbs/84_deploy.bundle.ipynb #d0f71c20
+# %% ../../nbs/84_deploy.bundle.ipynb #55eefbc9
 def _blank_awd(s, m, tok, rules):
     if m['kind']=='language_model': return language_model_dls(TokenizedTexts(['xxbos'], [0]*80, [40,40]), s['vocab'], tok, rules, valid_pct=.5, bs=1, backwards=s['backwards'])
     labels = {'single': m['classes'], 'multi': [[c] for c in m['classes'] or []], 'regression': [0., 1.]}[m['target']]
@@ -118,15 +118,15 @@ def _blank_hf(m, tok):
     if m['kind']=='seq2seq': return HFSeq2SeqDataLoaders.from_lists(['x']*2, ['x']*2, tok, valid=half, max_length=o['max_length'], max_target_length=o['max_target_length'], verbose=False)
     if m['kind']!='classifier': return (HFCausalLMDataLoaders if m['kind']=='causal_lm' else HFMaskedLMDataLoaders).from_texts(['a b c d e f']*2, tok, valid=half, max_length=o['max_length'])
     labels = {'single': cls, 'multi': [[c] for c in cls or []], 'regression': [0., 1.]}[m['target']]
-    dls = hf_classifier_dls(['x']*2*len(labels), labels*2, m['target'], list(range(len(labels))), list(range(len(labels), 2*len(labels))), tok, o['max_length'], o['truncation'], verbose=False)
+    dls = hf_classifier_dls([['x','x'] if o['pairs'] else 'x']*2*len(labels), labels*2, m['target'], list(range(len(labels))), list(range(len(labels), 2*len(labels))), tok, o['max_length'], o['truncation'], verbose=False)
     dls.window_stride = o['windows']
     return dls
 
-# %% ../../nbs/84_deploy.bundle.ipynb #c7203b8f
+# %% ../../nbs/84_deploy.bundle.ipynb #d5a986a1
 def _data_json(learn, task):
     "How the DataLoaders cut texts"
     dls = learn.dls
-    if task=='classifier': t = find_transform(dls, HFTokenize); return dict(max_length=t.max_length, truncation=t.truncation, windows=getattr(dls, 'window_stride', None))
+    if task=='classifier': t = find_transform(dls, HFTokenize); return dict(max_length=t.max_length, truncation=t.truncation, windows=getattr(dls, 'window_stride', None), pairs=isinstance(o := next(iter(dls.train_ds.items), None), LabelledText) and not isinstance(o[0], str))
     if task=='tagging': return dict(max_length=dls.tok.max_length, sep=dls.sep)
     if task=='qa': return dict(max_length=dls.tok.max_length, stride=dls.tok.stride, may_be_none=dls.tok.may_be_none)
     if task=='seq2seq': return dict(max_length=find_transform(dls, HFTokenize).max_length, max_target_length=dls.max_target_length)
