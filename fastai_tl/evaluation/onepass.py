@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.onepass.html.md"""
 # %% auto #0
 __all__ = ['Evaluation', 'class_names', 'row_texts', 'PassCallback']
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #3274d1e7
+# %% ../../nbs/60_evaluation.onepass.ipynb #0810280e
 from collections import UserList
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import noop, patch
@@ -15,6 +15,7 @@ from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import Learner, _ConstantFunc
 from ..core import DataError, shorten, unknown_option
 from ..generation.source import evaluating
+from ..models.foreign import row_losses_of
 from ..learners.bidirectional import BidirectionalLearner
 
 # %% ../../nbs/60_evaluation.onepass.ipynb #f001a381
@@ -134,7 +135,7 @@ def activation_of(learn):
     name = getattr(f, '__name__', type(f).__name__).lower().replace('_', '')
     return (lambda x: x.softmax(-1)) if 'crossentropy' in name and 'binary' not in name else torch.sigmoid if 'withlogits' in name else torch.exp if 'nll' in name else noop
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #7e323d2e
+# %% ../../nbs/60_evaluation.onepass.ipynb #cfa44360
 class PassCallback(Callback):
     "Keep probabilities and targets of a validation pass"
     order = GatherPredsCallback.order-1 # before it looks for labels, so that their lack can be explained
@@ -146,10 +147,10 @@ class PassCallback(Callback):
         "Keep what the model says of a batch"
         if not len(self.yb): raise DataError('An evaluation needs labels', 'rows without', 'Use `dls.test_dl(items, with_labels=True)`, or `get_preds`')
         p,y = self.pred,self.yb[0]
-        if not isinstance(p, torch.Tensor) or p.ndim>2: raise DataError('An evaluation needs one prediction a row', f'shape {tuple(getattr(p, "shape", ()))}', 'For language models see `validate`')
+        if not isinstance(p, torch.Tensor) or p.ndim>2: raise DataError('An evaluation needs one prediction a row', f'shape {tuple(getattr(p, "shape", ()))}', 'For language models see `validate`; turn a Learner of blurr\'s into a native one with `from_blurr(learn)`')
         self.parts.append(self.act(p.detach().float()).cpu().numpy()); self.ys.append(y.detach().cpu().numpy())
 
-# %% ../../nbs/60_evaluation.onepass.ipynb #af1f30e3
+# %% ../../nbs/60_evaluation.onepass.ipynb #ebabdc84
 def in_order(parts, idxs):
     "Batches as one array, in the order of the rows; each batch is let go as it is copied"
     res,a = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype),0
@@ -168,7 +169,7 @@ def _pass(learn, dl):
         dl = dl.new(get_idxs=_ConstantFunc(read)) # asked once, since it may draw
         idxs = np.argsort(np.argsort(read)) # the place of each row among those that are read
     cb = PassCallback(activation_of(learn))
-    losses = learn.get_preds(dl=dl, with_preds=False, with_targs=False, with_loss=True, act=noop, reorder=False, cbs=cb)[-1]
+    with row_losses_of(learn): losses = learn.get_preds(dl=dl, with_preds=False, with_targs=False, with_loss=True, act=noop, reorder=False, cbs=cb)[-1]
     return in_order(cb.parts, idxs), in_order(cb.ys, idxs), in_order([losses.float().numpy()], idxs)
 
 # %% ../../nbs/60_evaluation.onepass.ipynb #d4fc8f73

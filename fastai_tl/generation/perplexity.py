@@ -48,7 +48,7 @@ class PerplexityResult:
         df['text'] = [t if len(t)<=80 else t[:79]+'…' for t in df.text]
         return df.to_html(index=False, escape=True, float_format=lambda v: f'{v:,.4g}')
 
-# %% ../../nbs/47_generation.perplexity.ipynb #04b51e80
+# %% ../../nbs/47_generation.perplexity.ipynb #d67ce76b
 def text_perplexity(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
     texts, # A string or several, a DataFrame, a table file or a folder; an empty string has no tokens and no perplexity
@@ -56,12 +56,13 @@ def text_perplexity(
     stride:int|None=None, # For texts longer than the model reads: tokens that each further window scores; half of `max_length` if `None`
     max_length:int|None=None, # Tokens that the model reads at once; as many as it can if `None`
     bs:int=16, # Most rows of a batch; fewer where the logits would be large
-    bos:bool|None=None # Put the token for the beginning in front; if there is one, if `None`
+    bos:bool|None=None, # Put the token for the beginning in front; if there is one, if `None`
+    dtype=None # Of the matrix products, `bf16` or `fp16`; that of the weights if `None`
 ) -> PerplexityResult: # `texts`, a row for each; `corpus`, for all together
     "Perplexity of each text and of all together; of a masked model the pseudo-perplexity"
     tm = text_model(model_or_name, tokenizer)
     texts = [texts] if isinstance(texts, str) else _texts(texts)
-    return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos), tm.kind=='masked')
+    return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos, dtype), tm.kind=='masked')
 
 # %% ../../nbs/47_generation.perplexity.ipynb #cebc545a
 def _texts(texts):

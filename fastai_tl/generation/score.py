@@ -7,11 +7,13 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.score.html.md"""
 # %% auto #0
 __all__ = ['LOGITS_BUDGET', 'window_spans', 'score_ids', 'TokenScores', 'score_texts']
 
-# %% ../../nbs/44_generation.score.ipynb #3c3d95ef
-import inspect
+# %% ../../nbs/44_generation.score.ipynb #608ab92a
+import contextlib, inspect, warnings
 from dataclasses import dataclass
 import numpy as np, torch, torch.nn.functional as F
 from ..core import FastaiTLError
+from ..models.chunked import lazy_heads, linear_cross_entropy
+from ..tune.precision import _as_dtype, _why_not
 from .source import TextModel, evaluating
 from .stateful import AWDReader
 
@@ -30,7 +32,7 @@ def window_spans(
         res.append((end-width, end, done))
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #81a37b7c
+# %% ../../nbs/44_generation.score.ipynb #ac750e38
 LOGITS_BUDGET = {'cpu': 2**22, 'other': 2**26} # numbers, of float32 16 and 256 MB: a processor is fastest with what it need not fetch from memory
 
 def _batches(sizes, bs, vocab, device):
@@ -48,29 +50,45 @@ def _pad(seqs, value, device):
     ids = torch.tensor([list(s)+[value]*(n-len(s)) for s in seqs], device=device)
     return ids,torch.tensor([[1]*len(s)+[0]*(n-len(s)) for s in seqs], device=device)
 
+# %% ../../nbs/44_generation.score.ipynb #0c9bedf7
 def _nll(logits, targets):
     "In nats, one a row; at least in float32"
-    return F.cross_entropy(logits.float() if logits.dtype!=torch.float64 else logits, targets, reduction='none').double().cpu().numpy()
+    return _numbers(F.cross_entropy(logits.float() if logits.dtype!=torch.float64 else logits, targets, reduction='none'))
 
-# %% ../../nbs/44_generation.score.ipynb #6814f34e
+def _numbers(x): return x.double().cpu().numpy()
+
+# %% ../../nbs/44_generation.score.ipynb #d28f14d1
+_LAZY_VOCAB = 2**11 # where no logits are kept, a token counts as much as a vocabulary of this size
+
+def _lazily(m):
+    "A context in which a causal model gives `LazyLogits`, if its output layer is a plain one"
+    layer = m.get_output_embeddings()
+    return lazy_heads(layer) if type(layer) is torch.nn.Linear else contextlib.nullcontext(False)
+
+# %% ../../nbs/44_generation.score.ipynb #2832d12e
 def _causal(tm, seqs, width, stride, bs):
     m,pad = tm.model,tm.codec.pad_id
     spans = [(i, *w) for i,s in enumerate(seqs) for w in window_spans(len(s), width, stride)]
     vocab,keeps = m.config.get_text_config(decoder=True).vocab_size,'logits_to_keep' in inspect.signature(m.forward).parameters
-    res = [np.zeros(max(len(s)-1, 0)) for s in seqs]
-    for batch in _batches([(e-b, e-d if keeps else e-b) for _,b,e,d in spans], bs, vocab, tm.device):
-        rows = [spans[k] for k in batch]
-        ids,mask = _pad([seqs[i][b:e] for i,b,e,_ in rows], pad if pad is not None and pad<vocab else 0, tm.device)
-        n = ids.shape[1]
-        first = min(d-b for _,b,_,d in rows) # the position whose output predicts the first token that is scored
-        out = m(input_ids=ids, attention_mask=mask, **({'logits_to_keep': n-first} if keeps else {})).logits
-        target = torch.full((len(rows), out.shape[1]), -100)
-        for r,(i,b,e,d) in enumerate(rows): target[r,d-b-(n-out.shape[1]):e-b-(n-out.shape[1])] = torch.tensor(seqs[i][d+1:e+1])
-        nll = _nll(out.flatten(0, 1), target.flatten().to(out.device)).reshape(target.shape)
-        for (i,_,e,d),row,t in zip(rows, nll, target.numpy()): res[i][d:e] = row[t!=-100]
+    pad,res = pad if pad is not None and pad<vocab else 0,[np.zeros(max(len(s)-1, 0)) for s in seqs]
+    kw = {'use_cache': False} if 'use_cache' in inspect.signature(m.forward).parameters else {}
+    with _lazily(m) as lazy:
+        sizes = [(e-b, e-d if keeps and not lazy else e-b) for _,b,e,d in spans]
+        for batch in _batches(sizes, bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device): _score_spans(tm, [spans[k] for k in batch], seqs, pad, keeps, res, kw)
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #4dd43756
+# %% ../../nbs/44_generation.score.ipynb #f8339af6
+def _score_spans(tm, rows, seqs, pad, keeps, res, kw):
+    "Score a batch of windows"
+    ids,mask = _pad([seqs[i][b:e] for i,b,e,_ in rows], pad, tm.device)
+    n,first = ids.shape[1],min(d-b for _,b,_,d in rows) # the position whose output predicts the first token that is scored
+    out = tm.model(input_ids=ids, attention_mask=mask, **({'logits_to_keep': n-first} if keeps else {}), **kw).logits
+    target,off = torch.full((len(rows), out.shape[1]), -100),n-out.shape[1]
+    for r,(i,b,e,d) in enumerate(rows): target[r,d-b-off:e-b-off] = torch.tensor(seqs[i][d+1:e+1])
+    nll = _nll(out.flatten(0, 1), target.flatten().to(out.device)).reshape(target.shape)
+    for (i,_,e,d),row,t in zip(rows, nll, target.numpy()): res[i][d:e] = row[t!=-100]
+
+# %% ../../nbs/44_generation.score.ipynb #3dd9a311
 def _awd(tm, seqs, bs, chunk=256):
     r = AWDReader(tm.model)
     res,vocab = [np.zeros(max(len(s)-1, 0)) for s in seqs],len(r.emb)
@@ -83,12 +101,12 @@ def _awd(tm, seqs, bs, chunk=256):
             b = min(a+chunk, ids.shape[1]-1)
             h,state = r.read(ids[:,a:b], state)
             real = mask[:,a+1:b+1].bool()
-            nll = _nll(F.linear(h[real], r.dec.weight, r.dec.bias), ids[:,a+1:b+1][real])
+            nll = _numbers(linear_cross_entropy(h[real], r.dec.weight, r.dec.bias, ids[:,a+1:b+1][real], reduction='none'))
             counts = real.sum(1).cpu().numpy()
             for i,n,part in zip(rows, counts, np.split(nll, np.cumsum(counts)[:-1])): res[i][a:a+n] = part
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #82804dd5
+# %% ../../nbs/44_generation.score.ipynb #f9118f79
 def score_ids(
     tm:TextModel, # A causal model or an AWD_LSTM
     seqs:list, # Lists of numbers
@@ -109,14 +127,14 @@ def _checked(tm, width, stride, bs):
     if bs<1: raise FastaiTLError('`bs` must be at least 1', str(bs))
     return width,stride
 
-# %% ../../nbs/44_generation.score.ipynb #0bbefed1
+# %% ../../nbs/44_generation.score.ipynb #e7888494
 def _masked_windows(n, width, stride):
     "For each token the begin of the window that it is scored in"
     if n<=width: return [0]*n
     begins = list(range(0, n-width, stride)) + [n-width]
     return [max(begins, key=lambda b: min(i-b, b+width-1-i) if b<=i<b+width else -1) for i in range(n)]
 
-# %% ../../nbs/44_generation.score.ipynb #92d2d7b1
+# %% ../../nbs/44_generation.score.ipynb #4190fc88
 def _masked(tm, wholes, width, stride, bs):
     tok,m = tm.codec.tok,tm.model
     if tok.mask_token_id is None: raise FastaiTLError('A masked model needs a tokenizer with a mask token', 'one without')
@@ -127,15 +145,19 @@ def _masked(tm, wholes, width, stride, bs):
             row = [*front, *ids[b:b+room], *back]
             items.append((t, i, row, len(front)+i-b))
     res,vocab = [np.zeros(len(ids)) for _,ids,_ in wholes],m.config.vocab_size
-    for batch in _batches([(len(row), len(row)) for _,_,row,_ in items], bs, vocab, tm.device):
-        rows = [items[k] for k in batch]
-        ids,mask = _pad([row for _,_,row,_ in rows], tm.codec.pad_id, tm.device)
-        r,at = torch.arange(len(rows), device=ids.device),torch.tensor([a for *_,a in rows], device=ids.device)
-        target,ids[r,at] = ids[r,at].clone(),tok.mask_token_id
-        for (t,i,*_),v in zip(rows, _nll(m(input_ids=ids, attention_mask=mask).logits[r,at], target)): res[t][i] = v
+    with _lazily(m) as lazy:
+        for batch in _batches([(len(row), len(row)) for _,_,row,_ in items], bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device): _score_masks(tm, [items[k] for k in batch], res)
     return res
 
-# %% ../../nbs/44_generation.score.ipynb #2480bc5c
+# %% ../../nbs/44_generation.score.ipynb #1df94e0a
+def _score_masks(tm, rows, res):
+    "Score a batch of rows, in each the one token that is masked"
+    ids,mask = _pad([row for _,_,row,_ in rows], tm.codec.pad_id, tm.device)
+    r,at = torch.arange(len(rows), device=ids.device),torch.tensor([a for *_,a in rows], device=ids.device)
+    target,ids[r,at] = ids[r,at].clone(),tm.codec.tok.mask_token_id
+    for (t,i,*_),v in zip(rows, _nll(tm.model(input_ids=ids, attention_mask=mask).logits[r,at], target)): res[t][i] = v
+
+# %% ../../nbs/44_generation.score.ipynb #8d812107
 @dataclass
 class TokenScores:
     "The tokens of a text with what each cost"
@@ -147,7 +169,7 @@ class TokenScores:
     unk:int=0 # How many of the scored tokens stand for unknown words
     chars:int=0 # Characters of the text that they stand for
 
-# %% ../../nbs/44_generation.score.ipynb #829d86e2
+# %% ../../nbs/44_generation.score.ipynb #8f35ea24
 def _sequence(tm, text, bos):
     "What a causal model reads of a text, and where each token is"
     ids,spans = tm.codec.encode_spans(text) if text else ([], None)
@@ -157,22 +179,37 @@ def _sequence(tm, text, bos):
     elif bos is True and start is None: raise FastaiTLError('`bos=True` needs a token for the beginning of a text', 'a tokenizer without one')
     return ids,spans
 
-# %% ../../nbs/44_generation.score.ipynb #80ec8d14
+# %% ../../nbs/44_generation.score.ipynb #09885b6b
 def score_texts(
     tm:TextModel, # From `text_model`
     texts:list, # Strings; empty ones have no tokens
     stride:int|None=None, # Tokens that each window after the first scores; half of `max_length` if `None`
     max_length:int|None=None, # Tokens that the model reads at once; as many as it can if `None`
     bs:int=16, # Most rows of a batch; fewer where the logits would be large
-    bos:bool|None=None # Put the token for the beginning in front; if there is one, if `None`
+    bos:bool|None=None, # Put the token for the beginning in front; if there is one, if `None`
+    dtype=None # Of the matrix products, `bf16` or `fp16`; that of the weights if `None`
 ) -> list: # A `TokenScores` for each text
     "Score each token of each text once"
+    with _products(tm, dtype): return _score_texts(tm, texts, stride, max_length, bs, bos)
+
+# %% ../../nbs/44_generation.score.ipynb #6ce2f114
+def _products(tm, dtype):
+    "A context with matrix products in `dtype`, where the device is not slow with it"
+    if dtype is None: return contextlib.nullcontext()
+    dtype,kind = _as_dtype(dtype),tm.device.type
+    if not (reason := _why_not(kind, dtype)): return torch.autocast(kind, dtype=dtype)
+    warnings.warn(f'{reason}: computing in the dtype of the weights')
+    return contextlib.nullcontext()
+
+# %% ../../nbs/44_generation.score.ipynb #99da260d
+def _score_texts(tm, texts, stride, max_length, bs, bos):
     if tm.kind=='seq2seq': raise FastaiTLError('A language model of single texts is needed', f'a {type(tm.model).__name__}, which models one text given another')
     if tm.kind=='masked': return _score_masked(tm, texts, *_checked(tm, max_length, stride, bs), bs)
     read,spans = zip(*[_sequence(tm, t, bos) for t in texts]) if texts else ((), ())
     nll = score_ids(tm, read, stride, max_length, bs)
     return [TokenScores(t, list(r[1:]), v, list(r), s and s[1:], r[1:].count(tm.codec.unk_id), len(t)-(s[0][1] if s else 0)) for t,r,s,v in zip(texts, read, spans, nll)]
 
+# %% ../../nbs/44_generation.score.ipynb #83e719d1
 def _score_masked(tm, texts, width, stride, bs):
     wholes = [tm.codec.encode_whole(t) if t.strip() else ([], [], [], None) for t in texts]
     with evaluating(tm.model): nll = _masked(tm, [w[:3] for w in wholes], width, stride, bs)

@@ -42,7 +42,7 @@ def awd_lm_learner(
     return LMLearner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
                      metrics=[accuracy, Perplexity()] if metrics is None else metrics, **kwargs)
 
-# %% ../../nbs/52_learners.language.ipynb #464bd10e
+# %% ../../nbs/52_learners.language.ipynb #d6df4f2f
 class TokenLossFlat(CrossEntropyLossFlat):
     "Cross-entropy of the tokens that have a target: their mean, or the mean of each text with the reduction `none`"
     def __init__(self,
@@ -50,9 +50,10 @@ class TokenLossFlat(CrossEntropyLossFlat):
     ): super().__init__(label_smoothing=label_smoothing)
     def __call__(self, inp, targ, **kwargs):
         inp,targ = inp.as_subclass(torch.Tensor),targ.as_subclass(torch.Tensor)
-        each = F.cross_entropy(inp.flatten(0, -2), targ.flatten(), label_smoothing=self.func.label_smoothing, reduction='none').view(targ.shape)
-        if self.reduction=='sum': return each.sum()
-        total,n = (each.sum(-1),(targ!=-100).sum(-1)) if self.reduction=='none' else (each.sum(),(targ!=-100).sum())
+        each,real = self.reduction=='none',targ!=-100
+        loss = F.cross_entropy(inp.flatten(0, -2), targ.flatten(), label_smoothing=self.func.label_smoothing, reduction='none' if each else 'sum')
+        if self.reduction=='sum': return loss
+        total,n = (loss.view(targ.shape).sum(-1),real.sum(-1)) if each else (loss,real.sum())
         return total/n.clamp(min=1) # a batch without targets has the loss 0
     def activation(self, x): "Probabilities"; return each_row(super().activation, x)
     def decodes(self, x): "The most probable tokens"; return each_row(super().decodes, x)

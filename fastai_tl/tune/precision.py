@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.precision.html.md"""
 # %% auto #0
 __all__ = ['has_bf16', 'AutocastPrecision']
 
-# %% ../../nbs/33_tune.precision.ipynb #c8a1cafb
+# %% ../../nbs/33_tune.precision.ipynb #74761b1e
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +17,7 @@ from fastcore.all import L, patch, risinstance
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import Learner
 from ..core import FastaiTLError, unknown_option
+from ..models.lstm import swap_lstms
 
 # %% ../../nbs/33_tune.precision.ipynb #84fd7ef2
 _CPU_BF16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16') # x86, x86, ARM, ARM
@@ -85,7 +86,7 @@ def _leave(self:AutocastPrecision):
     if self._inside: self.autocast.__exit__(None, None, None)
     self._inside = False
 
-# %% ../../nbs/33_tune.precision.ipynb #1fafef93
+# %% ../../nbs/33_tune.precision.ipynb #0ab2e445
 @patch
 def before_fit(self:AutocastPrecision):
     "Choose the dtype for the device, and make autocast and scaler"
@@ -97,8 +98,9 @@ def before_fit(self:AutocastPrecision):
     self.autocast = nullcontext() if self.compute_dtype==torch.float32 else autocast(kind, dtype=self.compute_dtype)
     self.learn.scaler,self.scales = GradScaler(kind, **{**self.kwargs, 'enabled': self.compute_dtype==torch.float16}),L()
     self.learn._do_one_batch = partial(_guarded_batch, self.learn, self)
+    if kind=='cpu' and self.compute_dtype==torch.bfloat16: swap_lstms(self.model)
 
-# %% ../../nbs/33_tune.precision.ipynb #2ac663f0
+# %% ../../nbs/33_tune.precision.ipynb #93acb8b1
 @patch
 def before_batch(self:AutocastPrecision):
     "Enter autocast"
@@ -113,14 +115,16 @@ def after_loss(self:AutocastPrecision): "Leave autocast; the backward pass runs 
 @patch
 def after_cancel_batch(self:AutocastPrecision): "Leave autocast"; self._leave()
 
+# %% ../../nbs/33_tune.precision.ipynb #d3284ecf
 @patch
 def after_fit(self:AutocastPrecision):
     "Put everything away"
     self._leave()
+    swap_lstms(self.model, back=True)
     self.autocast,self.learn.scaler = None,None
     self.learn.__dict__.pop('_do_one_batch', None)
 
-# %% ../../nbs/33_tune.precision.ipynb #b0a8f458
+# %% ../../nbs/33_tune.precision.ipynb #0e3d9256
 @patch
 def state_dict(self:AutocastPrecision) -> dict: # Numbers; empty unless float16 is in use
     "The loss scale and when it was last raised"
@@ -133,7 +137,7 @@ def load_state_dict(self:AutocastPrecision,
     "Go on with the loss scale of an earlier fit"
     if sd and self.learn.scaler.is_enabled(): self.learn.scaler.load_state_dict(sd)
 
-# %% ../../nbs/33_tune.precision.ipynb #c9e87851
+# %% ../../nbs/33_tune.precision.ipynb #fadbfc1f
 @patch
 def to_mixed_precision(self:Learner,
     dtype=None, # `bf16` or `fp16`, also as a PyTorch dtype; the best that the device has if `None`

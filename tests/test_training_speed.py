@@ -1,0 +1,230 @@
+"What makes training lean: the same values and gradients, less memory, and nothing computed for what is frozen. No test measures time."
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.text.all import AWD_LSTM, CrossEntropyLossFlat, LMLearner, awd_lstm_lm_config, get_language_model
+from fastai_tl.all import *
+from torch import nn
+
+spec = importlib.util.spec_from_file_location('training_benchmark', Path(__file__).parent.parent/'benchmarks'/'training.py')
+bench = importlib.util.module_from_spec(spec); spec.loader.exec_module(bench)
+
+bf16_cpu = pytest.mark.skipif(not has_bf16('cpu'), reason='this CPU has no bfloat16 instructions')
+
+
+def apart(a, b): return max(((p-q).norm()/q.norm().clamp(min=1e-12)).item() for p, q in zip(a, b))
+
+
+# --- the loss in pieces ---
+
+def test_memory_of_the_loss():
+    "Vocabulary 60,000, 32 texts of 72 tokens: at most a quarter of what full logits take, and the same gradients"
+    res = bench.memory(None)
+    for k, v in res.items():
+        assert v['share'] <= .25, (k, v)
+        assert v['largest_relative_difference'] < (1e-5 if k == 'float32' else 2e-2), (k, v)
+    assert res['float32']['full_mb'] > 32*72*60_000*4*2/1e6, 'the profiler must have seen the logits and their gradient'
+
+
+@pytest.mark.parametrize('smoothing', [0., .1])
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+def test_linear_cross_entropy(smoothing, reduction, monkeypatch):
+    import fastai_tl.models.chunked as chunked
+    monkeypatch.setattr(chunked, 'PIECE', 64*8*7); monkeypatch.setattr(chunked, 'BLOCK', 64*3)
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((4, 11, 8), (64, 8), (64,)))
+    y = torch.randint(0, 64, (4, 11)); y[1:3, 4:] = -100
+    g = torch.randn((4, 11) if reduction == 'none' else (), dtype=torch.double)
+    def run(f):
+        for o in (x, w, b): o.grad = None
+        loss = f(); (loss*g).sum().backward()
+        return [loss.detach(), *[o.grad for o in (x, w, b)]]
+    ours = run(lambda: linear_cross_entropy(x, w, b, y, reduction=reduction, label_smoothing=smoothing))
+    want = run(lambda: F.cross_entropy(F.linear(x, w, b).transpose(1, 2), y, reduction=reduction, label_smoothing=smoothing))
+    assert apart(ours, want) < 1e-13
+    assert ours[1][1, 4:].abs().max() == 0, 'no gradient where there is no target'
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((5, 3), (7, 3), (7,)))
+    y = torch.tensor([0, 3, -100, 6, 2])
+    for r in ('mean', 'none'): assert torch.autograd.gradcheck(lambda *o: linear_cross_entropy(*o, y, reduction=r, label_smoothing=.2), (x, w, b))
+
+
+def one_step(learn, batch):
+    "Loss, metrics and gradients of one batch, as the Learner computes them, in training"
+    from fastai.callback.core import Callback, CancelStepException
+    grads = {}
+    class Take(Callback):
+        def before_step(self): grads.update({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}); raise CancelStepException()
+    learn.dls = type(learn.dls)([batch], [batch])
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Take()): seed_everything(7); learn.fit(1, 1e-3)
+    return learn.recorder.values[-1], grads
+
+
+def hf_lm(kind):
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer as Tok, models, pre_tokenizers
+    words = [f'w{i}' for i in range(90)]
+    tok = Tok(models.WordLevel({w: i for i, w in enumerate(['[PAD]', '[UNK]', '[MASK]', '[EOS]', *words])}, unk_token='[UNK]')); tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='[UNK]', pad_token='[PAD]', mask_token='[MASK]', eos_token='[EOS]', bos_token='[EOS]')
+    g = torch.Generator().manual_seed(0)
+    texts = [' '.join(f'w{int(i)}' for i in torch.randint(0, 90, (int(n),), generator=g)) for n in torch.randint(5, 30, (40,), generator=g)]
+    seed_everything(0)
+    if kind == 'causal':
+        dls = HFCausalLMDataLoaders.from_texts(texts, tok, max_length=32, bs=8)
+        learn = hf_causal_lm_learner(dls, GPT2LMHeadModel(GPT2Config(vocab_size=94, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=3, eos_token_id=3, pad_token_id=0)))
+    else:
+        dls = HFMaskedLMDataLoaders.from_texts(texts, tok, max_length=32, bs=8)
+        learn = hf_masked_lm_learner(dls, BertForMaskedLM(BertConfig(vocab_size=94, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32)))
+    return learn
+
+
+@pytest.mark.parametrize('kind', ['causal', 'masked'])
+def test_hugging_face_models(kind):
+    "Causal (tied embedding) and masked: loss, accuracy, perplexity and every gradient, dropout on"
+    full = hf_lm(kind); batch = full.dls.train.one_batch()
+    v1, g1 = one_step(full, batch)
+    lean = hf_lm(kind).chunked_loss(); v2, g2 = one_step(lean, batch)
+    assert list(v1) == pytest.approx(list(v2), rel=1e-5) and len(v1) == 4
+    assert g1.keys() == g2.keys() and len(g1) > 20
+    assert apart([g for n, g in g2.items() if 'key.bias' not in n], [g for n, g in g1.items() if 'key.bias' not in n]) < 1e-4 # a key's bias has the gradient zero
+    assert not any('forward' in vars(m) for m in lean.model.modules())
+
+
+def test_logits_are_never_made(monkeypatch):
+    "Training and validation with metrics: no tensor as large as the logits is asked for"
+    import fastai_tl.models.chunked as chunked
+    monkeypatch.setattr(chunked.LazyLogits, 'full', lambda self: pytest.fail('full logits'))
+    for kind in ('causal', 'masked'):
+        learn = hf_lm(kind).chunked_loss()
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        assert len(learn.recorder.values[-1]) == 4
+
+
+def awd(chunked=False, half=False, **config):
+    tok = tokenize_texts_once([f'the {w} saw a {v} and ran' for w in 'cat dog bird cow fox'.split() for v in 'tree house river stone'.split()]*8, progress=False)
+    dls = language_model_dls(tok, texts_vocab(tok, min_freq=1), bs=4, seq_len=12)
+    seed_everything(0)
+    learn = awd_lm_learner(dls, config=dict(emb_sz=16, n_hid=24, n_layers=2) | config)
+    if half: learn.to_mixed_precision()
+    return learn.chunked_loss() if chunked else learn
+
+
+def test_awd_lstm_gradients():
+    "The tied embedding gets its gradient from both sides; the callbacks of fastai (AR, TAR) are in"
+    full = awd(); batch = full.dls.train.one_batch()
+    v1, g1 = one_step(full, batch); v2, g2 = one_step(awd(True), batch)
+    assert list(v1) == pytest.approx(list(v2), rel=1e-5)
+    assert apart(g2.values(), g1.values()) < 1e-5
+
+
+def test_models_that_compute_with_their_logits():
+    "They get what they ask for, and a message"
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    learn = hf_lm('causal'); seed_everything(0)
+    gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=94, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32, pad_token_id=0))
+    learn = hf_causal_lm_learner(learn.dls, gemma); batch = learn.dls.train.one_batch()
+    v1, g1 = one_step(learn, batch)
+    with pytest.warns(UserWarning, match='computes with its logits'): v2, g2 = one_step(learn.chunked_loss(), batch)
+    assert list(v1) == pytest.approx(list(v2), rel=1e-5) and apart(g2.values(), g1.values()) < 1e-5
+
+
+def test_refused():
+    with pytest.raises(FastaiTLError, match='linear output layer'): LMLearner(awd().dls, nn.Sequential(nn.Linear(2, 2)), loss_func=CrossEntropyLossFlat()).chunked_loss()
+
+
+# --- the LSTM layer ---
+
+@bf16_cpu
+def test_wide_lstm_in_mixed_precision():
+    "AWD_LSTM at its own width: gradients in bfloat16 are those of float32 to bfloat16's precision (PyTorch's own layer is wrong there on some processors)"
+    full = awd(n_hid=1152, emb_sz=400, n_layers=3); batch = full.dls.train.one_batch()
+    _, g1 = one_step(full, batch)
+    learn = awd(half=True, n_hid=1152, emb_sz=400, n_layers=3)
+    _, g2 = one_step(learn, batch)
+    for n in g1: assert ((g2[n]-g1[n]).norm()/g1[n].norm()).item() < .05, n
+    assert not any(isinstance(m, AutocastLSTM) for m in learn.model.modules()), 'afterwards it is a plain LSTM'
+
+
+def test_lstm_function_is_lstm():
+    "In float32 and both directions of the maths: values and gradients, a state that goes in and one that comes out"
+    torch.manual_seed(0)
+    lstm, x = nn.LSTM(20, 24), torch.randn(9, 5, 20)
+    s, gs = [torch.randn(5, 24) for _ in range(2)], [torch.randn(9, 5, 24), torch.randn(5, 24), torch.randn(5, 24)]
+    def run(f):
+        lstm.zero_grad(); ts = [o.clone().requires_grad_() for o in (x, *s)]
+        outs = f(*ts); sum((o*g).sum() for o, g in zip(outs, gs)).backward()
+        return [o.detach() for o in outs]+[o.grad for o in ts]+[p.grad for p in lstm.parameters()]
+    from fastai_tl.models.lstm import LSTMFunction
+    def theirs(x, h, c): o, (h, c) = lstm(x, (h[None], c[None])); return o, h[0], c[0]
+    ours = run(lambda x, h, c: LSTMFunction.apply(x, h, c, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0+lstm.bias_hh_l0, torch.float32))
+    assert apart(ours, run(theirs)) < 1e-5
+
+
+# --- frozen groups ---
+
+def leaves(loss):
+    "Parameters that the backward pass reaches"
+    seen, todo, res = set(), [loss.grad_fn], set()
+    while todo:
+        f = todo.pop()
+        if f is None or f in seen: continue
+        seen.add(f)
+        if hasattr(f, 'variable'): res.add(id(f.variable))
+        todo += [g for g, _ in f.next_functions]
+    return res
+
+
+def test_frozen_groups_cost_nothing():
+    "After freeze_to(-3): no gradient, no state and no step below, and the graph begins above; after thawing, all is there"
+    from transformers import BertConfig
+    df = docstring_corpus(libraries=('numpy', 'scipy')).iloc[:48]
+    dls = HFTextDataLoaders.from_df(df, minilm_folder(), max_length=32, bs=8, verbose=False)
+    seed_everything(0)
+    learn = hf_classifier_learner(dls, BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32), metrics=[])
+    learn.freeze_to(-3)
+    groups = layer_groups(learn.model); frozen = [p for g in groups[:-3] for p in g.params]; free = [p for g in groups[-3:] for p in g.params]
+    before = [p.clone() for p in frozen]
+    needs = {}
+    hooks = [l.register_forward_hook(lambda m, i, o, k=k: needs.__setitem__(k, (o[0] if isinstance(o, tuple) else o).requires_grad)) for k, l in enumerate(learn.model.hf.bert.encoder.layer)]
+    x, y = dls.train.one_batch(); learn.model.train()
+    assert leaves(learn.loss_func(learn.model(x), y)) == {id(p) for p in free}
+    for h in hooks: h.remove()
+    assert [needs[k] for k in range(4)] == [False]*(4-2)+[True]*2, 'layers below the lowest that trains make no graph'
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert all(p.grad is None for p in frozen) and all(torch.equal(p, b) for p, b in zip(frozen, before))
+    assert {id(p) for p in learn.opt.opt.state} == {id(p) for p in free}
+    learn.unfreeze(); assert leaves(learn.loss_func(learn.model(x), y)) == {id(p) for p in frozen+free}
+
+
+# --- batches ---
+
+def test_padding_factor_and_fused_steps():
+    df = docstring_corpus().iloc[::6]
+    dls = HFTextDataLoaders.from_df(df, minilm_folder(), max_length=128, bs=16, verbose=False)
+    got = [(x.shape[0]*x.shape[-1], int((x[:, 0] >= 0).sum())) for x, _ in dls.train]
+    lens = list(dls.train.res); order = torch.randperm(len(lens), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = sum(len(k)*max(lens[j] for j in k) for k in (order[i:i+16] for i in range(0, len(order), 16)))/sum(lens)
+    factor = sum(a for a, _ in got)/sum(b for _, b in got)
+    assert factor < 1.06 and shuffled > 1.3
+    from transformers import BertConfig
+    learn = hf_classifier_learner(dls, BertConfig(vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)); learn.create_opt()
+    assert learn.opt.opt.defaults.get('fused') is True
+
+
+# --- perplexity ---
+
+@bf16_cpu
+def test_perplexity_in_bfloat16():
+    "Products in bfloat16 change the figure by less than one part in a thousand, and leave the model as it was"
+    learn = hf_lm('causal')
+    texts = [' '.join(f'w{(i*k) % 90}' for i in range(k)) for k in range(3, 28)]
+    a, b = (text_perplexity(learn, texts, dtype=d).corpus.nll for d in (None, 'bf16'))
+    assert a != b and b == pytest.approx(a, rel=1e-3)
+    assert not any('forward' in vars(m) for m in learn.model.modules())
