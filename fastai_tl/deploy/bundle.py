@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.bundle.html.md"""
 # %% auto #0
 __all__ = ['TOKENIZER_MAKERS', 'load_bundle']
 
-# %% ../../nbs/84_deploy.bundle.ipynb #2cfc0ea2
+# %% ../../nbs/84_deploy.bundle.ipynb #621754c4
 from pathlib import Path
 import torch
 from fastcore.all import L, patch
@@ -28,11 +28,13 @@ from ..data.spans import HFTagDataLoaders
 from ..data.subwords import HFTokenize, load_tokenizer
 from ..data.tokenize import TokenizedTexts, WordLevelTokenizer, tokenizer_settings
 from .engines import AWDEngine, AveragedEngine, HFEngine, classifier_parts, engine_of, find_transform, reads_backwards
+
+# %% ../../nbs/84_deploy.bundle.ipynb #03d0eb4f
 from .manifest import bundle_folder, check_bundle
 from .predict import Predictor, describe_change
 from ..files import read_json, write_json
 
-# %% ../../nbs/84_deploy.bundle.ipynb #10a6a863
+# %% ../../nbs/84_deploy.bundle.ipynb #6b301300
 from ..learners.auto import LEARNERS
 from ..learners.base import HFLearner
 from ..learners.bidirectional import BidirectionalLearner
@@ -41,7 +43,7 @@ from ..learners.language import awd_lm_learner
 from ..models.encoder import find_encoder
 from ..models.hf import HFModel, load_hf
 
-# %% ../../nbs/84_deploy.bundle.ipynb #650c10ab
+# %% ../../nbs/84_deploy.bundle.ipynb #2eba3413
 TOKENIZER_MAKERS = {'word': lambda s: WordLevelTokenizer(s['lang']), 'BaseTokenizer': lambda s: BaseTokenizer(s['split_char'])} # by the name in their settings
 
 def _known_rules(): return {f.__name__: f for f in [*defaults.text_proc_rules, *defaults.text_postproc_rules]}
@@ -62,7 +64,7 @@ def _make_tokenizer(s):
     if lost := [n for n in s['rules'] if n not in known]: raise RunError("The rules of a bundle must be fastai's", shorten(lost), 'Upgrade fastai')
     return TOKENIZER_MAKERS[s['tokenizer']](s),[known[n] for n in s['rules']]
 
-# %% ../../nbs/84_deploy.bundle.ipynb #2e21eede
+# %% ../../nbs/84_deploy.bundle.ipynb #35a83a8d
 def _awd_json(learn):
     "What an AWD_LSTM and its texts are made of"
     m,enc,dls = learn.model,find_encoder(learn.model),learn.dls
@@ -82,7 +84,7 @@ def _make_awd(s):
     config = {**awd_lstm_clas_config, **s['config'], 'output_p': h['ps'][0]}
     return get_text_classifier(AWD_LSTM, n, h['n_out'], h['seq_len'], config, 1., h['lin_ftrs'], h['ps'][1:], s['config']['pad_token'], h['max_len'], h['y_range'])
 
-# %% ../../nbs/84_deploy.bundle.ipynb #efd56a08
+# %% ../../nbs/84_deploy.bundle.ipynb #f1884108
 def _save_awd(learn, folder, name):
     from safetensors.torch import save_file
     s,seen = _awd_json(learn),set()
@@ -103,7 +105,7 @@ def _load_awd(folder, name):
     if unknown or any(now[k].data_ptr() not in filled for k in missing): raise RunError('The weights of a bundle must be those of its model', f'{shorten([*unknown, *missing])}', 'Write it again')
     return s,model.to(default_device()).eval()
 
-# %% ../../nbs/84_deploy.bundle.ipynb #55eefbc9
+# %% ../../nbs/84_deploy.bundle.ipynb #184b8f4e
 def _blank_awd(s, m, tok, rules):
     if m['kind']=='language_model': return language_model_dls(TokenizedTexts(['xxbos'], [0]*80, [40,40]), s['vocab'], tok, rules, valid_pct=.5, bs=1, backwards=s['backwards'])
     labels = {'single': m['classes'], 'multi': [[c] for c in m['classes'] or []], 'regression': [0., 1.]}[m['target']]
@@ -122,7 +124,7 @@ def _blank_hf(m, tok):
     dls.window_stride = o['windows']
     return dls
 
-# %% ../../nbs/84_deploy.bundle.ipynb #d5a986a1
+# %% ../../nbs/84_deploy.bundle.ipynb #1cdc12ec
 def _data_json(learn, task):
     "How the DataLoaders cut texts"
     dls = learn.dls
@@ -140,13 +142,14 @@ def _save_hf(learn, folder):
     hf.save_pretrained(folder)
     learn.tokenizer.save_pretrained(folder)
 
+# %% ../../nbs/84_deploy.bundle.ipynb #590f6a9e
 def _load_hf(folder, m):
     "Tokenizer and model"
     safe = dict(trust_remote_code=False, local_files_only=True)
     task = 'classification' if m['kind']=='classifier' else m['kind']
     return load_tokenizer(folder, **safe),HFModel(load_hf(folder, task, use_safetensors=True, **safe)).to(default_device()).eval()
 
-# %% ../../nbs/84_deploy.bundle.ipynb #37917b0e
+# %% ../../nbs/84_deploy.bundle.ipynb #88fcee5f
 def _json(o): return o.item() if hasattr(o, 'item') else o
 
 def _kind(learn):
@@ -154,6 +157,7 @@ def _kind(learn):
     if isinstance(learn, HFLearner): return getattr(learn.dls, 'task', None) or 'classifier'
     return 'language_model' if isinstance(learn.model, torch.nn.Sequential) and isinstance(learn.model[-1], LinearDecoder) else 'classifier'
 
+# %% ../../nbs/84_deploy.bundle.ipynb #0af6e988
 @patch
 def save_bundle(self:Learner|BidirectionalLearner,
     path:str|Path, # The folder: a new one, or a bundle to be replaced
@@ -173,7 +177,7 @@ def save_bundle(self:Learner|BidirectionalLearner,
             for name,l in zip(('forward','backward'), self.learners) if isinstance(self, BidirectionalLearner) else [('model',self)]: _save_awd(l, tmp, name)
     return Path(path)
 
-# %% ../../nbs/84_deploy.bundle.ipynb #f3b4f8ec
+# %% ../../nbs/84_deploy.bundle.ipynb #0bae74b0
 def _classifier_json(learn, temperature, thresholds, precision):
     p = learn.predictor(precision, verbose=False, temperature=temperature, thresholds=thresholds)
     change = None if p.change is None else p.change.reset_index().to_dict('records')
@@ -181,7 +185,7 @@ def _classifier_json(learn, temperature, thresholds, precision):
     if bad := [c for c in names or () if not isinstance(c, (str,int,float,bool))]: raise FastaiTLError('Names of classes must be strings or numbers', shorten(bad))
     return dict(target='single' if p.binary else p.engine.kind, binary=p.binary, classes=names, n_out=p.engine.n_out, threshold=p.engine.threshold, temperature=p.temperature, thresholds=None if p.thresholds is None else p.thresholds.tolist(), precision=precision, change=change)
 
-# %% ../../nbs/84_deploy.bundle.ipynb #ab8f5a41
+# %% ../../nbs/84_deploy.bundle.ipynb #3f153e87
 def load_bundle(
     path:str|Path, # A folder that `save_bundle` wrote
     precision:str|None=None, # `fp32`, `bf16`, `fp16`, `int8`; the one that was chosen when it was written if `None`
@@ -199,6 +203,7 @@ def load_bundle(
     if change is not None and verbose: print(describe_change(change))
     return res
 
+# %% ../../nbs/84_deploy.bundle.ipynb #9a5a86ad
 def _change(m, precision):
     "What was measured for a precision; int8 is not used without"
     import pandas as pd
@@ -206,7 +211,7 @@ def _change(m, precision):
     if m['change'] and m['change'][1]['precision']==precision: return pd.DataFrame(m['change']).set_index('precision')
     if precision=='int8': raise RunError('int8 is used after a look at what it changes', 'a bundle without it', "Write it with `learn.save_bundle(folder, precision='int8')`, which measures that on the validation texts")
 
-# %% ../../nbs/84_deploy.bundle.ipynb #6163ba33
+# %% ../../nbs/84_deploy.bundle.ipynb #8b197d63
 def _engine(path, m):
     "The engine of a classifier"
     if m['family']=='huggingface':
@@ -226,7 +231,7 @@ def _awd_engine(s, model):
     tok,rules = _make_tokenizer(s['tokenizer'])
     return AWDEngine(model, s['vocab'], tok, rules, s['backwards'], share=True)
 
-# %% ../../nbs/84_deploy.bundle.ipynb #f00ba02c
+# %% ../../nbs/84_deploy.bundle.ipynb #83d24a61
 def _as_learner(path, m):
     "A Learner without data"
     if m['family']=='huggingface':
@@ -244,7 +249,7 @@ def _as_learner(path, m):
         res.append(learn)
     return BidirectionalLearner(*res) if len(res)==2 else res[0]
 
-# %% ../../nbs/84_deploy.bundle.ipynb #07bebc52
+# %% ../../nbs/84_deploy.bundle.ipynb #c483d4ba
 @patch
 def learner(self:Predictor,
     dls=None # DataLoaders to go on with; without them the Learner has no data

@@ -190,7 +190,7 @@ class HFEngine:
     def n_bytes(self): "Bytes of the weights"; return sum(p.numel()*p.element_size() for p in self.model.parameters())+sum(m.n_bytes for m in self.model.modules() if isinstance(m, Int8Linear))
     def of_sample(self, x): "A row of token numbers from a sample of the DataLoaders"; return np.asarray(x)
 
-# %% ../../nbs/81_deploy.engines.ipynb #81bea814
+# %% ../../nbs/81_deploy.engines.ipynb #918d5864
 @patch
 def encode(self:HFEngine,
     texts # Strings, or pairs of them
@@ -206,6 +206,7 @@ def pieces(self:HFEngine,
     "Long texts as windows"
     with self.lock: return text_windows(texts, self.tok.tokenizer, self.tok.max_length, self.windows)
 
+# %% ../../nbs/81_deploy.engines.ipynb #abe263cc
 @patch
 def __call__(self:HFEngine,
     rows # Arrays of shape (fields, tokens)
@@ -219,7 +220,7 @@ def __call__(self:HFEngine,
         with torch.inference_mode(): return self.run(x).float()
     with evaluating(self.model): return self.run(x).float()
 
-# %% ../../nbs/81_deploy.engines.ipynb #4ae62898
+# %% ../../nbs/81_deploy.engines.ipynb #b9f5f34e
 @patch
 def to_precision(self:HFEngine,
     precision:str # A key of `PRECISIONS`
@@ -235,7 +236,7 @@ def to_precision(self:HFEngine,
         for o in res.model.parameters(): o.data = o.data.to(PRECISIONS[p])
     return res
 
-# %% ../../nbs/81_deploy.engines.ipynb #276b825c
+# %% ../../nbs/81_deploy.engines.ipynb #759d854f
 def activation_kind(
     act # From scores to probabilities
 ) -> str: # `single` (softmax), `multi` (sigmoid) or `regression` (nothing)
@@ -247,7 +248,7 @@ def activation_kind(
         if isinstance(out, torch.Tensor) and out.shape==p.shape and torch.allclose(out.as_subclass(torch.Tensor), p, atol=1e-6): return kind
     raise FastaiTLError('The activation of the loss must be a softmax, a sigmoid or nothing', f'another one: {getattr(act, "__qualname__", act)!r}', 'Use `learn.get_preds`')
 
-# %% ../../nbs/81_deploy.engines.ipynb #6ff7adb4
+# %% ../../nbs/81_deploy.engines.ipynb #e5b672a9
 def unactivate(
     probs:torch.Tensor, # Probabilities, or values
     kind:str # `single`, `multi` or `regression`
@@ -260,7 +261,7 @@ def activate_at(scores, kind, temperature=1.):
     "Probabilities of scores at a temperature, or the values themselves"
     return (scores/temperature).softmax(-1) if kind=='single' else (scores/temperature).sigmoid() if kind=='multi' else scores
 
-# %% ../../nbs/81_deploy.engines.ipynb #2c997056
+# %% ../../nbs/81_deploy.engines.ipynb #2f96dcda
 class AveragedEngine:
     "Two engines, one of which reads backwards; their probabilities are averaged"
     pairs,windows,budget = False,None,AWDEngine.budget
@@ -280,7 +281,7 @@ class Several(tuple):
     @property
     def shape(self): return self[0].shape
 
-# %% ../../nbs/81_deploy.engines.ipynb #0b69266b
+# %% ../../nbs/81_deploy.engines.ipynb #a099ad71
 def engine_of(
     learn, # A Learner of a classifier or a regression, or a `BidirectionalLearner`
     share:bool=False # Use the Learner's own weights, instead of a copy of them as they are now
@@ -299,6 +300,7 @@ def engine_of(
     elif res.classes is None: res.classes = list(range(n))
     return res
 
+# %% ../../nbs/81_deploy.engines.ipynb #e52e9bee
 def _hf_engine(learn, share):
     task = getattr(learn.dls, 'task', None)
     if task is not None: raise FastaiTLError('A classifier or a regression is needed', f'a Learner for {task}', 'Use its own methods, such as `learn.tag`, `learn.answers` or `learn.generate`')

@@ -31,7 +31,7 @@ def usable_precision(
     if slow: warnings.warn(f'This {kind} device has no instructions for {precision}: computing in float32')
     return 'fp32' if slow else precision
 
-# %% ../../nbs/80_deploy.int8.ipynb #1900485a
+# %% ../../nbs/80_deploy.int8.ipynb #1a5493f4
 def _packed(w, bias=None):
     "A weight matrix (outputs, inputs) as 8-bit numbers with a scale for each output"
     w = w.detach().float()
@@ -43,6 +43,7 @@ def _one_bit_less():
     flags = getattr(torch.cpu, 'get_capabilities', dict)()
     return flags.get('architecture', 'x86_64') in ('x86_64','AMD64') and not any(v and ('vnni' in k or 'amx_int8' in k) for k,v in flags.items())
 
+# %% ../../nbs/80_deploy.int8.ipynb #08317153
 class Int8Linear(nn.Module):
     "A linear layer with weights of 8 bits, on a CPU"
     def __init__(self,
@@ -55,7 +56,7 @@ class Int8Linear(nn.Module):
     def weight(self): "The weights that it computes with, as floats"; return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
     def forward(self, x): return torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.less)
 
-# %% ../../nbs/80_deploy.int8.ipynb #3003fccd
+# %% ../../nbs/80_deploy.int8.ipynb #acc7c1b6
 def int8_linears(
     model:nn.Module # Changed in place
 ) -> nn.Module: # The same
@@ -68,7 +69,7 @@ def int8_linears(
         setattr(parent, name.rpartition('.')[2], Int8Linear(m.weight.T if conv else m.weight, m.bias))
     return model
 
-# %% ../../nbs/80_deploy.int8.ipynb #caa91935
+# %% ../../nbs/80_deploy.int8.ipynb #96e12c18
 class LSTMCell8:
     "An LSTM layer with weights of 8 bits"
     def __init__(self, w_ih, w_hh, b_ih, b_hh):

@@ -22,7 +22,7 @@ from .engines import activate_at, engine_of, unactivate
 from ..evaluation.onepass import Evaluation
 from ..learners.bidirectional import BidirectionalLearner
 
-# %% ../../nbs/82_deploy.predict.ipynb #b57d9ea9
+# %% ../../nbs/82_deploy.predict.ipynb #10de924f
 @dataclass
 class Prediction:
     "What a model says of one text"
@@ -31,6 +31,7 @@ class Prediction:
     probs:dict|None # Class to probability; `None` for a value
     scores:np.ndarray # Before softmax or sigmoid
 
+# %% ../../nbs/82_deploy.predict.ipynb #1cc384ce
 class Predictions:
     "What a model says of some texts, in their order"
     def __init__(self,
@@ -48,7 +49,7 @@ class Predictions:
     def __repr__(self): return f'Predictions({len(self):,} texts, labels={shorten(map(repr, self.labels))})'
     def _repr_html_(self): return self.table().head(10)._repr_html_()
 
-# %% ../../nbs/82_deploy.predict.ipynb #46fea85e
+# %% ../../nbs/82_deploy.predict.ipynb #4ed8e188
 @patch(as_prop=True)
 def preds(self:Predictions) -> np.ndarray: # (texts,) numbers of classes, (texts, classes) indicators, or (texts, outputs) values
     "What is decided"
@@ -62,6 +63,7 @@ def labels(self:Predictions) -> list:
     if self.kind=='regression': return self.scores[:,0].tolist() if self.scores.shape[1]==1 else self.scores.tolist()
     return [self.classes[i] for i in self.preds] if self.kind=='single' else [[c for c,o in zip(self.classes, r) if o] for r in self.preds]
 
+# %% ../../nbs/82_deploy.predict.ipynb #892402e9
 @patch
 def __getitem__(self:Predictions, i):
     if isinstance(i, slice): res = Predictions(self.scores[i], self.kind, self.classes, 1., self.thresholds, self.texts[i] if self.texts else None); res.probs = self.probs[i]; return res
@@ -71,7 +73,7 @@ def __getitem__(self:Predictions, i):
     probs = dict(zip(self.classes, one.probs[0].tolist()))
     return Prediction(label, probs[label] if self.kind=='single' else [probs[c] for c in label], probs, one.scores[0])
 
-# %% ../../nbs/82_deploy.predict.ipynb #94007b0f
+# %% ../../nbs/82_deploy.predict.ipynb #c302a6b0
 @patch
 def table(self:Predictions) -> pd.DataFrame: # text (if known) | label | a column a class, or none for a regression
     "Labels and probabilities as a table"
@@ -80,7 +82,7 @@ def table(self:Predictions) -> pd.DataFrame: # text (if known) | label | a colum
     if self.kind!='regression': cols |= {str(c): self.probs[:,k] for k,c in enumerate(self.classes)}
     return pd.DataFrame(cols)
 
-# %% ../../nbs/82_deploy.predict.ipynb #324ab6e6
+# %% ../../nbs/82_deploy.predict.ipynb #0e5d4259
 class Predictor:
     "A trained classifier or regression that takes lists of texts"
     def __init__(self,
@@ -88,7 +90,7 @@ class Predictor:
         precision:str='fp32', # `fp32`, `bf16`, `fp16` (on a GPU) or `int8` (on a CPU)
         temperature=None, # Of the probabilities: a number, or what `learn.calibrate()` gives
         thresholds=None, # One a class, in their order: numbers, or the table of `ev.thresholds()`
-        max_tokens:int|None=None, # Tokens of a batch, padding included; a good number for the model on a CPU if `None`
+        max_tokens:int|None=None, # Tokens of a batch, padding included; a good number for the model and its device if `None`
         cache:int=0 # Remember the results of so many texts, the last that were asked for
     ):
         e = engine_of(source) if isinstance(source, (Learner,BidirectionalLearner)) else source
@@ -102,7 +104,7 @@ class Predictor:
     def precision(self): "Of the weights"; return self.engine.precision
     def __repr__(self): return f"Predictor({self.kind}, {self.precision}, classes={shorten(self.classes) if self.classes else None}{f', temperature={self.temperature:.4g}' if self.temperature!=1 else ''})"
 
-# %% ../../nbs/82_deploy.predict.ipynb #97df8e36
+# %% ../../nbs/82_deploy.predict.ipynb #2445b591
 @patch
 def _temperature(self:Predictor, t):
     t = float(getattr(t, 'temperature', 1. if t is None else t))
@@ -118,7 +120,7 @@ def _thresholds(self:Predictor, t, own):
     if self.kind=='regression' or t.shape!=(len(self.classes),): raise FastaiTLError('Thresholds must be one for each class', f'shape {t.shape} for {len(self.classes or ())} classes')
     return t
 
-# %% ../../nbs/82_deploy.predict.ipynb #91382a90
+# %% ../../nbs/82_deploy.predict.ipynb #60c4471e
 @patch
 def _check(self:Predictor, texts, first=0):
     "A list of strings, or of pairs of strings; bad ones are named by their rows"
@@ -131,7 +133,7 @@ def _check(self:Predictor, texts, first=0):
     if bad: raise DataError('Where one item is a pair of texts, all must be', f'something else in row {shorten(bad)}')
     return list(zip(*(check_texts([t[k] for t in texts], rows) for k in (0,1))))
 
-# %% ../../nbs/82_deploy.predict.ipynb #6d0fa422
+# %% ../../nbs/82_deploy.predict.ipynb #4c71d81f
 def packs(
     lens, # Tokens of each row
     max_tokens:int # Of a batch, padding included
@@ -143,7 +145,7 @@ def packs(
         res.append(order[:k]); order = order[k:]
     return res
 
-# %% ../../nbs/82_deploy.predict.ipynb #803c11f0
+# %% ../../nbs/82_deploy.predict.ipynb #e7a19dee
 @patch
 def run(self:Predictor,
     rows # Rows of token numbers, as the engine makes them
@@ -165,7 +167,7 @@ def _score(self:Predictor, texts):
     p = activate_at(torch.from_numpy(self.run(self.engine.encode(pieces))), self.kind)
     return unactivate(pool_windows(p, owner), self.kind).numpy()
 
-# %% ../../nbs/82_deploy.predict.ipynb #fd940fc0
+# %% ../../nbs/82_deploy.predict.ipynb #86f1c89c
 @patch
 def scores(self:Predictor,
     texts, # Strings, or pairs of them
@@ -185,7 +187,7 @@ def _remember(self:Predictor, texts, got):
         for t in texts: self.known[t] = got[t].copy(); self.known.move_to_end(t)
         while len(self.known)>self.cache: self.known.popitem(last=False)
 
-# %% ../../nbs/82_deploy.predict.ipynb #c1ab3eb9
+# %% ../../nbs/82_deploy.predict.ipynb #eb713ae2
 @patch
 def predict(self:Predictor,
     texts # Strings, or pairs of them
@@ -201,6 +203,7 @@ def predict_proba(self:Predictor,
     "Probabilities of texts"
     return self.predict(texts).probs
 
+# %% ../../nbs/82_deploy.predict.ipynb #308d0356
 @patch
 def predict_iter(self:Predictor,
     texts, # Any iterable, of any length
@@ -212,7 +215,7 @@ def predict_iter(self:Predictor,
         yield from Predictions(self.scores(chunk, n), self.kind, self.classes, self.temperature, self.thresholds)
         n += len(chunk)
 
-# %% ../../nbs/82_deploy.predict.ipynb #9c043856
+# %% ../../nbs/82_deploy.predict.ipynb #ae24ae6f
 def labelled_rows(learn, engine, ds_idx=1, n=1000):
     "At most `n` rows of token numbers, evenly drawn, with their targets"
     ls = learn.learners if isinstance(learn, BidirectionalLearner) else [learn]
@@ -229,7 +232,7 @@ def _quality(probs, y, kind, classes):
     right = np.sqrt(np.mean((probs.reshape(-1)-y.reshape(-1))**2)) if kind=='regression' else np.mean(ev.preds==ev.targets)
     return {'rmse' if kind=='regression' else 'accuracy': float(right), 'loss': float(np.mean(ev.losses))}
 
-# %% ../../nbs/82_deploy.predict.ipynb #b53a6d5b
+# %% ../../nbs/82_deploy.predict.ipynb #76c0b598
 def _compare(learn, precisions, ds_idx, n):
     base,rows = engine_of(learn),[]
     x,y = labelled_rows(learn, base, ds_idx, n)
@@ -243,6 +246,7 @@ def _compare(learn, precisions, ds_idx, n):
         rows.append(dict(precision=p, **_quality(o.probs, y, pr.kind, pr.classes), **same, max_change=float(np.abs(o.probs-first.probs).max()), texts=len(x), size_mb=pr.engine.n_bytes/2**20, texts_per_second=len(x)/t))
     return pd.DataFrame(rows).set_index('precision')
 
+# %% ../../nbs/82_deploy.predict.ipynb #7a3b0364
 @patch
 def compare_precisions(self:Learner|BidirectionalLearner,
     precisions=('fp32','bf16','int8'), # Keys of `PRECISIONS`; `fp32` is always there
@@ -252,7 +256,7 @@ def compare_precisions(self:Learner|BidirectionalLearner,
     "What each precision costs and gives, on labelled rows"
     return _compare(self, precisions, ds_idx, n)
 
-# %% ../../nbs/82_deploy.predict.ipynb #34d9d1b2
+# %% ../../nbs/82_deploy.predict.ipynb #e6e53477
 @patch
 def predictor(self:Learner|BidirectionalLearner,
     precision:str='fp32', # `fp32`, `bf16`, `fp16` (on a GPU) or `int8` (on a CPU)
@@ -272,6 +276,7 @@ def describe_change(t):
     same = f', {b.same:.1%} of the decisions the same, probabilities changed by at most {b.max_change:.3f}' if 'same' in t else f', values changed by at most {b.max_change:.3g}'
     return f'{b.name}: {what} {b[what]:.4f} (float32: {a[what]:.4f}) on {int(b.texts):,} validation rows{same}'
 
+# %% ../../nbs/82_deploy.predict.ipynb #e2876449
 @patch
 def predict_batch(self:Learner|BidirectionalLearner,
     texts, # Strings, or pairs of them
