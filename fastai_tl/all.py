@@ -50,5 +50,10 @@ from .evaluation.decide import *
 from .evaluation.spans import *
 from .evaluation.page import *
 from .evaluation.watch import *
+from .deploy.int8 import *
+from .deploy.engines import *
+from .deploy.predict import *
+from .deploy.manifest import *
+from .deploy.bundle import *
 from .quickdata import *
 from .quickstart import *

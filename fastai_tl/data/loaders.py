@@ -135,7 +135,7 @@ def pool_windows(
     total = p.new_zeros(int(rows.max())+1, *p.shape[1:]).index_add_(0, rows, p)
     return total/torch.bincount(rows).view(-1, *[1]*(p.ndim-1))
 
-# %% ../../nbs/14_data.loaders.ipynb #a1a81b8d
+# %% ../../nbs/14_data.loaders.ipynb #b4bad276
 def _windowed(texts, labels, target, train, valid, tokenizer, stride, kwargs):
     "DataLoaders of windows; `window_rows` has, for each side, the text of each window"
     if texts and not isinstance(texts[0], str): raise DataError('Windows are cut from single texts', 'pairs')
@@ -143,7 +143,7 @@ def _windowed(texts, labels, target, train, valid, tokenizer, stride, kwargs):
     n,flat = len(parts[0][0]),[w for p,_ in parts for w in p]
     labs = [labels[idxs[r]] for (_,rows),idxs in zip(parts, (train,valid)) for r in rows]
     dls = hf_classifier_dls(flat, labs, target, list(range(n)), list(range(n, len(flat))), tokenizer, **kwargs)
-    dls.window_rows = [rows for _,rows in parts]
+    dls.window_rows,dls.window_stride = [rows for _,rows in parts],stride
     return dls
 
 # %% ../../nbs/14_data.loaders.ipynb #a7a2c9a2
