@@ -13,11 +13,11 @@ from pathlib import Path
 from . import __version__
 from .core import FastaiTLError, did_you_mean
 
-# %% ../nbs/99_cli.ipynb #c12dcbe0
+# %% ../nbs/99_cli.ipynb #0b4eb795
 def _flag(v): return {'yes':True, 'true':True, 'on':True, '1':True, 'no':False, 'false':False, 'off':False, '0':False, '':False}[v.lower()]
 def _list(f): return lambda v: [f(o) for o in v.replace(',', ' ').split()]
 
-SETTINGS = dict(data=str, out=str, text_col=str, label_col=str, seed=int, model=str, bidirectional=_flag, full=_flag, font=str, # of a run
+SETTINGS = dict(data=str, out=str, text_col=str, label_col=str, seed=int, model=str, bidirectional=_flag, full=_flag, font=str, lang=str, # of a run
                 emb_sz=int, n_hid=int, n_layers=int, max_vocab=int, lm_epochs=int, lm_bs=int, # of the language models
                 epochs=_list(int), rates=_list(float), bs=int, drop_mult=float) # of the classifier
 
@@ -56,7 +56,7 @@ def _sizes(s, full):
     if lm: res['lm'] = {**base['lm'], **lm}
     return res
 
-# %% ../nbs/99_cli.ipynb #160c5500
+# %% ../nbs/99_cli.ipynb #78e5f27f
 def _parser():
     p = argparse.ArgumentParser(prog='fastai-tl', description='Transfer learning for text, the fastai way.')
     p.add_argument('--version', action='version', version=f'fastai-tl {__version__}')
@@ -69,6 +69,7 @@ def _parser():
     q.add_argument('--seed', type=int, help='everything random follows from it (42)')
     q.add_argument('--bidirectional', action='store_true', default=None, help='train models in both directions')
     q.add_argument('--model', help="a Transformer instead of the three stages: 'minilm' (the extra minilm), a name on the Hugging Face hub, or a folder")
+    q.add_argument('--lang', help='of the texts and the figures: en, or zh-tw for Traditional Chinese (en)')
     q.add_argument('--full', action='store_true', default=None, help='larger model, all texts, the time that it needs')
     q.add_argument('--quiet', action='store_true', help='no progress bars and tables')
     q.add_argument('--cfg', help='a settings file, instead of settings.ini in this folder')
@@ -96,14 +97,14 @@ def _generate_options(q):
     q.add_argument('--option', action='append', default=[], metavar='NAME=VALUE', help='any other option of generation, such as repetition_penalty=1.2')
     q.add_argument('--stream', action='store_true', help='print one text as it is written')
 
-# %% ../nbs/99_cli.ipynb #7414d1f6
+# %% ../nbs/99_cli.ipynb #99ad653c
 def _quickstart(a):
     from fastai_tl.plot import set_font
     from fastai_tl.quickstart import quickstart
     s = read_settings(a.cfg)
     s |= {k: v for k,v in vars(a).items() if v is not None and k in SETTINGS}
     if 'font' in s: set_font(s['font'])
-    kw = {k: s[k] for k in ('data','out','text_col','label_col','seed','bidirectional','model') if k in s}
+    kw = {k: s[k] for k in ('data','out','text_col','label_col','seed','bidirectional','model','lang') if k in s}
     quickstart(full=s.get('full', False), progress=not a.quiet, **kw, **_sizes(s, s.get('full', False)))
 
 def _status(a):
@@ -113,7 +114,7 @@ def _status(a):
         st = ULMFiT(r).status()
         print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
 
-# %% ../nbs/99_cli.ipynb #679f1693
+# %% ../nbs/99_cli.ipynb #4dc62e95
 def _predict(a):
     from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
@@ -121,8 +122,8 @@ def _predict(a):
     if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart', 'no summary.json there', f'Run: fastai-tl quickstart --out {a.run}')
     s,texts = read_json(f),a.texts or [l.strip() for l in sys.stdin if l.strip()]
     if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts)
-    ulm = ULMFiT(Path(a.run)/'runs'/'stages 1+2', config=s['size']['config'], bidirectional=s['bidirectional'], progress=False)
-    learn = ulm.load_classifier(s['chosen']['stages 1 and 2']['name'])
+    ulm = ULMFiT(Path(a.run)/s.get('run', 'runs/stages 1+2'), config=s['size']['config'], bidirectional=s['bidirectional'], progress=False, lang=s.get('lang', 'en'))
+    learn = ulm.load_classifier(s['chosen'][s['best']]['name'])
     for t in texts:
         with learn.no_bar(): label,idx,p = learn.predict(t)
         print(f'{label}\t{float(p.max()):.3f}\t{t}')

@@ -90,3 +90,14 @@ def optional(
     except ImportError as e:
         what = f"fastai_tl[{extra}]" if extra else module.split('.')[0]
         raise ImportError(f'{why or "This"} needs `{module}`, which cannot be imported ({e}). Install it with: pip install "{what}"') from e
+
+# %% ../nbs/00_core.ipynb #5862fba2
+_langs = {'en': 'en', 'english': 'en', 'zh': 'zh-tw', 'zh-tw': 'zh-tw', 'zh-hant': 'zh-tw', 'zh-hant-tw': 'zh-tw'}
+
+def lang_code(lang):
+    "`en` or `zh-tw`, from what a user may write"
+    code = _langs.get(str(lang).lower().replace('_', '-'))
+    if code is None and str(lang).lower().replace('_', '-') in ('zh-cn','zh-hans','zh-sg'):
+        raise FastaiTLError("`lang` must be 'en' or 'zh-tw'", repr(lang), "Convert Simplified texts: lang='zh-tw' with rules=[ToTraditional(), *CHINESE_RULES]")
+    if code is None: raise unknown_option('lang', lang, ('en','zh-tw'))
+    return code

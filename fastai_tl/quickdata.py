@@ -7,15 +7,16 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickdata.html.md"""
 # %% auto #0
 __all__ = ['QuickData', 'offline_data', 'own_data', 'imdb_data', 'majority_accuracy', 'bag_of_words_accuracy']
 
-# %% ../nbs/96_quickdata.ipynb #e2a9f46c
+# %% ../nbs/96_quickdata.ipynb #7b103ad1
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import DataError, FastaiTLError, derive_seed, shorten
+from .core import DataError, FastaiTLError, derive_seed, lang_code, shorten
 from .data.corpus import docstring_corpus, general_corpus, label_budget
+from .data.reviews import sample_reviews
 from .data.tokenize import check_texts, column, read_folder, read_table
 
-# %% ../nbs/96_quickdata.ipynb #1f9aecca
+# %% ../nbs/96_quickdata.ipynb #5eef1ff8
 @dataclass
 class QuickData:
     "What a quickstart works on"
@@ -27,12 +28,21 @@ class QuickData:
 def offline_data(
     n_per_class:int=100, # Labels of each class to train on
     n_eval:int=300, # And of each to validate, and to test
-    seed:int=42 # Which passages are labelled
+    seed:int=42, # Which passages are labelled
+    lang:str='en' # `zh-tw`: composed Chinese reviews instead, a toy
 ) -> QuickData:
     "The docstring corpus with few labels, and Python's own documentation for stage 1"
+    if lang_code(lang)=='zh-tw': return _chinese_data(n_per_class, n_eval, seed)
     df = label_budget(docstring_corpus(), n_per_class, seed=seed, n_eval=n_eval)
     return QuickData(df[df.label.notna()][['text','label','split']].reset_index(drop=True), list(df[df.split=='train'].text), list(general_corpus().text),
                      f'passages of docstrings by their role, {n_per_class} labels a class')
+
+def _chinese_data(n_per_class, n_eval, seed):
+    "Composed reviews, of which few have labels, and no general language for stage 1"
+    n = 2*(n_per_class+2*n_eval)
+    df = sample_reviews(6000+n, seed)
+    labelled = df[:n].assign(split=['train']*2*n_per_class+['valid']*2*n_eval+['test']*2*n_eval)
+    return QuickData(labelled, [*df.text[n:], *labelled[labelled.split=='train'].text], [], f'composed hotel reviews in Traditional Chinese (a toy), {2*n_per_class} labels')
 
 # %% ../nbs/96_quickdata.ipynb #fe1491ef
 _names = {'training':'train', 'validation':'valid', 'dev':'valid', 'val':'valid'}
@@ -58,12 +68,13 @@ def _add_split(df, seed):
     if (df.split=='valid').any(): return df
     return df.assign(split=df.split.where((df.split!='train') | (_rank(df, ['split','label'], seed)>=.1), 'valid'))
 
-# %% ../nbs/96_quickdata.ipynb #da03a476
+# %% ../nbs/96_quickdata.ipynb #220bdd53
 def own_data(
     path, # A table file or a folder
     text_col:str='text', # Column of the texts
     label_col:str='label', # Column of the labels
-    seed:int=42 # Which rows test and validate, if the data do not say
+    seed:int=42, # Which rows test and validate, if the data do not say
+    lang:str='en' # Of the texts: there is general language for stage 1 in English alone
 ) -> QuickData:
     "A table or folder with texts and labels, split, with Python's documentation for stage 1"
     path = Path(path)
@@ -74,7 +85,7 @@ def own_data(
     if df.label.isna().any(): raise DataError('Each row needs a label', f'none in row {shorten(df.index[df.label.isna()])}', 'Drop those rows first')
     df = _add_split(df.assign(label=df.label.astype(str)).reset_index(drop=True), seed)
     domain = list(df[df.split!='test'].text) + (list(extra.text) if extra is not None else [])
-    return QuickData(df[['text','label','split']], domain, list(general_corpus().text), str(path.name))
+    return QuickData(df[['text','label','split']], domain, list(general_corpus().text) if lang_code(lang)=='en' else [], str(path.name))
 
 # %% ../nbs/96_quickdata.ipynb #33804b75
 def imdb_data(
@@ -89,7 +100,7 @@ def imdb_data(
     res.name = 'IMDb reviews'
     return res
 
-# %% ../nbs/96_quickdata.ipynb #3c39823f
+# %% ../nbs/96_quickdata.ipynb #50c6687c
 def majority_accuracy(
     df:pd.DataFrame # `label` and `split`
 ) -> float: # Accuracy on the test rows
@@ -97,7 +108,8 @@ def majority_accuracy(
     return float((df[df.split=='test'].label==df[df.split=='train'].label.value_counts().index[0]).mean())
 
 def bag_of_words_accuracy(
-    df:pd.DataFrame # `text`, `label`, `split`
+    df:pd.DataFrame, # `text`, `label`, `split`
+    lang:str='en' # `zh-tw` counts characters, pairs and triples of them
 ) -> float: # Accuracy on the test rows
     "TF-IDF of words and word pairs with logistic regression"
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -106,6 +118,6 @@ def bag_of_words_accuracy(
     from sklearn.pipeline import make_pipeline
     train,test = df[df.split=='train'],df[df.split=='test']
     folds = int(min(4, train.label.value_counts().min()))
-    pipe = make_pipeline(TfidfVectorizer(ngram_range=(1,2), sublinear_tf=True), LogisticRegression(max_iter=1000))
+    pipe = make_pipeline(TfidfVectorizer(sublinear_tf=True, **(dict(ngram_range=(1,2)) if lang_code(lang)=='en' else dict(ngram_range=(1,3), analyzer='char'))), LogisticRegression(max_iter=1000))
     model = GridSearchCV(pipe, {'logisticregression__C': [.3, 1, 3, 10, 30, 100]}, cv=folds) if folds>1 else pipe
     return float(model.fit(train.text, train.label).score(test.text, test.label))

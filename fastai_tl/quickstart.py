@@ -7,14 +7,15 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickstart.html.md"""
 # %% auto #0
 __all__ = ['QUICK', 'FULL', 'TRANSFORMER', 'Quickstart', 'TransformerQuickstart', 'quickstart']
 
-# %% ../nbs/98_quickstart.ipynb #d64ab92b
+# %% ../nbs/98_quickstart.ipynb #b434166c
 import platform, re, time
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import patch
 from fastai.callback.schedule import *
-from .core import FastaiTLError, derive_seed, seed_everything, shorten
+from .core import FastaiTLError, derive_seed, lang_code, seed_everything, shorten
+from .data.decode import LETTER, WIDE
 from .data.loaders import HFTextDataLoaders
 from .evaluation.report import Evaluation, wilson_interval
 from .files import atomic_path, read_json, write_json
@@ -22,7 +23,7 @@ from .learners.bidirectional import text_items
 from .learners.classify import hf_classifier_learner
 from .learners.ulmfit import ULMFiT
 from .models.hf import minilm_folder
-from .plot import plot_panels
+from .plot import in_words, plot_panels, set_language
 from .quickdata import QuickData, bag_of_words_accuracy, imdb_data, majority_accuracy, offline_data, own_data
 from .tune.rates import discriminative_lrs
 from .tune.resume import ResumableFit
@@ -34,7 +35,7 @@ QUICK = dict(config=dict(emb_sz=128, n_hid=256, n_layers=1), max_vocab=8_000, lm
 FULL = dict(QUICK, config=dict(emb_sz=400, n_hid=1152, n_layers=3), max_vocab=60_000, lm=dict(epochs=10, bs=64, drop_mult=.5, wd=.1), general_lr=5e-3, scratch_lr=5e-3, domain_lr=2e-3,
             epochs=[2,2,2,6], bs=64, rates=(1e-2, 2e-2), scratch_rates=(1e-2, 2e-2, 5e-2), domain_tokens=None)
 
-# %% ../nbs/98_quickstart.ipynb #6e0bddbf
+# %% ../nbs/98_quickstart.ipynb #3ab08aa0
 def take_tokens(
     texts:list, # Texts
     n:int|None, # About so many words; all if `None`
@@ -42,12 +43,12 @@ def take_tokens(
 ) -> list: # Some of the texts, in their order
     "A random sample of texts with about `n` words"
     if n is None: return texts
-    lens = np.array([len(re.findall(r'\w+|[^\w\s]', t)) for t in texts])
+    lens = np.array([len(re.findall(rf'[{WIDE}]|{LETTER}+|[^\w\s]', t)) for t in texts])
     idx = np.random.default_rng(derive_seed(seed, 'sample')).permutation(len(texts))
     k = int(np.searchsorted(np.cumsum(lens[idx]), n))+1
     return [texts[i] for i in sorted(idx[:k].tolist())]
 
-# %% ../nbs/98_quickstart.ipynb #e521441c
+# %% ../nbs/98_quickstart.ipynb #20063d39
 class Quickstart:
     "The steps of a quickstart, with their seconds and figures"
     def __init__(self,
@@ -56,9 +57,11 @@ class Quickstart:
         size:dict, # `QUICK` or `FULL`
         seed:int=42, # Everything random follows from it
         bidirectional:bool=False, # Train models in both directions
-        progress:bool=True # Show progress bars and tables
+        progress:bool=True, # Show progress bars and tables
+        lang:str='en' # Of the texts: `en` or `zh-tw`
     ):
-        self.out,self.data,self.size,self.seed,self.progress,self.bidirectional = Path(out),data,size,seed,progress,bidirectional
+        self.out,self.data,self.size,self.seed,self.progress,self.bidirectional,self.lang = Path(out),data,size,seed,progress,bidirectional,lang_code(lang)
+        self.best = ('stages 1 and 2','stages 1+2') if data.general else ('stage 2','stage 2') # without general texts there is no stage 1
         self.file = self.out/'progress.json'
         self.steps = read_json(self.file) if self.file.exists() else {}
         self.test = data.labelled[data.labelled.split=='test']
@@ -68,7 +71,7 @@ class Quickstart:
         name:str # Folder below `runs`
     ) -> ULMFiT:
         "The ULMFiT run of this name"
-        return ULMFiT(self.out/'runs'/name, config=self.size['config'], bidirectional=self.bidirectional, seed=self.seed, max_vocab=self.size['max_vocab'], progress=self.progress)
+        return ULMFiT(self.out/'runs'/name, config=self.size['config'], bidirectional=self.bidirectional, seed=self.seed, max_vocab=self.size['max_vocab'], progress=self.progress, lang=self.lang)
 
 # %% ../nbs/98_quickstart.ipynb #c3d5773e
 @patch
@@ -87,15 +90,16 @@ def step(self:Quickstart,
         write_json(self.file, self.steps)
     return res
 
-# %% ../nbs/98_quickstart.ipynb #741ec5df
+# %% ../nbs/98_quickstart.ipynb #95f7a79e
 @patch
 def language_models(self:Quickstart):
     "Stage 1, and stage 2 on top of it and alone"
     s,domain = self.size,take_tokens(self.data.domain, self.size['domain_tokens'], self.seed)
     both,alone = self.ulmfit('stages 1+2'),self.ulmfit('stage 2')
-    self.step('Stage 1: general language', lambda: both.pretrain(self.data.general, lr=s['general_lr'], **s['lm']))
-    self.step('Stage 2: the language of the domain, after stage 1', lambda: both.finetune_lm(domain, lr=s['domain_lr'], head_epochs=0, **s['lm']))
-    self.step('Stage 2 alone, for comparison', lambda: alone.finetune_lm(domain, encoder=None, lr=s['scratch_lr'], **s['lm']))
+    if self.data.general:
+        self.step('Stage 1: general language', lambda: both.pretrain(self.data.general, lr=s['general_lr'], **s['lm']))
+        self.step('Stage 2: the language of the domain, after stage 1', lambda: both.finetune_lm(domain, lr=s['domain_lr'], head_epochs=0, **s['lm']))
+    self.step('Stage 2 alone, for comparison' if self.data.general else 'Stage 2: the language of the domain', lambda: alone.finetune_lm(domain, encoder=None, lr=s['scratch_lr'], **s['lm']))
 
 # %% ../nbs/98_quickstart.ipynb #82be407a
 @patch
@@ -142,7 +146,7 @@ def save_figure(
     "Write a figure as PNG, atomically"
     with atomic_path(path) as p: fig.savefig(p, dpi=150, format='png')
 
-# %% ../nbs/98_quickstart.ipynb #dc56dc02
+# %% ../nbs/98_quickstart.ipynb #b7071546
 @patch
 def figures(self:Quickstart,
     learn, # The classifier
@@ -150,16 +154,17 @@ def figures(self:Quickstart,
     name:str # Its stage
 ):
     "Confusion matrix, stages and learning curves as PNG"
-    ulm,one = self.ulmfit('stages 1+2'),learn.forward if self.bidirectional else learn
-    save_figure(ev.plot_confusion(title=f'Test rows, accuracy {ev.accuracy:.1%}'), self.out/'confusion_matrix.png')
+    ulm,one = self.ulmfit(self.best[1]),learn.forward if self.bidirectional else learn
+    save_figure(ev.plot_confusion(title=f"{in_words('Test rows')}, {in_words('accuracy')} {ev.accuracy:.1%}"), self.out/'confusion_matrix.png')
     if hasattr(one, 'unfreezing'): save_figure(one.unfreezing.plot(), self.out/'stages.png')
     curve = lambda v: (np.arange(1, len(v)+1), v.to_numpy())
-    lms = {'stage 1': ulm.history('general'), 'stage 2 after 1': ulm.history('domain'), 'stage 2 alone': self.ulmfit('stage 2').history('domain')}
+    lms = {'stage 1': ulm.history('general'), 'stage 2 after 1': ulm.history('domain')} if self.data.general else {}
+    lms['stage 2 alone'] = self.ulmfit('stage 2').history('domain')
     h = ulm.history(name)
     panels = {'Language models': {k: curve(v.perplexity) for k,v in lms.items()}, 'Classifier': {'train': curve(h.train_loss), 'valid': curve(h.valid_loss)}}
     save_figure(plot_panels(panels, 'epoch', ['perplexity, held-out texts','loss']), self.out/'learning_curves.png')
 
-# %% ../nbs/98_quickstart.ipynb #9dcd7480
+# %% ../nbs/98_quickstart.ipynb #6b899c75
 _why = {True: 'Counting words is still ahead: enough labels and telling words are all that it needs. Transfer gains where labels are few and the order of words matters.',
         False: 'Counting words knows nothing of order, nor of words that the labelled texts lack; the language model has read all the texts.'}
 
@@ -170,9 +175,9 @@ def summary(self:Quickstart,
     chosen:dict # What each classifier's validation rows have chosen
 ) -> dict: # What summary.json holds
     "Everything that a reader or a program wants to know of this run"
-    best = 'stages 1 and 2'
+    best,run = self.best
     return dict(accuracy=accs[best], scratch_accuracy=accs['from scratch'], baseline_accuracy=accs['bag of words'], majority_accuracy=accs['majority class'], best=best, chosen=chosen,
-                model=f"runs/stages 1+2/forward/{chosen[best]['name']}/model.safetensors", bidirectional=self.bidirectional, **self.facts(df))
+                model=f"runs/{run}/forward/{chosen[best]['name']}/model.safetensors", run=f'runs/{run}', lang=self.lang, bidirectional=self.bidirectional, **self.facts(df))
 
 # %% ../nbs/98_quickstart.ipynb #157de393
 @patch
@@ -190,18 +195,18 @@ def _own_version():
     from fastai_tl import __version__
     return __version__
 
-# %% ../nbs/98_quickstart.ipynb #c3cf7996
+# %% ../nbs/98_quickstart.ipynb #a4e9c7d2
 @patch
 def run(self:Quickstart) -> dict: # The summary
     "All steps, the table, the figures and summary.json"
-    accs = self.step('What has to be beaten', lambda: {'majority class': majority_accuracy(self.data.labelled), 'bag of words': bag_of_words_accuracy(self.data.labelled)})
+    accs = self.step('What has to be beaten', lambda: {'majority class': majority_accuracy(self.data.labelled), 'bag of words': bag_of_words_accuracy(self.data.labelled, self.lang)})
     self.language_models()
     chosen = {}
-    for label,name,enc in (('from scratch','scratch',None), ('stage 2','stage 2','domain'), ('stages 1 and 2','stages 1+2','domain')):
+    for label,name,enc in (('from scratch','scratch',None), ('stage 2','stage 2','domain'), ('stages 1 and 2','stages 1+2','domain'))[:3 if self.data.general else 2]:
         learn,ev,chosen[label] = self.step(f'Stage 3: the classifier, {label}', lambda: self.classifier(name, enc))
         accs[label] = ev.accuracy
     df = self.table(accs)
-    self.figures(learn, ev, chosen[label]['name']) # of the last one, which has both stages
+    self.figures(learn, ev, chosen[label]['name']) # of the last one, which has all stages
     return self.finish(df, self.summary(df, accs, chosen), _why[accs['bag of words']>accs[label]])
 
 # %% ../nbs/98_quickstart.ipynb #67715fc4
@@ -219,7 +224,7 @@ def finish(self:Quickstart,
         print(f"\n{why}\n{summary['seconds']:.0f} seconds; results in {self.out}/" if why else f"\n{summary['seconds']:.0f} seconds; results in {self.out}/")
     return summary
 
-# %% ../nbs/98_quickstart.ipynb #e9b36955
+# %% ../nbs/98_quickstart.ipynb #46d155fb
 TRANSFORMER = dict(epochs=[4], rates=(1e-4, 3e-4), bs=16, max_length=128, spread=2.6)
 
 class TransformerQuickstart(Quickstart):
@@ -230,9 +235,10 @@ class TransformerQuickstart(Quickstart):
         model, # `minilm`, a name on the hub, or a folder
         size:dict, # Sizes: see `TRANSFORMER`
         seed:int=42, # Everything random follows from it
-        progress:bool=True # Show progress bars and tables
+        progress:bool=True, # Show progress bars and tables
+        lang:str='en' # Of the texts: `en` or `zh-tw`
     ):
-        super().__init__(out, data, size, seed, progress=progress)
+        super().__init__(out, data, size, seed, progress=progress, lang=lang)
         self.model = minilm_folder() if model=='minilm' else model
         self.label = 'MiniLM, fine-tuned' if model=='minilm' else f'{Path(model).name}, fine-tuned'
 
@@ -253,12 +259,12 @@ def fit(self:TransformerQuickstart,
         with learn.no_bar(), learn.no_logging(): fit()
     return learn
 
-# %% ../nbs/98_quickstart.ipynb #3c9684ef
+# %% ../nbs/98_quickstart.ipynb #2b699fdb
 @patch
 def classifier(self:TransformerQuickstart) -> tuple: # Learner, `Evaluation` of the test rows, and what was chosen
     "The classifier with the rate that validates best, and its evaluation on the test rows"
     s,best = self.size,None
-    dls = HFTextDataLoaders.from_df(self.rows.assign(validates=self.rows.split=='valid'), self.model, valid_col='validates', target='single', max_length=s['max_length'], bs=s['bs'], verbose=self.progress)
+    dls = HFTextDataLoaders.from_df(self.rows.assign(validates=self.rows.split=='valid'), self.model, valid_col='validates', target='single', max_length=s['max_length'], bs=s['bs'], verbose=self.progress, lang=self.lang)
     for lr in s['rates']:
         learn = self.fit(dls, lr)
         with learn.no_bar(): acc = float(learn.validate()[1])
@@ -268,21 +274,21 @@ def classifier(self:TransformerQuickstart) -> tuple: # Learner, `Evaluation` of 
     classes = list(dls.vocab)
     return learn,Evaluation(p.numpy(), [classes.index(l) for l in self.test.label], classes, texts=list(self.test.text)),dict(lr=lr, valid_accuracy=acc, name=f'classifier-{lr:g}')
 
-# %% ../nbs/98_quickstart.ipynb #68080001
+# %% ../nbs/98_quickstart.ipynb #9e5bd128
 @patch
 def run(self:TransformerQuickstart) -> dict: # The summary
     "What has to be beaten, the classifier, table, figures, model and summary.json"
-    accs = self.step('What has to be beaten', lambda: {'majority class': majority_accuracy(self.data.labelled), 'bag of words': bag_of_words_accuracy(self.data.labelled)})
+    accs = self.step('What has to be beaten', lambda: {'majority class': majority_accuracy(self.data.labelled), 'bag of words': bag_of_words_accuracy(self.data.labelled, self.lang)})
     learn,ev,chosen = self.step(f'The classifier: {self.label}', self.classifier)
     accs[self.label] = ev.accuracy
-    save_figure(ev.plot_confusion(title=f'Test rows, accuracy {ev.accuracy:.1%}'), self.out/'confusion_matrix.png')
+    save_figure(ev.plot_confusion(title=f"{in_words('Test rows')}, {in_words('accuracy')} {ev.accuracy:.1%}"), self.out/'confusion_matrix.png')
     h = np.array(learn.recorder.values)
     save_figure(plot_panels({'Classifier': {'train': (np.arange(1, len(h)+1), h[:,0]), 'valid': (np.arange(1, len(h)+1), h[:,1])}}, 'epoch', ['loss']), self.out/'learning_curves.png')
     learn.model.hf.save_pretrained(self.out/'model'); learn.tokenizer.save_pretrained(self.out/'model')
     df = self.table(accs)
     return self.finish(df, dict(kind='transformer', accuracy=ev.accuracy, baseline_accuracy=accs['bag of words'], majority_accuracy=accs['majority class'], chosen=chosen, model='model', **self.facts(df)))
 
-# %% ../nbs/98_quickstart.ipynb #731010be
+# %% ../nbs/98_quickstart.ipynb #1371abba
 def quickstart(
     out='quickstart', # Folder of the results; a stopped quickstart goes on there
     data=None, # `None` for the offline default, `'imdb'`, a table file, or a folder with a subfolder a class
@@ -293,6 +299,7 @@ def quickstart(
     full:bool=False, # Larger model, all texts, the time that it needs
     model=None, # A Transformer instead of the three stages: `minilm`, a name on the hub, or a folder
     progress:bool=True, # Show progress bars and tables
+    lang:str='en', # Of the texts and the figures: `en`, or `zh-tw`: Traditional Chinese
     **size # Other sizes: see `QUICK` and `TRANSFORMER`
 ) -> dict: # What summary.json holds
     "Run the three stages, or a Transformer, and what they have to beat, and write table, figures, model and summary to `out`"
@@ -300,7 +307,8 @@ def quickstart(
     bad = set(size)-set(base)
     if bad: raise FastaiTLError(f'Sizes of a quickstart are {shorten(base, 20)}', shorten(bad))
     if model is not None and (bidirectional or full): raise FastaiTLError('A quickstart with a Transformer has one direction and one size', '`bidirectional`' if bidirectional else '`full`', 'Leave it out')
-    if data is None: d = offline_data(seed=seed)
-    else: d = imdb_data(seed) if data=='imdb' else own_data(data, text_col, label_col, seed)
-    if model is not None: return TransformerQuickstart(out, d, model, {**base, **size}, seed, progress).run()
-    return Quickstart(out, d, {**base, **size}, seed, bidirectional, progress).run()
+    if data is None: d = offline_data(seed=seed, lang=lang)
+    else: d = imdb_data(seed) if data=='imdb' else own_data(data, text_col, label_col, seed, lang)
+    set_language(lang)
+    if model is not None: return TransformerQuickstart(out, d, model, {**base, **size}, seed, progress, lang).run()
+    return Quickstart(out, d, {**base, **size}, seed, bidirectional, progress, lang).run()

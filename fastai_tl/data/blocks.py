@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.blocks.html.md"""
 __all__ = ['TARGETS', 'texts_vocab', 'split_stream', 'language_model_dls', 'check_labels', 'split_rows', 'check_split',
            'classifier_dls']
 
-# %% ../../nbs/12_data.blocks.ipynb #d45f5a88
+# %% ../../nbs/12_data.blocks.ipynb #17860353
 import warnings
 from collections import Counter
 from operator import itemgetter
@@ -16,11 +16,10 @@ import numpy as np, pandas as pd, torch
 from fastcore.all import L
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode, RegressionSetup
-from fastai.text.core import Tokenizer
 from fastai.torch_core import default_device
 from fastai.text.data import LMDataLoader, Numericalize, Pad_Chunk, SortedDL, make_vocab, reverse_text
 from ..core import DataError, derive_seed, shorten, unknown_option
-from .tokenize import TokenizedTexts, WordLevelTokenizer
+from .tokenize import TextTokenizer, TokenizedTexts, WordLevelTokenizer
 
 # %% ../../nbs/12_data.blocks.ipynb #0b9c5ba1
 def texts_vocab(
@@ -49,7 +48,7 @@ def _fit_bs(bs, tokens, what):
     if tokens<4: raise DataError(f'A language model needs some tokens for {what}', str(tokens), 'Give it more text')
     return max(1, min(bs, tokens//16))
 
-# %% ../../nbs/12_data.blocks.ipynb #1099b72e
+# %% ../../nbs/12_data.blocks.ipynb #3573994f
 def language_model_dls(
     texts:TokenizedTexts, # Tokenised texts
     vocab:list, # Token of each number
@@ -66,7 +65,7 @@ def language_model_dls(
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][a:b] for part in parts for i,a,b in part]
     lens = [[b-a for _,a,b in part] for part in parts]
-    tfms = [Tokenizer(tok or WordLevelTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
+    tfms = [TextTokenizer(tok or WordLevelTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
     n = len(parts[0])
     dsets = Datasets(items, [tfms], splits=[list(range(n)), list(range(n, len(items)))], dl_type=LMDataLoader)
     train_bs,valid_bs = (_fit_bs(bs, sum(l), w) for l,w in zip(lens, ('training','validation')))
@@ -167,7 +166,7 @@ def target_tfms(target, classes):
     if target=='single': return [Categorize(vocab=classes, sort=False)]
     return [MultiCategorize(vocab=classes), OneHotEncode(len(classes))] if target=='multi' else [RegressionSetup(c=1)]
 
-# %% ../../nbs/12_data.blocks.ipynb #64cf5bc5
+# %% ../../nbs/12_data.blocks.ipynb #d577468a
 def classifier_dls(
     texts:TokenizedTexts, # Tokenised texts
     labels:list, # One a text, as `check_labels` returns them
@@ -186,7 +185,7 @@ def classifier_dls(
     classes = check_split(labels, target, train, valid)
     idxs = train+valid
     items = [[texts[i], labels[i]] for i in idxs] # lists, since fastai maps transforms over the members of a tuple
-    x = [itemgetter(0), Tokenizer(tok or WordLevelTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
+    x = [itemgetter(0), TextTokenizer(tok or WordLevelTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
     n = len(train)
     dsets = Datasets(items, [x, [itemgetter(1)]+target_tfms(target, classes)], splits=[list(range(n)), list(range(n, len(items)))], dl_type=SortedDL, n_inp=1)
     kw,bs = dict(before_batch=Pad_Chunk(seq_len=seq_len), num_workers=0),min(bs, n)

@@ -15,8 +15,9 @@ import numpy as np, pandas as pd, torch
 from fastcore.all import L, patch
 from fastai.data.core import DataLoaders, Datasets
 from fastai.torch_core import default_device
-from ..core import DataError, FastaiTLError, did_you_mean, shorten
+from ..core import DataError, FastaiTLError, did_you_mean, lang_code, shorten
 from .blocks import check_labels, check_split, split_rows, target_tfms
+from .chinese import CHINESE_RULES
 from .subwords import HFTokenize, PadTokens, TokensDL
 from .tokenize import check_texts, column, read_folder, read_table
 
@@ -66,12 +67,13 @@ def hf_classifier_dls(
     val_bs:int|None=None, # Texts of a validation batch; twice `bs` if `None`
     weighted:bool=False, # Draw training texts so that all classes come equally often
     path='.', # Folder of the DataLoaders
-    verbose:bool=True # Say how many texts were cut short
+    verbose:bool=True, # Say how many texts were cut short
+    lang:str='en' # `zh-tw` normalises each text by `CHINESE_RULES` before it is cut; `en` leaves it as it is
 ) -> HFTextDataLoaders:
     "DataLoaders of a classifier or a regression"
     classes = check_split(labels, target, train, valid)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
-    tok,n = HFTokenize(tokenizer, max_length, truncation, verbose),len(train)
+    tok,n = HFTokenize(tokenizer, max_length, truncation, verbose, CHINESE_RULES if lang_code(lang)=='zh-tw' else ()),len(train)
     tfms = [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(target, classes)]
     weights = draw_weights([labels[i] for i in train], target) if weighted else None
     return tokens_dls(HFTextDataLoaders, items, n, tfms, tok.tokenizer.padding_side, bs, val_bs, path, weights)

@@ -11,7 +11,7 @@ __all__ = ['TensorTokens', 'TensorTargets', 'load_tokenizer', 'train_tokenizer',
 # %% ../../nbs/11_data.subwords.ipynb #18bb7724
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastcore.all import L, patch
+from fastcore.all import L, compose, patch
 from fasttransform import DisplayedTransform, Transform
 from plum import dispatch
 from fastai.data.block import TransformBlock
@@ -93,9 +93,10 @@ class HFTokenize(DisplayedTransform):
         tokenizer, # A name, a folder, or a tokenizer of transformers
         max_length:int|None=None, # Tokens of a text with its special ones; the tokenizer's own limit (512 if it has none) if `None`
         truncation:bool=True, # Cut longer texts, else keep them whole
-        verbose:bool=True # Say how many texts were cut short
+        verbose:bool=True, # Say how many texts were cut short
+        rules=() # Functions from string to string, applied to each text before
     ):
-        self.tokenizer,self.truncation,self.verbose = load_tokenizer(tokenizer),truncation,verbose
+        self.tokenizer,self.truncation,self.verbose,self.rules = load_tokenizer(tokenizer),truncation,verbose,list(rules)
         self.max_length = max_length or (self.tokenizer.model_max_length if self.tokenizer.model_max_length<1e6 else 512)
         self.has_types = 'token_type_ids' in self.tokenizer.model_input_names
         self.forget()
@@ -113,6 +114,7 @@ def _key(x): return x if isinstance(x, str) else tuple(x)
 def _cut(self:HFTokenize, texts):
     "Arrays of shape (fields, tokens) of some texts, and how many were longer than `max_length`"
     args = [texts] if isinstance(texts[0], str) else [list(o) for o in zip(*texts)]
+    if self.rules: args = [[compose(*self.rules)(t) for t in a] for a in args]
     enc = self.tokenizer(*args, truncation=self.truncation, max_length=self.max_length if self.truncation else None, verbose=False)
     rows = zip(enc['input_ids'], enc['token_type_ids']) if self.has_types else ([i] for i in enc['input_ids'])
     if not self.truncation: n = 0

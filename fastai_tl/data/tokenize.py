@@ -6,17 +6,21 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tokenize.html.md"""
 
 # %% auto #0
 __all__ = ['check_texts', 'read_table', 'read_folder', 'read_texts', 'WordLevelTokenizer', 'tokenizer_settings', 'TokenizedTexts',
-           'tokenize_texts_once']
+           'tokenize_texts_once', 'TextTokenizer']
 
-# %% ../../nbs/10_data.tokenize.ipynb #1b4f9543
-import re
-from collections import Counter
+# %% ../../nbs/10_data.tokenize.ipynb #452aae84
+import os
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.all import L, first, patch
-from fastai.text.core import SpacyTokenizer, TokenizeWithRules, defaults
+from fastai.text.core import SpacyTokenizer, TitledStr, TokenizeWithRules, Tokenizer, defaults
 from fastprogress import progress_bar
-from ..core import DataError, did_you_mean, shorten
+from ..core import DataError, FastaiTLError, did_you_mean, shorten
 from ..files import digest, load_tree, save_tree
 
 # %% ../../nbs/10_data.tokenize.ipynb #83e65e03
@@ -142,13 +146,72 @@ def numericalize(self:TokenizedTexts,
     ids = torch.from_numpy(np.array([o2i.get(w, 0) for w in self.words], dtype=np.int64)[self.ids])
     return list(ids.split(self.lens.tolist()))
 
-# %% ../../nbs/10_data.tokenize.ipynb #8e98280d
+# %% ../../nbs/10_data.tokenize.ipynb #bdd16c06
+def _encode(texts, tok, rules):
+    "The distinct tokens of some texts, their indexes, and the number of tokens of each text"
+    w2i,ids,lens = {},[],[]
+    own = hasattr(tok, 'decode') # a tokenizer with a way back needs no rules behind it
+    for toks in tok(_ruled(rules, texts)) if own else TokenizeWithRules(tok, rules)(texts):
+        ids += [w2i.setdefault(t, len(w2i)) for t in toks]
+        lens.append(len(toks))
+    return list(w2i),np.array(ids, dtype=np.int32),lens
+
+def _ruled(rules, texts):
+    "The texts with all rules applied"
+    for t in texts:
+        for r in rules: t = r(t)
+        yield t
+
+_job = {}
+def _begin_worker(tok, rules): _job.update(tok=tok, rules=rules)
+def _work(texts): return _encode(texts, **_job)
+
+def _parts(texts, size):
+    it,a = iter(texts),0
+    while part := list(islice(it, size)): yield a,part; a += len(part)
+
+# %% ../../nbs/10_data.tokenize.ipynb #5e0d82e1
+def _in_processes(texts, tok, rules, n, size):
+    "What `_encode` makes of each part, in order; at most two parts a process are under way"
+    method = 'fork' if 'fork' in _methods() else None
+    with ProcessPoolExecutor(n, get_context(method), _begin_worker, (tok, rules)) as pool:
+        todo,parts = deque(),_parts(texts, size)
+        try:
+            while True:
+                for a,part in islice(parts, 2*n-len(todo)): todo.append((a, len(part), pool.submit(_work, part)))
+                if not todo: return
+                a,k,job = todo.popleft()
+                yield job.result()
+        except BrokenProcessPool:
+            raise FastaiTLError('Every process that tokenises must live to its end', f'one that died; rows {a} to {a+k-1} were next', 'Was memory short? Try `n_workers=1`, or fewer than now') from None
+        finally: pool.shutdown(wait=False, cancel_futures=True)
+
+def _methods():
+    import multiprocessing, sys
+    return multiprocessing.get_all_start_methods() if sys.platform=='linux' else ()
+
+def _default_workers(n_texts):
+    "One process for what is done in a moment, and where new processes cannot take over what is loaded"
+    return min(len(os.sched_getaffinity(0)), 8) if n_texts>=20_000 and 'fork' in _methods() else 1
+
+# %% ../../nbs/10_data.tokenize.ipynb #a8d52c2a
+def _tokenize(texts, tok, rules, settings, progress, n_workers, size=1000):
+    w2i,ids,lens,n_parts = {},[],[],-(-len(texts)//size)
+    n_workers = min(n_workers or _default_workers(len(texts)), n_parts)
+    parts = _in_processes(texts, tok, rules, n_workers, size) if n_workers>1 else (_encode(p, tok, rules) for _,p in _parts(texts, size))
+    for words,i,l in progress_bar(parts, total=n_parts, leave=False) if progress else parts:
+        ids.append(np.array([w2i.setdefault(w, len(w2i)) for w in words], dtype=np.int32)[i])
+        lens.append(np.array(l, dtype=np.int64))
+    return TokenizedTexts(list(w2i), np.concatenate(ids), np.concatenate(lens), settings)
+
+# %% ../../nbs/10_data.tokenize.ipynb #a8356839
 def tokenize_texts_once(
     texts, # Strings; see `read_texts`
     tok=None, # A tokenizer; `WordLevelTokenizer()` if `None`
     rules=None, # Rules applied to each text before; fastai's if `None`
     cache_dir:str|Path|None=None, # Keep the result there, by content and settings
-    progress:bool=True # Show a progress bar, for more than a thousand texts
+    progress:bool=True, # Show a progress bar, for more than a thousand texts
+    n_workers:int|None=None # Processes; one, or for 20,000 texts and more one a core, if `None`
 ) -> TokenizedTexts:
     "Tokenise `texts` with fastai's rules; the second time they are read from the cache"
     texts,tok = check_texts(texts),tok or WordLevelTokenizer()
@@ -158,16 +221,11 @@ def tokenize_texts_once(
     if file is not None and file.exists():
         t = load_tree(file)
         return TokenizedTexts(t['words'], t['ids'].numpy(), t['lens'].numpy(), t['settings'])
-    res = _tokenize(texts, TokenizeWithRules(tok, rules), settings, progress and len(texts)>1000)
+    res = _tokenize(texts, tok, rules, settings, progress and len(texts)>1000, n_workers)
     if file is not None: save_tree(file, dict(words=res.words, ids=torch.from_numpy(res.ids), lens=torch.from_numpy(res.lens), settings=settings))
     return res
 
-# %% ../../nbs/10_data.tokenize.ipynb #8f3e617e
-def _tokenize(texts, tok, settings, progress):
-    w2i,ids,lens = {},[],[]
-    steps = range(0, len(texts), 500)
-    for a in progress_bar(steps, leave=False) if progress else steps:
-        for toks in tok(texts[a:a+500]):
-            ids.append(np.fromiter((w2i.setdefault(t, len(w2i)) for t in toks), dtype=np.int32, count=len(toks)))
-            lens.append(len(toks))
-    return TokenizedTexts(list(w2i), np.concatenate(ids), lens, settings)
+# %% ../../nbs/10_data.tokenize.ipynb #a9f062da
+class TextTokenizer(Tokenizer):
+    "fastai's `Tokenizer` as a transform, whose decoding is the tokenizer's own where it has one"
+    def decodes(self, o): return TitledStr(self.tok.decode(o) if hasattr(self.tok, 'decode') else self.sep.join(o))

@@ -95,7 +95,7 @@ _fills = (dict(facecolor=PALETTE[5], edgecolor=PALETTE[0], linewidth=.8), dict(f
 @patch
 def plot_confidence(self:Evaluation,
     n_bins:int=10, # Bins of the right panel; the left has four times as many
-    lang:str='en', # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None, # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
     figsize=(10,3.8) # Width and height in inches
 ):
     "How confident right and wrong predictions are, and how often those of each bin are right"
@@ -133,7 +133,7 @@ def plot_reliability(self:Evaluation,
     n_bins:int=10, # Number of bins
     mass:bool=False, # Bins with as many rows each
     label=None, # Look at the probability of this class instead of the decision
-    lang:str='en' # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
 ):
     "Reliability diagram: accuracy against confidence with 95 % intervals, and the number of rows"
     w = lambda o: in_words(o, lang)
@@ -236,7 +236,7 @@ def table(self:Calibrated,
 def plot(self:Calibrated,
     n_bins:int=10, # Number of bins
     mass:bool=False, # Bins with as many rows each
-    lang:str='en' # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
 ):
     "Reliability before and after; after is across folds, if there are some"
     w,after = lambda o: in_words(o, lang),self.after if self.folds is None else self.folds

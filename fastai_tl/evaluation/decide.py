@@ -49,7 +49,7 @@ def abstention(self:Evaluation,
 @patch
 def plot_risk_coverage(self:Evaluation,
     accuracy:float|None=None, # Mark the threshold for this accuracy
-    lang:str='en', # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None, # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
     figsize=(5.5,3.6) # Width and height in inches
 ):
     "Error rate against the share of rows that are decided, and that of a model that knows all its errors"

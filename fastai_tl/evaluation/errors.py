@@ -16,7 +16,7 @@ from ..core import DataError, FastaiTLError, unknown_option
 from ..data.splits import UNSPACED, near_duplicates, without_specials
 from ..data.tokenize import check_texts
 from .report import Evaluation, wilson_interval
-from ..plot import PALETTE, figure_style
+from ..plot import PALETTE, figure_style, in_words
 
 # %% ../../nbs/62_evaluation.errors.ipynb #f4f24ce6
 def _text_list(ev):
@@ -119,6 +119,7 @@ def plot_intervals(
     notes=None # Small texts at the right, one a row
 ):
     "Draw values with intervals against a line and return the Figure; colour marks intervals that leave the line out"
+    xlabel = in_words(xlabel)
     with figure_style(list(labels), xlabel) as plt:
         fig,ax = plt.subplots(figsize=(6.4, .8+.27*len(labels)))
         for i,(m,a,b) in enumerate(zip(at, low, high)):

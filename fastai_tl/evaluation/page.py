@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 from fastcore.all import patch
 from ..core import FastaiTLError
 from ..files import atomic_path, write_json
-from ..plot import figure_style, has_cjk
+from ..plot import figure_lang, figure_style, has_cjk
 from .onepass import Evaluation
 from .report import ScoreTable, in_words
 from .calibrate import *
@@ -49,7 +49,7 @@ FIGURES = ('confusion_matrix','confidence_analysis','reliability','risk_coverage
 @patch
 def figures(self:Evaluation,
     names=None, # Which of `FIGURES`; all that fit if `None`
-    lang:str='en' # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
 ) -> dict: # Name to figure
     "The figures of the kind of target"
     draw = dict(confusion_matrix=lambda: self.plot_confusion(title=in_words('Confusion matrix', lang), lang=lang), confidence_analysis=lambda: self.plot_confidence(lang=lang),
@@ -84,7 +84,7 @@ def _cell(v, n=600):
     return escape(text if len(text)<=n else text[:n]+' …')
 
 # %% ../../nbs/67_evaluation.page.ipynb #9db9ed15
-def table_html(df, lang='en', names=0):
+def table_html(df, lang=None, names=0):
     "A table whose texts are escaped and whose words are translated, but for the first `names` rows, which are called by the user's names"
     df = ScoreTable(df)._printed()
     w,named = lambda o: in_words(str(o), lang),not isinstance(df.index, pd.RangeIndex) and not pd.api.types.is_integer_dtype(df.index)
@@ -113,7 +113,7 @@ def save_png(
 @patch
 def to_html(self:Evaluation,
     title:str='', # Of the page
-    lang:str='en', # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None, # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
     n:int=20, # Rows of errors
     figures:dict|None=None # Name to figure; made anew if `None`
 ) -> str: # A whole page
@@ -126,7 +126,7 @@ def to_html(self:Evaluation,
     tabs = {k: f'<h2>{escape(w(k))}</h2>{table_html(t, lang, len(self.classes or ()) if k=="Report" else 0)}' for k,t in self.tables(n).items()}
     pics = f"<h2>{escape(w('Figures'))}</h2>" + ''.join(f'<img alt="{escape(k)}" style="width:{f.get_size_inches()[0]*92:.0f}px" src="data:image/png;base64,{base64.b64encode(_png(f, _screen(f))).decode()}">' for k,f in figs.items())
     last = tabs.pop('Rows with the highest loss', '')
-    return f'<!DOCTYPE html>\n<html lang="{"zh-Hant" if lang=="zh" else "en"}"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{_css}</style></head><body>' + '\n'.join(body+[*tabs.values(), pics, last]) + '</body></html>\n'
+    return f'<!DOCTYPE html>\n<html lang="{"zh-Hant" if figure_lang(lang)=="zh-tw" else "en"}"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{_css}</style></head><body>' + '\n'.join(body+[*tabs.values(), pics, last]) + '</body></html>\n'
 
 def _screen(fig): return int(min(150, 2200/max(fig.get_size_inches())))
 
@@ -141,7 +141,7 @@ def _headline(self:Evaluation):
 def save(self:Evaluation,
     path, # A folder, made if need be
     title:str='', # Of the page
-    lang:str='en', # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None, # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
     figures=None, # Which of `FIGURES`; all that fit if `None`
     n:int=20, # Rows of errors on the page; the CSV file has all
     dpi:int=300 # Of the figures in the folder

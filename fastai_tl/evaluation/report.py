@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from fastcore.all import patch
 from ..core import DataError, FastaiTLError, did_you_mean, unknown_option
 from .onepass import Evaluation, row_losses
-from ..plot import PALETTE, figure_style, plot_heatmap
+from ..plot import PALETTE, figure_style, in_words, plot_heatmap
 
 # %% ../../nbs/61_evaluation.report.ipynb #baa4dd3f
 class ScoreTable(pd.DataFrame):
@@ -131,21 +131,6 @@ def spearman(a, b):
     "Correlation of the ranks, ties sharing theirs"
     from scipy.stats import rankdata
     return float(np.corrcoef(rankdata(a), rankdata(b))[0,1])
-
-# %% ../../nbs/61_evaluation.report.ipynb #82338be6
-_zh = {'Predicted': '預測類別', 'True': '真實類別', 'Confusion matrix': '混淆矩陣', 'Confidence': '預測信心度', 'Rows': '筆數', 'Accuracy': '準確率', 'right': '正確預測', 'wrong': '錯誤預測',
-       'How confident the predictions are': '預測信心度分佈', 'Accuracy by confidence': '各信心度區間的準確率', 'perfect': '完全校準', '95 % interval': '95 % 信賴區間', 'Reliability': '校準曲線', 'before': '校準前', 'after': '校準後',
-       'Coverage': '涵蓋率', 'Error': '錯誤率', 'Risk and coverage': '風險與涵蓋率', 'all rows': '全部資料', 'chosen': '選定門檻', 'True value': '真實值', 'Predicted value': '預測值', 'Residual': '殘差', 'Residuals': '殘差分佈',
-       'Evaluation': '模型評估報告', 'Report': '分類報告', 'Most frequent errors': '最常見的錯誤類型', 'Rows with the highest loss': '損失最高的資料', 'Calibration': '信心度校準', 'Scores': '各項指標', 'Figures': '圖表',
-       'rows': '筆資料', 'classes': '個類別', 'errors': '筆錯誤', 'row': '列', 'text': '文本', 'true': '真實', 'predicted': '預測', 'confidence': '信心度', 'loss': '損失', 'count': '次數', 'precision': '精確率', 'recall': '召回率',
-       'f1': 'F1', 'score': '分數', 'low': '下限', 'high': '上限', 'support': '筆數', 'accuracy': '準確率', 'balanced accuracy': '平衡準確率', 'macro avg': '巨觀平均', 'weighted avg': '加權平均', 'micro avg': '微觀平均',
-       'samples avg': '樣本平均', 'exact match': '完全符合', 'log loss': '對數損失', 'average precision': '平均精確率', 'mean confidence': '平均信心度', 'ideal': '理想', 'Probability': '預測機率', 'Share of the class': '實際比例', 'share': '比例', 'ECE, equal mass': 'ECE（等量分組）', 'Brier score': 'Brier 分數', 'error': '誤差', 'macro F1': '巨觀平均 F1'}
-LANGS = ('en','zh')
-
-def in_words(word, lang='en'):
-    "A word of a figure, in English or in Traditional Chinese"
-    if lang not in LANGS: raise unknown_option('lang', lang, LANGS)
-    return _zh.get(word, word) if lang=='zh' else word
 
 # %% ../../nbs/61_evaluation.report.ipynb #6b347d82
 def _kinds(ev):
@@ -270,7 +255,7 @@ def plot_confusion(self:Evaluation,
     xlabel:str|None=None, # Below it
     ylabel:str|None=None, # Beside it
     normalize:str|None=None, # Show percentages of `true` classes, of `pred`icted ones or of `all` rows; counts if `None`
-    lang:str='en' # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
 ):
     "The confusion matrix as a figure: counts or shares as text, shares as colour"
     if normalize is not None and normalize not in _by: raise unknown_option('normalize', normalize, [*_by, None])
@@ -308,7 +293,7 @@ def top_losses(self:Evaluation,
 # %% ../../nbs/61_evaluation.report.ipynb #b16fdaf4
 @patch
 def plot_residuals(self:Evaluation,
-    lang:str='en', # Words in English, or `zh`: Traditional Chinese
+    lang:str|None=None, # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
     figsize=(9,3.6) # Width and height in inches
 ):
     "Predicted against true values, and the residuals against the predictions"

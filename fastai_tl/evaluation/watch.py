@@ -43,7 +43,7 @@ class EvaluationCallback(Callback):
         every:str='fit', # Write at the end of the `fit`, or after each `epoch` into a folder of its own
         scores=None, # Names of scores, see `WATCHED`, or functions of an `Evaluation`; macro F1 and ECE, or R² and rank correlation, if `None`
         figures=None, # Which of `FIGURES` to draw; all that fit if `None`
-        lang:str='en', # Words in English, or `zh`: Traditional Chinese
+        lang:str|None=None, # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
         dpi:int=150 # Of the figures in the folder
     ):
         if every not in ('fit','epoch'): raise unknown_option('every', every, ('fit','epoch'))

@@ -16,7 +16,7 @@ from ..core import DataError
 from .codec import join_words
 from .score import score_texts
 from .source import text_model
-from ..plot import figure_style, has_cjk
+from ..plot import figure_style, has_cjk, in_words
 
 # %% ../../nbs/48_generation.surprisal.ipynb #b4ec0089
 def _span_groups(s):
@@ -127,7 +127,7 @@ def plot(self:Surprisal,
     font:str|None=None # Font family, found by the characters if `None`
 ):
     "Draw the text with the heat of its surprise, and return the Figure"
-    with figure_style(self.text, title, font=font) as plt:
+    with figure_style(self.text, title, in_words('bits'), font=font) as plt:
         fig,ax = plt.subplots(figsize=(width, 1), layout='none')
         places,n = _lines(self.pieces, ws := _widths(ax, self.pieces, size), width*72-90)
         step,top,h = size*1.75,_limit(self.bits, vmax),n*size*1.75+(size*2.2 if title else 4)
@@ -161,4 +161,4 @@ def _bar(self:Surprisal, fig, top, h, w, text_h):
     cmap = LinearSegmentedColormap.from_list('', [[int(v)/255 for v in _colour(i/20)[0][4:-1].split(',')] for i in range(21)])
     import matplotlib.cm as cm, matplotlib.colors as mc
     cb = fig.colorbar(cm.ScalarMappable(mc.Normalize(0, top), cmap), cax=cax, ticks=[0, top/2, top] if bar>40 else [0, top])
-    cb.ax.set_yticklabels([f'{v:.0f}' + (' bits' if v==top else '') for v in cb.get_ticks()], fontsize=7.5); cb.outline.set_visible(False); cb.ax.tick_params(length=0)
+    cb.ax.set_yticklabels([f'{v:.0f}' + (f" {in_words('bits')}" if v==top else '') for v in cb.get_ticks()], fontsize=7.5); cb.outline.set_visible(False); cb.ax.tick_params(length=0)

@@ -7,17 +7,17 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.ulmfit.html.md"""
 # %% auto #0
 __all__ = ['DIRECTIONS', 'ULMFiT']
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #2ae4148e
+# %% ../../nbs/55_learners.ulmfit.ipynb #0fec3f1c
 from contextlib import ExitStack
 from pathlib import Path
 import pandas as pd
 from fastcore.all import L, merge, patch
 from fastai.data.core import DataLoaders
-from fastai.text.core import defaults
 from fastai.text.models.awdlstm import awd_lstm_lm_config
-from ..core import DataError, RunError, seed_everything, shorten, unknown_option
+from ..core import DataError, RunError, lang_code, seed_everything, shorten, unknown_option
 from ..data.blocks import *
-from ..data.tokenize import TokenizedTexts, WordLevelTokenizer, column, read_folder, read_table, read_texts, tokenize_texts_once, tokenizer_settings
+from ..data.chinese import chinese_report, language_tools
+from ..data.tokenize import TokenizedTexts, column, read_folder, read_table, read_texts, tokenize_texts_once, tokenizer_settings
 from ..files import digest, load_tree, save_tree
 from .bidirectional import BidirectionalLearner
 from .classify import awd_classifier_learner, target_of
@@ -32,7 +32,7 @@ from ..tune.unfreeze import GradualUnfreezing
 # %% ../../nbs/55_learners.ulmfit.ipynb #aa71baf1
 DIRECTIONS = ('forward','backward')
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #a349d8d1
+# %% ../../nbs/55_learners.ulmfit.ipynb #c3a6d242
 class ULMFiT:
     "Three stages of transfer in one folder: `pretrain`, `finetune_lm`, `classifier`"
     def __init__(self,
@@ -40,25 +40,27 @@ class ULMFiT:
         config:dict|None=None, # Sizes of the AWD_LSTM: `emb_sz`, `n_hid`, `n_layers`; fastai's 400, 1152 and 3 if `None`
         bidirectional:bool=False, # Train a second model that reads backwards
         seed:int=42, # Everything random follows from it
-        tok=None, # Tokenizer; `WordLevelTokenizer` for English if `None`
-        rules=None, # Rules applied to each text before; fastai's if `None`
+        tok=None, # Tokenizer instead of the language's; for Chinese also `chars`, `jieba` or `mapped`
+        rules=None, # Rules applied to each text before, instead of the language's
         max_vocab:int=60_000, # Largest vocabulary
         min_freq:int=3, # Rarer tokens are unknown
         seq_len:int=72, # Tokens of backpropagation through time
-        progress:bool=True # Show progress bars, losses and tables
+        progress:bool=True, # Show progress bars, losses and tables
+        lang:str='en' # `en`, or `zh-tw`: Traditional Chinese
     ):
         self.path,self.seed,self.seq_len,self.max_vocab,self.min_freq,self.progress = Path(run_dir),seed,seq_len,max_vocab,min_freq,progress
         self.config = {k: merge(awd_lstm_lm_config, config or {})[k] for k in ('emb_sz','n_hid','n_layers')}
         self.directions = DIRECTIONS if bidirectional else DIRECTIONS[:1]
-        self.tok,self.rules = tok or WordLevelTokenizer(),list(defaults.text_proc_rules if rules is None else rules)
+        self.lang,(self.tok,self.rules) = lang_code(lang),language_tools(lang, tok, rules)
     def __repr__(self): return f'ULMFiT({str(self.path)!r}, {self.config}, {" and ".join(self.directions)})'
 
-# %% ../../nbs/55_learners.ulmfit.ipynb #a8953dc2
+# %% ../../nbs/55_learners.ulmfit.ipynb #eb1d933a
 @patch
 def tokenize(self:ULMFiT,
     texts:list # Strings
 ) -> TokenizedTexts:
     "Tokenise texts once; the result is kept in the run"
+    if self.lang=='zh-tw' and (advice := chinese_report(texts[:2000]).advice): self.say(f'The texts: {advice}.')
     return tokenize_texts_once(texts, self.tok, self.rules, cache_dir=self.path/'tokens', progress=self.progress)
 
 @patch
