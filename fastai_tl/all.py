@@ -20,10 +20,13 @@ from .models.trace import *
 from .models.groups import *
 from .models.encoder import *
 from .models.hf import *
+from .models.prefix import *
+from .models.position import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
 from .tune.precision import *
+from .tune.cache import *
 from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *

@@ -14,8 +14,8 @@ MODULE_LINES,CELL_LINES = 350,20
 # 'module:first name defined' -> why the cell is longer than CELL_LINES
 LONG_CELLS = {   # each parameter has a line of its own; the body is short
     'plot:plot_heatmap': 'eight parameters', 'plot:plot_stages': 'five parameters', 'data.blocks:language_model_dls': 'ten parameters', 'data.blocks:split_rows': 'five parameters',
-    'data.blocks:classifier_dls': 'eleven parameters', 'tune.optim:LayerwiseOptimizer': 'eleven parameters', 'tune.unfreeze:GradualUnfreezing': 'twelve parameters',
-    'tune.recipes:fit_gradual': 'ten parameters', 'tune.recipes:gradual_unfreezing_training': 'ten parameters',
+    'data.blocks:classifier_dls': 'eleven parameters', 'tune.optim:LayerwiseOptimizer': 'eleven parameters', 'tune.unfreeze:GradualUnfreezing': 'thirteen parameters',
+    'tune.recipes:fit_gradual': 'eleven parameters', 'tune.recipes:gradual_unfreezing_training': 'ten parameters',
     'learners.ulmfit:finetune_lm': 'twelve parameters', 'learners.ulmfit:classifier': 'twenty-one parameters', 'quickstart:Quickstart': 'six parameters',
     'quickstart:quickstart': 'nine parameters', 'data.loaders:hf_classifier_dls': 'twelve parameters', 'data.splits:cross_folds': 'eight parameters',
     'evaluation.validate:run_folds': 'ten parameters', 'generation.sample:generate': 'twenty-eight parameters', 'data.spans:hf_tagger_dls': 'twelve parameters',
