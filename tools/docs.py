@@ -16,7 +16,7 @@ import yaml
 import readme
 from docs_api import Reference
 from docs_crawl import crawl
-from docs_page import ROOT, MarkdownPage, Page, PageError, Site, page_name
+from docs_page import ROOT, MarkdownPage, Page, PageError, Site
 
 FOLDERS = dict(data='Data', models='Models', tune='Training', generation='Generation', learners='Learners', evaluation='Evaluation', interpretation='Interpretation',
                deploy='Deployment', interop='Other libraries')

@@ -9,7 +9,7 @@ from dataclasses import dataclass,field
 from fastcore.docments import docments
 from fasttransform import Transform
 
-from readme import split_cell, text_of
+from readme import split_cell
 
 PKG = 'fastai_tl'
 _number = re.compile(r'^\d\d_(.+)$')
@@ -215,8 +215,8 @@ def signature_text(e):
 
 
 def docstring(e):
-    if isinstance(e.node, (ast.Assign, ast.AnnAssign)):
-        return e.code.splitlines()[e.node.end_lineno-1].partition('  #')[2].strip() or e.code.splitlines()[e.node.end_lineno-1].partition(' # ')[2].strip()
+    "The docstring of a function or class, the comment behind a constant"
+    if isinstance(e.node, (ast.Assign, ast.AnnAssign)): return e.code.splitlines()[e.node.end_lineno-1].partition(' # ')[2].strip()
     return inspect.cleandoc(ast.get_docstring(e.node) or (e.obj.__doc__ if callable(e.obj) else '') or '')
 
 

@@ -5,7 +5,7 @@ from pathlib import Path,PurePosixPath
 
 from latex2mathml.converter import convert
 
-from docs_api import docstring, module_name, parameters, signature_text, source_line
+from docs_api import docstring, module_name, parameters, patched_classes, signature_text, source_line
 from readme import block, is_off, plain, split_cell, text_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +159,7 @@ class Page:
 
     def entry(self, e):
         "Heading, signature, docstring, parameters and source of a public name"
-        level = 4 if e.owner and e.name.split('.')[0] in self.site.ref.by_name else 3
+        level = 4 if e.owner and not patched_classes(e.node) else 3
         py = f'fastai_tl/{e.module.replace(".", "/")}.py'
         line = source_line(e, (ROOT/py).read_text(encoding='utf-8'))
         params,returns = parameters(e)
@@ -170,10 +170,11 @@ class Page:
         return '\n\n'.join(o for o in (head, link, block(signature_text(e), 'python'), doc, self.table(params, returns)) if o)
 
     def table(self, params, returns):
+        "Parameters and result as a table, without the columns that are empty"
         if not params and not returns: return ''
         rows = [*params, *([returns] if returns else [])]
-        cols = [('Parameter', lambda p: f'`{p.name}`' if p.name else '*returns*'), ('Type', lambda p: quoted(p.type)), ('Default', lambda p: quoted(p.default)),
-                ('Meaning', lambda p: self.prose(p.meaning.replace('\n', ' ')).replace('|', '&#124;') if '`' not in p.meaning else self.prose(p.meaning.replace('\n', ' ')))]
+        def meaning(p): return self.prose(outside_code(p.meaning.replace('\n', ' '), lambda s: s.replace('|', '&#124;')))
+        cols = [('Parameter', lambda p: f'`{p.name}`' if p.name else '*returns*'), ('Type', lambda p: quoted(p.type)), ('Default', lambda p: quoted(p.default)), ('Meaning', meaning)]
         cols = [(h, f) for h,f in cols if any(f(p) for p in rows)]
         return '\n'.join(['| ' + ' | '.join(h for h,_ in cols) + ' |', '|' + '---|'*len(cols)] + ['| ' + ' | '.join(f(p) for _,f in cols) + ' |' for p in rows])
 
