@@ -7,10 +7,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.chinese.html.md"""
 # %% auto #0
 __all__ = ['VARIANTS', 'CHINESE_RULES', 'CUTS', 'strip_invisible', 'narrow_letters', 'unify_variants', 'squeeze_spaces',
            'normalize_chinese', 'widen_punctuation', 'ToTraditional', 'marked_tokens', 'map_cuts', 'ChineseTokenizer',
-           'SubwordCut', 'train_subwords', 'char_shares', 'chinese_report', 'language_tools', 'tools_from_settings']
+           'SubwordCut', 'train_subwords', 'train_chinese_tokenizer', 'char_shares', 'chinese_report', 'language_tools',
+           'tools_from_settings']
 
-# %% ../../nbs/11_data.chinese.ipynb #707c0dfd
+# %% ../../nbs/11_data.chinese.ipynb #46247f59
 import re, unicodedata
+from collections import Counter
 from functools import reduce
 from fastcore.all import patch
 from fastai.text.core import BOS, TK_REP, defaults
@@ -243,7 +245,30 @@ def train_subwords(
     model.train_from_iterator(runs, trainer)
     return SubwordCut(model)
 
-# %% ../../nbs/11_data.chinese.ipynb #bc6d2a80
+# %% ../../nbs/11_data.chinese.ipynb #b320f13a
+def train_chinese_tokenizer(
+    texts, # Strings to learn from
+    vocab_size:int=8000, # At most so many tokens
+    min_freq:int=2, # Rarer characters and words are unknown, or cut into letters
+    rules=None, # Applied to the texts before; `CHINESE_RULES` if `None`
+    max_length:int=512 # Tokens of a text, the `model_max_length`
+): # A fast tokenizer of transformers
+    "A tokenizer of characters for a BERT-like model"
+    from tokenizers import Tokenizer as Model, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    if isinstance(texts, str): raise DataError('Texts to learn from are a list', 'one string', 'Put it into a list')
+    special,norm,cut = ['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]'],normalizers.BertNormalizer(lowercase=False, strip_accents=False),pre_tokenizers.BertPreTokenizer()
+    n = Counter(w for t in texts for w,_ in cut.pre_tokenize_str(norm.normalize_str(normalize_chinese(t, rules))))
+    letters = [o for c in sorted({c for w in n for c in w if len(w)>1}) for o in (c, '##'+c)]
+    words = [w for w,k in sorted(n.items(), key=lambda o: (-o[1], o[0])) if k>=min_freq]
+    vocab = list(dict.fromkeys([*special, *letters, *words]))[:vocab_size]
+    t = Model(models.WordPiece({w: i for i,w in enumerate(vocab)}, unk_token='[UNK]'))
+    t.normalizer,t.pre_tokenizer,t.decoder = norm,cut,decoders.WordPiece()
+    t.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B:1 [SEP]:1', special_tokens=[('[CLS]',2),('[SEP]',3)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, model_max_length=max_length, model_input_names=['input_ids','token_type_ids','attention_mask'],
+                                   **dict(zip(('pad_token','unk_token','cls_token','sep_token','mask_token'), special)))
+
+# %% ../../nbs/11_data.chinese.ipynb #e4c39043
 _han = re.compile(f'[{HAN}]')
 
 def _in(c, encoding):
@@ -254,7 +279,6 @@ def _is_simplified(c): return bool(_han.match(c)) and _in(c, 'gb2312') and not _
 
 def char_shares(texts, vocab=None):
     "Counts of the characters of texts as shares; `vocab` adds the share of Chinese characters that it lacks"
-    from collections import Counter
     n = Counter()
     for t in texts: n.update(t)
     known,total = None if vocab is None else set(''.join(w for w in vocab if not w.startswith('xx'))),sum(n.values())-sum(v for k,v in n.items() if k.isspace())
@@ -264,7 +288,7 @@ def char_shares(texts, vocab=None):
                broken=share(lambda c: '\ud800'<=c<='\udfff' or c=='�', total))
     return res if known is None else dict(res, unknown=share(lambda c: bool(_han.match(c)) and c not in known, han))
 
-# %% ../../nbs/11_data.chinese.ipynb #7b162838
+# %% ../../nbs/11_data.chinese.ipynb #b1b99fca
 _advice = dict(chinese=(lambda v: v<.01, 'hardly a Chinese character: is this the right column, and `lang` the right language?'),
                simplified=(lambda v: v>.02, '{:.0%} of the Chinese characters are Simplified: convert them with the rule `ToTraditional()` in front of `CHINESE_RULES`'),
                private=(lambda v: v>0, '{:.2%} of the characters are for private use, whose meaning no font and no model knows: they may come from an old Big5 extension'),
@@ -281,7 +305,7 @@ def chinese_report(
     res = char_shares(list(texts), vocab)
     return pd.Series({**res, 'advice': '; '.join(msg.format(res[k]) for k,(test,msg) in _advice.items() if k in res and test(res[k]))}, dtype=object)
 
-# %% ../../nbs/11_data.chinese.ipynb #992bf4c1
+# %% ../../nbs/11_data.chinese.ipynb #2656d9d2
 def language_tools(
     lang:str='en', # `en`, or `zh-tw`: Traditional Chinese
     tok=None, # A tokenizer instead of the language's; for Chinese also a name of `CUTS`
