@@ -22,6 +22,7 @@ from .models.encoder import *
 from .models.hf import *
 from .models.prefix import *
 from .models.position import *
+from .models.states import *
 from .tune.optim import *
 from .tune.rates import *
 from .tune.schedule import *
