@@ -119,6 +119,12 @@ def test_patched_methods_have_entries(made):
     assert not lacking, lacking
 
 
+def test_names_of_an_assignment(docs):
+    import ast
+    from docs_api import assigned
+    assert [assigned(ast.parse(o).body[0]) for o in ('a = 1', 'a,b = 1,2', 'a = b = 1', 'a:int = 1', 'f()')] == [['a'], ['a','b'], ['a','b'], ['a'], []]
+
+
 def test_signature_and_table(made):
     "As the code has them, without `self`, with meaning and default"
     _,texts = made

@@ -68,6 +68,12 @@ def patched_classes(f):
     return []
 
 
+def assigned(node):
+    "The names that an assignment gives a value, `A,B = 1,2` included"
+    targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
+    return [o.id for t in targets for o in getattr(t, 'elts', [t]) if isinstance(o, ast.Name)]
+
+
 def inherited(cls, name):
     "A method that is documented where it comes from, such as an event of a Callback"
     return any(name in vars(b) for b in cls.__mro__[1:]) or (issubclass(cls, Transform) and name in ('encodes', 'decodes', 'setups'))
@@ -96,8 +102,7 @@ class Reference:
     def _of(self, node, module, code):
         mod,public = self.modules[module],self.public[module]
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = [t.id for t in getattr(node, 'targets', [getattr(node, 'target', None)]) if isinstance(t, ast.Name)]
-            return [Entry(n, getattr(mod, n), node, code, module) for n in names if n in public]
+            return [Entry(n, getattr(mod, n), node, code, module) for n in assigned(node) if n in public]
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): return []
         if isinstance(node, ast.FunctionDef) and (classes := patched_classes(node)):
             if node.name.startswith('_'): return []
@@ -225,7 +230,7 @@ def source_line(e, py):
     names = e.name.split('.')
     tree = ast.parse(py)
     for part in (names if not e.owner or any(getattr(n, 'name', '') == names[0] for n in tree.body) else names[-1:]):
-        hits = [n for n in tree.body if getattr(n, 'name', None) == part or any(getattr(t, 'id', None) == part for t in getattr(n, 'targets', [getattr(n, 'target', None)]))]
+        hits = [n for n in tree.body if getattr(n, 'name', None) == part or part in assigned(n)]
         if not hits: return next((n.lineno for n in ast.walk(ast.parse(py)) if getattr(n, 'name', None) == names[-1]), 1)
         tree = hits[-1]
     return tree.lineno
