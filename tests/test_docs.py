@@ -58,6 +58,11 @@ def test_links_lead_to_pages(docs):
     assert page(docs, md('[a](../34_tune.unfreeze.ipynb)'), src='nbs/tutorials/u.ipynb').text() == '[a](../tune.unfreeze.md)\n'
 
 
+def test_readmes_are_no_pages(docs):
+    assert not [o for o in docs.sources() if o.startswith('nbs/index')] and 'nbs/home.ipynb' in docs.sources()
+    assert page(docs, md('[a](index.ipynb)')).text() == '[a](https://x.y/z/blob/main/README.md)\n'
+
+
 def test_link_to_nothing(docs):
     from docs_page import PageError
     with pytest.raises(PageError, match='no_such.ipynb'): page(docs, md('[a](no_such.ipynb)')).text()

@@ -33,7 +33,7 @@ def config(): return yaml.safe_load((ROOT/'mkdocs.yml').read_text(encoding='utf-
 def sources():
     "Every file of the project that is a page: notebooks in the order of their names, then the Markdown files"
     nbs = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(ROOT).parts)]
-    nbs = [p.relative_to(ROOT).as_posix() for p in nbs if p != ROOT/'nbs'/'index.ipynb']
+    nbs = [p.relative_to(ROOT).as_posix() for p in nbs if p.parent != ROOT/'nbs' or p.name.split('.')[0] != 'index']     # those are the READMEs
     return nbs + [p.relative_to(ROOT).as_posix() for p in (ROOT/'CHANGELOG.md', ROOT/'CONTRIBUTING.md', *sorted((ROOT/'benchmarks').glob('*.md'))) if p.exists()]
 
 

@@ -70,7 +70,7 @@ class Site:
     def file_href(self, page, src, link, anchor):
         "The link from `page`, made from the file `src`, to what the relative link `link` names"
         target = os.path.normpath(PurePosixPath(src).parent/link)
-        if target == 'nbs/index.ipynb': target = 'README.md'
+        target = re.sub(r'^nbs/index(\.[\w-]+)?\.ipynb$', lambda m: f'README{m[1] or ""}.md', target)
         if target in self.pages: return self.href(page, self.pages[target], anchor)
         if not (ROOT/target).exists(): raise PageError(f'{src}: a link to {link}, which does not exist')
         return f'{self.git_url}/blob/main/{target}{anchor}'
