@@ -16,15 +16,15 @@ def parse():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data'))
     ap.add_argument('--out', default='chinese_ner')
-    ap.add_argument('--arch', default='convbert', choices=['bert','convbert','modernbert'])
+    ap.add_argument('--arch', default='modernbert', choices=['bert','convbert','modernbert'])
     ap.add_argument('--width', type=int, default=128)
     ap.add_argument('--layers', type=int, default=2)
-    ap.add_argument('--reviews', type=int, default=15000, help='shopping reviews that the masked language model reads')
-    ap.add_argument('--lm-epochs', type=int, default=5)
-    ap.add_argument('--epochs', type=int, default=10)
+    ap.add_argument('--reviews', type=int, default=4000, help='shopping reviews that the masked language model reads')
+    ap.add_argument('--lm-epochs', type=int, default=4)
+    ap.add_argument('--epochs', type=int, default=8)
     ap.add_argument('--lr', type=float, default=2e-3)
     ap.add_argument('--rows', type=int, help='only so many sentences of each split, to try the script')
-    ap.add_argument('--ways', nargs='+', default=['from scratch','after masked language modelling'])
+    ap.add_argument('--ways', nargs='+', default=['after masked language modelling','from scratch'])
     ap.add_argument('--seed', type=int, default=0)
     ap.add_argument('--threads', type=int)
     return ap.parse_args()
@@ -34,7 +34,7 @@ def config(a, n):
     from transformers import BertConfig, ConvBertConfig, ModernBertConfig
     kw = dict(hidden_size=a.width, num_hidden_layers=a.layers, num_attention_heads=4, intermediate_size=2*a.width, vocab_size=n, max_position_embeddings=128)
     if a.arch=='bert': return BertConfig(**kw)
-    if a.arch=='convbert': return ConvBertConfig(**kw, embedding_size=a.width, head_ratio=2, conv_kernel_size=5)
+    if a.arch=='convbert': return ConvBertConfig(**kw, embedding_size=a.width, head_ratio=2, conv_kernel_size=5, pad_token_id=0)
     return ModernBertConfig(**kw, local_attention=16, global_attn_every_n_layers=2, pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
 
 
@@ -59,7 +59,7 @@ def main():
         seed_everything(a.seed)
         body = out/'body.safetensors'
         if way!='from scratch' and not body.exists():
-            lm = hf_masked_lm_learner(HFMaskedLMDataLoaders.from_texts(texts*2+shop, tokz, valid_pct=.02, bs=32, max_length=128), config(a, len(tokz)))
+            lm = hf_masked_lm_learner(HFMaskedLMDataLoaders.from_texts(texts+shop, tokz, valid_pct=.02, bs=32, max_length=128), config(a, len(tokz)))
             with lm.no_bar(): lm.fit_one_cycle(a.lm_epochs, 2e-3)
             lm.save_encoder(body)
         dls = HFTagDataLoaders.from_df(df, tokz, valid_col='split', max_length=128, bs=16, verbose=False)
@@ -69,7 +69,7 @@ def main():
         test = df[df.split=='test']
         with learn.no_bar(): pred = learn.tag([list(t) for t in test.tokens])
         s = entity_scores([list(p.tags) for p in pred], [list(t) for t in test.tags])
-        res[way] = dict(**s, valid=list(map(float, learn.recorder.values[-1])), seconds=time.perf_counter()-t0)
+        res[way] = dict(**s, valid=[float(v) for v in learn.recorder.values[-1] if v is not None], seconds=time.perf_counter()-t0)
         print(way, s, flush=True)
         (out/'results.json').write_text(json.dumps(dict(settings=vars(a), runs=res), default=str, ensure_ascii=False), encoding='utf-8')
 

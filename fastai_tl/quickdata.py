@@ -37,6 +37,7 @@ def offline_data(
     return QuickData(df[df.label.notna()][['text','label','split']].reset_index(drop=True), list(df[df.split=='train'].text), list(general_corpus().text),
                      f'passages of docstrings by their role, {n_per_class} labels a class')
 
+# %% ../nbs/96_quickdata.ipynb #aee0fdf2
 def _chinese_data(n_per_class, n_eval, seed):
     "Composed reviews, of which few have labels, and no general language for stage 1"
     n = 2*(n_per_class+2*n_eval)

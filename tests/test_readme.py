@@ -69,6 +69,15 @@ def test_readme_is_made_from_the_notebook(tool):
     assert (ROOT/'README.md').read_text(encoding='utf-8') == tool.readme(tool.load(INDEX)), 'run python tools/readme.py'
 
 
+def test_the_chinese_readme(tool):
+    "Made from its notebook, and the two link to each other"
+    nb = NBS/'index.zh-TW.ipynb'
+    zh,en = ((ROOT/n).read_text(encoding='utf-8') for n in ('README.zh-TW.md', 'README.md'))
+    assert zh == tool.readme(tool.load(nb), nb.name), 'run python tools/readme.py'
+    assert '](README.zh-TW.md)' in en and '](README.md)' in zh
+    assert 'pip install . && fastai-tl quickstart --lang zh-tw' in zh
+
+
 @needs_index
 def test_commands():
     "The two commands for a fresh machine stand in the README, and .ci/run ends with the second"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Make README.md from nbs/index.ipynb: its Markdown, its code as ```python blocks, and what the code printed.
+"""Make README.md from nbs/index.ipynb, and README.zh-TW.md from nbs/index.zh-TW.ipynb: their Markdown, their code as ```python blocks, and what the code printed.
 
-    python tools/readme.py            write README.md
-    python tools/readme.py --check    write nothing; exit 1 if README.md is not what would be written
+    python tools/readme.py            write both
+    python tools/readme.py --check    write nothing; exit 1 if one is not what would be written
 
 A cell with `#| hide` is left out, one with `#| echo: false` shows its output alone, one with `#| output: false` its code alone."""
 
@@ -10,6 +10,7 @@ import argparse,difflib,json,os,re,sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+READMES = [(ROOT/'nbs'/'index.ipynb', ROOT/'README.md'), (ROOT/'nbs'/'index.zh-TW.ipynb', ROOT/'README.zh-TW.md')]
 _directive = re.compile(r'^\s*#\s*\|\s*([\w-]+)[ \t]*:?[ \t]*(.*)$')
 _link = re.compile(r'(\]\()(?![a-z][a-z+.-]*:|#|/)([^)\s]+)')
 _ansi = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
@@ -86,10 +87,10 @@ def cell_md(cell):
     return res
 
 
-def readme(nb):
-    "The text of README.md for the notebook `nb`, a dict"
+def readme(nb, name='index.ipynb'):
+    "The text of the README for the notebook `nb`, a dict, which is called `name`"
     parts = [p for c in nb['cells'] for p in cell_md(c) if p.strip()]
-    return '<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n' + '\n\n'.join(parts) + '\n'
+    return f'<!-- Made from nbs/{name} by tools/readme.py: edit the notebook. -->\n\n' + '\n\n'.join(parts) + '\n'
 
 
 def load(path): return json.loads(Path(path).read_text(encoding='utf-8'))
@@ -98,18 +99,23 @@ def load(path): return json.loads(Path(path).read_text(encoding='utf-8'))
 def main(argv=None):
     p = argparse.ArgumentParser(description='Make README.md from nbs/index.ipynb.')
     p.add_argument('--check', action='store_true', help='write nothing; exit 1 on a difference')
-    p.add_argument('--nb', type=Path, default=ROOT/'nbs'/'index.ipynb', help='the notebook')
-    p.add_argument('--out', type=Path, default=ROOT/'README.md', help='the file to write')
+    p.add_argument('--nb', type=Path, help='the notebook; all of them if left out')
+    p.add_argument('--out', type=Path, default=ROOT/'README.md', help='the file to write for --nb')
     args = p.parse_args(argv)
-    if not args.nb.exists(): sys.exit(f'{args.nb} does not exist: the README is made from it.')
-    new = readme(load(args.nb))
-    old = args.out.read_text(encoding='utf-8') if args.out.exists() else ''
+    for nb,out in [(args.nb, args.out)] if args.nb else READMES: one(nb, out, args.check)
+
+
+def one(nb, out, check):
+    "Write one README, or say how it differs"
+    if not nb.exists(): sys.exit(f'{nb} does not exist: the README is made from it.')
+    new = readme(load(nb), nb.name)
+    old = out.read_text(encoding='utf-8') if out.exists() else ''
     if new == old: return
-    if not args.check:
-        args.out.write_text(new, encoding='utf-8')
+    if not check:
+        out.write_text(new, encoding='utf-8')
         return
-    sys.stderr.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), args.out.name, 'made from the notebook'))
-    sys.exit(f'{args.out.name} differs from {args.nb.name}: run `python tools/readme.py`.')
+    sys.stderr.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), out.name, 'made from the notebook'))
+    sys.exit(f'{out.name} differs from {nb.name}: run `python tools/readme.py`.')
 
 
 if __name__ == '__main__': main()

@@ -10,17 +10,18 @@ __all__ = ['VARIANTS', 'CHINESE_RULES', 'CUTS', 'strip_invisible', 'narrow_lette
            'SubwordCut', 'train_subwords', 'train_chinese_tokenizer', 'char_shares', 'chinese_report', 'language_tools',
            'tools_from_settings']
 
-# %% ../../nbs/11_data.chinese.ipynb #46247f59
+# %% ../../nbs/11_data.chinese.ipynb #ffe2ffa6
 import re, unicodedata
 from collections import Counter
 from functools import reduce
+from itertools import accumulate
 from fastcore.all import patch
 from fastai.text.core import BOS, TK_REP, defaults
 from ..core import DataError, FastaiTLError, VocabError, lang_code, optional, shorten, unknown_option
 from .decode import GLUE, HAN, LETTER, TK_GLUE, TK_SPACE, is_letter, join_marked, undo_rules
 from ..files import digest
 
-# %% ../../nbs/11_data.chinese.ipynb #a5e092bf
+# %% ../../nbs/11_data.chinese.ipynb #4f2b7f52
 _invisible = re.compile('[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0100-\U000e01ef]')
 _picture = '[\u2190-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]' # emoji and the symbols that serve as such
 _joiner = re.compile(f'(?<!{_picture})\u200d|\u200d(?!{_picture})')
@@ -30,9 +31,10 @@ def strip_invisible(
     text:str # Any string
 ) -> str:
     "Without control, zero-width and direction characters; lone surrogates become `�`"
-    return _lone.sub('\ufffd', _joiner.sub('', _invisible.sub('', text)))
+    text = _invisible.sub('', text)
+    return _lone.sub('\ufffd', _joiner.sub('', text) if '\u200d' in text else text)
 
-# %% ../../nbs/11_data.chinese.ipynb #06d583b3
+# %% ../../nbs/11_data.chinese.ipynb #92a925e5
 def _narrow_table():
     "NFKC for letters and digits, in the blocks where it changes width or style"
     blocks = [(0xff10, 0xff1a), (0xff21, 0xff3b), (0xff41, 0xff5b), (0xff66, 0xffdd), (0xfb00, 0xfb07), (0x2100, 0x2150), (0x1d400, 0x1d800)]
@@ -40,37 +42,35 @@ def _narrow_table():
     return {c: n for c in chars if (n := unicodedata.normalize('NFKC', c))!=c}
 
 _narrow = _narrow_table()
-_to_narrow = re.compile('['+''.join(_narrow)+']')
+_to_narrow = re.compile('[\uff10-\uff5a\uff66-\uffdc\ufb00-\ufb06\u2100-\u214f\U0001d400-\U0001d7ff]') # ranges: a class of so many single characters would be slow
 _apart = re.compile('[\u0300-\u036f\u1100-\u11ff\u3099\u309a\u0340-\u0345\u2000-\u2001\u2126-\u212b\u2329\u232a]') # only with one of these is NFC any work
 
 def narrow_letters(
     text:str # Any string
 ) -> str:
     "Letters and digits narrow, kana wide, accents joined with their letters"
-    text = _to_narrow.sub(lambda m: _narrow[m[0]], text)
+    text = _to_narrow.sub(lambda m: _narrow.get(m[0], m[0]), text)
     return text if text.isascii() or not _apart.search(text) else unicodedata.normalize('NFC', text)
 
-# %% ../../nbs/11_data.chinese.ipynb #d29c5d9f
+# %% ../../nbs/11_data.chinese.ipynb #8da1960c
 _taiwan = dict(zip('着裏爲衆峯羣麪綫啓牀説悦脱税鋭閲産鷄鷰溫僞衞戶麽内吴温潙黄舎', '著裡為眾峰群麵線啟床說悅脫稅銳閱產雞燕溫偽衛戶麼內吳溫溈黃舍'))
 _blocks = [(0x2e80, 0x2fe0), (0xf900, 0xfb00), (0x2f800, 0x2fa20)]
 VARIANTS = {k: v for k,v in _taiwan.items() if k!=v}
 VARIANTS |= {c: VARIANTS.get(n, n) for a,b in _blocks for c in map(chr, range(a, b)) if (n := unicodedata.normalize('NFKC', c))!=c}
-_variant = re.compile('['+''.join(VARIANTS)+']')
+_variant,_rare = re.compile('['+''.join(c for c in VARIANTS if c<='\uffff')+']'),re.compile('[\U0002f800-\U0002fa1f]') # two classes, since one over both planes would be slow
 
 def unify_variants(
     text:str # Any string
 ) -> str:
     "Each variant of a character as the one that Taiwan writes: see `VARIANTS`"
-    return _variant.sub(lambda m: VARIANTS[m[0]], text)
+    return _rare.sub(lambda m: VARIANTS.get(m[0], m[0]), _variant.sub(lambda m: VARIANTS[m[0]], text))
 
-# %% ../../nbs/11_data.chinese.ipynb #89be8b2d
-_spaces = re.compile(r'[^\S ]|  |^ | $')
-
+# %% ../../nbs/11_data.chinese.ipynb #aa164f35
 def squeeze_spaces(
     text:str # Any string
 ) -> str:
     "One space for any run of white space, line ends and wide spaces among them; none at the ends"
-    return ' '.join(text.split()) if _spaces.search(text) else text
+    return ' '.join(text.split())
 
 CHINESE_RULES = [strip_invisible, narrow_letters, unify_variants, squeeze_spaces]
 
@@ -92,6 +92,7 @@ def widen_punctuation(
     while (res := _marks.sub(lambda m: _wide_marks[m[0]], text))!=text: text = res # a mark made wide counts for the next
     return text
 
+# %% ../../nbs/11_data.chinese.ipynb #43aa84ce
 class ToTraditional:
     "A rule that converts Simplified characters, and words, to those of Taiwan, by OpenCC"
     def __init__(self,
@@ -104,13 +105,14 @@ class ToTraditional:
         if self._cc is None: self._cc = optional('opencc', 'zh', 'Conversion to Traditional Chinese').OpenCC(self.config)
         return self._cc.convert(text)
 
-# %% ../../nbs/11_data.chinese.ipynb #7f277caa
+# %% ../../nbs/11_data.chinese.ipynb #7b39e4c3
 _special = {*defaults.text_spec_tok, TK_SPACE, TK_GLUE, 'xxfake'}
 _number = rf'[0-9]+(?:[.,:/][0-9]+)+(?!{LETTER})'
 _word = rf"{LETTER}{{1,40}}(?:['’]{LETTER}{{1,40}}){{0,3}}"
-_by_char = re.compile(rf'{_number}|{_word}|.', re.S)
+_by_char = re.compile(rf'[\u2e80-\u9fff]|{_number}|{_word}|.', re.S)
 _by_run = re.compile(rf'[{HAN}]+|{_number}|{_word}|.', re.S)
-_odd = re.compile(rf'{LETTER}{{41}}|xx') # words that are too long, or read as one of the special tokens
+_long = re.compile(LETTER+'{41}') # a word that is cut in two
+_three = re.compile(r'(.)\1\1')
 _rep = re.compile(rf'(?=[^ ])(?!{LETTER})(.)\1{{2,999}}', re.S) # no more than decoding undoes
 
 class _Rep(str): "A character that is repeated three times or more"
@@ -123,7 +125,7 @@ def _repeated(text, pieces):
         res.append(_Rep(m[0])); a = m.end()
     return res + (pieces(text[a:]) if a<len(text) else [])
 
-# %% ../../nbs/11_data.chinese.ipynb #a60cf9ff
+# %% ../../nbs/11_data.chinese.ipynb #accccfe8
 def _glued(toks):
     "Words that read as special tokens cut in two, and a mark between words with nothing between"
     res = []
@@ -137,12 +139,13 @@ def _spaced(toks):
     "Spaces as the rule of decoding wants them: left out between two words, a token elsewhere"
     return [TK_SPACE if t==' ' else t for i,t in enumerate(toks) if not (t==' ' and is_letter(toks[i-1][-1]) and is_letter(toks[i+1][0]))]
 
+# %% ../../nbs/11_data.chinese.ipynb #260d03d8
 def marked_tokens(text, pieces):
     "The tokens of a text whose `pieces` (a function) make it up again, with the marks that decoding needs"
     text = squeeze_spaces(text)
-    rep = _rep.search(text) is not None
+    rep = _three.search(text) is not None
     toks = _repeated(text, pieces) if rep else pieces(text)
-    if _odd.search(text): toks = _glued(toks)
+    if 'xx' in text or max(map(len, toks), default=0)>=40 and _long.search(text): toks = _glued(toks)
     if ' ' in text: toks = _spaced(toks)
     return [o for t in toks for o in ((TK_REP, str(len(t)), t[0]) if isinstance(t, _Rep) else (t,))] if rep else toks
 
@@ -168,16 +171,13 @@ class _Mapped:
 
 CUTS = {o.name: o for o in (_Chars,_Jieba,_Mapped)}
 
-# %% ../../nbs/11_data.chinese.ipynb #22e86e79
+# %% ../../nbs/11_data.chinese.ipynb #646f0934
 def map_cuts(runs, converted, cut):
     "Cuts of converted runs, laid over the runs; all are cut in one call"
-    same = [c if len(c)==len(r) else r for r,c in zip(runs, converted)]
-    res,words,a,run,it = [],[],0,'',iter(runs)
-    for w in cut('\n'.join(same)+'\n'):
-        if w=='\n': res.append(words); words,a,run = [],0,''; continue
-        run = run or next(it)
-        words.append(run[a:a+len(w)]); a += len(w)
-    return res
+    text = '\n'.join(runs)+'\n'
+    ends = list(accumulate(map(len, cut('\n'.join(c if len(c)==len(r) else r for r,c in zip(runs, converted))+'\n'))))
+    marked = '\0'.join([text[a:b] for a,b in zip([0]+ends, ends)]) # split again by methods of strings, which are quick
+    return [o.split('\0') for o in marked.removesuffix('\0\n').split('\0\n\0')]
 
 # %% ../../nbs/11_data.chinese.ipynb #a7ece2ee
 class ChineseTokenizer:
@@ -197,7 +197,7 @@ class ChineseTokenizer:
         "The text that tokens stand for"
         return join_marked(w for w,_ in undo_rules(tokens, space=''))
 
-# %% ../../nbs/11_data.chinese.ipynb #754f85ce
+# %% ../../nbs/11_data.chinese.ipynb #543d6c37
 @patch
 def tokenize(self:ChineseTokenizer,
     texts:list # Normalised strings
@@ -207,7 +207,7 @@ def tokenize(self:ChineseTokenizer,
     if isinstance(self.cut, _Chars): return [begin+marked_tokens(t, _by_char.findall) for t in texts]
     runs,found = {},re.compile(f'[{HAN}]{{2,}}')
     for t in texts:
-        for part in (_repeated(t, lambda s: [s]) if _rep.search(t) else (t,)):
+        for part in (_repeated(t, lambda s: [s]) if _three.search(t) else (t,)):
             if not isinstance(part, _Rep): runs.update(dict.fromkeys(found.findall(part)))
     for r,words in zip(list(runs), self.cut(list(runs)) if runs else ()):
         if ''.join(words)!=r: raise DataError('Cutting must keep all characters', f'{shorten(words)} of {r!r}')
@@ -261,8 +261,7 @@ def train_chinese_tokenizer(
     n = Counter(w for t in texts for w,_ in cut.pre_tokenize_str(norm.normalize_str(normalize_chinese(t, rules))))
     letters = [o for c in sorted({c for w in n for c in w if len(w)>1}) for o in (c, '##'+c)]
     words = [w for w,k in sorted(n.items(), key=lambda o: (-o[1], o[0])) if k>=min_freq]
-    vocab = list(dict.fromkeys([*special, *letters, *words]))[:vocab_size]
-    t = Model(models.WordPiece({w: i for i,w in enumerate(vocab)}, unk_token='[UNK]'))
+    t = Model(models.WordPiece({w: i for i,w in enumerate(list(dict.fromkeys([*special, *letters, *words]))[:vocab_size])}, unk_token='[UNK]'))
     t.normalizer,t.pre_tokenizer,t.decoder = norm,cut,decoders.WordPiece()
     t.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B:1 [SEP]:1', special_tokens=[('[CLS]',2),('[SEP]',3)])
     return PreTrainedTokenizerFast(tokenizer_object=t, model_max_length=max_length, model_input_names=['input_ids','token_type_ids','attention_mask'],
@@ -317,6 +316,7 @@ def language_tools(
     if tok is None or isinstance(tok, str): tok = ChineseTokenizer(tok or 'chars')
     return tok,list(CHINESE_RULES if rules is None else rules)
 
+# %% ../../nbs/11_data.chinese.ipynb #db783084
 def tools_from_settings(s):
     "Tokenizer and rules from what `tokenizer_settings` has written of them"
     from fastai_tl.data.tokenize import WordLevelTokenizer

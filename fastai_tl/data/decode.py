@@ -16,6 +16,7 @@ TK_SPACE,TK_GLUE = 'xxsp','xxglue' # a space, and no space, where the rule of `j
 GLUE = '\u2060' # what `xxglue` is read as, Unicode's word joiner
 _marks = {BOS: '', EOS: '', PAD: '', FLD: '', 'xxfake': '', TK_SPACE: ' ', TK_GLUE: GLUE}
 
+# %% ../../nbs/10_data.decode.ipynb #6758b307
 def undo_rules(
     tokens:list, # Tokens, special ones among them
     space:str='▁' # Character that stands for a space inside of tokens; empty if there is none
@@ -43,6 +44,7 @@ _left = re.compile(r"[,.;:!?%)\]}…]+$|['’](s|m|d|ll|re|ve|t)$|n['’]t$", re
 _right = {'(', '[', '{', '$', '#'} # none after these
 _both = {'-', '/', '–'}
 
+# %% ../../nbs/10_data.decode.ipynb #613a703c
 def join_words(
     words # Words and punctuation marks; empty ones are passed over
 ) -> str:

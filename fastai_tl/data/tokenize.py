@@ -166,6 +166,7 @@ _job = {}
 def _begin_worker(tok, rules): _job.update(tok=tok, rules=rules)
 def _work(texts): return _encode(texts, **_job)
 
+# %% ../../nbs/10_data.tokenize.ipynb #bba75d2b
 def _parts(texts, size):
     it,a = iter(texts),0
     while part := list(islice(it, size)): yield a,part; a += len(part)
@@ -190,6 +191,7 @@ def _methods():
     import multiprocessing, sys
     return multiprocessing.get_all_start_methods() if sys.platform=='linux' else ()
 
+# %% ../../nbs/10_data.tokenize.ipynb #b4824ab8
 def _default_workers(n_texts):
     "One process for what is done in a moment, and where new processes cannot take over what is loaded"
     return min(len(os.sched_getaffinity(0)), 8) if n_texts>=20_000 and 'fork' in _methods() else 1

@@ -119,8 +119,7 @@ def plot_intervals(
     notes=None # Small texts at the right, one a row
 ):
     "Draw values with intervals against a line and return the Figure; colour marks intervals that leave the line out"
-    xlabel = in_words(xlabel)
-    with figure_style(list(labels), xlabel) as plt:
+    with figure_style(list(labels), xlabel := in_words(xlabel)) as plt:
         fig,ax = plt.subplots(figsize=(6.4, .8+.27*len(labels)))
         for i,(m,a,b) in enumerate(zip(at, low, high)):
             color = PALETTE[1] if a>line else PALETTE[0] if b<line else '0.55'
