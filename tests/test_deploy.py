@@ -161,7 +161,7 @@ def test_the_mode_of_the_model_is_left_alone(tok):
 def test_windows_as_the_dataloaders_make_them(tok):
     long = [' '.join(TEXTS[i:i+6]) for i in range(0, 60, 2)]; labels = ['ab'[i%2] for i in range(30)]
     dls = HFTextDataLoaders.from_lists(long, labels, tok, valid=[i>=20 for i in range(30)], windows=4, max_length=24, bs=8, verbose=False)
-    learn = hf_classifier_learner(dls, bert(tok))
+    learn = hf_classifier_learner(dls, bert(tok)); learn.model.hf.classifier.weight.data *= 100   # far from indifferent
     with learn.no_bar(): want = pool_windows(learn.get_preds()[0].as_subclass(torch.Tensor), dls.window_rows[1]).numpy()
     np.testing.assert_allclose(learn.predictor().predict_proba(long[20:]), want, atol=EXACT, rtol=0)
     assert not np.allclose(want, reference(learn, long[20:]), atol=1e-4)    # windows see what cutting short does not
@@ -345,7 +345,7 @@ def test_what_a_bundle_cannot_hold(tmp_path):
 
 
 def test_replacing_a_bundle_is_whole(bundle, tok, monkeypatch):
-    before = load_bundle(bundle).predict_proba(TEXTS); other = hf_learner_for('single', tok); other.model.hf.classifier.weight.data += 1.
+    before = load_bundle(bundle).predict_proba(TEXTS); other = hf_learner_for('single', tok); other.model.hf.classifier.bias.data[0] += 1.
     monkeypatch.setattr('fastai_tl.deploy.manifest._seal', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
     with pytest.raises(OSError): other.save_bundle(bundle)
     assert np.array_equal(load_bundle(bundle).predict_proba(TEXTS), before) and [p.name for p in bundle.parent.iterdir()] == ['model']
@@ -407,7 +407,7 @@ def test_question_answering(tok, tmp_path):
 
 
 def test_language_models_of_transformers(tok, tmp_path):
-    gpt = hf_causal_lm_learner(HFCausalLMDataLoaders.from_texts(TEXTS, tok, max_length=16), GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    gpt = hf_causal_lm_learner(HFCausalLMDataLoaders.from_texts(TEXTS, tok, max_length=16), GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0))
     gpt.save_bundle(tmp_path/'gpt'); again = load_bundle(tmp_path/'gpt')
     assert again.generate('alpha beta', max_new_tokens=5)[0].text == gpt.generate('alpha beta', max_new_tokens=5)[0].text
     assert abs(again.perplexity(TEXTS[:4]).corpus['perplexity']/gpt.perplexity(TEXTS[:4]).corpus['perplexity']-1) < 1e-5

@@ -230,4 +230,6 @@ def tokenize_texts_once(
 # %% ../../nbs/10_data.tokenize.ipynb #a9f062da
 class TextTokenizer(Tokenizer):
     "fastai's `Tokenizer` as a transform, whose decoding is the tokenizer's own where it has one"
+    @property
+    def tokenizer(self): "What `dls.tokenizer` finds, where fastai's methods look for it"; return self
     def decodes(self, o): return TitledStr(self.tok.decode(o) if hasattr(self.tok, 'decode') else self.sep.join(o))

@@ -99,7 +99,8 @@ def _load_awd(folder, name):
     from safetensors.torch import load_file
     s = read_json(folder/f'{name}.json')
     model = _make_awd(s)
-    missing,unknown = model.load_state_dict(load_file(str(folder/f'{name}.safetensors')), strict=False)
+    try: missing,unknown = model.load_state_dict(load_file(str(folder/f'{name}.safetensors')), strict=False)
+    except RuntimeError as e: raise RunError('The weights of a bundle must be those of its model', str(e).strip().splitlines()[-1].strip(), 'Write it again') from e
     now = model.state_dict()
     filled = {v.data_ptr() for k,v in now.items() if k not in missing}
     if unknown or any(now[k].data_ptr() not in filled for k in missing): raise RunError('The weights of a bundle must be those of its model', f'{shorten([*unknown, *missing])}', 'Write it again')
