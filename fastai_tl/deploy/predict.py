@@ -216,7 +216,12 @@ def predict_iter(self:Predictor,
         n += len(chunk)
 
 # %% ../../nbs/82_deploy.predict.ipynb #ae24ae6f
-def labelled_rows(learn, engine, ds_idx=1, n=1000):
+def labelled_rows(
+    learn, # A Learner, or a `BidirectionalLearner`
+    engine, # Its engine
+    ds_idx:int=1, # Which dataset: 0 training, 1 validation
+    n:int=1000 # At most so many rows
+) -> tuple: # Rows of token numbers, and an array of their targets
     "At most `n` rows of token numbers, evenly drawn, with their targets"
     ls = learn.learners if isinstance(learn, BidirectionalLearner) else [learn]
     sets = [l.dls[ds_idx].dataset for l in ls]
@@ -226,6 +231,7 @@ def labelled_rows(learn, engine, ds_idx=1, n=1000):
     x = [engine.of_sample([o[0] for o in s] if len(ls)>1 else s[0][0]) for s in samples]
     return x,np.stack([np.asarray(s[0][1]) for s in samples])
 
+# %% ../../nbs/82_deploy.predict.ipynb #69aa7464
 def _quality(probs, y, kind, classes):
     "A figure of merit and the loss"
     ev = Evaluation.from_preds(probs if kind!='regression' or probs.shape[1]>1 else probs[:,0], y.reshape(len(y)) if kind!='multi' else y.astype(int), classes)
@@ -270,7 +276,10 @@ def predictor(self:Learner|BidirectionalLearner,
     if precision!='fp32' and check: res.change = _compare(self, (precision,), 1, check); verbose and print(describe_change(res.change))
     return res
 
-def describe_change(t):
+# %% ../../nbs/82_deploy.predict.ipynb #0d5f2675
+def describe_change(
+    t # A table of precisions, as `learn.compare_precisions` makes it
+) -> str:
     "One line on the second row of a table of precisions"
     (a,b),what = (t.iloc[0],t.iloc[1]),'accuracy' if 'accuracy' in t else 'rmse'
     same = f', {b.same:.1%} of the decisions the same, probabilities changed by at most {b.max_change:.3f}' if 'same' in t else f', values changed by at most {b.max_change:.3g}'
