@@ -87,6 +87,7 @@ def _causal(tm, seqs, width, stride, bs):
     spans = [(i, *w) for i,s in enumerate(seqs) for w in window_spans(len(s), width, stride)]
     vocab,keeps = m.config.get_text_config(decoder=True).vocab_size,'logits_to_keep' in inspect.signature(m.forward).parameters
     pad,res = pad if pad is not None and pad<vocab else 0,[np.zeros(max(len(s)-1, 0)) for s in seqs]
+    if bad := [i for i,s in enumerate(seqs) if max(s, default=0)>=vocab]: raise FastaiTLError(f'The model knows {vocab} tokens', f'a tokenizer that gives {max(seqs[bad[0]])} for text {bad[0]}', 'Use the tokenizer of the model, or `model.resize_token_embeddings(len(tokenizer))`')
     kw = {'use_cache': False} if 'use_cache' in inspect.signature(m.forward).parameters else {}
     causal = _sees_only_before(m)
     with _fused_gelu(m), _lazily(m) as lazy:
