@@ -63,6 +63,17 @@ def test_round_trip_of_anything(toks, text):
         assert ' ' not in tok.tokenize([want])[0]
 
 
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(mixed, max_size=6), raw=st.booleans())
+@example(texts=['', '哈哈哈哈', '\0配樂\0實在', '12:3', '4.5元', '好\ud800壞', ''], raw=True).via('what could run into its neighbour')
+def test_a_batch_is_its_texts(toks, texts, raw):
+    "Many texts together are tokenised as each by itself, normalised or not, and by whole texts as by runs of characters"
+    if not raw: texts = [normalize_chinese(t) for t in texts]
+    for cut,tok in toks.items():
+        assert tok.tokenize(texts) == [tok.tokenize([t])[0] for t in texts], cut
+    assert ChineseTokenizer(toks['mapped'].cut.__call__).tokenize(texts) == toks['mapped'].tokenize(texts)
+
+
 @settings(max_examples=500, deadline=None)
 @given(text=mixed)
 def test_normalisation_is_idempotent_and_keeps_what_is_read(text):
