@@ -121,7 +121,7 @@ def _predict(a):
     f = Path(a.run)/'summary.json'
     if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart', 'no summary.json there', f'Run: fastai-tl quickstart --out {a.run}')
     s,texts = read_json(f),a.texts or [l.strip() for l in sys.stdin if l.strip()]
-    if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts)
+    if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts, s.get('lang', 'en'))
     ulm = ULMFiT(Path(a.run)/s.get('run', 'runs/stages 1+2'), config=s['size']['config'], bidirectional=s['bidirectional'], progress=False, lang=s.get('lang', 'en'))
     learn = ulm.load_classifier(s['chosen'][s['best']]['name'])
     for t in texts:
@@ -176,13 +176,15 @@ def _perplexity(a):
     for o in rows: print(json.dumps({k: v if v==v else None for k,v in o.items()}, ensure_ascii=False) if a.json else f"{o[r.name]:.2f}\t{o['bits_per_char']:.3f}\t{o['unk_share']:.3f}\t{o['tokens']}\t{o.get('text', f'all {len(r)} texts')}")
 
 # %% ../nbs/99_cli.ipynb #be083275
-def _predict_hf(folder, texts):
+def _predict_hf(folder, texts, lang):
     "Classify with a tuned Transformer, in transformers' own format"
     import torch
+    from fastcore.all import compose
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from fastai_tl.data.loaders import language_rules
     tok,model = AutoTokenizer.from_pretrained(folder),AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for t in texts:
-        with torch.no_grad(): p = model(**tok(t, truncation=True, return_tensors='pt')).logits.softmax(-1)[0]
+        with torch.no_grad(): p = model(**tok(compose(*language_rules(lang))(t), truncation=True, return_tensors='pt')).logits.softmax(-1)[0]
         print(f'{model.config.id2label[int(p.argmax())]}\t{float(p.max()):.3f}\t{t}')
 
 # %% ../nbs/99_cli.ipynb #532fadf0

@@ -75,7 +75,7 @@ _zh = {'Predicted': '預測類別', 'True': '真實類別', 'Confusion matrix': 
        'rows': '筆資料', 'classes': '個類別', 'errors': '筆錯誤', 'row': '列', 'text': '文本', 'true': '真實', 'predicted': '預測', 'confidence': '信心度', 'loss': '損失', 'count': '次數', 'precision': '精確率', 'recall': '召回率',
        'f1': 'F1', 'score': '分數', 'low': '下限', 'high': '上限', 'support': '筆數', 'accuracy': '準確率', 'balanced accuracy': '平衡準確率', 'macro avg': '巨觀平均', 'weighted avg': '加權平均', 'micro avg': '微觀平均',
        'samples avg': '樣本平均', 'exact match': '完全符合', 'log loss': '對數損失', 'average precision': '平均精確率', 'mean confidence': '平均信心度', 'ideal': '理想', 'Probability': '預測機率', 'Share of the class': '實際比例', 'share': '比例', 'ECE, equal mass': 'ECE（等量分組）', 'Brier score': 'Brier 分數', 'error': '誤差', 'macro F1': '巨觀平均 F1',
-       'epoch': '訓練週期', 'step': '訓練步數', 'rate': '學習率', 'stage': '階段', 'train': '訓練', 'train (smoothed)': '訓練（平滑）', 'valid': '驗證', 'bottom group': '最底層', 'top group': '最頂層', 'bits': '位元',
+       'epoch': '訓練週期', 'step': '訓練步數', 'rate': '學習率', 'stage': '階段', 'train': '訓練', 'train (smoothed)': '訓練（平滑）', 'valid': '驗證', 'bottom group': '最底層', 'embeddings': '詞嵌入', 'head': '輸出層', 'top group': '最頂層', 'bits': '位元',
        'perplexity': '困惑度', 'perplexity, held-out texts': '困惑度（保留文本）', 'Language models': '語言模型', 'Classifier': '分類器', 'stage 1': '第一階段', 'stage 2 after 1': '第二階段（接續第一階段）', 'stage 2 alone': '僅第二階段',
        'Test rows': '測試資料', 'error rate': '錯誤率', 'train_loss': '訓練損失', 'valid_loss': '驗證損失'}
 _language = {'lang': 'en'}
@@ -144,6 +144,8 @@ def plot_heatmap(
 # %% ../nbs/01_plot.ipynb #857b9a3e
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
+def _whole(c): "Whether a curve is counted along: epochs have no halves"; return not (isinstance(c, tuple) and len(c)==2) or np.issubdtype(np.asarray(c[0]).dtype, np.integer)
+
 def _draw(ax, name, c, i):
     "One curve, with dots if it has few points"
     x,y = c if isinstance(c, tuple) and len(c)==2 else (range(len(c)), c)
@@ -162,11 +164,11 @@ def plot_curves(
     "Draw named curves and return the Figure"
     curves,(title,xlabel,ylabel) = {in_words(k): v for k,v in curves.items()},map(in_words, (title, xlabel, ylabel))
     with figure_style(list(curves), title, xlabel, ylabel) as plt:
-        fig = ax.figure if ax is not None else None
-        if ax is None: fig,ax = plt.subplots(figsize=figsize)
+        fig,ax = plt.subplots(figsize=figsize) if ax is None else (ax.figure, ax)
         for i,(name,c) in enumerate(curves.items()): _draw(ax, name, c, i)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         if log: ax.set_yscale('log')
+        if all(_whole(c) for c in curves.values()): ax.xaxis.get_major_locator().set_params(integer=True)
         if any(curves): ax.legend(frameon=False)
     plt.close(fig)
     return fig
@@ -184,7 +186,6 @@ def plot_panels(
         fig,axs = plt.subplots(1, len(panels), figsize=figsize, squeeze=False)
         for ax,(title,curves),ylabel in zip(axs[0], panels.items(), list(ylabels)+['']*len(panels)):
             plot_curves(curves, title, xlabel, ylabel, ax=ax)
-            ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 # %% ../nbs/01_plot.ipynb #5c1cfe93
@@ -215,6 +216,7 @@ def plot_stages(
         if valid: b.plot(*zip(*valid), color=PALETTE[1], marker='o', markersize=3.5, label=w('valid'))
         for ax in (a,b): _mark_stages(ax, stages, len(losses), True); ax.margins(x=.01)
         a.legend(frameon=False, fontsize=8); b.legend(frameon=False, fontsize=8)
-        fig.suptitle(w('stage')+' ' + '   '.join(f'{i+1}: {n}' for i,(_,n) in enumerate(stages)), fontsize=8, color='0.35')
+        colon,layers = '：' if figure_lang()=='zh-tw' else ': ',[' – '.join(map(w, n.split(' – '))) for _,n in stages]
+        fig.suptitle(w('stage')+' ' + '   '.join(f'{i+1}{colon}{n}' for i,n in enumerate(layers)), fontsize=8, color='0.35')
     plt.close(fig)
     return fig

@@ -2,6 +2,7 @@
 
 import json, os, pickle, signal, sys, unicodedata
 
+import numpy as np
 import pandas as pd
 import pytest
 from fastcore.test import expect_fail
@@ -61,6 +62,17 @@ def test_round_trip_of_anything(toks, text):
     for name,tok in toks.items():
         assert back(tok, want) == want, name
         assert ' ' not in tok.tokenize([want])[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(mixed, max_size=6), raw=st.booleans())
+@example(texts=['', '哈哈哈哈', '\0配樂\0實在', '12:3', '4.5元', '好\ud800壞', ''], raw=True).via('what could run into its neighbour')
+def test_a_batch_is_its_texts(toks, texts, raw):
+    "Many texts together are tokenised as each by itself, normalised or not, and by whole texts as by runs of characters"
+    if not raw: texts = [normalize_chinese(t) for t in texts]
+    for cut,tok in toks.items():
+        assert tok.tokenize(texts) == [tok.tokenize([t])[0] for t in texts], cut
+    assert ChineseTokenizer(toks['mapped'].cut.__call__).tokenize(texts) == toks['mapped'].tokenize(texts)
 
 
 @settings(max_examples=500, deadline=None)
@@ -236,6 +248,22 @@ def test_loaders_normalise(toks):
     assert tok.convert_tokens_to_ids('WiFi') in zh.test_dl(['ＷｉＦｉ']).one_batch()[0].ids
 
 
+def test_all_loaders_normalise(tmp_path):
+    "`lang` in the loaders of language models and of pairs: full-width text is cut as narrow text, in training, in what comes later, and after pickling"
+    texts = list(sample_reviews(60).text)
+    tok = train_chinese_tokenizer([*texts, 'WiFi'], 2000, min_freq=1, max_length=64)
+    wide,wifi,unk = [t+'，ＷｉＦｉ' for t in texts],tok.convert_tokens_to_ids('WiFi'),tok.unk_token_id
+    s2s = train_tokenizer([*texts, 'WiFi'], 400, 'seq2seq', max_length=64)
+    flat = lambda *sets: np.concatenate([o for ds in sets for o in (ds.docs if hasattr(ds, 'docs') else ds.blocks)])
+    for cls in (HFCausalLMDataLoaders, HFMaskedLMDataLoaders):
+        zh,en = (cls.from_texts(wide, tok, lang=o, max_length=64) for o in ('zh-tw','en'))
+        for ds,n in (((zh.train_ds, zh.valid_ds), 60), ((zh.test_dl(wide[:2]).dataset,), 2), ((pickle.loads(pickle.dumps(zh.new_empty())).test_dl(wide[:3]).dataset,), 3)):
+            assert (flat(*ds) == wifi).sum() == n and unk not in flat(*ds), cls
+        assert unk in flat(en.train_ds) and wifi not in flat(en.train_ds)
+    zh,en = (HFSeq2SeqDataLoaders.from_lists(o, o, s2s, lang='zh-tw', verbose=False).valid.one_batch() for o in (wide, [t+'，WiFi' for t in texts]))
+    assert (zh[0].ids == en[0].ids).all() and (zh[1] == en[1]).all()
+
+
 def test_language_codes():
     for o in ('fr', 'zh-cn', None): 
         with expect_fail(FastaiTLError, 'must be'): language_tools(o)
@@ -254,6 +282,22 @@ def test_the_command_line(tmp_path):
     assert res.returncode == 0 and res.stdout.splitlines()[-1].split('\t')[0] in ('正面','負面'), res.stdout
     res = run_cli('quickstart', '--lang', 'zh-cn', '--out', tmp_path/'no')
     assert res.returncode == 1 and 'ToTraditional' in res.stdout
+
+
+def test_the_command_line_with_a_transformer(tmp_path):
+    "A model that was tuned with `--lang zh-tw` predicts full-width letters as it was taught: as narrow ones"
+    from transformers import BertConfig, BertForSequenceClassification
+    df = sample_reviews(60); df['text'] = [t+('ＷｉＦｉ' if l=='正面' else '') for t,l in zip(df.text, df.label)]; df.to_csv(tmp_path/'mine.csv', index=False)
+    tok = train_chinese_tokenizer([*df.text, 'WiFi'], 2000, min_freq=1, max_length=64)
+    cfg = BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=64)
+    BertForSequenceClassification(cfg).save_pretrained(tmp_path/'model'); tok.save_pretrained(tmp_path/'model')
+    (tmp_path/'s.ini').write_text('[fastai_tl]\nepochs = 1\nrates = 1e-2\n')
+    res = run_cli('quickstart', '--model', tmp_path/'model', '--lang', 'zh-tw', '--data', tmp_path/'mine.csv', '--out', tmp_path/'out', '--quiet', '--cfg', tmp_path/'s.ini')
+    assert res.returncode == 0, res.stdout
+    res = run_cli('predict', tmp_path/'out', '早餐好吃，ＷｉＦｉ很快！', '早餐好吃，WiFi很快！', '早餐好吃，很快！')
+    assert res.returncode == 0, res.stdout
+    a,b,c = [l.split('\t')[:2] for l in res.stdout.splitlines()[-3:]]
+    assert a == b != c
 
 
 def run_cli(*args): return python(f'import sys; from fastai_tl.cli import main; sys.exit(main({[str(a) for a in args]!r}))', timeout=600, env=dict(OMP_NUM_THREADS='1'))

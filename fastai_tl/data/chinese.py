@@ -12,8 +12,8 @@ __all__ = ['VARIANTS', 'CHINESE_RULES', 'CUTS', 'strip_invisible', 'narrow_lette
 # %% ../../nbs/11_data.chinese.ipynb #ffe2ffa6
 import re, unicodedata
 from collections import Counter
-from functools import reduce
-from itertools import accumulate
+from functools import cache, reduce
+import numpy as np
 from fastcore.all import patch
 from fastai.text.core import BOS, TK_REP, defaults
 from ..core import DataError, FastaiTLError, VocabError, lang_code, optional, shorten, unknown_option
@@ -109,7 +109,9 @@ _special = {*defaults.text_spec_tok, TK_SPACE, TK_GLUE, 'xxfake'}
 _number = rf'[0-9]+(?:[.,:/][0-9]+)+(?!{LETTER})'
 _word = rf"{LETTER}{{1,40}}(?:['’]{LETTER}{{1,40}}){{0,3}}"
 _by_char = re.compile(rf'[\u2e80-\u9fff]|{_number}|{_word}|.', re.S)
+_latin = re.compile(f'{_number}|{_word}')
 _by_run = re.compile(rf'[{HAN}]+|{_number}|{_word}|.', re.S)
+_runs = re.compile(f'[{HAN}]{{2,}}')
 _long = re.compile(LETTER+'{41}') # a word that is cut in two
 _three = re.compile(r'(.)\1\1')
 _rep = re.compile(rf'(?=[^ ])(?!{LETTER})(.)\1{{2,999}}', re.S) # no more than decoding undoes
@@ -161,22 +163,41 @@ class _Jieba:
         return [jieba.lcut(r) for r in runs]
 
 class _Mapped:
-    name,_cc = 'mapped',None
+    name,_cc,whole = 'mapped',None,True
     def __getstate__(self): return {}
-    def __call__(self, runs):
+    def __call__(self, texts):
         rjieba = optional('rjieba', 'zh', 'Cutting words')
         if self._cc is None: self._cc = optional('opencc', 'zh', 'Cutting words').OpenCC('t2s')
-        return map_cuts(runs, self._cc.convert('\n'.join(runs)).split('\n'), rjieba.cut)
+        return map_cuts(texts, self._cc.convert, rjieba.cut)
 
 CUTS = {o.name: o for o in (_Chars,_Jieba,_Mapped)}
 
 # %% ../../nbs/11_data.chinese.ipynb #646f0934
-def map_cuts(runs, converted, cut):
-    "Cuts of converted runs, laid over the runs; all are cut in one call"
-    text = '\n'.join(runs)+'\n'
-    ends = list(accumulate(map(len, cut('\n'.join(c if len(c)==len(r) else r for r,c in zip(runs, converted))+'\n'))))
-    marked = '\0'.join([text[a:b] for a,b in zip([0]+ends, ends)]) # split again by methods of strings, which are quick
-    return [o.split('\0') for o in marked.removesuffix('\0\n').split('\0\n\0')]
+def _codes(text): return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+def _string(codes): return codes.tobytes().decode('utf-32-le', 'surrogatepass')
+
+@cache
+def _is_han(): "Whether each code stands for a Chinese character"; return np.array([re.match(f'[{HAN}]', chr(i)) is not None for i in range(0x32400)])
+
+def _same_length(text, converted):
+    "The converted text, but a run whose length has changed as it was"
+    ends,others = (np.flatnonzero(_codes(t)==10) for t in (text, converted))
+    if np.array_equal(ends, others) and len(text)==len(converted): return converted
+    return '\n'.join(b if len(a)==len(b) else a for a,b in zip(text.split('\n'), converted.split('\n'), strict=True))
+
+# %% ../../nbs/11_data.chinese.ipynb #5c0d7a1e
+def map_cuts(texts, convert, cut):
+    "The pieces of texts: cuts of the converted runs of Chinese characters, laid over the texts; all are converted in one call and cut in one"
+    text = '\n'.join(texts)+'\n'
+    codes = _codes(text)
+    han = _is_han()[np.minimum(codes, len(_is_han())-1)]
+    runs = _string(np.where(han, codes, 10).astype(np.uint32)) # anything else is the end of a line to them
+    ends = np.cumsum(np.fromiter(map(len, cut(_same_length(runs, convert(runs)))), np.int64))
+    edge = np.zeros(len(codes)+1, bool) # of a piece, before each character
+    edge[ends] = True; edge[:-1] |= ~han; edge[1:] |= ~han
+    for m in _latin.finditer(text): edge[m.start()+1:m.end()] = False
+    marked = _string(np.insert(codes, np.flatnonzero(edge[1:])+1, 0)) # split again by methods of strings, which are quick
+    return [o.split('\0') for o in marked.removesuffix('\0\n\0').split('\0\n\0')]
 
 # %% ../../nbs/11_data.chinese.ipynb #a7ece2ee
 class ChineseTokenizer:
@@ -204,15 +225,15 @@ def tokenize(self:ChineseTokenizer,
     "The tokens of texts; words of all of them are cut in one go"
     begin = [BOS] if self.bos else []
     if isinstance(self.cut, _Chars): return [begin+marked_tokens(t, _by_char.findall) for t in texts]
-    runs,found = {},re.compile(f'[{HAN}]{{2,}}')
-    for t in texts:
-        for part in (_repeated(t, lambda s: [s]) if _three.search(t) else (t,)):
-            if not isinstance(part, _Rep): runs.update(dict.fromkeys(found.findall(part)))
-    for r,words in zip(list(runs), self.cut(list(runs)) if runs else ()):
-        if ''.join(words)!=r: raise DataError('Cutting must keep all characters', f'{shorten(words)} of {r!r}')
-        runs[r] = words
-    pieces = lambda t: [w for p in _by_run.findall(t) for w in runs.get(p, (p,))]
-    return [begin+marked_tokens(t, pieces) for t in texts]
+    texts = list(map(squeeze_spaces, texts))
+    plain = [t for t in dict.fromkeys(texts) if t and not _three.search(t) and '\0' not in t] if hasattr(self.cut, 'whole') else []
+    done = dict(zip(plain, self.cut(plain) if plain else ()))
+    parts = [p for t in texts if t not in done for p in (_repeated(t, lambda s: [s]) if _three.search(t) else (t,)) if not isinstance(p, _Rep)]
+    runs = list(dict.fromkeys(_runs.findall('\n'.join(parts))))
+    cuts = self.cut(runs) if runs else []
+    if list(map(''.join, cuts))!=runs: raise DataError('Cutting must keep all characters', *next((f'{shorten(c)} of {r!r}',) for r,c in zip(runs, cuts) if ''.join(c)!=r))
+    words = dict(zip(runs, cuts))
+    return [begin+marked_tokens(t, lambda t: done[t] if t in done else [w for p in _by_run.findall(t) for w in words.get(p, (p,))]) for t in texts]
 
 # %% ../../nbs/11_data.chinese.ipynb #70325b24
 class SubwordCut:

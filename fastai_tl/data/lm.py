@@ -12,13 +12,13 @@ __all__ = ['CausalBlocks', 'TokenMasker', 'MaskedBlocks', 'TokenTargetsDL', 'HFL
 import re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastcore.all import patch
+from fastcore.all import compose, patch
 from fastai.data.core import DataLoaders
 from fastai.text.core import TitledStr
 from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, VocabError, derive_seed, shorten
 from .blocks import split_rows, split_stream
-from .loaders import HFTableDataLoaders
+from .loaders import HFTableDataLoaders, language_rules
 from .subwords import PadTokens, TensorTargets, TensorTokens, TokensDL, load_tokenizer
 from .tokenize import check_texts, column, read_folder
 
@@ -45,11 +45,11 @@ def _word_starts(enc, i, tokenizer):
     if any(t.startswith(('Ġ','▁')) for t in toks): return np.array([k==0 or t.startswith(('Ġ','▁')) for k,t in enumerate(toks)], dtype=bool)
     return np.array([not t.startswith('##') for t in toks], dtype=bool)
 
-def cut_texts(texts, tokenizer, words=False):
-    "Arrays of token numbers of some texts without special tokens, and (with `words`) of where words begin"
+def cut_texts(texts, tokenizer, words=False, rules=()):
+    "Arrays of token numbers of some texts, to which `rules` are applied, without special tokens, and (with `words`) of where words begin"
     ids,starts = [],[]
     for a in range(0, len(texts), 1000):
-        enc = tokenizer(texts[a:a+1000], add_special_tokens=False, verbose=False)
+        enc = tokenizer([compose(*rules)(t) for t in texts[a:a+1000]], add_special_tokens=False, verbose=False)
         ids += [np.asarray(o, dtype=np.int32) for o in enc['input_ids']]
         if words: starts += [_word_starts(enc, i, tokenizer) for i in range(len(enc['input_ids']))]
     empty = [i for i,o in enumerate(ids) if not len(o)]
@@ -63,9 +63,10 @@ class CausalBlocks:
     def __init__(self,
         docs:list, # Arrays of token numbers, one a text; see `cut_texts`
         tokenizer, # A tokenizer of transformers
-        max_length:int # Tokens of a block
+        max_length:int, # Tokens of a block
+        rules=() # Functions from string to string, applied to other texts before they are cut
     ):
-        self.tokenizer,self.max_length,self.docs,end = tokenizer,max_length,[],end_of_text(tokenizer)
+        self.tokenizer,self.max_length,self.rules,end = tokenizer,max_length,rules,end_of_text(tokenizer)
         if end is None: raise VocabError('A causal language model needs a token between texts', 'a tokenizer with neither `eos_token` nor `sep_token`', "Set `tokenizer.eos_token = '…'` to one of its tokens")
         before,after = frame(tokenizer)
         after = after if after[-1:]==[end] else after+[end]
@@ -100,14 +101,14 @@ def decode(self:CausalBlocks,
     return tuple(TitledStr(self.tokenizer.decode([i for i in (t.ids if isinstance(t, TensorTokens) else t).flatten().tolist() if i>=0])) for t in o)
 
 @patch
-def new_empty(self:CausalBlocks): "The same without texts"; return type(self)([], self.tokenizer, self.max_length)
+def new_empty(self:CausalBlocks): "The same without texts"; return type(self)([], self.tokenizer, self.max_length, self.rules)
 @patch
 def of_texts(self:CausalBlocks,
     texts:list, # Strings
     with_labels:bool=False # Not used: the texts are their own targets
 ) -> CausalBlocks:
     "Other texts in blocks"
-    return type(self)(cut_texts(texts, self.tokenizer)[0], self.tokenizer, self.max_length)
+    return type(self)(cut_texts(texts, self.tokenizer, rules=self.rules)[0], self.tokenizer, self.max_length, self.rules)
 
 # %% ../../nbs/17_data.lm.ipynb #1202ed2e
 class TokenMasker:
@@ -167,9 +168,10 @@ class MaskedBlocks:
         max_length:int, # Tokens of a block, the special ones counted
         masker:TokenMasker|None=None, # What hides tokens
         pack:bool=False, # Join texts to full blocks
-        seed:int|None=None # Fixes the masks; drawn anew each time if `None`
+        seed:int|None=None, # Fixes the masks; drawn anew each time if `None`
+        rules=() # Functions from string to string, applied to other texts before they are cut
     ):
-        self.tokenizer,self.max_length,self.masker,self.pack,self.seed = tokenizer,max_length,masker,pack,seed
+        self.tokenizer,self.max_length,self.masker,self.pack,self.seed,self.rules = tokenizer,max_length,masker,pack,seed,rules
         self.blocks,self.starts = _frame_blocks(docs, starts, tokenizer, max_length, pack)
         self.has_types = 'token_type_ids' in tokenizer.model_input_names
     def __len__(self): return len(self.blocks)
@@ -198,14 +200,14 @@ def decode(self:MaskedBlocks,
 
 # %% ../../nbs/17_data.lm.ipynb #e16fb500
 @patch
-def new_empty(self:MaskedBlocks): "The same without texts"; return type(self)([], [], self.tokenizer, self.max_length, self.masker, self.pack, self.seed)
+def new_empty(self:MaskedBlocks): "The same without texts"; return type(self)([], [], self.tokenizer, self.max_length, self.masker, self.pack, self.seed, self.rules)
 @patch
 def of_texts(self:MaskedBlocks,
     texts:list, # Strings
     with_labels:bool=False # Hide tokens and make them targets, else leave the texts as they are
 ) -> MaskedBlocks:
     "Other texts in blocks"
-    return type(self)(*cut_texts(texts, self.tokenizer, words=True), self.tokenizer, self.max_length, self.masker if with_labels else None, self.pack and with_labels, self.seed)
+    return type(self)(*cut_texts(texts, self.tokenizer, True, self.rules), self.tokenizer, self.max_length, self.masker if with_labels else None, self.pack and with_labels, self.seed, self.rules)
 
 # %% ../../nbs/17_data.lm.ipynb #6b7650ae
 class TokenTargetsDL(TokensDL):
@@ -265,12 +267,13 @@ def from_texts(cls:HFCausalLMDataLoaders,
     bs:int=16, # Blocks of a training batch
     val_bs:int|None=None, # Blocks of a validation batch; `bs` if `None`
     anew:bool=True, # Put the texts into another order and cut at other places every epoch
-    path='.' # Folder of the DataLoaders
+    path='.', # Folder of the DataLoaders
+    lang:str='en' # `zh-tw` normalises each text by `CHINESE_RULES` before it is cut
 ) -> HFCausalLMDataLoaders:
     "From a list of texts"
-    texts,tokenizer = check_texts(texts),load_tokenizer(tokenizer)
-    ids,_ = cut_texts(texts, tokenizer)
-    train,held = [CausalBlocks([ids[i][a:b] for i,a,b in p], tokenizer, block_length(tokenizer, max_length)) for p in _split(texts, [len(o) for o in ids], valid, valid_pct, seed)]
+    texts,tokenizer,rules = check_texts(texts),load_tokenizer(tokenizer),language_rules(lang)
+    ids,_ = cut_texts(texts, tokenizer, rules=rules)
+    train,held = [CausalBlocks([ids[i][a:b] for i,a,b in p], tokenizer, block_length(tokenizer, max_length), rules) for p in _split(texts, [len(o) for o in ids], valid, valid_pct, seed)]
     train.anew = anew
     return _lm_dls(cls, train, held, bs, val_bs, path)
 
@@ -287,14 +290,14 @@ def from_texts(cls:HFMaskedLMDataLoaders,
     val_bs:int|None=None, # Blocks of a validation batch; `bs` if `None`
     pack:bool=False, # Join texts to full blocks
     path='.', # Folder of the DataLoaders
+    lang:str='en', # `zh-tw` normalises each text by `CHINESE_RULES` before it is cut
     **kwargs # More for `TokenMasker`: `prob`, `whole_words`, …
 ) -> HFMaskedLMDataLoaders:
     "From a list of texts"
-    texts,tokenizer = check_texts(texts),load_tokenizer(tokenizer)
-    masker,(ids,starts) = TokenMasker(tokenizer, **kwargs),cut_texts(texts, tokenizer, words=True)
+    texts,tokenizer,rules = check_texts(texts),load_tokenizer(tokenizer),language_rules(lang)
+    masker,(ids,starts) = TokenMasker(tokenizer, **kwargs),cut_texts(texts, tokenizer, True, rules)
     n,parts = block_length(tokenizer, max_length),_split(texts, [len(o) for o in ids], valid, valid_pct, seed)
-    train,held = [MaskedBlocks([ids[i][a:b] for i,a,b in p], [starts[i][a:b] for i,a,b in p], tokenizer, n, masker, pack, s) for p,s in zip(parts, (None,seed))]
-    return _lm_dls(cls, train, held, bs, val_bs, path)
+    return _lm_dls(cls, *[MaskedBlocks([ids[i][a:b] for i,a,b in p], [starts[i][a:b] for i,a,b in p], tokenizer, n, masker, pack, s, rules) for p,s in zip(parts, (None,seed))], bs, val_bs, path)
 
 # %% ../../nbs/17_data.lm.ipynb #184bbb93
 @patch(cls_method=True)

@@ -57,6 +57,8 @@ def draw_weights(labels, target):
     n = Counter(labels)
     return [1/n[l] for l in labels]
 
+def language_rules(lang): "What is done to texts of a language before a tokenizer of transformers cuts them"; return CHINESE_RULES if lang_code(lang)=='zh-tw' else ()
+
 # %% ../../nbs/14_data.loaders.ipynb #0166f337
 def tokens_dls(cls, items, n, tfms, side, bs, val_bs, path, weights=None):
     "DataLoaders of class `cls` of items, of which the first `n` train; a last batch of one is left out"
@@ -84,7 +86,7 @@ def hf_classifier_dls(
     "DataLoaders of a classifier or a regression"
     classes = check_split(labels, target, train, valid)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
-    tok,n = HFTokenize(tokenizer, max_length, truncation, verbose, CHINESE_RULES if lang_code(lang)=='zh-tw' else ()),len(train)
+    tok,n = HFTokenize(tokenizer, max_length, truncation, verbose, language_rules(lang)),len(train)
     tfms = [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(target, classes)]
     weights = draw_weights([labels[i] for i in train], target) if weighted else None
     return tokens_dls(HFTextDataLoaders, items, n, tfms, tok.tokenizer.padding_side, bs, val_bs, path, weights)

@@ -19,7 +19,7 @@ from fastai.torch_core import default_device
 from ..core import DataError
 from .blocks import split_rows
 from .lm import TokenTargetsDL
-from .loaders import HFTableDataLoaders, LabelledText
+from .loaders import HFTableDataLoaders, LabelledText, language_rules
 from .subwords import HFTokenize, PadTokens, TensorTargets, load_tokenizer
 from .tokenize import check_texts, column
 
@@ -40,9 +40,10 @@ class TokenizeTargets(DisplayedTransform):
     def __init__(self,
         tokenizer, # A name, a folder, or a tokenizer of transformers
         max_length:int|None=None, # Tokens of a target with its special ones; the tokenizer's own limit if `None`
-        verbose:bool=True # Say how many targets were cut short
+        verbose:bool=True, # Say how many targets were cut short
+        rules=() # Functions from string to string, applied to each target before
     ):
-        self.target_tok = HFTokenize(AsTarget(load_tokenizer(tokenizer)), max_length, verbose=verbose)
+        self.target_tok = HFTokenize(AsTarget(load_tokenizer(tokenizer)), max_length, verbose=verbose, rules=rules)
         super().__init__()
     @property
     def max_target_length(self): "Tokens of a target with its special ones"; return self.target_tok.max_length
@@ -86,7 +87,8 @@ def from_lists(cls:HFSeq2SeqDataLoaders,
     bs:int=16, # Pairs of a training batch
     val_bs:int|None=None, # Pairs of a validation batch; twice `bs` if `None`
     path='.', # Folder of the DataLoaders
-    verbose:bool=True # Say how many texts were cut short
+    verbose:bool=True, # Say how many texts were cut short
+    lang:str='en' # `zh-tw` normalises each text by `CHINESE_RULES` before it is cut
 ) -> HFSeq2SeqDataLoaders:
     "From sources and targets in lists"
     sources,targets,tokenizer = check_texts(sources, what='source'),check_texts(targets, what='target'),load_tokenizer(tokenizer)
@@ -94,8 +96,8 @@ def from_lists(cls:HFSeq2SeqDataLoaders,
     train,held = split_rows(targets, 'regression', valid, valid_pct, seed)
     for p,what in ((train,'training'),(held,'validation')):
         if not p: raise DataError(f'At least one pair is needed for {what}', 'none', 'Give it more, or check `valid`')
-    return _pair_dls(cls, [LabelledText([sources[i], targets[i]]) for i in train+held], len(train), HFTokenize(tokenizer, max_length, verbose=verbose),
-                     TokenizeTargets(tokenizer, max_target_length or max_length, verbose), min(bs, len(train)), val_bs or 2*bs, path)
+    return _pair_dls(cls, [LabelledText([sources[i], targets[i]]) for i in train+held], len(train), HFTokenize(tokenizer, max_length, verbose=verbose, rules=language_rules(lang)),
+                     TokenizeTargets(tokenizer, max_target_length or max_length, verbose, language_rules(lang)), min(bs, len(train)), val_bs or 2*bs, path)
 
 # %% ../../nbs/19_data.pairs.ipynb #0f60dee6
 def _pair_dls(cls, items, n, source, target, bs, val_bs, path):
