@@ -130,11 +130,11 @@ BertForMaskedLM(BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layer
 
 def test_blocks_of_the_chinese_readme_run(tmp_path):
     blocks = fenced(PAGES['README.zh-TW.md'], 'python')
-    assert len(blocks) == 2 and 'ULMFiT' in blocks[0]
+    assert len(blocks) == 3 and 'ULMFiT' in blocks[0] and 'save_bundle' in blocks[2]
     before = "from fastai.text.all import *\nfrom fastai_tl.all import *\nimport matplotlib; matplotlib.use('Agg')\nsample_reviews(240).to_csv('我的評論.csv', index=False)\n"
     smaller = blocks[0].replace("lang='zh-tw')", "lang='zh-tw', config=dict(emb_sz=16, n_hid=16, n_layers=1))", 1)
     after = "\nassert Path('report/index.html').exists()\n"
-    res = python(before + smaller + after + small_bert + blocks[1], cwd=tmp_path, timeout=600)
+    res = python(before + smaller + after + small_bert + '\n'.join(blocks[1:]) + "\nassert clf.classes == ['正面', '負面']", cwd=tmp_path, timeout=600)
     assert res.returncode == 0, res.stdout
 
 
