@@ -17,8 +17,8 @@ import pandas as pd
 EPOCHS,RATES = 5,(1e-4, 5e-4, 2e-3)
 SPREADS = {'one rate for all': 1., 'spread of 10': 10., 'factor of 2.6': 2.6**7}   # eight groups
 SCHEDULES = {'one_cycle': 'one-cycle', 'stlr': 'slanted triangle', 'constant': 'constant'}
-TABLES = {'Factor': [(f'{k}, {lr:g} at the top', ('one_cycle', lr, s)) for lr in RATES for k,s in SPREADS.items()],
-          'Schedule': [(f'{v}, {lr:g} at the top', (k, lr, 10.)) for lr in RATES[1:] for k,v in SCHEDULES.items()]}
+TABLES = {'Factor': [(f'{k}, {lr:.0e} at the top'.replace('e-0', 'e-'), ('one_cycle', lr, s)) for lr in RATES for k,s in SPREADS.items()],
+          'Schedule': [(f'{v}, {lr:.0e} at the top'.replace('e-0', 'e-'), (k, lr, 10.)) for lr in RATES[1:] for k,v in SCHEDULES.items()]}
 
 
 def data(seed):
@@ -63,12 +63,13 @@ def table(name, runs, n_seeds):
     ref = wrong[ways[0][0]]
     n,k = ref.shape[1],len(seeds)
     draws = [(rng.integers(k, size=k)[:,None], rng.integers(n, size=n)) for _ in range(2000)]
-    lines = [f'| {k} seeds, {n:,} test passages | error % (mean ± sd) | NLL | points above the first line (95 % interval) |', '|---|---:|---:|---|']
+    lines = [f'| {k} seed{"s" if k>1 else ""}, {n:,} test passages | error %{" (mean ± sd)" if k>1 else ""} | NLL | points above the first line (95 % interval) |', '|---|---:|---:|---|']
     for name_,w in ways:
         e,nll = wrong[name_],np.mean([runs[s, json.dumps(w)]['nll'] for s in seeds])
         d = [100*(e-ref)[i].mean() for i in draws]
         diff = '' if e is ref else f'{100*(e-ref).mean():.1f} ({np.percentile(d, 2.5):.1f} to {np.percentile(d, 97.5):.1f})'
-        lines.append(f'| {name_} | {100*e.mean():.1f} ± {100*e.mean(1).std(ddof=1):.1f} | {nll:.3f} | {diff} |'.replace('(-', '(−').replace(' -', ' −'))
+        sd = f' ± {100*e.mean(1).std(ddof=1):.1f}' if k>1 else ''
+        lines.append(f'| {name_} | {100*e.mean():.1f}{sd} | {nll:.3f} | {diff} |'.replace('(-', '(−').replace(' -', ' −'))
     return '\n'.join(lines)
 
 
