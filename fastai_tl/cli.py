@@ -74,7 +74,7 @@ def _parser():
     q.add_argument('--quiet', action='store_true', help='no progress bars and tables')
     q.add_argument('--cfg', help='a settings file, instead of settings.ini in this folder')
     s = sub.add_parser('status', help='what is done in a run'); s.add_argument('run', help='folder of a quickstart or of a ULMFiT run')
-    t = sub.add_parser('predict', help='classify texts with a trained run'); t.add_argument('run', help='folder of a quickstart'); t.add_argument('texts', nargs='*', help='texts; lines of standard input if none is given')
+    t = sub.add_parser('predict', help='classify texts with a trained run or a bundle'); t.add_argument('run', help='folder of a quickstart, or one that `learn.save_bundle` wrote'); t.add_argument('texts', nargs='*', help='texts; lines of standard input if none is given')
     _language_parsers(sub)
     return p
 
@@ -115,12 +115,27 @@ def _status(a):
         print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
 
 # %% ../nbs/99_cli.ipynb #4dc62e95
+def _lines(a): return a.texts or [l.strip() for l in sys.stdin if l.strip()]
+
+def _predict_bundle(folder, texts):
+    "Label, its probability and the text; several labels are joined by commas, a value has no probability"
+    from fastai_tl.deploy.bundle import load_bundle
+    p = load_bundle(folder, verbose=False)
+    if not hasattr(p, 'predict_iter'): raise FastaiTLError(f'{folder} must hold a classifier or a regression', f'a bundle for something else, a {type(p).__name__}', 'Open it with `load_bundle` in Python')
+    for o,t in zip(p.predict_iter(texts), texts):
+        several = isinstance(o.label, list) and o.confidence is not None
+        share = [] if o.confidence is None else o.confidence if several else [o.confidence]
+        print(f"{','.join(map(str, o.label)) if isinstance(o.label, list) else o.label}\t{','.join(f'{c:.3f}' for c in share)}\t{t}")
+
+
+# %% ../nbs/99_cli.ipynb #b7d1e0aa
 def _predict(a):
     from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
+    if (Path(a.run)/'bundle.json').is_file(): return _predict_bundle(Path(a.run), _lines(a))
     f = Path(a.run)/'summary.json'
-    if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart', 'no summary.json there', f'Run: fastai-tl quickstart --out {a.run}')
-    s,texts = read_json(f),a.texts or [l.strip() for l in sys.stdin if l.strip()]
+    if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart, or a bundle', 'neither summary.json nor bundle.json there', f'Run: fastai-tl quickstart --out {a.run}')
+    s,texts = read_json(f),_lines(a)
     if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts)
     ulm = ULMFiT(Path(a.run)/s.get('run', 'runs/stages 1+2'), config=s['size']['config'], bidirectional=s['bidirectional'], progress=False, lang=s.get('lang', 'en'))
     learn = ulm.load_classifier(s['chosen'][s['best']]['name'])
