@@ -298,7 +298,7 @@ def test_fast_dropout_beside_the_rest(tmp_path):
     assert '_do_one_batch' not in vars(a) and not any('forward' in vars(m) for m in a.model.modules())
     a.export(tmp_path/'model.pkl'); a.save_bundle(tmp_path/'bundle')
     x = ['an array of numbers', 'the roots of a function']
-    assert torch.equal(torch.tensor(load_bundle(tmp_path/'bundle').predict(x).probs), torch.tensor(b.predict_batch(x).probs))
+    assert abs(load_bundle(tmp_path/'bundle').predict(x).probs-b.predict_batch(x).probs).max() < 1e-5
 
 
 # --- frozen groups ---

@@ -25,7 +25,7 @@ from ..learners.base import HFLearner
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.encoder import find_encoder
 from ..models.hf import HFModel
-from ..models.position import SinglePosition
+from ..models.position import one_position
 from .int8 import LSTMCell8, PRECISIONS, Int8Linear, int8_linears, usable_precision
 
 # %% ../../nbs/81_deploy.engines.ipynb #1caed5fe
@@ -168,13 +168,6 @@ def reads_backwards(dls): return any(getattr(f, '__name__', getattr(f, 'name', '
 def _awd_engine(learn, share):
     tok,num = (find_transform(learn.dls, k, 'Make them with `TextDataLoaders`, a `TextBlock` or `classifier_dls`') for k in (Tokenizer, Numericalize))
     return AWDEngine(learn.model, num.vocab, tok.tok, tok.rules, reads_backwards(learn.dls), share)
-
-# %% ../../nbs/81_deploy.engines.ipynb #32a2b79e
-def one_position(model, tolerance=1e-3):
-    "Let the top layer of `model` compute the one position that its head reads, from now on; `None` where that cannot be"
-    try: return SinglePosition(model, tolerance).__enter__()
-    except Exception: return None # whatever keeps a model from being looked at, it can compute in full
-
 
 # %% ../../nbs/81_deploy.engines.ipynb #23b7ce56
 class HFEngine:

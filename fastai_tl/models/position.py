@@ -195,6 +195,13 @@ def _compare(self:SinglePosition, whole, args, kw):
     one = (got[0][0] if isinstance(got[0], tuple) else got[0])[:,0]
     if not differ(one, whole)<self.tolerance: raise FastaiTLError('The top layer must give the same for one position as for all', f'a difference of {differ(one, whole):.1e} in a {type(self.top).__name__}', 'Its attention does more than this package knows')
 
+# %% ../../nbs/26_models.position.ipynb #a354662e
+def one_position(model, tolerance=1e-3):
+    "Let the top layer of `model` compute the one position that its head reads, from now on; `None` where that cannot be"
+    try: return SinglePosition(model, tolerance).__enter__()
+    except Exception: return None # whatever keeps a model from being looked at, it can compute in full
+
+
 # %% ../../nbs/26_models.position.ipynb #8a39754d
 class SinglePositionTop(Callback):
     "Compute one position in the top layer, in training and prediction"
