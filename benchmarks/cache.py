@@ -23,7 +23,8 @@ def parse():
     ap.add_argument('--threads', type=int, help="PyTorch's threads")
     ap.add_argument('--device', default='cpu')
     ap.add_argument('--json', type=Path, help='also write the figures to this file')
-    ap.add_argument('--only', nargs='+', default=['epochs', 'stages', 'awd'], choices=['epochs', 'stages', 'awd'])
+    ap.add_argument('--only', nargs='+', default=['epochs', 'stages', 'awd'], choices=['epochs', 'stage', 'stages', 'awd'], help='`stage`: those of 3 epochs alone')
+    ap.add_argument('--cpu-time', action='store_true', help='seconds of the processor instead of the clock; needs one thread')
     a = ap.parse_args()
     if a.rounds < 1 or a.texts < 32: ap.error('--rounds must be at least 1 and --texts 32')
     return a
@@ -75,16 +76,18 @@ def main():
     import transformers
     transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
     if a.threads: torch.set_num_threads(a.threads)
+    if a.cpu_time and torch.get_num_threads()!=1: raise SystemExit('--cpu-time needs --threads 1: it adds up the seconds of all threads')
     from fastai_tl.all import CachedPrefix
     from fastai_tl.tune.cache import drawn
     df,lines,notes = texts(a),{},{}
 
-    def line(make, top, bf16=False, cache=None, epochs=1, keep=True):
+    def line(make, top, bf16=False, cache=None, epochs=1, keep=True, fast=False):
         "A function that trains for some epochs with the top `top` groups, and leaves the states computed if `keep`"
         learn = make(a, df)
         learn.create_opt()
         learn.opt.freeze_to(-top)
         if bf16: learn.to_mixed_precision('bf16')
+        if fast: learn.fast_dropout()
         cb = cache and cache()
         if cb: learn.add_cb(cb)
         def run():
@@ -126,23 +129,25 @@ def main():
         add('k=5, bfloat16, single position', line(minilm, 2, True, on), base(minilm, 2, 1))
         add('k=3, float32', line(minilm, 4, cache=off), base(minilm, 4, 1))
         add('k=3, bfloat16, single position', line(minilm, 4, True, on), base(minilm, 4, 1))
-    if 'stages' in a.only:
+    if 'stages' in a.only or 'stage' in a.only:
         add('k=5, float32, stage of 3 epochs', line(minilm, 2, cache=off, epochs=3, keep=False), base(minilm, 2, 3))
+        add('k=5, float32, fast dropout, stage of 3 epochs', line(minilm, 2, cache=off, epochs=3, keep=False, fast=True), base(minilm, 2, 3))
         add('k=5, float32, single position, stage of 3 epochs', line(minilm, 2, cache=on, epochs=3, keep=False), base(minilm, 2, 3))
+    if 'stages' in a.only:
         add('head, float32, stage of 10 epochs', line(minilm, 1, cache=on, epochs=10, keep=False), base(minilm, 1, 10))
         add('head, bfloat16, stage of 10 epochs', line(minilm, 1, True, on, epochs=10, keep=False), base(minilm, 1, 10))
     if 'awd' in a.only:
         add('AWD_LSTM head, float32, stage of 10 epochs', line(awd, 1, cache=on, epochs=10, keep=False), base(awd, 1, 10))
         add('AWD_LSTM head, bfloat16, stage of 10 epochs', line(awd, 1, True, on, epochs=10, keep=False), base(awd, 1, 10))
-    times = {n: [] for n in groups}
+    times,clock = {n: [] for n in groups},time.process_time if a.cpu_time else time.perf_counter
     units = {**naive, **{n: f for n,f in groups.items() if peers[n]}}
     for r in range(a.rounds+1):
         names,took = list(units),{}
         random.Random(r).shuffle(names)
         for n in names:
-            t = time.perf_counter(); units[n]()
+            t = clock(); units[n]()
             if a.device != 'cpu': torch.accelerator.synchronize()
-            took[n] = time.perf_counter()-t
+            took[n] = clock()-t
         if r:
             for n in groups: times[n].append(took[n] if peers[n] else took[groups[n][0]]*groups[n][1])
         print(f'round {r}: {sum(took.values()):.0f} s', flush=True)

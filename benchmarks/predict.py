@@ -8,9 +8,9 @@
 `learn.predict` and what reads one text at a time run on `--one` texts whose lengths are spread over those of all; their rates count. Texts come from a table with a column `text`, or are documentation texts that are always there.
 What is compared runs in turn, in changing order; the ratio is the median of the rounds' ratios. Parity is printed before: the largest difference of a probability to `get_preds`. Heads have random weights; for what int8 does to accuracy on a tuned model see `--only accuracy`.
 
-- accuracy: MiniLM tuned for an epoch on `--texts` rows of a table with `text` and `label`, and `learn.compare_precisions` on as many others."""
+- accuracy: MiniLM tuned for `--epochs` epochs on `--texts` rows of a table with `text` and `label`, and `learn.compare_precisions` on as many others."""
 
-import argparse, json, os, statistics as st, time, warnings
+import argparse, copy, json, os, statistics as st, time, warnings
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
@@ -71,6 +71,14 @@ def parity(learn, texts, preds, precisions):
 def predictors(learn, precisions): from fastai_tl.all import Predictor; return {p: Predictor(learn, p) for p in precisions}
 
 
+def whole_top(learn, precision):
+    "A Predictor whose top layer computes all positions, though the head reads one"
+    from fastai_tl.all import Predictor
+    res = Predictor(learn, precision)
+    res.engine.one.__exit__()
+    return res
+
+
 def awd(a):
     from fastai_tl.all import awd_classifier_learner, classifier_dls, texts_vocab, tokenize_texts_once
     ts = load_texts(a, a.texts).text.tolist()
@@ -105,13 +113,14 @@ def minilm(a):
     few, some, ps = spread(ts, a.one), spread(ts, min(len(ts), 256)), ('fp32', 'bf16', 'int8'); preds = predictors(learn, ps)
     lens = [r.shape[1] for r in preds['fp32'].engine.encode(ts)]; print(f'minilm: tokens a text {np.mean(lens):.0f} on average')
     res = dict(parity=parity(learn, some[:64], preds, ps))
-    pipe = pipeline('text-classification', model=preds['fp32'].engine.model.hf, tokenizer=learn.tokenizer, device='cpu', top_k=None)
+    pipe = pipeline('text-classification', model=copy.deepcopy(learn.model.hf).eval(), tokenizer=learn.tokenizer, device='cpu', top_k=None)
     def through(bs, texts): return lambda: pipe(texts, batch_size=bs, truncation=True, max_length=128)
     np.testing.assert_allclose([{o['label']: o['score'] for o in r}['a'] for r in through(8, few)()], preds['fp32'].predict_proba(few)[:, 0], atol=1e-5)
     tries = table(interleave({str(b): through(b, some[::2]) for b in (1, 4, 8, 16, 32)}, 2), {str(b): 1 for b in (1, 4, 8, 16, 32)}, '1')
     best = int(max(tries, key=lambda b: tries[b]['best'])); print('best batch size of pipeline:', best)
     v = {'learn.predict': quiet(learn, lambda: [learn.predict(t) for t in few]), 'pipeline': through(best, some)}
-    many = {f'all at once, {p}': (lambda p=p: preds[p].predict(ts)) for p in ps}
+    for p in ps[:2]: preds[f'{p}, whole top layer'] = whole_top(learn, p)
+    many = {f'all at once, {p}': (lambda p=p: preds[p].predict(ts)) for p in preds}
     v['learn.predict']()
     secs, n = interleave(v | many, a.rounds), {'learn.predict': len(few), 'pipeline': len(some)} | {k: len(ts) for k in many}
     rows = {b: table(secs, n, b) for b in v}
@@ -122,7 +131,8 @@ def minilm(a):
 def accuracy(a):
     df = load_texts(a, 2*a.texts)
     learn = minilm_learner(df, valid=[i >= a.texts for i in range(len(df))])
-    quiet(learn, lambda: learn.fit_one_cycle(1, 1e-4))()
+    learn.to_mixed_precision().single_position().fast_dropout() # for the time that it spares; what comes out are float32 weights
+    quiet(learn, lambda: learn.fit_one_cycle(a.epochs, 1e-4))()
     t = learn.compare_precisions(n=a.texts)
     print(t.round(4).to_string())
     return t.reset_index().to_dict('records')
@@ -131,7 +141,7 @@ def accuracy(a):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--only', nargs='*', default=['awd', 'minilm']); p.add_argument('--texts', type=int, default=1000); p.add_argument('--one', type=int, default=16)
-    p.add_argument('--rounds', type=int, default=5); p.add_argument('--threads', type=int); p.add_argument('--data'); p.add_argument('--json', type=Path)
+    p.add_argument('--rounds', type=int, default=5); p.add_argument('--threads', type=int); p.add_argument('--data'); p.add_argument('--json', type=Path); p.add_argument('--epochs', type=int, default=1, help='of accuracy')
     a = p.parse_args()
     import torch
     if a.threads: torch.set_num_threads(a.threads)

@@ -1,12 +1,13 @@
 """What training costs, side by side, in ratios.
 
-    python benchmarks/training.py [--only lm memory finetune overhead padding] [--rounds 5] [--threads N] [--single] [--cpu-time] [--data FOLDER] [--json FILE]
+    python benchmarks/training.py [--only lm memory finetune accuracy overhead padding] [--rounds 5] [--threads N] [--single] [--cpu-time] [--data FOLDER] [--json FILE]
 
 - lm: tokens a second of an AWD_LSTM language model with all its dropouts (400/1152/3, vocabulary 30,000, batches of 32 x 72) in fastai's own Learner, and in `awd_lm_learner`
   with `chunked_loss()` and `to_mixed_precision()`. Wanted: at least 1.5 times.
 - memory: the most that the loss of such a batch takes at a vocabulary of 60,000, full logits beside `linear_cross_entropy`. Wanted: at most a quarter.
 - finetune: samples a second of MiniLM (`max_length` 128, batches of 16), all layers trained, against transformers' `Trainer` with its defaults, and with length grouping and bfloat16; ours also with `fast_dropout()` and, with `--single`, with the single-position top layer. Wanted: at least 2.2 and
   1.3 times. The accuracy of each after the same epochs is printed.
+- accuracy (only when asked for): the same training of `Trainer` and of ours with bfloat16, single-position top layer and fast dropout together, on TREC-6 where `--data` has trec6.csv: accuracy of each seed, and samples a second.
 - overhead: a Learner of our factory against a bare PyTorch loop with the same batches. Wanted: at most 3 %.
 - padding: tokens that are computed for each that is there, shuffled and bucketed.
 
@@ -162,11 +163,11 @@ def frame(train, valid):
     return df
 
 
-def trainer(model, tok, train, labels, bs, folder, **kw):
+def trainer(model, tok, train, labels, bs, folder, epochs=1, lr=5e-5, **kw):
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
     ids = tok(list(train.text), truncation=True, max_length=128)['input_ids']
     ds = [dict(input_ids=i, attention_mask=[1]*len(i), label=labels.index(str(l))) for i, l in zip(ids, train.label)]
-    args = TrainingArguments(output_dir=str(folder), use_cpu=True, per_device_train_batch_size=bs, num_train_epochs=1, learning_rate=5e-5, report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True,
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True, per_device_train_batch_size=bs, num_train_epochs=epochs, learning_rate=lr, report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True,
                              dataloader_pin_memory=False, **kw)
     return Trainer(model=model, args=args, train_dataset=ds, data_collator=DataCollatorWithPadding(tok))
 
@@ -209,6 +210,7 @@ def finetune(a, bs=16):
         if half: wanted |= {'ours, bfloat16': (True,), 'ours, bfloat16, fast dropout': (True, False, True)}
         if half and a.single: wanted |= {'ours, bfloat16, single position': (True, True), 'ours, bfloat16, single position, fast dropout': (True, True, True)}
         for name, args in wanted.items():
+            if a.runs and name not in a.runs: continue
             learn = ours(*args)
             models[name], made[name] = learn.model.hf, timed_fit(learn, slice(1e-5, 5e-5))
         secs = interleave(made, a.rounds)
@@ -216,6 +218,50 @@ def finetune(a, bs=16):
     print(f'accuracy after {a.rounds+1} epochs:', {k: round(v, 3) for k, v in acc.items()}, flush=True)
     res = {f'{k}, against {base}': ratio(secs[base], v) for base in ('Trainer', 'Trainer, grouped, bf16') for k, v in secs.items() if k.startswith('ours')}
     return dict(res, samples_a_second={k: len(train)/min(v) for k, v in secs.items()}, accuracy=acc)
+
+
+# --- accuracy ---
+
+def train_and_test(a):
+    "Texts to train on, texts to test on, and the labels: TREC-6 (its own split) where the folder has it, else as for fine-tuning"
+    import pandas as pd
+    if not (a.data and (f := a.data/'trec6.csv').exists()): return texts_and_labels(a, a.samples, a.test)
+    df = pd.read_csv(f); parts = [df[df.split == s] for s in ('train', 'test')]
+    parts = [p.sample(min(n, len(p)), random_state=0) for p, n in zip(parts, (a.samples, a.test))]
+    print(f'TREC-6: {len(parts[0])} questions to train on, {len(parts[1])} to test', flush=True)
+    return *parts, sorted(set(df.label))
+
+
+def accuracy(a, bs=16, lr=1e-4, epochs=3):
+    "The same texts, epochs, batch size, rate and schedule (linear to 0), seed after seed"
+    import tempfile, torch, transformers
+    from fastai.callback.schedule import ParamScheduler, SchedLin
+    from fastai_tl.all import HFTextDataLoaders, has_bf16, hf_classifier_learner, minilm_folder, seed_everything
+    transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    train, valid, labels = train_and_test(a)
+    tok, df, half = transformers.AutoTokenizer.from_pretrained(minilm_folder()), frame(train, valid), has_bf16()
+    def theirs(seed, **kw):
+        seed_everything(seed)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=len(labels))
+        with tempfile.TemporaryDirectory() as folder: t = trainer(model, tok, train, labels, bs, folder, epochs=epochs, lr=lr, seed=seed, **kw); begin = CLOCK(); t.train()
+        return model, CLOCK()-begin
+    def ours(seed, fast):
+        seed_everything(seed)
+        dls = HFTextDataLoaders.from_df(df, tok, valid_col='valid', max_length=128, bs=bs, verbose=False)
+        learn = hf_classifier_learner(dls, minilm_folder(), metrics=[])
+        learn._do_epoch_validate = lambda *o, **k: None # training alone is timed, on both sides
+        if fast: (learn.to_mixed_precision() if half else learn).single_position().fast_dropout()
+        begin = CLOCK()
+        with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=ParamScheduler({'lr': SchedLin(lr, 0)}))
+        return learn.model.hf, CLOCK()-begin
+    runs = {'Trainer': theirs, **({'Trainer, grouped, bf16': lambda s: theirs(s, train_sampling_strategy='group_by_length', bf16=True)} if half else {}), 'ours, plain': lambda s: ours(s, False), 'ours, everything': lambda s: ours(s, True)}
+    rows = {k: [] for k in runs if not a.runs or k in a.runs}
+    for seed in range(1, a.seeds+1):
+        for k in rows:
+            model, secs = runs[k](seed)
+            rows[k].append(dict(accuracy=accuracy_of(model, tok, valid, labels), samples_a_second=epochs*len(train)/secs))
+            print(f'seed {seed}: {k:24}', {i: round(o, 4) for i, o in rows[k][-1].items()}, flush=True)
+    return {k: dict(accuracy=st.mean(o['accuracy'] for o in v), samples_a_second=st.median(o['samples_a_second'] for o in v), **{f'accuracy of seed {i+1}': o['accuracy'] for i, o in enumerate(v)}) for k, v in rows.items()}
 
 
 # --- the loop ---
@@ -252,15 +298,16 @@ def padding(a, bs=16):
     return dict(factor=dict(shuffled=shuffled, ours=sum(a for a, _ in got)/sum(b for _, b in got), to_max_length=128*len(lens)/sum(lens)))
 
 
-EXPERIMENTS = dict(lm=lm, memory=memory, finetune=finetune, overhead=overhead, padding=padding)
+EXPERIMENTS = dict(lm=lm, memory=memory, finetune=finetune, accuracy=accuracy, overhead=overhead, padding=padding)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--only', nargs='*', default=list(EXPERIMENTS), choices=list(EXPERIMENTS)); p.add_argument('--rounds', type=int, default=5); p.add_argument('--threads', type=int)
+    p.add_argument('--only', nargs='*', default=[e for e in EXPERIMENTS if e != 'accuracy'], choices=list(EXPERIMENTS)); p.add_argument('--rounds', type=int, default=5); p.add_argument('--threads', type=int)
     p.add_argument('--samples', type=int, default=128, help='texts of an epoch of fine-tuning'); p.add_argument('--test', type=int, default=200)
     p.add_argument('--single', action='store_true', help='also with the single-position top layer')
     p.add_argument('--cpu-time', action='store_true', help='count the seconds of the processor instead of those of the clock: with one thread, what a machine with other work beside it does not disturb')
+    p.add_argument('--seeds', type=int, default=2, help='of accuracy'); p.add_argument('--runs', nargs='*', help='only these runs of ours in finetune, and of all in accuracy')
     p.add_argument('--data', type=Path); p.add_argument('--json', type=Path)
     a = p.parse_args()
     import torch

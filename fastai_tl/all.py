@@ -36,6 +36,7 @@ from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
 from .tune.lean import *
+from .tune.compiled import *
 from .generation.codec import *
 from .generation.stateful import *
 from .generation.source import *

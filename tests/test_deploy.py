@@ -189,6 +189,35 @@ def test_one_output_for_two_classes(tok):
     np.testing.assert_allclose(got.probs, np.c_[1-p, p], atol=EXACT); assert got.labels == [dls.vocab[int(o > .5)] for o in p]
 
 
+def test_the_top_layer_computes_one_position(tok, tmp_path):
+    "Where the head reads one, in each precision and after a bundle; a model whose head reads all, and one whose layers cannot be told apart, compute in full"
+    from transformers import AlbertConfig, BertForSequenceClassification, DistilBertConfig, RobertaConfig
+    class MeanForSequenceClassification(BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask, **kw):
+            h = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state*attention_mask[..., None]
+            return SequenceClassifierOutput(logits=self.classifier(h.sum(1)/attention_mask.sum(1, keepdim=True)))
+    from transformers.modeling_outputs import SequenceClassifierOutput
+    small = dict(vocab_size=len(tok), pad_token_id=tok.pad_token_id, num_labels=2)
+    layers = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    dls = HFTextDataLoaders.from_lists(TEXTS, LABELS['single'], tok, valid=VALID, max_length=32, bs=8, verbose=False)
+    configs = dict(bert=bert(tok), roberta=RobertaConfig(**small, **layers, max_position_embeddings=66), distilbert=DistilBertConfig(**small, dim=32, n_layers=2, n_heads=2, hidden_dim=48),
+                   gpt2=GPT2Config(**small, n_embd=32, n_layer=2, n_head=2, n_positions=64), albert=AlbertConfig(**small, **layers, embedding_size=16), mean=MeanForSequenceClassification(bert(tok)))
+    for name,config in configs.items():
+        seed_everything(1)
+        learn = hf_classifier_learner(dls, config); pred = learn.predictor()
+        assert (pred.engine.one is None) == (name in ('albert', 'mean')), name
+        np.testing.assert_allclose(pred.predict_proba(TEXTS), reference(learn, TEXTS), atol=EXACT, rtol=0, err_msg=name)
+        assert not any('forward' in vars(m) for m in learn.model.modules()), "the Learner's own model is as it was"
+        if name != 'bert': continue
+        top, rows = pred.engine.model.hf.bert.encoder.layer[-1].output.dense, []
+        hook = top.register_forward_hook(lambda m, i, o: rows.append(o.shape[1])); pred.predict(TEXTS); hook.remove()
+        assert set(rows) == {1}
+        for p in ('bf16', 'int8'): assert pred.engine.to_precision(p).one is not None and pred.engine.one is not None
+        learn.save_bundle(tmp_path/'b'); loaded = load_bundle(tmp_path/'b')
+        assert loaded.engine.one is not None
+        np.testing.assert_allclose(loaded.predict_proba(TEXTS), pred.predict_proba(TEXTS), atol=EXACT, rtol=0)
+
+
 @pytest.mark.parametrize('kind', ['hf single', 'awd single'])
 def test_other_precisions_are_near_and_say_how_near(kind, tok, capsys):
     learn = LEARNERS_OF[kind](tok)
@@ -211,6 +240,30 @@ def test_other_tasks_are_refused(tok):
 
 
 # --- bundles ---
+
+def test_bundles_on_the_command_line(learn, tmp_path, capsys):
+    "`fastai-tl predict BUNDLE texts` prints what the Predictor says: labels, their probabilities, the text"
+    from fastai_tl.cli import main
+    learn.save_bundle(tmp_path/'b'); capsys.readouterr()
+    ts = make_texts(5, 11)
+    if learn.texts_ is not PAIRS:
+        assert main(['predict', str(tmp_path/'b'), *ts]) == 0
+        rows = [l.split('\t') for l in capsys.readouterr().out.splitlines()]
+        want = learn.predictor().predict(ts)
+        assert [r[2] for r in rows] == ts
+        for (label, share, _), o in zip(rows, want):
+            if o.probs is None: assert abs(float(label)-o.label) < EXACT and share == ''; continue
+            labels, shares = (o.label, o.confidence) if isinstance(o.label, list) else ([o.label], [o.confidence])
+            assert label == ','.join(labels) and share == ','.join(f'{c:.3f}' for c in shares)
+
+
+def test_bundles_of_other_tasks_on_the_command_line(tok, tmp_path, capsys):
+    from fastai_tl.cli import main
+    dls = HFCausalLMDataLoaders.from_texts(TEXTS, tok, max_length=16)
+    hf_causal_lm_learner(dls, GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_bundle(tmp_path/'lm')
+    assert main(['predict', str(tmp_path/'lm'), 'alpha']) == 1 and 'must hold a classifier or a regression' in capsys.readouterr().err
+    assert main(['predict', str(tmp_path/'none'), 'alpha']) == 1 and 'or a bundle' in capsys.readouterr().err
+
 
 def elsewhere(code, *args):
     "What a fresh process prints, as JSON; it has neither the data nor the training code, and refuses to unpickle"

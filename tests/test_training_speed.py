@@ -1,6 +1,6 @@
 "What makes training lean: the same values and gradients, less memory, and nothing computed for what is frozen. No test measures time."
 
-import importlib.util
+import importlib.util, json
 from pathlib import Path
 
 import pytest
@@ -298,7 +298,7 @@ def test_fast_dropout_beside_the_rest(tmp_path):
     assert '_do_one_batch' not in vars(a) and not any('forward' in vars(m) for m in a.model.modules())
     a.export(tmp_path/'model.pkl'); a.save_bundle(tmp_path/'bundle')
     x = ['an array of numbers', 'the roots of a function']
-    assert torch.equal(torch.tensor(load_bundle(tmp_path/'bundle').predict(x).probs), torch.tensor(b.predict_batch(x).probs))
+    assert abs(load_bundle(tmp_path/'bundle').predict(x).probs-b.predict_batch(x).probs).max() < 1e-5
 
 
 # --- frozen groups ---
@@ -350,6 +350,40 @@ def test_padding_factor_and_fused_steps():
     from transformers import BertConfig
     learn = hf_classifier_learner(dls, BertConfig(vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)); learn.create_opt()
     assert learn.opt.opt.defaults.get('fused') is True
+
+
+# --- the benchmark for GPUs ---
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f'{name}_benchmark', Path(__file__).parent.parent/'benchmarks'/f'{name}.py')
+    mod = importlib.util.module_from_spec(spec); spec.loader.exec_module(mod)
+    return mod
+
+
+def test_gpu_script(tmp_path):
+    "`--tiny` runs all four parts on a CPU; operations are those that the sizes say, and no variant is faster than its ceiling by much"
+    gpu = script('gpu')
+    res = gpu.main(['--tiny', '--rounds', '1', '--json', str(tmp_path/'r.json'), '--md', str(tmp_path/'r.md')])
+    assert json.loads((tmp_path/'r.json').read_text())['results'] == res['results'] and 'figures mean nothing' in (tmp_path/'r.md').read_text()
+    rows = {(e, r['variant']): r for e, rs in res['results'].items() for r in rs}
+    assert {e for e, _ in rows} == {'finetune', 'cache', 'lm', 'predict'}
+    for r in rows.values():
+        assert r['least_seconds'] == pytest.approx(max(r['operations']/res['ceilings'][r['computed_in']], r['bytes']/res['ceilings']['bytes']))
+        assert 0 < r['share'] < 1 and r['low'] <= r['ratio'] <= r['high'] and r['rate'] > 0
+    full, one = rows['finetune', 'ours, float32']['operations'], rows['finetune', 'ours, bfloat16, single position']['operations']
+    assert .6*full < one < .95*full, 'three layers, of which the top one computes one position'
+    forward = rows['predict', 'Predictor, float32']['operations']
+    s, tok = gpu.TINY, gpu.texts_of(type('a', (), dict(size=gpu.TINY)))
+    lens = [min(len(t.split())+2, 128) for t in tok[1].text]
+    weights = 4*32*32+2*32*64
+    least = 2*sum(lens)*(2*weights + 2*32*32) # two whole layers, and keys and values of the third, without padding and attention
+    assert least < forward < 3*least
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_gpu_script_without_a_gpu(capsys):
+    with pytest.raises(SystemExit): script('gpu').main([])
+    assert 'There is no GPU here: nothing is run' in capsys.readouterr().err
 
 
 # --- perplexity ---

@@ -27,6 +27,7 @@ from ..data.questions import HFQADataLoaders
 from ..data.spans import HFTagDataLoaders
 from ..data.subwords import HFTokenize, load_tokenizer
 from ..data.tokenize import TokenizedTexts, WordLevelTokenizer, tokenizer_settings
+from ..models.position import one_position
 from .engines import AWDEngine, AveragedEngine, HFEngine, classifier_parts, engine_of, find_transform, reads_backwards
 
 # %% ../../nbs/84_deploy.bundle.ipynb #03d0eb4f
@@ -223,6 +224,7 @@ def _engine(path, m):
         parts = [_awd_engine(*_load_awd(path, name)) for name in _parts(m)]
         res = parts[0] if len(parts)==1 else AveragedEngine(parts, m['target'])
     for e in getattr(res, 'engines', [res]): e.share = False # nobody else has the model, and it stays in evaluation mode
+    if isinstance(res, HFEngine): res.one = one_position(res.model)
     res.kind,res.classes,res.threshold,res.n_out = 'multi' if m['binary'] else m['target'],m['classes'],m['threshold'],m['n_out']
     return res
 

@@ -25,6 +25,7 @@ from ..learners.base import HFLearner
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.encoder import find_encoder
 from ..models.hf import HFModel
+from ..models.position import one_position
 from .int8 import LSTMCell8, PRECISIONS, Int8Linear, int8_linears, usable_precision
 
 # %% ../../nbs/81_deploy.engines.ipynb #1caed5fe
@@ -181,7 +182,8 @@ class HFEngine:
     ):
         self.model = model if share else copy.deepcopy(model).eval().requires_grad_(False)
         self.tok,self.windows,self.share,self.precision,self.lock = tok,windows,share,'fp32',threading.Lock()
-        self.run = run or self.model
+        self.run,self.one = run or self.model,None
+        if run is None and not share: self.one = one_position(self.model)
     @property
     def device(self): "Where the model is"; return next(self.model.parameters()).device
     @property
@@ -236,11 +238,14 @@ def to_precision(self:HFEngine,
     if self.precision!='fp32': raise FastaiTLError('Another precision is made from float32', f'an engine in {self.precision}')
     p = usable_precision(precision, self.device)
     res = copy.copy(self)
+    if self.one is not None: self.one.__exit__() # so that the copy is of the model itself
     res.precision,res.model,res.share = p,copy.deepcopy(self.model).eval().requires_grad_(False),False
+    if self.one is not None: self.one.__enter__()
     res.run = res.model
     if p=='int8': int8_linears(res.model)
     elif p!='fp32':
         for o in res.model.parameters(): o.data = o.data.to(PRECISIONS[p])
+    res.one = None if self.one is None else one_position(res.model, torch.inf) # seen to be right in float32; rounding is no reason to refuse
     return res
 
 # %% ../../nbs/81_deploy.engines.ipynb #759d854f

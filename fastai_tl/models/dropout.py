@@ -158,7 +158,7 @@ class FastDropoutTraining(Callback):
         "Wrap the batch"
         _refuse_checkpointing(self.model)
         own = self.learn._do_one_batch
-        if getattr(own, 'func', None) is _masked_batch or next(self.model.parameters()).device.type!='cpu' or isinstance(self.model, torch._dynamo.OptimizedModule): return
+        if getattr(own, 'func', None) is _masked_batch or next(self.model.parameters()).device.type!='cpu' or any(m._compiled_call_impl is not None for m in self.model.modules()): return # compiled dropout is quick
         self.learn._do_one_batch = partial(_masked_batch, self.learn, own)
     def after_fit(self): "Unwrap it"; self.learn.__dict__.pop('_do_one_batch', None)
 

@@ -8,9 +8,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.position.html.md"""
 __all__ = ['head_position', 'SinglePosition', 'SinglePositionTop']
 
 # %% ../../nbs/26_models.position.ipynb #b45d1cbb
-import inspect, sys
+import inspect, sys, threading
 from contextlib import ExitStack
-from functools import partial
 import torch
 from torch import nn
 from fastcore.all import patch
@@ -27,14 +26,14 @@ def token_ends(ids, pad):
 
 class InputIds:
     "Remembers the `input_ids` that a model gets"
-    def __init__(self, model): self.hf,self.ids = hf_models(model)[0],None
+    def __init__(self, model): self.hf,self.now = hf_models(model)[0],threading.local() # each thread has its own
     def __enter__(self): self.hook = self.hf.register_forward_pre_hook(self._see, with_kwargs=True); return self
-    def __exit__(self, *e): self.hook.remove(); self.ids = None
-    def _see(self, m, args, kw): self.ids = kw.get('input_ids', args[0] if args else None)
+    def __exit__(self, *e): self.hook.remove(); self.now = threading.local()
+    def _see(self, m, args, kw): self.now.ids = kw.get('input_ids', args[0] if args else None)
     def at(self, kind, n, device):
         "The position of each of `n` texts"
         if kind=='first': return torch.zeros(n, dtype=torch.long, device=device)
-        return token_ends(self.ids, getattr(self.hf.config, 'pad_token_id', None))
+        return token_ends(self.now.ids, getattr(self.hf.config, 'pad_token_id', None))
 
 # %% ../../nbs/26_models.position.ipynb #235869f9
 def head_position(
@@ -120,18 +119,19 @@ def _attend(attn, names, full, at, *args, **kwargs):
 class SinglePosition:
     "Let the top layer of a model compute the position that its head reads, inside the `with` block"
     def __init__(self,
-        model:nn.Module # An `HFModel`, or a model of transformers with a head
+        model:nn.Module, # An `HFModel`, or a model of transformers with a head
+        tolerance:float=1e-3 # Refuse a top layer that gives something else, by so much of its largest number
     ):
-        self.model,self.top,self._stack = model,find_blocks(model)[-1],None
+        self.model,self.top,self._stack,self.tolerance,self._now = model,find_blocks(model)[-1],None,tolerance,threading.local()
         if any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()): raise FastaiTLError('The single-position top layer works without gradient checkpointing', 'a model with it', 'Call `gradient_checkpointing_disable()` of the model')
         self.kind,(self.attn,self.names) = head_position(model),_find_attention(self.top)
         self.ids = InputIds(model)
         self._check()
     def __enter__(self):
         if self._stack is None:
-            self._stack,self._own = ExitStack(),self.top.forward
+            self._stack,self._own,self._whole = ExitStack(),self.top.forward,self.attn.forward
             self._stack.enter_context(self.ids)
-            self._stack.enter_context(replaced_forwards({self.top: self._forward}))
+            self._stack.enter_context(replaced_forwards({self.top: self._forward, self.attn: self._attention}))
         return self
     def __exit__(self, *e):
         if self._stack is not None: self._stack.close()
@@ -148,9 +148,17 @@ def _forward(self:SinglePosition, *args, **kw):
     full,one = (h if self.norm is None else self.norm(h)),(h[:,:1] if self.kind=='first' else h.gather(1, at[:,None,None].expand(-1, 1, h.shape[-1])))
     if torch.is_autocast_enabled(h.device.type): one = one.float() # what is added to in the layer is not rounded again
     kw = {n: v for n,v in kw.items() if n!='hidden_states'}
-    with replaced_forwards({self.attn: partial(_attend, self.attn, self.names, full, at)}): out = self._own(one, *args[1:], **kw)
+    self._now.full = full,at
+    try: out = self._own(one, *args[1:], **kw)
+    finally: self._now.full = None
     if self.kind=='first': return out
     return (self._all(out[0], h), *out[1:]) if isinstance(out, tuple) else self._all(out, h)
+
+@patch
+def _attention(self:SinglePosition, *args, **kw):
+    "Attention of one query a text, with what `_forward` has left for this thread"
+    now = getattr(self._now, 'full', None)
+    return self._whole(*args, **kw) if now is None else _attend(self.attn, self.names, *now, *args, **kw)
 
 @patch
 def _all(self:SinglePosition, out, h): "The one state at all positions, since a decoder's head looks for the last by itself"; return out.expand(-1, h.shape[1], -1)
@@ -185,7 +193,14 @@ def _compare(self:SinglePosition, whole, args, kw):
         def see(*a, **k): got.append(own(*a, **k)); return got[0]
         with replaced_forwards({self.top: see}): self.model(*args, **kw)
     one = (got[0][0] if isinstance(got[0], tuple) else got[0])[:,0]
-    if not differ(one, whole)<1e-3: raise FastaiTLError('The top layer must give the same for one position as for all', f'a difference of {differ(one, whole):.1e} in a {type(self.top).__name__}', 'Its attention does more than this package knows')
+    if not differ(one, whole)<self.tolerance: raise FastaiTLError('The top layer must give the same for one position as for all', f'a difference of {differ(one, whole):.1e} in a {type(self.top).__name__}', 'Its attention does more than this package knows')
+
+# %% ../../nbs/26_models.position.ipynb #a354662e
+def one_position(model, tolerance=1e-3):
+    "Let the top layer of `model` compute the one position that its head reads, from now on; `None` where that cannot be"
+    try: return SinglePosition(model, tolerance).__enter__()
+    except Exception: return None # whatever keeps a model from being looked at, it can compute in full
+
 
 # %% ../../nbs/26_models.position.ipynb #8a39754d
 class SinglePositionTop(Callback):
