@@ -1,11 +1,11 @@
 """What training costs, side by side, in ratios.
 
-    python benchmarks/training.py [--only lm memory finetune overhead padding] [--rounds 5] [--threads N] [--data FOLDER] [--json FILE]
+    python benchmarks/training.py [--only lm memory finetune overhead padding] [--rounds 5] [--threads N] [--single] [--cpu-time] [--data FOLDER] [--json FILE]
 
 - lm: tokens a second of an AWD_LSTM language model with all its dropouts (400/1152/3, vocabulary 30,000, batches of 32 x 72) in fastai's own Learner, and in `awd_lm_learner`
   with `chunked_loss()` and `to_mixed_precision()`. Wanted: at least 1.5 times.
 - memory: the most that the loss of such a batch takes at a vocabulary of 60,000, full logits beside `linear_cross_entropy`. Wanted: at most a quarter.
-- finetune: samples a second of MiniLM (`max_length` 128, batches of 16), all layers trained, against transformers' `Trainer` with its defaults, and with length grouping and bfloat16. Wanted: at least 2.2 and
+- finetune: samples a second of MiniLM (`max_length` 128, batches of 16), all layers trained, against transformers' `Trainer` with its defaults, and with length grouping and bfloat16; ours also with `fast_dropout()` and, with `--single`, with the single-position top layer. Wanted: at least 2.2 and
   1.3 times. The accuracy of each after the same epochs is printed.
 - overhead: a Learner of our factory against a bare PyTorch loop with the same batches. Wanted: at most 3 %.
 - padding: tokens that are computed for each that is there, shuffled and bucketed.
@@ -13,7 +13,7 @@
 IMDb is read from `--data FOLDER` (`imdb.parquet` with the columns text and label, or a folder train/pos, train/neg, ...); without it, texts of the offline corpus. What is compared runs in turn, in changing order; the ratio is the median
 of the rounds' ratios, with their range, and that of the best rounds."""
 
-import argparse, importlib.util, json, os, random, statistics as st, time, warnings
+import argparse, json, os, random, statistics as st, time, warnings
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,12 +21,15 @@ os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 warnings.filterwarnings('ignore')
 
 
+CLOCK = time.perf_counter
+
+
 def interleave(variants, rounds):
     "Seconds of each variant in each round, as the variant says or by the clock; a first round is not counted"
     names, res = list(variants), {n: [] for n in variants}
     for r in range(rounds+1):
         for n in names[r % len(names):]+names[:r % len(names)]:
-            t = time.perf_counter(); said = variants[n](); t = said or time.perf_counter()-t
+            t = CLOCK(); said = variants[n](); t = said or CLOCK()-t
             if r: res[n].append(t)
     return res
 
@@ -42,8 +45,8 @@ def timed_fit(learn, lr):
     from fastai.callback.core import Callback
     class Clock(Callback):
         order = -100
-        def before_train(self): self.begin = time.perf_counter()
-        def after_train(self): self.seconds = time.perf_counter()-self.begin
+        def before_train(self): self.begin = CLOCK()
+        def after_train(self): self.seconds = CLOCK()-self.begin
     learn.add_cb(Clock())
     def run():
         with learn.no_bar(), learn.no_logging(): learn.fit(1, lr)
@@ -168,14 +171,6 @@ def trainer(model, tok, train, labels, bs, folder, **kw):
     return Trainer(model=model, args=args, train_dataset=ds, data_collator=DataCollatorWithPadding(tok))
 
 
-def top_layer(learn):
-    "The single-position top layer, where the package has it"
-    if importlib.util.find_spec('fastai_tl.models.position') is None: return False
-    import fastai_tl.models.position # brings learn.single_position
-    learn.single_position()
-    return True
-
-
 def accuracy_of(model, tok, valid, labels):
     import torch
     right = 0
@@ -201,17 +196,20 @@ def finetune(a, bs=16):
             seed_everything(0)
             models[name] = transformers.AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=len(labels))
             made[name] = lambda t=trainer(models[name], tok, train, labels, bs, folder, **kw): [t.train(), None][1]
-        def ours(half, single):
+        def ours(half, single=False, fast=False):
             seed_everything(0)
             dls = HFTextDataLoaders.from_df(df, tok, valid_col='valid', max_length=128, bs=bs, verbose=False)
             learn = hf_classifier_learner(dls, minilm_folder(), metrics=[])
             if half: learn.to_mixed_precision()
-            if single and not top_layer(learn): return None
+            if single: learn.single_position()
+            if fast: learn.fast_dropout()
             return learn
-        wanted = {'ours, float32': (False, False)} | ({'ours, bfloat16': (True, False)} if has_bf16() else {})
-        if a.single: wanted |= {'ours, bfloat16, single position': (True, True)}
+        half = has_bf16()
+        wanted = {'ours, float32': (False,), 'ours, float32, fast dropout': (False, False, True)}
+        if half: wanted |= {'ours, bfloat16': (True,), 'ours, bfloat16, fast dropout': (True, False, True)}
+        if half and a.single: wanted |= {'ours, bfloat16, single position': (True, True), 'ours, bfloat16, single position, fast dropout': (True, True, True)}
         for name, args in wanted.items():
-            if (learn := ours(*args)) is None: print(f'{name}: not in this version'); continue
+            learn = ours(*args)
             models[name], made[name] = learn.model.hf, timed_fit(learn, slice(1e-5, 5e-5))
         secs = interleave(made, a.rounds)
         acc = {k: accuracy_of(m, tok, valid, labels) for k, m in models.items()}
@@ -261,18 +259,22 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--only', nargs='*', default=list(EXPERIMENTS), choices=list(EXPERIMENTS)); p.add_argument('--rounds', type=int, default=5); p.add_argument('--threads', type=int)
     p.add_argument('--samples', type=int, default=128, help='texts of an epoch of fine-tuning'); p.add_argument('--test', type=int, default=200)
-    p.add_argument('--single', action='store_true', help='also with the single-position top layer, where it can be imported')
+    p.add_argument('--single', action='store_true', help='also with the single-position top layer')
+    p.add_argument('--cpu-time', action='store_true', help='count the seconds of the processor instead of those of the clock: with one thread, what a machine with other work beside it does not disturb')
     p.add_argument('--data', type=Path); p.add_argument('--json', type=Path)
     a = p.parse_args()
     import torch
     if a.threads: torch.set_num_threads(a.threads)
+    if a.cpu_time:
+        if torch.get_num_threads() != 1: p.error('--cpu-time needs --threads 1: it adds up the seconds of all threads')
+        globals()['CLOCK'] = time.process_time
     res = {}
     for name in a.only:
         res[name] = EXPERIMENTS[name](a)
         for k, v in res[name].items(): print(f'{name:10} {k:40}', f"{v['ratio']:.2f} ({v['low']:.2f} to {v['high']:.2f}; best against best {v['best']:.2f})" if 'ratio' in v else {i: round(o, 5) for i, o in v.items()}, flush=True)
     if a.json:
         old = json.loads(a.json.read_text(encoding='utf-8')) if a.json.exists() else {}
-        a.json.write_text(json.dumps({**old, 'torch': torch.__version__, 'threads': torch.get_num_threads(), **res}, indent=2)+'\n', encoding='utf-8')
+        a.json.write_text(json.dumps({**old, 'torch': torch.__version__, 'threads': torch.get_num_threads(), 'seconds': 'of the processor' if a.cpu_time else 'of the clock', **res}, indent=2)+'\n', encoding='utf-8')
 
 
 if __name__ == '__main__': main()

@@ -25,6 +25,7 @@ from .models.position import *
 from .models.chunked import *
 from .models.states import *
 from .models.lstm import *
+from .models.dropout import *
 from .models.foreign import *
 from .tune.optim import *
 from .tune.rates import *

@@ -17,7 +17,7 @@ LONG_CELLS = {   # each parameter has a line of its own; the body is short
     'data.blocks:classifier_dls': 'eleven parameters', 'tune.optim:LayerwiseOptimizer': 'eleven parameters', 'tune.unfreeze:GradualUnfreezing': 'thirteen parameters',
     'tune.recipes:fit_gradual': 'eleven parameters', 'tune.recipes:gradual_unfreezing_training': 'ten parameters',
     'learners.ulmfit:finetune_lm': 'twelve parameters', 'learners.ulmfit:classifier': 'twenty-one parameters', 'quickstart:Quickstart': 'six parameters',
-    'quickstart:quickstart': 'nine parameters', 'data.loaders:hf_classifier_dls': 'twelve parameters', 'data.splits:cross_folds': 'eight parameters',
+    'quickstart:quickstart': 'nine parameters', 'data.loaders:from_df': 'eleven parameters', 'data.loaders:hf_classifier_dls': 'twelve parameters', 'data.splits:cross_folds': 'eight parameters',
     'evaluation.validate:run_folds': 'ten parameters', 'generation.sample:generate': 'twenty-eight parameters', 'data.spans:hf_tagger_dls': 'twelve parameters',
     'data.questions:hf_qa_dls': 'eleven parameters', 'data.pairs:from_lists': 'twelve parameters',}
 # 'module:attribute' -> why the attribute is not the Learner method of that name, which a higher number patches on

@@ -166,6 +166,140 @@ def test_lstm_function_is_lstm():
     ours = run(lambda x, h, c: LSTMFunction.apply(x, h, c, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0+lstm.bias_hh_l0, torch.float32))
     assert apart(ours, run(theirs)) < 1e-5
 
+# --- dropout ---
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('p', [.02, .1, .5, .85])
+def test_dropout_distribution(dtype, p):
+    "Share, mean, variance: within four standard errors of what they should be; neighbours and rows are independent"
+    seed_everything(1)
+    n, m = 1000, 1001 # rows do not begin with a word
+    keep = fast_mask_dropout(torch.ones(n, m, dtype=dtype), p).double() != 0
+    var, total = p*(1-p), n*m
+    assert abs((~keep).double().mean()-p) < 4*(var/total)**.5 + 2**-15
+    z = (keep.double()-(1-p))/var**.5
+    for lag in (1, 2, 3, 4, 5, 8): assert abs((z.view(-1)[lag:]*z.view(-1)[:-lag]).mean()) < 4.5/total**.5, f'{lag} apart'
+    assert abs((z[1:]*z[:-1]).mean()) < 4.5/total**.5, 'one row below'
+    assert abs(z.mean(0)*n**.5).max() < 5 and abs(z.mean(1)*m**.5).max() < 5
+    words = keep.view(-1)[:total//4*4].view(-1, 4).long()@torch.tensor([1, 2, 4, 8]) # the four of a word
+    want = torch.tensor([(1-p)**b.bit_count()*p**(4-b.bit_count()) for b in range(16)])*len(words); want = want.double()
+    assert (((words.bincount(minlength=16)-want)**2/want)[want > 5]).sum() < 45, 'chi square with 15 degrees of freedom'
+
+
+def test_dropout_mean_of_values():
+    seed_everything(2)
+    x = torch.randn(50)
+    y = torch.stack([fast_mask_dropout(x, .3) for _ in range(4000)])
+    assert ((y.mean(0)-x).abs()/(x.abs()*(.3/.7/4000)**.5)).max() < 4.5
+    assert (y.var(0)/(x**2*.3/.7)-1).abs().max() < .15
+    big = torch.tensor([3e38, -3e38, 1e-30, 0.]); big = big[torch.arange(1000) % 4]
+    z = fast_mask_dropout(big/2, .5); assert ((z == 0) | (z == big)).all(), 'kept numbers are multiplied by 2 and no more'
+
+
+def test_dropout_repeats_and_goes_on():
+    "By the seed, and from a saved state of the generator"
+    x = torch.ones(1003)
+    torch.manual_seed(5); a = fast_mask_dropout(x, .4); state = torch.get_rng_state(); b = fast_mask_dropout(x, .4)
+    torch.manual_seed(5); assert torch.equal(fast_mask_dropout(x, .4), a) and torch.equal(fast_mask_dropout(x, .4), b) and not torch.equal(a, b)
+    torch.set_rng_state(state); assert torch.equal(fast_mask_dropout(x, .4), b)
+
+
+def test_dropout_gradients():
+    "The mask of the forward pass, twice differentiable; not contiguous inputs too"
+    x = torch.randn(6, 5, dtype=torch.double).t().requires_grad_()
+    def f(x): torch.manual_seed(0); return fast_mask_dropout(x, .4)
+    assert torch.autograd.gradcheck(f, x) and torch.autograd.gradgradcheck(f, x)
+
+
+@pytest.mark.parametrize('block', [1, 60, 400, 2**18])
+def test_attention_in_blocks(block, monkeypatch):
+    "Gradients by finite differences, whatever the blocks; masks of both kinds and heads with their own"
+    import fastai_tl.models.dropout as d
+    monkeypatch.setattr(d, 'BLOCK', block)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 2, dtype=torch.double, requires_grad=True) for n in (4, 5, 5))
+    bools, floats = torch.rand(2, 3, 4, 5) > .4, torch.randn(3, 1, 5).double()
+    for mask in (None, bools, floats):
+        def f(q, k, v): torch.manual_seed(0); return fast_attention(q, k, v, mask, .3, scale=.7)
+        assert torch.autograd.gradcheck(f, (q, k, v))
+        assert apart([fast_attention(q, k, v, mask)], [F.scaled_dot_product_attention(q, k, v, mask)]) < 1e-12
+
+
+def test_attention_distribution():
+    "Each key of each query of each head is dropped as often as it should be, and the mean over masks is attention without dropout"
+    seed_everything(3)
+    q, k, v = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 6, 4), torch.eye(6).expand(1, 2, 6, 6)
+    n, full = 4000, F.scaled_dot_product_attention(q, k, v)
+    outs = torch.cat([fast_attention(*(o.expand(100, *o.shape[1:]) for o in (q, k, v)), dropout_p=.2) for _ in range(n//100)])
+    dropped = (outs == 0).double().mean(0)
+    assert ((dropped-.2).abs() < 4.5*(.16/n)**.5).all()
+    assert ((outs.mean(0)-full[0]).abs()/(full[0]*(.25/n)**.5)).max() < 4.5
+
+
+@bf16_cpu
+def test_attention_in_bfloat16():
+    "As near to float32 as bfloat16's rounding allows, values and gradients"
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(4, 12, 128, 32) for _ in range(4))
+    def run(f, dtype):
+        ts = [t.to(dtype).detach().clone().requires_grad_() for t in (q, k, v)]
+        out = f(*ts); out.backward(g.to(dtype))
+        return [o.detach().float() for o in (out, *[t.grad for t in ts])]
+    want = run(F.scaled_dot_product_attention, torch.float32)
+    assert apart(run(fast_attention, torch.bfloat16), want) < 1.5e-2
+
+
+def fast_bert():
+    from transformers import BertConfig, BertForSequenceClassification
+    seed_everything(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)).train()
+    return model, dict(input_ids=torch.randint(0, 50, (4, 12)), attention_mask=(torch.arange(12) < torch.tensor([12, 12, 7, 3])[:, None]).long(), labels=torch.tensor([0, 1, 0, 1]))
+
+
+def test_fast_dropout_finds_the_calls(monkeypatch):
+    "Modules, functions and attention of transformers, the weights of an AWD_LSTM; what it does not know goes on as before"
+    import fastai_tl.models.dropout as d
+    seen = []
+    for n in ('fast_mask_dropout', 'fast_attention'): monkeypatch.setattr(d, n, lambda *a, f=getattr(d, n), n=n: [seen.append(n), f(*a)][1])
+    model, batch = fast_bert()
+    with FastDropout(): model(**batch)
+    assert seen.count('fast_attention') == 3 and seen.count('fast_mask_dropout') == 1+2*3+1
+    seen.clear()
+    with FastDropout(): model.eval()(**batch)
+    assert not seen
+    lm = awd().model.train(); lm.reset()
+    with FastDropout(): lm(torch.ones(4, 12, dtype=torch.long))
+    assert seen.count('fast_mask_dropout') == 2, 'recurrent weights of two layers'
+    seen.clear()
+    x, kv = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8)
+    with FastDropout():
+        F.dropout(x, 0.); F.dropout(x, .5, False); F.dropout(x, 1.); F.dropout(x.clone(), .5, inplace=True); F.dropout(torch.ones(3, device='meta'), .5); F.dropout(x[:0], .5)
+        F.scaled_dot_product_attention(x, kv, kv, dropout_p=.1, enable_gqa=True); F.scaled_dot_product_attention(x, x, x)
+        F.scaled_dot_product_attention(x, x, x, torch.zeros(3, 3, requires_grad=True), dropout_p=.1)
+    assert not seen
+
+
+@bf16_cpu
+def test_fast_dropout_beside_the_rest(tmp_path):
+    "Mixed precision, one position and accumulation in one fit: it learns, repeats, and leaves Learner and model as they were"
+    from fastai.callback.training import GradientAccumulation
+    from transformers import BertConfig
+    df = docstring_corpus(libraries=('numpy', 'scipy')).iloc[:160:2]
+    dls = HFTextDataLoaders.from_df(df, minilm_folder(), max_length=32, bs=8, verbose=False)
+    def run():
+        seed_everything(0)
+        config = BertConfig(vocab_size=30522, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        learn = hf_classifier_learner(dls, config, metrics=[]).to_mixed_precision().single_position().fast_dropout()
+        with learn.no_bar(), learn.no_logging(): learn.fit(6, 5e-3, cbs=GradientAccumulation(16))
+        return learn
+    a, b = run(), run()
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
+    losses = [v[0] for v in a.recorder.values]; assert losses[-1] < .95*losses[0], losses
+    assert '_do_one_batch' not in vars(a) and not any('forward' in vars(m) for m in a.model.modules())
+    a.export(tmp_path/'model.pkl'); a.save_bundle(tmp_path/'bundle')
+    x = ['an array of numbers', 'the roots of a function']
+    assert torch.equal(torch.tensor(load_bundle(tmp_path/'bundle').predict(x).probs), torch.tensor(b.predict_batch(x).probs))
+
 
 # --- frozen groups ---
 

@@ -33,8 +33,19 @@ class HFTableDataLoaders(DataLoaders):
         "From a table on disk"
         return cls.from_df(read_table(path), tokenizer, **kwargs)
 
+# %% ../../nbs/14_data.loaders.ipynb #5a1d0c31
 class HFTextDataLoaders(HFTableDataLoaders):
     "DataLoaders of texts and labels for a Hugging Face model"
+    columns = 'text','label',None # of the table that they were made from: texts, labels, and what separates several labels
+    def test_dl(self,
+        test_items, # Texts, or pairs of texts; with `with_labels` each together with its label; or a table with the columns of the first one
+        rm_type_tfms=None, # fastai's
+        with_labels:bool=False, # Whether the items have labels
+        **kwargs # More for the DataLoader: `bs`, …
+    ): # A DataLoader without shuffling
+        "A DataLoader of texts to come"
+        items = _items_of(test_items, self.columns, with_labels)
+        return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
 # %% ../../nbs/14_data.loaders.ipynb #db639794
 class LabelledText(UserList): "A text (or a pair) and its label: no tuple, over whose members fastai maps transforms, and no `list`, which a pair is"
@@ -87,6 +98,19 @@ def _texts_of(df, text_col):
     if len(text_col)!=2: raise DataError('A text has one column, or two for pairs', f'{len(text_col)} columns')
     return [list(o) for o in zip(*[check_texts(column(df, c), df.index) for c in text_col])]
 
+def _items_of(items, columns, with_labels):
+    "What `test_dl` is given as what the transforms take"
+    if isinstance(items, pd.DataFrame):
+        text_col,label_col,delim = columns
+        texts = _texts_of(items, text_col)
+        if not with_labels: return texts
+        items = zip(texts, check_labels(column(items, label_col), items.index, None, delim)[0])
+    items = list(items)
+    if not with_labels: return items
+    if bad := [i for i,o in enumerate(items) if isinstance(o, str) or not hasattr(o, '__len__') or len(o)!=2]:
+        raise DataError('With labels each item must be a text and its label', f'{shorten(items[bad[0]])} in row {shorten(bad)}')
+    return [o if isinstance(o, LabelledText) else LabelledText(list(o)) for o in items]
+
 # %% ../../nbs/14_data.loaders.ipynb #33dd3df7
 @patch(cls_method=True)
 def from_df(cls:HFTextDataLoaders,
@@ -106,8 +130,10 @@ def from_df(cls:HFTextDataLoaders,
     texts = _texts_of(df, text_col)
     labels,target = check_labels(column(df, label_col), df.index, target, label_delim)
     train,valid = split_rows(labels, target, None if valid_col is None else column(df, valid_col), valid_pct, seed)
-    if windows is None: return hf_classifier_dls(texts, labels, target, train, valid, tokenizer, **kwargs)
-    return _windowed(texts, labels, target, train, valid, tokenizer, windows, kwargs)
+    args = texts,labels,target,train,valid,tokenizer
+    dls = hf_classifier_dls(*args, **kwargs) if windows is None else _windowed(*args, windows, kwargs)
+    dls.columns = text_col,label_col,label_delim
+    return dls
 
 # %% ../../nbs/14_data.loaders.ipynb #38cc6c1b
 def text_windows(
@@ -172,10 +198,11 @@ def from_lists(cls:HFTextDataLoaders,
 def from_folder(cls:HFTextDataLoaders,
     path:str|Path, # A folder with a subfolder a class, or with `train` and `valid` (or `test`) that have them
     tokenizer, # A name, a folder, or a tokenizer of transformers
+    unlabelled:tuple=('unsup',), # Folders of texts without a class, left out; IMDb has one
     **kwargs # More for `from_df`
 ) -> HFTextDataLoaders:
     "From a folder of `.txt` files; each lies in the folder of its class"
-    df = read_folder(path, label_from_parent=True)
+    df = read_folder(path, label_from_parent=True, skip=unlabelled)
     top = [Path(f).parts[0] for f in df.file]
     if not {'train','valid','test'} & set(top): return cls.from_df(df, tokenizer, **kwargs)
     if set(top)<={'train','test'}: top = ['valid' if o=='test' else o for o in top] # as IMDb comes

@@ -68,10 +68,13 @@ def column(
 # %% ../../nbs/10_data.tokenize.ipynb #9d552b41
 def read_folder(
     path:str|Path, # A folder with `.txt` files, at any depth
-    label_from_parent:bool=False # Name the parent folder as each text's label
+    label_from_parent:bool=False, # Name the parent folder as each text's label
+    skip:tuple=() # Names of folders whose files are left out, which is said
 ) -> pd.DataFrame: # `text`, `file`, and `label`
     "Read a folder of texts, in the order of their names"
-    files = sorted(Path(path).rglob('*.txt'))
+    every = sorted(Path(path).rglob('*.txt'))
+    files = [f for f in every if not set(f.relative_to(path).parts[:-1]) & set(skip)]
+    if len(files)<len(every): print(f'{len(every)-len(files)} files in folders named {" or ".join(skip)} are left out')
     if not files: raise DataError(f'{path} must hold .txt files', 'none', 'Check the path')
     df = pd.DataFrame(dict(text=[f.read_text(encoding='utf-8') for f in files], file=[str(f.relative_to(path)) for f in files]))
     if label_from_parent: df['label'] = [f.parent.name for f in files]

@@ -65,24 +65,42 @@ def _lazily(m):
     layer = m.get_output_embeddings()
     return lazy_heads(layer) if type(layer) is torch.nn.Linear else contextlib.nullcontext(False)
 
+# %% ../../nbs/44_generation.score.ipynb #5a1d0c12
+@contextlib.contextmanager
+def _fused_gelu(m):
+    "A context in which the tanh approximation of GELU is PyTorch's own, the same to rounding"
+    from transformers.activations import FastGELUActivation, NewGELUActivation
+    plain = [(mod, name, act) for mod in m.modules() for name,act in mod.named_children() if type(act) in (NewGELUActivation, FastGELUActivation)]
+    for mod,name,_ in plain: setattr(mod, name, torch.nn.GELU('tanh'))
+    try: yield
+    finally:
+        for mod,name,act in plain: setattr(mod, name, act)
+
+def _sees_only_before(m):
+    "Does every attention of a model say that it is causal?"
+    says = [mod.is_causal for mod in m.modules() if hasattr(mod, 'is_causal')]
+    return bool(says) and all(says)
+
 # %% ../../nbs/44_generation.score.ipynb #2832d12e
 def _causal(tm, seqs, width, stride, bs):
     m,pad = tm.model,tm.codec.pad_id
     spans = [(i, *w) for i,s in enumerate(seqs) for w in window_spans(len(s), width, stride)]
     vocab,keeps = m.config.get_text_config(decoder=True).vocab_size,'logits_to_keep' in inspect.signature(m.forward).parameters
     pad,res = pad if pad is not None and pad<vocab else 0,[np.zeros(max(len(s)-1, 0)) for s in seqs]
+    if bad := [i for i,s in enumerate(seqs) if max(s, default=0)>=vocab]: raise FastaiTLError(f'The model knows {vocab} tokens', f'a tokenizer that gives {max(seqs[bad[0]])} for text {bad[0]}', 'Use the tokenizer of the model, or `model.resize_token_embeddings(len(tokenizer))`')
     kw = {'use_cache': False} if 'use_cache' in inspect.signature(m.forward).parameters else {}
-    with _lazily(m) as lazy:
+    causal = _sees_only_before(m)
+    with _fused_gelu(m), _lazily(m) as lazy:
         sizes = [(e-b, e-d if keeps and not lazy else e-b) for _,b,e,d in spans]
-        for batch in _batches(sizes, bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device): _score_spans(tm, [spans[k] for k in batch], seqs, pad, keeps, res, kw)
+        for batch in _batches(sizes, bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device): _score_spans(tm, [spans[k] for k in batch], seqs, pad, keeps, res, kw, causal)
     return res
 
 # %% ../../nbs/44_generation.score.ipynb #f8339af6
-def _score_spans(tm, rows, seqs, pad, keeps, res, kw):
+def _score_spans(tm, rows, seqs, pad, keeps, res, kw, causal):
     "Score a batch of windows"
     ids,mask = _pad([seqs[i][b:e] for i,b,e,_ in rows], pad, tm.device)
     n,first = ids.shape[1],min(d-b for _,b,_,d in rows) # the position whose output predicts the first token that is scored
-    out = tm.model(input_ids=ids, attention_mask=mask, **({'logits_to_keep': n-first} if keeps else {}), **kw).logits
+    out = tm.model(input_ids=ids, **({} if causal else {'attention_mask': mask}), **({'logits_to_keep': n-first} if keeps else {}), **kw).logits
     target,off = torch.full((len(rows), out.shape[1]), -100),n-out.shape[1]
     for r,(i,b,e,d) in enumerate(rows): target[r,d-b-off:e-b-off] = torch.tensor(seqs[i][d+1:e+1])
     nll = _nll(out.flatten(0, 1), target.flatten().to(out.device)).reshape(target.shape)

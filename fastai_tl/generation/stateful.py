@@ -129,12 +129,14 @@ class _Stateful:
     @property
     def dtype(self): return self.reader.emb.dtype
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, cache=None, **kwargs):
         "Read the prompts, or one more token of each text"
         from transformers.modeling_outputs import CausalLMOutputWithPast
-        if past_key_values is None: logits,state = self._begin(input_ids, attention_mask)
-        else: logits,state = self.reader.step(input_ids[:,-1], past_key_values)
-        return CausalLMOutputWithPast(logits=logits[:,None], past_key_values=None if use_cache is False else state)
+        cache = past_key_values if cache is None else cache # its name is `cache` from transformers 5.24 on
+        if cache is None: logits,state = self._begin(input_ids, attention_mask)
+        else: logits,state = self.reader.step(input_ids[:,-1], cache)
+        name = 'cache' if 'cache' in CausalLMOutputWithPast.__dataclass_fields__ else 'past_key_values'
+        return CausalLMOutputWithPast(logits=logits[:,None], **{name: None if use_cache is False else state})
 
 # %% ../../nbs/42_generation.stateful.ipynb #c460dc86
 @patch

@@ -27,6 +27,7 @@ from ..generation.source import evaluating
 from .base import HFLearner, each_row, make_learner
 from ..models.encoder import text_vocab
 from ..models.groups import layer_splitter
+from ..models.lstm import trains_undropped
 from ..tune.optim import LayerwiseOptimizer
 
 # %% ../../nbs/52_learners.language.ipynb #1a6480be
@@ -39,7 +40,7 @@ def awd_lm_learner(
 ) -> LMLearner:
     "A language model with layer groups (the tied embedding on top, with the output layer) and an optimizer that knows them"
     model = get_language_model(AWD_LSTM, len(text_vocab(dls)), config=merge(awd_lstm_lm_config, config or {}), drop_mult=drop_mult)
-    return LMLearner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
+    return LMLearner(dls, trains_undropped(model), loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
                      metrics=[accuracy, Perplexity()] if metrics is None else metrics, **kwargs)
 
 # %% ../../nbs/52_learners.language.ipynb #d6df4f2f

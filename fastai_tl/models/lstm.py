@@ -11,6 +11,7 @@ __all__ = ['LSTMFunction', 'AutocastLSTM', 'swap_lstms', 'autocast_lstms']
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from torch import nn
+from fastai.text.models.awdlstm import WeightDropout
 
 # %% ../../nbs/28_models.lstm.ipynb #85b3ea91
 def _product(w, rows):
@@ -138,3 +139,12 @@ def autocast_lstms(
     swap_lstms(model)
     try: yield model
     finally: swap_lstms(model, back=True)
+
+# %% ../../nbs/28_models.lstm.ipynb #5a1d0c22
+def trains_undropped(
+    model:nn.Module # Any model
+) -> nn.Module: # The same
+    "Let each `WeightDropout` with a rate of 0 train"
+    for m in model.modules():
+        if isinstance(m, WeightDropout) and m.weight_p==0: m.weight_p = 1e-9
+    return model

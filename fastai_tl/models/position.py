@@ -143,7 +143,7 @@ class SinglePosition:
 def _forward(self:SinglePosition, *args, **kw):
     "The top layer, for one position a text"
     h = hidden(args, kw)
-    if h.shape[1]==1 or kw.get('past_key_values') is not None: return self._own(*args, **kw) # nothing to be saved, or generation
+    if h.shape[1]==1 or any(kw.get(o) is not None for o in ('cache', 'past_key_values')): return self._own(*args, **kw) # nothing to be saved, or generation
     at = self.ids.at(self.kind, len(h), h.device)
     full,one = (h if self.norm is None else self.norm(h)),(h[:,:1] if self.kind=='first' else h.gather(1, at[:,None,None].expand(-1, 1, h.shape[-1])))
     if torch.is_autocast_enabled(h.device.type): one = one.float() # what is added to in the layer is not rounded again
