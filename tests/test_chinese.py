@@ -289,7 +289,7 @@ def test_the_command_line_with_a_transformer(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
     df = sample_reviews(60); df['text'] = [t+('ＷｉＦｉ' if l=='正面' else '') for t,l in zip(df.text, df.label)]; df.to_csv(tmp_path/'mine.csv', index=False)
     tok = train_chinese_tokenizer([*df.text, 'WiFi'], 2000, min_freq=1, max_length=64)
-    cfg = BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=64)
+    cfg = BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=64, initializer_range=.7)
     BertForSequenceClassification(cfg).save_pretrained(tmp_path/'model'); tok.save_pretrained(tmp_path/'model')
     (tmp_path/'s.ini').write_text('[fastai_tl]\nepochs = 1\nrates = 1e-2\n')
     res = run_cli('quickstart', '--model', tmp_path/'model', '--lang', 'zh-tw', '--data', tmp_path/'mine.csv', '--out', tmp_path/'out', '--quiet', '--cfg', tmp_path/'s.ini')
