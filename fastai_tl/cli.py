@@ -120,7 +120,7 @@ def _predict(a):
     from fastai_tl.learners.ulmfit import ULMFiT
     f,texts = Path(a.run)/'summary.json',a.texts or [l.strip() for l in sys.stdin if l.strip()]
     if (Path(a.run)/'bundle.json').exists(): return _predict_bundle(a.run, texts)
-    if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart or of a bundle', 'no summary.json or bundle.json there', f'Run: fastai-tl quickstart --out {a.run}')
+    if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart, or a bundle', 'no summary.json or bundle.json there', f'Run: fastai-tl quickstart --out {a.run}')
     s = read_json(f)
     if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts, s.get('lang', 'en'))
     ulm = ULMFiT(Path(a.run)/s.get('run', 'runs/stages 1+2'), config=s['size']['config'], bidirectional=s['bidirectional'], progress=False, lang=s.get('lang', 'en'))
@@ -190,12 +190,12 @@ def _predict_hf(folder, texts, lang):
 
 # %% ../nbs/99_cli.ipynb #6af5b680
 def _predict_bundle(folder, texts):
-    "Classify with what `save_bundle` wrote"
+    "Label, its probability and the text, with what `save_bundle` wrote; several labels are joined by commas, a value has no probability"
     from fastai_tl.deploy.bundle import load_bundle
     pred = load_bundle(folder, verbose=False)
-    if not hasattr(pred, 'predict_iter'): raise FastaiTLError(f'{folder} must be the bundle of a classifier or a regression', f'one of a {type(pred).__name__}', 'Load it in Python: load_bundle(folder)')
-    words = lambda v,f: ' '.join(map(f, [] if v is None else v if isinstance(v, list) else [v]))
-    for t,o in zip(texts, pred.predict(texts)): print(f"{words(o.label, str)}\t{words(o.confidence, '{:.3f}'.format)}\t{t}")
+    if not hasattr(pred, 'predict_iter'): raise FastaiTLError(f'{folder} must hold a classifier or a regression', f'the bundle of a {type(pred).__name__}', 'Load it in Python: load_bundle(folder)')
+    words = lambda v,f: ','.join(map(f, [] if v is None else v if isinstance(v, list) else [v]))
+    for t,o in zip(texts, pred.predict_iter(texts)): print(f"{words(o.label, str)}\t{words(o.confidence, '{:.3f}'.format)}\t{t}")
 
 # %% ../nbs/99_cli.ipynb #532fadf0
 def main(
