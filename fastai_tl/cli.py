@@ -74,7 +74,7 @@ def _parser():
     q.add_argument('--quiet', action='store_true', help='no progress bars and tables')
     q.add_argument('--cfg', help='a settings file, instead of settings.ini in this folder')
     s = sub.add_parser('status', help='what is done in a run'); s.add_argument('run', help='folder of a quickstart or of a ULMFiT run')
-    t = sub.add_parser('predict', help='classify texts with a trained run'); t.add_argument('run', help='folder of a quickstart'); t.add_argument('texts', nargs='*', help='texts; lines of standard input if none is given')
+    t = sub.add_parser('predict', help='classify texts with a trained run or a bundle'); t.add_argument('run', help='folder of a quickstart, or of a bundle'); t.add_argument('texts', nargs='*', help='texts; lines of standard input if none is given')
     _language_parsers(sub)
     return p
 
@@ -118,9 +118,10 @@ def _status(a):
 def _predict(a):
     from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
-    f = Path(a.run)/'summary.json'
-    if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart', 'no summary.json there', f'Run: fastai-tl quickstart --out {a.run}')
-    s,texts = read_json(f),a.texts or [l.strip() for l in sys.stdin if l.strip()]
+    f,texts = Path(a.run)/'summary.json',a.texts or [l.strip() for l in sys.stdin if l.strip()]
+    if (Path(a.run)/'bundle.json').exists(): return _predict_bundle(a.run, texts)
+    if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart or of a bundle', 'no summary.json or bundle.json there', f'Run: fastai-tl quickstart --out {a.run}')
+    s = read_json(f)
     if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts)
     ulm = ULMFiT(Path(a.run)/s.get('run', 'runs/stages 1+2'), config=s['size']['config'], bidirectional=s['bidirectional'], progress=False, lang=s.get('lang', 'en'))
     learn = ulm.load_classifier(s['chosen'][s['best']]['name'])
@@ -184,6 +185,15 @@ def _predict_hf(folder, texts):
     for t in texts:
         with torch.no_grad(): p = model(**tok(t, truncation=True, return_tensors='pt')).logits.softmax(-1)[0]
         print(f'{model.config.id2label[int(p.argmax())]}\t{float(p.max()):.3f}\t{t}')
+
+# %% ../nbs/99_cli.ipynb #6af5b680
+def _predict_bundle(folder, texts):
+    "Classify with what `save_bundle` wrote"
+    from fastai_tl.deploy.bundle import load_bundle
+    pred = load_bundle(folder, verbose=False)
+    if not hasattr(pred, 'predict_iter'): raise FastaiTLError(f'{folder} must be the bundle of a classifier or a regression', f'one of a {type(pred).__name__}', 'Load it in Python: load_bundle(folder)')
+    words = lambda v,f: ' '.join(map(f, [] if v is None else v if isinstance(v, list) else [v]))
+    for t,o in zip(texts, pred.predict(texts)): print(f"{words(o.label, str)}\t{words(o.confidence, '{:.3f}'.format)}\t{t}")
 
 # %% ../nbs/99_cli.ipynb #532fadf0
 def main(
