@@ -199,3 +199,44 @@ def test_blocks_in_prose_run(name, tmp_path):
     if not blocks: pytest.skip('no code but its cells')
     res = python(STAND_INS + '\n'.join(blocks).replace('Learner(dls, model,', 'model = learn.model\nLearner(dls, model,'), cwd=tmp_path, timeout=300)
     assert res.returncode == 0, res.stdout
+
+
+# --- Who types off what a page shows ---
+
+pages_that_teach = sorted([*(NBS/'howto').glob('*.ipynb'), *(NBS/'tutorials').glob('*.ipynb'), *(NBS/f'{o}.ipynb' for o in ('home', 'concepts'))])
+
+
+def names_in(tree):
+    "Names that code binds, and names that it reads"
+    import ast
+    nodes = list(ast.walk(tree))
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    bound |= {(a.asname or a.name).split('.')[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
+    return bound,{n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+@pytest.fixture(scope='module')
+def stars():
+    "What the two star imports give"
+    import builtins
+    res = set(dir(builtins)) | {'get_ipython', 'display'}
+    for name in ('fastai.text.all', 'fastai_tl.all'):
+        mod = importlib.import_module(name)
+        res |= set(getattr(mod, '__all__', None) or [o for o in vars(mod) if o[0] != '_'])
+    return res
+
+
+@pytest.mark.parametrize('path', pages_that_teach, ids=lambda p: p.stem)
+def test_shown_code_needs_nothing_hidden(path, stars):
+    "No visible cell reads a name that only a hidden one, or none, has bound"
+    import ast,readme
+    known,lost = set(stars),{}
+    for c in readme.load(path)['cells']:
+        if c['cell_type'] != 'code': continue
+        dirs,code = readme.split_cell(c)
+        if not code or 'hide' in dirs or readme.is_off(dirs, 'echo') or 'hide_input' in dirs: continue
+        bound,read = names_in(ast.parse(re.sub(r'^([!%].*)$', 'pass', code, flags=re.M)))
+        known |= bound
+        lost |= {n: code.splitlines()[0] for n in read - known}
+    assert not lost, lost

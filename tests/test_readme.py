@@ -1,6 +1,6 @@
 "README.md is made from nbs/index.ipynb, and what it shows runs."
 
-import importlib.util
+import importlib.util,json,re
 
 import pytest
 
@@ -95,3 +95,75 @@ def test_code_runs(tool, tmp_path):
     assert all(b in readme for b in blocks)
     res = python('import matplotlib; matplotlib.use("Agg")\n' + '\n'.join(blocks), cwd=tmp_path, timeout=600)
     assert res.returncode == 0, res.stdout
+
+
+# --- What is not a cell of the notebook runs too: the Chinese blocks (the English ones are in test_docs.py), and the commands ---
+
+PAGES = {'README.md': INDEX, 'README.zh-TW.md': NBS/'index.zh-TW.ipynb', 'home': NBS/'home.ipynb'}
+fence = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
+
+
+def prose(path): return '\n\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
+def fenced(path, kind): return [o[2] for o in fence.finditer(prose(path)) if o[1] == kind]
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_kinds_of_blocks(name):
+    "Each block is a language that a test below runs"
+    assert {o[1] for o in fence.finditer(prose(PAGES[name]))} <= {'python', 'sh'}
+    assert name != 'home' or not fenced(PAGES[name], 'python'), 'the home page shows code as cells, which its own notebook runs'
+
+
+@pytest.mark.parametrize('name', ['README.md', 'README.zh-TW.md'])
+def test_links_lead_somewhere(name):
+    links = re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', (ROOT/name).read_text(encoding='utf-8'))
+    gone = [o for o in links if '://' not in o and not (ROOT/o).exists()]
+    assert links and not gone, gone
+
+
+small_bert = '''
+from transformers import BertConfig, BertForMaskedLM
+tok = train_chinese_tokenizer(df.text, 500, min_freq=1); tok.save_pretrained('bert-base-chinese')          # a folder of that name stands for the model of the hub
+BertForMaskedLM(BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64)).save_pretrained('bert-base-chinese')
+'''
+
+
+def test_blocks_of_the_chinese_readme_run(tmp_path):
+    blocks = fenced(PAGES['README.zh-TW.md'], 'python')
+    assert len(blocks) == 3 and 'ULMFiT' in blocks[0] and 'save_bundle' in blocks[2]
+    before = "from fastai.text.all import *\nfrom fastai_tl.all import *\nimport matplotlib; matplotlib.use('Agg')\nsample_reviews(240).to_csv('我的評論.csv', index=False)\n"
+    smaller = blocks[0].replace("lang='zh-tw')", "lang='zh-tw', config=dict(emb_sz=16, n_hid=16, n_layers=1))", 1)
+    after = "\nassert Path('report/index.html').exists()\n"
+    res = python(before + smaller + after + small_bert + '\n'.join(blocks[1:]) + "\nassert clf.classes == ['正面', '負面']", cwd=tmp_path, timeout=600)
+    assert res.returncode == 0, res.stdout
+
+
+def commands(name):
+    "Every command of a page"
+    return [c.strip() for b in fenced(PAGES[name], 'sh') for line in b.strip().splitlines() for c in line.split('&&')]
+
+
+def test_commands_of_the_home_page(): assert commands('home') and set(commands('home')) <= set(commands('README.md'))
+
+
+@pytest.mark.parametrize('name', ['README.md', 'README.zh-TW.md'])
+def test_commands_run(name, tmp_path):
+    "`fastai-tl` as it stands, with small sizes in settings.ini; what pip installs exists; pytest is what runs here"
+    import shlex
+    from fastai_tl.data.reviews import sample_reviews
+    mine = sample_reviews(240)
+    mine.to_csv(tmp_path/'mine.csv', index=False)
+    mine.rename(columns=dict(text='內容', label='標籤')).to_csv(tmp_path/'我的評論.csv', index=False)
+    (tmp_path/'settings.ini').write_text('[fastai_tl]\ndata = mine.csv\nemb_sz = 16\nn_hid = 16\nn_layers = 1\nlm_epochs = 1\nepochs = 1,1,1\nrates = 3e-2\nmax_vocab = 500\n')
+    extras = (ROOT/'setup.cfg').read_text().split('[options.extras_require]')[1]
+    known,ran = commands(name),0
+    assert known
+    for c in known:
+        words = shlex.split(c)
+        if words[0] == 'pip': assert words[:2] == ['pip', 'install'] and all(re.search(rf'^{e} *=', extras, re.M) for e in re.findall(r'\[(\w+)\]', c)), c
+        elif words[0] == 'fastai-tl':
+            res = python(f'import sys; from fastai_tl.cli import main; sys.exit(main({words[1:]!r}))', cwd=tmp_path, timeout=600)
+            assert res.returncode == 0, f'{c}\n{res.stdout}'
+            ran += 1
+        else: assert c == 'pytest', c
+    assert ran and (tmp_path/'quickstart'/'summary.json').exists()
