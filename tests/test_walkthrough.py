@@ -105,7 +105,7 @@ def test_layer_freezer(bert_and_loaders, capsys):
 
 
 def test_gradual_unfreezing(bert_and_loaders, capsys, monkeypatch):
-    "Four stages and a final one; one optimizer from start to end; the loss falls"
+    "Four stages and a final one; one optimizer from start to end; the training loss falls"
     import fastai_tl.tune.recipes as recipes
     model, train_loader, val_loader = bert_and_loaders
     made = []
@@ -115,7 +115,7 @@ def test_gradual_unfreezing(bert_and_loaders, capsys, monkeypatch):
     assert df.layers.tolist() == ['head', 'layer.3 – head', 'layer.2 – head', 'layer.1 – head', 'embeddings – head']
     assert df.epochs.tolist() == [2, 2, 2, 2, 4] and df.trainable.is_monotonic_increasing
     assert df.lr.tolist() == [5e-3, 2.5e-3, 1.25e-3, 6.25e-4, 2e-3]
-    assert df.valid_loss.iloc[-1] < df.valid_loss.iloc[0]
+    assert df.train_loss.iloc[-1] < df.train_loss.iloc[0]-.02
     said = capsys.readouterr().out
     assert said.count('stage ') == 5 and said.count('trainable share') == 5 and said.count('validation loss') == 12
     (opt,), steps = made, len(train_loader)
