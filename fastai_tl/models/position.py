@@ -152,6 +152,7 @@ def _forward(self:SinglePosition, *args, **kw):
     if self.kind=='first': return out
     return (self._all(out[0], h), *out[1:]) if isinstance(out, tuple) else self._all(out, h)
 
+# %% ../../nbs/26_models.position.ipynb #5c0ffee1
 @patch
 def _attention(self:SinglePosition, *args, **kw):
     "Attention of one query a text, with what `_forward` has left for this thread"
