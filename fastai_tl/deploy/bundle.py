@@ -27,8 +27,7 @@ from ..data.questions import HFQADataLoaders
 from ..data.spans import HFTagDataLoaders
 from ..data.subwords import HFTokenize, load_tokenizer
 from ..data.tokenize import TokenizedTexts, WordLevelTokenizer, tokenizer_settings
-from ..models.position import one_position
-from .engines import AWDEngine, AveragedEngine, HFEngine, classifier_parts, engine_of, find_transform, reads_backwards
+from .engines import AWDEngine, AveragedEngine, HFEngine, classifier_parts, engine_of, find_transform, one_position, reads_backwards
 
 # %% ../../nbs/84_deploy.bundle.ipynb #03d0eb4f
 from .manifest import bundle_folder, check_bundle

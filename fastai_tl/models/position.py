@@ -124,8 +124,7 @@ class SinglePosition:
     ):
         self.model,self.top,self._stack,self.tolerance,self._now = model,find_blocks(model)[-1],None,tolerance,threading.local()
         if any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()): raise FastaiTLError('The single-position top layer works without gradient checkpointing', 'a model with it', 'Call `gradient_checkpointing_disable()` of the model')
-        self.kind,(self.attn,self.names) = head_position(model),_find_attention(self.top)
-        self.ids = InputIds(model)
+        self.kind,(self.attn,self.names),self.ids = head_position(model),_find_attention(self.top),InputIds(model)
         self._check()
     def __enter__(self):
         if self._stack is None:
@@ -147,13 +146,13 @@ def _forward(self:SinglePosition, *args, **kw):
     at = self.ids.at(self.kind, len(h), h.device)
     full,one = (h if self.norm is None else self.norm(h)),(h[:,:1] if self.kind=='first' else h.gather(1, at[:,None,None].expand(-1, 1, h.shape[-1])))
     if torch.is_autocast_enabled(h.device.type): one = one.float() # what is added to in the layer is not rounded again
-    kw = {n: v for n,v in kw.items() if n!='hidden_states'}
-    self._now.full = full,at
+    kw,self._now.full = {n: v for n,v in kw.items() if n!='hidden_states'},(full,at)
     try: out = self._own(one, *args[1:], **kw)
     finally: self._now.full = None
     if self.kind=='first': return out
     return (self._all(out[0], h), *out[1:]) if isinstance(out, tuple) else self._all(out, h)
 
+# %% ../../nbs/26_models.position.ipynb #5c0ffee1
 @patch
 def _attention(self:SinglePosition, *args, **kw):
     "Attention of one query a text, with what `_forward` has left for this thread"
