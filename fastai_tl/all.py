@@ -24,8 +24,8 @@ from .models.prefix import *
 from .models.position import *
 from .models.chunked import *
 from .models.states import *
-from .models.lstm import *
 from .models.dropout import *
+from .models.lstm import *
 from .models.foreign import *
 from .tune.optim import *
 from .tune.rates import *
