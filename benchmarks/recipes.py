@@ -239,11 +239,12 @@ def todo(phase, a):
     if phase == 'choose':
         for name,size,s in CHOOSING: yield from ((name, size, r, s) for r in RECIPES)
     if phase == 'judge':
-        ways = [*chosen(a), *[f'Trainer {r:g}' for r in TRAINER_RATES]]
-        print('judged:', ways, flush=True)
-        for jobs in (('IMDb', 250), ('CoNLL-2000', 500)), (('IMDb', 1000),):
-            for s in range(1, a.seeds+1):
-                for name,size in jobs: yield from ((name, size, w, s) for w in ways[s % len(ways):]+ways[:s % len(ways)])
+        best,*fast = chosen(a)
+        peers = [f'Trainer {r:g}' for r in TRAINER_RATES]
+        print('judged:', best, *fast, flush=True)
+        small,large = (('IMDb', 250), ('CoNLL-2000', 500)), (('IMDb', 1000),)
+        tiers = (small, [best, *peers]), (large, [peers[0], best, peers[1]]), ((*small, *large), fast), (large, peers[2:])   # what tells most comes first
+        for jobs,ways in tiers: yield from ((name, size, w, s) for s in range(1, a.seeds+1) for name,size in jobs for w in ways)
     if phase == 'peers':  # the Trainer on the choosing sets, for the table
         for name,size,s in CHOOSING: yield from ((name, size, f'Trainer {r:g}', s) for r in TRAINER_RATES)
 
