@@ -249,6 +249,110 @@ def todo(phase, a):
         for name,size,s in CHOOSING: yield from ((name, size, f'Trainer {r:g}', s) for r in TRAINER_RATES)
 
 
+# --- summaries: means with intervals over seeds and rows, and the Trainer with the rate that its tuning picked ---
+
+TUNED, DEFAULT = 'Trainer, tuned', 'Trainer, default'
+SUMMARY = 'set size split recipe seeds n_test error low high nll ece seconds against_tuned against_default difference difference_low difference_high nll_difference nll_difference_low nll_difference_high'.split()
+
+def picked(df):
+    "For each way the row of each seed that stands for it: the Trainer's default is 5e-5, its tuned rate that of the lowest loss on the rows to tune on"
+    trainers = df[df.recipe.str.startswith('Trainer')]
+    res = {r: g.set_index('seed').recipe for r,g in df[~df.recipe.str.startswith('Trainer')].groupby('recipe', sort=False)}
+    if len(trainers):
+        res[DEFAULT] = trainers[trainers.rate == 5e-5].set_index('seed').recipe
+        res[TUNED] = trainers.loc[trainers.groupby('seed').dev_nll.idxmin()].set_index('seed').recipe
+    return {k: v for k,v in res.items() if len(v)}
+
+
+def draws(name, size, runs, seeds, a, n=4000):
+    "Error (100 - F1 of a tagging) and NLL of `n` bootstrap samples: (n, seeds) each, the same samples of rows for whoever is asked"
+    z = [np.load(a.out/f'{name} {size} {runs[s]} {s}.npz') for s in seeds]
+    w = np.random.default_rng(0).multinomial(len(z[0]['n']), np.ones(len(z[0]['n']))/len(z[0]['n']), size=n).astype(np.float32)
+    total = lambda v: np.stack([w@o for o in v], 1)
+    words = total([o['n'].astype(np.float32) for o in z])
+    nll = total([o['nll'].astype(np.float32) for o in z])/words
+    if 'spans' not in z[0]: return 100*total([o['wrong'].astype(np.float32) for o in z])/words, nll
+    right,said,true = (total([o['spans'][:,k].astype(np.float32) for o in z]) for k in range(3))
+    return 100-200*right/(said+true), nll
+
+
+def interval(x, seeds):
+    "2.5 and 97.5 % of the mean over seeds that are drawn again, too"
+    rng = np.random.default_rng(1)
+    k = rng.integers(x.shape[1], size=x.shape)
+    return np.percentile(np.take_along_axis(x, k, 1).mean(1), [2.5, 97.5])
+
+
+def summarise(a):
+    "One row for each set, size and way; differences to the tuned Trainer are paired by seed and row"
+    df,out = pd.read_csv(a.csv),[]
+    df['score'] = np.where(df.task == 'tagging', 100-df.f1, df.error)
+    at = df.set_index(['set', 'size', 'recipe', 'seed']).sort_index()
+    for (name,size),g in df.groupby(['set', 'size'], sort=False):
+        ways = picked(g)
+        tuned,default = ways.get(TUNED),ways.get(DEFAULT)
+        for way,runs in ways.items():
+            seeds = sorted(runs.index)
+            rows = at.loc[[(name, size, runs[s], s) for s in seeds]]
+            err,nll = draws(name, size, runs, seeds, a)
+            low,high = interval(err, seeds)
+            row = dict(set=name, size=size, split=g.split.iloc[0], recipe=way, seeds=len(seeds), n_test=g.n_test.iloc[0], error=rows.score.mean(), low=low, high=high, nll=rows.nll.mean(), ece=rows.ece.mean(), seconds=rows.cpu_seconds.mean())
+            both = [s for s in seeds if tuned is not None and s in tuned.index]
+            if both:
+                mine,theirs = [at.loc[[(name, size, r[s], s) for s in both]] for r in (runs, tuned)]
+                e,n = draws(name, size, runs, both, a); te,tn = draws(name, size, tuned, both, a)
+                row.update(against_tuned=np.median(mine.cpu_seconds.values/theirs.cpu_seconds.values), against_default=np.median(mine.cpu_seconds.values/at.loc[[(name, size, default[s], s) for s in both]].cpu_seconds.values),
+                           difference=(mine.score.values-theirs.score.values).mean(), nll_difference=(mine.nll.values-theirs.nll.values).mean())
+                row['difference_low'],row['difference_high'] = interval(e-te, both)
+                row['nll_difference_low'],row['nll_difference_high'] = interval(n-tn, both)
+            out.append(row)
+    return pd.DataFrame(out, columns=SUMMARY)
+
+
+def markdown(t, split):
+    "A table of one kind of sets"
+    t,lines = t[t.split == split],[]
+    if split == 'valid':
+        lines = ['| set | way | error % (95 %) | NLL | ECE | processor seconds | seeds |', '|---|---|---:|---:|---:|---:|---:|']
+        return '\n'.join(lines+[f'| {r.set} {r.size:,} | {r.recipe} | {r.error:.1f} ({r.low:.1f} to {r.high:.1f}) | {r.nll:.3f} | {r.ece:.3f} | {r.seconds:.0f} | {r.seeds} |' for r in t.itertuples(index=False)])
+    lines = ['| set | way | error % (95 %) | minus tuned Trainer (95 %) | NLL | NLL minus tuned Trainer (95 %) | ECE | processor seconds | of one run of the tuned Trainer | seeds |', '|---|---|---:|---:|---:|---:|---:|---:|---:|---:|']
+    for r in t.itertuples(index=False):
+        own = r.recipe == TUNED
+        d,n = ('–', '–') if own or np.isnan(r.difference) else (f'{r.difference:+.1f} ({r.difference_low:+.1f} to {r.difference_high:+.1f})', f'{r.nll_difference:+.3f} ({r.nll_difference_low:+.3f} to {r.nll_difference_high:+.3f})')
+        lines.append(f'| {r.set} {r.size:,} | {r.recipe} | {r.error:.1f} ({r.low:.1f} to {r.high:.1f}) | {d} | {r.nll:.3f} | {n} | {r.ece:.3f} | {r.seconds:.0f} | {"1" if own else "–" if np.isnan(r.against_tuned) else f"{r.against_tuned:.2f}"} | {r.seeds} |')
+    return '\n'.join(lines)
+
+
+def summary(a):
+    "Write recipes_summary.csv, fill the table that the package ships, and print Markdown"
+    t = summarise(a)
+    t.to_csv(a.csv.with_name('recipes_summary.csv'), index=False, float_format='%.5g')
+    for split,title in (('test', 'Judged'), ('valid', 'Chosen on')): print(f'\n{title}:\n\n{markdown(t, split)}')
+    print('\n', choices(a).round(3).to_markdown())
+    ship(t)
+
+
+OWN = {'full 2e-4': 'full', 'discriminative 2e-4': 'discriminative', 'head_then_full': 'head_then_full', 'top_layers 4': 'top_layers', 'gradual': 'gradual'}   # what the recipes of the package are called here
+
+def ship(t, notebook=HERE.parent/'nbs'/'39_tune.transfer.ipynb'):
+    "Put the figures into the notebook's cell `_MEASURED`"
+    lines = []
+    for r in t[t.recipe.isin(OWN)].itertuples(index=False):
+        what = f'{r.error:.1f} % ({r.low:.1f} to {r.high:.1f})' + ('' if np.isnan(r.against_tuned) else f', {r.against_tuned:.2f} of the time')
+        lines.append((OWN[r.recipe], f'{r.set} {r.size:,}' + (' (validation)' if r.split == 'valid' else ''), what))
+    for r in t[t.recipe == TUNED].itertuples(index=False): lines.append((TUNED, f'{r.set} {r.size:,}' + (' (validation)' if r.split == 'valid' else ''), f'{r.error:.1f} % ({r.low:.1f} to {r.high:.1f})'))
+    by = {}
+    for n,s,w in lines: by.setdefault(n, {})[s] = w
+    nb = json.loads(notebook.read_text(encoding='utf-8'))
+    cell = next(c for c in nb['cells'] if any(l.startswith('_MEASURED = ') for l in c['source']))
+    src = ''.join(cell['source'])
+    head,rest = src.split('_MEASURED = ', 1)
+    rest = rest[rest.index('\n\n'):]
+    body = '{' + ',\n             '.join(f'{k!r}: {v!r}' for k,v in by.items()) + '}'
+    cell['source'] = (head+'_MEASURED = '+body+rest).splitlines(True)
+    notebook.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+
+
 def parse():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data')); ap.add_argument('--csv', type=Path, default=HERE/'recipes.csv'); ap.add_argument('--out', type=Path, default=Path('recipes_rows'))
@@ -261,6 +365,7 @@ def parse():
 def main(a):
     import torch
     torch.set_num_threads(a.threads)
+    if a.summary: return summary(a)
     if a.only: return one_run(a.only[0], int(a.only[1]), a.only[2], int(a.only[3]), a)
     for phase in a.phase:
         for job in todo(phase, a):

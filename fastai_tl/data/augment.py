@@ -19,8 +19,9 @@ from ..core import FastaiTLError, VocabError
 from .spans import CJK, HFTokenizeWords
 from .subwords import HFTokenize
 
-# %% ../../nbs/19_data.augment.ipynb #e9d0f798
-_word = re.compile(f'[{CJK}]|[^\\s{CJK}]+')
+# %% ../../nbs/19_data.augment.ipynb #f7cb2b75
+_signs = CJK+'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20' # with full-width punctuation
+_word = re.compile(f'[{_signs}]|[^\\s{_signs}]+')
 
 def _taken_apart(x):
     "Words of a text or of a list of tokens, each with what stands before it, and what follows the last"
