@@ -146,16 +146,19 @@ def test_min_steps(tok, steps):
 
 
 def test_best_epoch_is_restored(tok):
+    "The last epochs are spoilt; what is restored has the lowest validation loss, by a loop of its own"
+    class Spoil(Callback):
+        def after_train(self):
+            if self.epoch == 6: self.model.hf.classifier.weight.data.neg_()
     learn = classifier(tok)
-    _,plan = quietly(learn, epochs=8, recipe='full', lr=8e-3, best=True)
+    with learn.no_bar(), learn.no_logging(): plan = learn.fit_transfer(8, 'full', lr=5e-3, best=True, mixed_precision=False, cbs=Spoil())
     losses = [v[1] for v in learn.recorder.values]
-    assert plan.best.best_at == int(np.argmin(losses)) != len(losses)-1, 'the fit is so rough that the last epoch is not the best'
+    assert plan.best.best_at == int(np.argmin(losses)) < 6
     total,n = 0.,0
     learn.model.eval()
     with torch.no_grad():
-        for x,y in learn.dls.valid: total += nn.functional.cross_entropy(learn.model(x).float(), y.as_subclass(torch.Tensor), reduction='sum').item(); n += len(y)
-    assert math.isclose(total/n, min(losses), rel_tol=2e-2)   # validation ran in bfloat16 where there is that
-    assert abs(total/n - losses[-1]) > 3*abs(total/n - min(losses))
+        for x,y in learn.dls.valid: total += nn.functional.cross_entropy(learn.model(x).as_subclass(torch.Tensor), y.as_subclass(torch.Tensor), reduction='sum').item(); n += len(y)
+    assert math.isclose(total/n, min(losses), rel_tol=1e-4) and losses[-1] > 1.3*min(losses)
 
 
 @pytest.mark.parametrize('k', [0, 1, 3])

@@ -20,6 +20,7 @@ from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier
 from ..core import FastaiTLError, unknown_option
 from ..models.position import SinglePosition, SinglePositionTop
+from ..models.prefix import Prefix, is_pooled
 from ..models.trace import hf_models
 from .cache import check_same_each_time
 from .precision import AutocastPrecision, has_bf16
@@ -113,7 +114,7 @@ def _stage_epochs(epochs, stages, family, min_steps, n_batches):
     if epochs is not None and np.ndim(epochs):
         if len(epochs)!=stages: raise FastaiTLError(f'`epochs` needs one number for each of the {stages} stages', f'{list(epochs)}', 'Or one number for all')
         return [int(e) for e in epochs],stages
-    total = max(epochs or (5 if family=='AWD_LSTM' else 3), math.ceil((min_steps or 0)/max(n_batches, 1)))
+    total = max(epochs or max(5 if family=='AWD_LSTM' else 3, stages+(stages>3)), math.ceil((min_steps or 0)/max(n_batches, 1)))
     if total<1: raise FastaiTLError('`epochs` must be at least 1', repr(epochs))
     k = min(stages, total)
     return [1]*(k-1) + [total-k+1],k
@@ -153,10 +154,12 @@ def show(self:TransferPlan):
     print(f'{self.recipe}: {TRANSFER_RECIPES[self.recipe].what}.\nWhy: {self.why}. Evidence: {self.evidence}')
     show_table(self.table())
 
-# %% ../../nbs/39_tune.transfer.ipynb #152e3f64
-def _can_cache(dls):
-    "Are the texts the same in each epoch?"
-    try: [check_same_each_time(dl) for dl in dls.loaders[:2]]
+# %% ../../nbs/39_tune.transfer.ipynb #0e09071c
+def _can_cache(learn):
+    "Can the model be cut, and are the texts the same in each epoch?"
+    try:
+        if not is_pooled(learn.model): Prefix(learn.model, 1)
+        for dl in learn.dls.loaders[:2]: check_same_each_time(dl)
     except FastaiTLError: return False
     return True
 
@@ -180,7 +183,7 @@ def transfer_plan(self:Learner,
     spread:float|None=None, # Rate of the top group over that of the bottom; the recipe's if `None`
     groups:list|None=None, # How many groups train in each stage, counted from the top; the recipe's if `None`
     min_steps:int=0, # As many more epochs as it takes for so many steps
-    cache='auto' # Compute frozen layers once a stage: `True`, `False`, or where the recipe has frozen layers and the texts stay the same
+    cache='auto' # Compute frozen layers once a stage: `True`, `False`, or where the recipe has frozen layers, the model can be cut and the texts stay the same
 ) -> TransferPlan: # With `table()` and `show()`
     "What `fit_transfer` would do"
     _needs_split(self)
@@ -191,7 +194,7 @@ def transfer_plan(self:Learner,
     if not gs or gs!=sorted(gs) or not 1<=gs[0]<=gs[-1]<=len(layers): raise FastaiTLError(f'`groups` must rise from at least 1 to at most {len(layers)}, the number of layer groups', str(gs))
     ep,k = _stage_epochs(epochs, len(gs), family, min_steps, len(self.dls.train))
     lrs = rel[-k:]*(_family_lr(self, family)*r.lr if lr is None else lr)
-    if cache=='auto': cache = r.cache and gs[-k]<len(layers) and _can_cache(self.dls)
+    if cache=='auto': cache = r.cache and gs[-k]<len(layers) and _can_cache(self)
     return TransferPlan(name, why, family, gs[-k:], ep, lrs, r.spread if spread is None else spread, cache, layers, len(self.dls.train))
 
 # %% ../../nbs/39_tune.transfer.ipynb #575ac1e2
