@@ -11,7 +11,7 @@ __all__ = ['DropWords', 'SwapWords', 'MaskSpans', 'ReplaceWords', 'AugmentText',
 import re
 from dataclasses import dataclass, field
 import numpy as np, torch
-from fastcore.all import L, chunked
+from fastcore.all import L, chunked, patch
 from fasttransform import DisplayedTransform
 from fastai.data.core import DataLoaders
 from fastai.text.data import Numericalize
@@ -47,6 +47,7 @@ class DropWords:
         kept = [o for o,r in zip(parts, rng.random(len(parts))) if r>=self.p]
         return _put_together(kept or parts, rest, x)
 
+# %% ../../nbs/19_data.augment.ipynb #1dcec1d7
 @dataclass
 class SwapWords:
     "Exchange words with their right neighbours"
@@ -60,7 +61,7 @@ class SwapWords:
         for i in np.flatnonzero(rng.random(max(len(words)-1, 0))<self.p/2): words[i],words[i+1] = words[i+1],words[i]
         return _put_together([(b,w) for (b,_),w in zip(parts, words)], rest, x)
 
-# %% ../../nbs/19_data.augment.ipynb #3c5a0090
+# %% ../../nbs/19_data.augment.ipynb #07fa24f4
 @dataclass
 class MaskSpans:
     "Hide words that follow each other behind a mask token"
@@ -79,7 +80,7 @@ class MaskSpans:
             hidden |= set(range(a, min(a+rng.geometric(1/self.length), n, a+wanted-len(hidden))))
         return _put_together([(b, self.mask if i in hidden else w) for i,(b,w) in enumerate(parts)], rest, x)
 
-# %% ../../nbs/19_data.augment.ipynb #0c9552b8
+# %% ../../nbs/19_data.augment.ipynb #04df2508
 @dataclass
 class ReplaceWords:
     "Put other likely words in the place of some, by a masked language model"
@@ -99,14 +100,16 @@ class ReplaceWords:
         if x not in self.made: self.prepare([x], rng)
         return self.made[x][rng.integers(self.variants)]
 
-# %% ../../nbs/19_data.augment.ipynb #6752eff8
+# %% ../../nbs/19_data.augment.ipynb #db2785ed
 def _sampled(logits, k, rng):
     "One of the `k` likeliest of each row, drawn by probability"
     v,i = logits.topk(k)
     c = v.softmax(-1).cumsum(-1).cpu().numpy()
     return i.gather(1, torch.as_tensor((c<rng.random((len(c), 1))*c[:,-1:]).sum(1, keepdims=True), device=i.device))[:,0]
 
-def _prepare(self,
+# %% ../../nbs/19_data.augment.ipynb #29f7829d
+@patch
+def prepare(self:ReplaceWords,
     texts, # Texts
     rng # A NumPy `Generator`
 ):
@@ -125,14 +128,12 @@ def _prepare(self,
         for t,i in zip(part, ids): self.made.setdefault(t, []).append(tok.decode(i, skip_special_tokens=True))
     self.model.train(was)
 
-ReplaceWords.prepare = _prepare
-
-# %% ../../nbs/19_data.augment.ipynb #b2c5541a
+# %% ../../nbs/19_data.augment.ipynb #5578d5c8
 class RandTransform(DisplayedTransform):
     "Marks what changes texts from one epoch to the next, as fastai's class of that name, which would bring torchvision along"
     split_idx = 0 # training only
 
-# %% ../../nbs/19_data.augment.ipynb #76d54b72
+# %% ../../nbs/19_data.augment.ipynb #9f8c4675
 class AugmentText(RandTransform):
     "Change some of the training texts, each by one of several ways"
     def __init__(self,
@@ -151,7 +152,7 @@ class AugmentText(RandTransform):
         if isinstance(x, str) or not self.pairs: return f(x, rng)
         return type(x)(f(o, rng) for o in x)
 
-# %% ../../nbs/19_data.augment.ipynb #6e0986ca
+# %% ../../nbs/19_data.augment.ipynb #08a04a76
 def augment_texts(
     dls:DataLoaders, # Of texts, for a Hugging Face model or an AWD_LSTM
     *how, # `DropWords()`, `SwapWords()`, `MaskSpans()`, `ReplaceWords(…)` or functions `(text, rng)`; none takes augmentation off again
