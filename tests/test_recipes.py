@@ -113,6 +113,10 @@ def test_family(make, request):
     assert plan.recipe == dict(classifier='head_then_full', tagger='head_then_full', causal='discriminative', awd='ulmfit', plain='full')[kind]
 
 
+def test_tags_have_a_rate_of_their_own(tok):
+    assert np.isclose(tagger(tok).transfer_plan().lrs[-1], 4*classifier(tok).transfer_plan().lrs[-1])
+
+
 def test_cached_recipe_trains_as_the_uncached(tok):
     "The cache changes the time only: without dropout the weights come out the same"
     states = []
