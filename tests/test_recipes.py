@@ -1,6 +1,7 @@
 "fit_transfer does what its table says, on every family of model; what may steady it does what it says; augmentation changes training texts and nothing else."
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -193,9 +194,15 @@ def test_errors(tok):
 
 
 def test_recipes_table():
+    "What the package ships are the figures of the benchmark"
     t = recipes()
-    assert set(t.index) == {'full', 'discriminative', 'head_then_full', 'top_layers', 'gradual', 'ulmfit'} and t.what.str.len().min() > 10
-    assert t.notna().all(axis=None)
+    assert set(t.index)-{'Trainer, tuned'} == {'full', 'discriminative', 'head_then_full', 'top_layers', 'gradual', 'ulmfit'} and t.what.str.len().min() > 10
+    assert t.notna().all(axis=None) and (t.loc['ulmfit'].iloc[1:] == 'not measured').all()
+    measured = pd.read_csv(Path(__file__).parents[1]/'benchmarks'/'recipes_summary.csv').set_index(['set', 'size', 'recipe'])
+    for name,size in (('IMDb', 250), ('TREC-6', 1500)):
+        col = next(c for c in t.columns if c.startswith(f'{name} {size:,}'))
+        row = measured.loc[name, size, 'head_then_full']
+        assert t.loc['head_then_full', col].startswith(f'{row.error:.1f} % ({row.low:.1f} to {row.high:.1f})')
 
 
 # --- augmentation ---
