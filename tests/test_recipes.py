@@ -150,6 +150,13 @@ def test_min_steps(tok, steps):
     assert seen.steps == per_epoch*max(3, math.ceil(steps/per_epoch))
 
 
+def test_few_texts_get_more_epochs_unless_told(tok):
+    learn = classifier(tok)
+    per_epoch = len(learn.dls.train)
+    assert sum(learn.transfer_plan().epochs) == math.ceil(150/per_epoch) > 3 and f'one has {per_epoch} steps' in learn.transfer_plan().why
+    assert sum(learn.transfer_plan(3).epochs) == 3 and sum(learn.transfer_plan(min_steps=0).epochs) == 3 and sum(awd().transfer_plan().epochs) == 5
+
+
 def test_best_epoch_is_restored(tok):
     "The last epochs are spoilt; what is restored has the lowest validation loss, by a loop of its own"
     class Spoil(Callback):

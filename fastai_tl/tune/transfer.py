@@ -47,7 +47,7 @@ TRANSFER_RECIPES = {
     'gradual': Recipe('the head, the upper half, then all', ((1,10.),('half',2.),('all',1.)), 1.15**7, .5, True),
     'ulmfit': Recipe("ULMFiT's schedule: four stages from the head down, rates that fall from stage to stage, a wide spread", (), 2.6**4, cache=True)}
 
-# %% ../../nbs/39_tune.transfer.ipynb #f4cb3792
+# %% ../../nbs/39_tune.transfer.ipynb #8f42f484
 _MEASURED = {'full': {'TREC-6 500 (validation)': '12.6 % (10.6 to 14.7)', 'docstrings 1,000 (validation)': '25.2 % (22.5 to 27.9)', 'TREC-6 1,500 (validation)': '9.7 % (7.9 to 11.6)'},
              'discriminative': {'TREC-6 500 (validation)': '14.1 % (12.0 to 16.2)', 'docstrings 1,000 (validation)': '24.3 % (21.7 to 27.0)', 'TREC-6 1,500 (validation)': '8.0 % (6.4 to 9.8)', 'CoNLL-2000 training 500 (validation)': '10.6 % (9.7 to 11.5)'},
              'head_then_full': {'TREC-6 500 (validation)': '13.5 % (11.3 to 15.7)', 'docstrings 1,000 (validation)': '25.6 % (22.9 to 28.4)', 'TREC-6 1,500 (validation)': '7.4 % (5.8 to 9.1)', 'IMDb 250': '22.7 % (19.8 to 25.5), 0.42 of the time', 'CoNLL-2000 training 500 (validation)': '10.2 % (9.3 to 11.2)'},
@@ -113,13 +113,16 @@ def _stages(r, n):
     plan = {count.get(g, g): k for g,k in r.stages if count.get(g, g)<=n}
     return list(plan),np.array(list(plan.values()))
 
-# %% ../../nbs/39_tune.transfer.ipynb #ead4edd8
+# %% ../../nbs/39_tune.transfer.ipynb #ae9885be
+_MIN_STEPS = 150
+
 def _stage_epochs(epochs, stages, family, min_steps, n_batches):
     "Epochs of each stage, and how many stages there is time for, counted from the last"
+    if min_steps is None: min_steps = _MIN_STEPS if epochs is None and family in ('encoder','decoder','encoder-decoder') else 0
     if epochs is not None and np.ndim(epochs):
         if len(epochs)!=stages: raise FastaiTLError(f'`epochs` needs one number for each of the {stages} stages', f'{list(epochs)}', 'Or one number for all')
         return [int(e) for e in epochs],stages
-    total = max(epochs or max(5 if family=='AWD_LSTM' else 3, stages+(stages>3)), math.ceil((min_steps or 0)/max(n_batches, 1)))
+    total = max(epochs or max(5 if family=='AWD_LSTM' else 3, stages+(stages>3)), math.ceil(min_steps/max(n_batches, 1)))
     if total<1: raise FastaiTLError('`epochs` must be at least 1', repr(epochs))
     k = min(stages, total)
     return [1]*(k-1) + [total-k+1],k
@@ -187,7 +190,7 @@ def transfer_plan(self:Learner,
     lr:float|None=None, # Top rate of the last stage; by family and recipe if `None`
     spread:float|None=None, # Rate of the top group over that of the bottom; the recipe's if `None`
     groups:list|None=None, # How many groups train in each stage, counted from the top; the recipe's if `None`
-    min_steps:int=0, # As many more epochs as it takes for so many steps
+    min_steps:int|None=None, # As many more epochs as it takes for so many steps; if `None`, at least 150 for a Transformer unless `epochs` are told
     cache='auto' # Compute frozen layers once a stage: `True`, `False`, or where the recipe has frozen layers, the model can be cut and the texts stay the same
 ) -> TransferPlan: # With `table()` and `show()`
     "What `fit_transfer` would do"
@@ -198,6 +201,7 @@ def transfer_plan(self:Learner,
     if groups is not None: gs,rel = list(groups),np.interp(np.linspace(0, 1, len(groups)), np.linspace(0, 1, len(rel)), rel) if len(groups)>1 else np.ones(1)
     if not gs or gs!=sorted(gs) or not 1<=gs[0]<=gs[-1]<=len(layers): raise FastaiTLError(f'`groups` must rise from at least 1 to at most {len(layers)}, the number of layer groups', str(gs))
     ep,k = _stage_epochs(epochs, len(gs), family, min_steps, len(self.dls.train))
+    if epochs is None and sum(ep)>sum(_stage_epochs(None, len(gs), family, 0, 1)[0]): why += f'; more epochs than usual, since one has {len(self.dls.train)} steps'
     lrs = rel[-k:]*(_family_lr(self, family)*r.lr if lr is None else lr)
     if cache=='auto': cache = r.cache and gs[-k]<len(layers) and _can_cache(self)
     return TransferPlan(name, why, family, gs[-k:], ep, lrs, r.spread if spread is None else spread, cache, layers, len(self.dls.train))
@@ -222,7 +226,7 @@ def fit_transfer(self:Learner,
     lr:float|None=None, # Top rate of the last stage; by family and recipe if `None`
     spread:float|None=None, # Rate of the top group over that of the bottom; the recipe's if `None`
     groups:list|None=None, # How many groups train in each stage, counted from the top; the recipe's if `None`
-    min_steps:int=0, # As many more epochs as it takes for so many steps
+    min_steps:int|None=None, # As many more epochs as it takes for so many steps; if `None`, at least 150 for a Transformer unless `epochs` are told
     cache='auto', # Compute frozen layers once a stage; see `transfer_plan`
     warmup:float=.25, # Share of each stage in which the rate rises
     reinit:int=0, # How many top layers of a Hugging Face model start anew; see `reinit_top_layers`
