@@ -24,8 +24,8 @@ def ways(study):
     from fastai_tl.data.augment import DropWords, MaskSpans, SwapWords
     drop,swap,mask = DropWords(.1),SwapWords(.1),MaskSpans('[MASK]', .15)
     return dict(
-        stabilise={'3 epochs': {}, '6 epochs': dict(fit=dict(epochs=6)), '12 epochs': dict(fit=dict(epochs=12)), '12 epochs, the best kept': dict(fit=dict(epochs=12, best=True)),
-                   'rate rises in 10 %': dict(fit=dict(warmup=.1)), '1 layer anew': dict(fit=dict(reinit=1)), '2 layers anew': dict(fit=dict(reinit=2))},
+        stabilise={'3 epochs': {}, '6 epochs': dict(fit=dict(epochs=6)), '10 epochs': dict(fit=dict(epochs=10)), '12 epochs': dict(fit=dict(epochs=12)), '12 epochs, the best kept': dict(fit=dict(epochs=12, best=True)),
+                   '10 epochs, rate rises in 10 %': dict(fit=dict(epochs=10, warmup=.1)), '10 epochs, 1 layer anew': dict(fit=dict(epochs=10, reinit=1)), '10 epochs, 2 layers anew': dict(fit=dict(epochs=10, reinit=2))},
         augment={'as they are': {}, 'words dropped': dict(how=[drop]), 'words swapped': dict(how=[swap]), 'spans masked': dict(how=[mask]), 'all three': dict(how=[drop, swap, mask])},
         unbalanced={'as they are': {}, 'class weights': dict(learn=dict(class_weights='balanced')), 'drawn by class': dict(dls=dict(weighted=True))})[study]
 
@@ -41,7 +41,7 @@ def fine_tune(d, seed, a, dls={}, learn={}, how=(), fit={}):
     data = HFTextDataLoaders.from_df(df, minilm(), valid_col='valid', bs=16, max_length=128, verbose=False, **dls)
     if how: augment_texts(data, *how)
     l = hf_classifier_learner(data, minilm(), metrics=[], **learn)
-    with l.no_bar(), l.no_logging(), Clock() as c: plan = l.fit_transfer(recipe=a.recipe, cbs=None if fit.get('best') else NoValidation(), **fit)
+    with l.no_bar(), l.no_logging(), Clock() as c: plan = l.fit_transfer(**{'epochs': 3, **fit}, recipe=a.recipe, cbs=None if fit.get('best') else NoValidation())
     return l.model.hf, c, len(l.recorder.losses), sum(plan.epochs)
 
 
@@ -148,13 +148,13 @@ def summary(file):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', default='../shared/data'); ap.add_argument('--csv', type=Path, default=HERE/'recipes_more.csv'); ap.add_argument('--out', type=Path, default=Path('recipes_rows')); ap.add_argument('--study', nargs='*', default=[])
-    ap.add_argument('--recipe', default='head_then_full'); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--lm-epochs', type=int, default=2); ap.add_argument('--n-test', type=int); ap.add_argument('--until'); ap.add_argument('--summary', action='store_true')
+    ap.add_argument('--recipe', default='head_then_full'); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--lm-epochs', type=int, default=2); ap.add_argument('--n-test', type=int); ap.add_argument('--until'); ap.add_argument('--only', default='', help='only the ways that begin so'); ap.add_argument('--summary', action='store_true')
     a = ap.parse_args()
     a.kept = {}
     if a.summary: return print(summary(a.csv))
     import torch
     torch.set_num_threads(1)
-    for job in [j for s in a.study for j in todo(s, a)]:
+    for job in [j for s in a.study for j in todo(s, a) if j[3].startswith(a.only)]:
         study,name,size,way,seed = job
         have = {(r['study'], r['set'], int(r['size']), r['way'], int(r['seed'])) for r in csv.DictReader(a.csv.open())} if a.csv.exists() else set()
         if job in have: continue
