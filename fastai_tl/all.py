@@ -15,6 +15,7 @@ from .data.reviews import *
 from .data.spans import *
 from .data.lm import *
 from .data.questions import *
+from .data.augment import *
 from .data.pairs import *
 from .models.trace import *
 from .models.groups import *
@@ -37,6 +38,8 @@ from .tune.resume import *
 from .tune.recipes import *
 from .tune.lean import *
 from .tune.compiled import *
+from .tune.stabilise import *
+from .tune.transfer import *
 from .generation.codec import *
 from .generation.stateful import *
 from .generation.source import *
