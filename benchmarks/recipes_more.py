@@ -136,13 +136,16 @@ def todo(study, a):
         else: yield from ((study, 'TREC-6', 250 if study == 'stabilise' else 500, w, seed) for w in ways(study))
 
 
+def pm(sd): return '' if np.isnan(sd) else f' ± {sd:.1f}'
+
+
 def summary(file):
     "Means over the seeds, with the standard deviation of the error"
     df = pd.read_csv(file)
     g = df.groupby(['study', 'set', 'size', 'way'], sort=False)
     t = g[['error', 'macro_f1', 'nll', 'ece', 'cpu_seconds', 'steps']].mean().assign(sd=g.error.std(), seeds=g.size())
     out = ['| study | set | way | error % (mean ± sd) | macro F1 | NLL | ECE | processor seconds | seeds |', '|---|---|---|---:|---:|---:|---:|---:|---:|']
-    return '\n'.join(out + [f'| {s} | {d} {n:,} | {w} | {r.error:.1f} ± {r.sd:.1f} | {r.macro_f1:.1f} | {r.nll:.3f} | {r.ece:.3f} | {r.cpu_seconds:.0f} | {r.seeds:.0f} |' for (s,d,n,w),r in t.iterrows()])
+    return '\n'.join(out + [f'| {s} | {d} {n:,} | {w} | {r.error:.1f}{pm(r.sd)} | {r.macro_f1:.1f} | {r.nll:.3f} | {r.ece:.3f} | {r.cpu_seconds:.0f} | {r.seeds:.0f} |' for (s,d,n,w),r in t.iterrows()])
 
 
 def main():
