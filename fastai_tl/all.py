@@ -37,8 +37,8 @@ from .tune.unfreeze import *
 from .tune.resume import *
 from .tune.recipes import *
 from .tune.lean import *
-from .tune.compiled import *
 from .tune.stabilise import *
+from .tune.compiled import *
 from .tune.transfer import *
 from .generation.codec import *
 from .generation.stateful import *
