@@ -82,9 +82,12 @@ def test_shows_no_place(path):
     assert not told, f'{path.name} shows paths (if in a warning, run it with PYTHONWARNINGS=ignore::FutureWarning): {told}'
 
 
-@each_file
-def test_runs(path, copy):
+def runs(path, copy):
     "From top to bottom in a process of its own, without the cells that are flagged `slow`"
     fn = copy/path.relative_to(ROOT)
     res = run(script('nbdev-test'), fn, '--n-workers', '0', cwd=copy, timeout=600, env=dict(PYTHONPATH=str(copy)))
     assert res.returncode == 0 and 'Success.' in res.stdout, f'{path.name}\n{res.stdout}'
+
+
+@pytest.mark.parametrize('path', [p for p in notebook_files() if p.parent == NBS], ids=ids)
+def test_runs(path, copy): runs(path, copy)

@@ -36,7 +36,9 @@ def _packed(w, bias=None):
     "A weight matrix (outputs, inputs) as 8-bit numbers with a scale for each output"
     w = w.detach().float()
     scale = w.abs().amax(1).clamp(min=1e-12).double()/127
-    q = torch.quantize_per_channel(w, scale, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'torch.quantize_per_tensor', UserWarning) # PyTorch deprecates these from 2.14 on
+        q = torch.quantize_per_channel(w, scale, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
     return torch.ops.quantized.linear_prepack(q, None if bias is None else bias.detach().float())
 
 def _one_bit_less():
