@@ -286,7 +286,7 @@ def run(self:TransformerQuickstart) -> dict: # The summary
     save_figure(plot_panels({'Classifier': {'train': (np.arange(1, len(h)+1), h[:,0]), 'valid': (np.arange(1, len(h)+1), h[:,1])}}, 'epoch', ['loss']), self.out/'learning_curves.png')
     learn.model.hf.save_pretrained(self.out/'model'); learn.tokenizer.save_pretrained(self.out/'model')
     df = self.table(accs)
-    return self.finish(df, dict(kind='transformer', accuracy=ev.accuracy, baseline_accuracy=accs['bag of words'], majority_accuracy=accs['majority class'], chosen=chosen, model='model', **self.facts(df)))
+    return self.finish(df, dict(kind='transformer', accuracy=ev.accuracy, baseline_accuracy=accs['bag of words'], majority_accuracy=accs['majority class'], chosen=chosen, model='model', lang=self.lang, **self.facts(df)))
 
 # %% ../nbs/98_quickstart.ipynb #1371abba
 def quickstart(
