@@ -180,12 +180,12 @@ def _perplexity(a):
 def _predict_hf(folder, texts, lang):
     "Classify with a tuned Transformer, in transformers' own format"
     import torch
-    from fastcore.all import compose
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from fastai_tl.data.loaders import language_rules
+    from fastai_tl.data.tokenize import _ruled
     tok,model = AutoTokenizer.from_pretrained(folder),AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    for t in texts:
-        with torch.no_grad(): p = model(**tok(compose(*language_rules(lang))(t), truncation=True, return_tensors='pt')).logits.softmax(-1)[0]
+    for t,ruled in zip(texts, _ruled(language_rules(lang), texts)):
+        with torch.no_grad(): p = model(**tok(ruled, truncation=True, return_tensors='pt')).logits.softmax(-1)[0]
         print(f'{model.config.id2label[int(p.argmax())]}\t{float(p.max()):.3f}\t{t}')
 
 # %% ../nbs/99_cli.ipynb #6af5b680

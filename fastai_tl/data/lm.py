@@ -12,7 +12,7 @@ __all__ = ['CausalBlocks', 'TokenMasker', 'MaskedBlocks', 'TokenTargetsDL', 'HFL
 import re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastcore.all import compose, patch
+from fastcore.all import patch
 from fastai.data.core import DataLoaders
 from fastai.text.core import TitledStr
 from fastai.torch_core import default_device
@@ -20,7 +20,7 @@ from ..core import DataError, FastaiTLError, VocabError, derive_seed, shorten
 from .blocks import split_rows, split_stream
 from .loaders import HFTableDataLoaders, language_rules
 from .subwords import PadTokens, TensorTargets, TensorTokens, TokensDL, load_tokenizer
-from .tokenize import check_texts, column, read_folder
+from .tokenize import _ruled, check_texts, column, read_folder
 
 # %% ../../nbs/17_data.lm.ipynb #13710263
 def frame(tokenizer):
@@ -49,7 +49,7 @@ def cut_texts(texts, tokenizer, words=False, rules=()):
     "Arrays of token numbers of some texts, to which `rules` are applied, without special tokens, and (with `words`) of where words begin"
     ids,starts = [],[]
     for a in range(0, len(texts), 1000):
-        enc = tokenizer([compose(*rules)(t) for t in texts[a:a+1000]], add_special_tokens=False, verbose=False)
+        enc = tokenizer(list(_ruled(rules, texts[a:a+1000])), add_special_tokens=False, verbose=False)
         ids += [np.asarray(o, dtype=np.int32) for o in enc['input_ids']]
         if words: starts += [_word_starts(enc, i, tokenizer) for i in range(len(enc['input_ids']))]
     empty = [i for i,o in enumerate(ids) if not len(o)]

@@ -11,7 +11,7 @@ __all__ = ['TensorTokens', 'TensorTargets', 'load_tokenizer', 'train_tokenizer',
 # %% ../../nbs/11_data.subwords.ipynb #18bb7724
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastcore.all import L, compose, patch
+from fastcore.all import L, patch
 from fasttransform import DisplayedTransform, Transform
 from plum import dispatch
 from fastai.data.block import TransformBlock
@@ -21,6 +21,7 @@ from fastai.text.core import TitledStr
 from fastai.text.data import SortedDL, TensorText
 from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory, display_df
 from ..core import DataError, FastaiTLError, unknown_option
+from .tokenize import _ruled
 
 # %% ../../nbs/11_data.subwords.ipynb #1f7d73d9
 class TensorTokens(TensorText):
@@ -114,7 +115,7 @@ def _key(x): return x if isinstance(x, str) else tuple(x)
 def _cut(self:HFTokenize, texts):
     "Arrays of shape (fields, tokens) of some texts, and how many were longer than `max_length`"
     args = [texts] if isinstance(texts[0], str) else [list(o) for o in zip(*texts)]
-    if self.rules: args = [[compose(*self.rules)(t) for t in a] for a in args]
+    args = [list(_ruled(self.rules, a)) for a in args]
     enc = self.tokenizer(*args, truncation=self.truncation, max_length=self.max_length if self.truncation else None, verbose=False)
     rows = zip(enc['input_ids'], enc['token_type_ids']) if self.has_types else ([i] for i in enc['input_ids'])
     if not self.truncation: n = 0

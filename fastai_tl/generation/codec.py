@@ -147,8 +147,8 @@ class HFCodec:
         first_of = lambda *os: next((o for o in os if o is not None), None)
         eos = first_of(tokenizer.eos_token_id, cfg('eos_token_id'))
         self.eos_ids = list(eos) if isinstance(eos, (list,tuple)) else [eos] if eos is not None else []
-        named = cfg('bos_token_id') # of a model that was made smaller it may be that of the large one
-        self.bos_id = first_of(tokenizer.bos_token_id, None if named is not None and named>=(cfg('vocab_size') or named+1) else named, tokenizer.cls_token_id)
+        named,known = cfg('bos_token_id'),cfg('vocab_size') or float('inf') # of a model that was made smaller it may be that of the large one
+        self.bos_id = first_of(tokenizer.bos_token_id, named if named is not None and named<known else None, tokenizer.cls_token_id)
         self.unk_id = tokenizer.unk_token_id
         self.pad_id = first_of(tokenizer.pad_token_id, cfg('pad_token_id'), *self.eos_ids[:1], 0)
         ids = tokenizer('天天', add_special_tokens=False)['input_ids']

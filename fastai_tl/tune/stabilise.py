@@ -17,6 +17,7 @@ from fastai.learner import Learner
 from ..core import FastaiTLError
 from ..models.prefix import find_blocks
 from ..models.trace import hf_models
+from .unfreeze import _recorded
 
 # %% ../../nbs/38_tune.stabilise.ipynb #8b23bcd7
 def _pooler(model): return [m for n,m in hf_models(model)[0].named_modules() if n.rpartition('.')[2]=='pooler']
@@ -48,20 +49,12 @@ class BestEpoch(Callback):
         self.best_loss,self.best_at,self._kept = math.inf,None,None
     def after_epoch(self):
         "Keep an epoch that is better than all before"
-        loss = self._valid_loss()
+        loss = _recorded(self.recorder).get('valid_loss') # none if there was no validation
         if loss is None or not loss<self.best_loss: return
-        self.best_loss,self.best_at = loss,self.epoch
+        self.best_loss,self.best_at = float(loss),self.epoch
         self._kept = {k: v.detach().to(self.where, copy=True) for k,v in self.model.state_dict().items()}
 
 # %% ../../nbs/38_tune.stabilise.ipynb #82b2e3e2
-@patch
-def _valid_loss(self:BestEpoch):
-    "This epoch's validation loss, `None` if there was no validation"
-    rec = self.learn.recorder
-    names,values = list(rec.metric_names[1:]),list(rec.log[1:])
-    v = dict(zip(names, values)).get('valid_loss')
-    return None if v is None else float(v)
-
 @patch
 def after_fit(self:BestEpoch):
     "Put the best epoch's weights back"

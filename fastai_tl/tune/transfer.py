@@ -8,9 +8,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.transfer.html.md"""
 __all__ = ['TRANSFER_RECIPES', 'Recipe', 'recipes', 'model_family', 'choose_recipe', 'TransferPlan']
 
 # %% ../../nbs/39_tune.transfer.ipynb #ff22dbb5
-import math
+import math, numpy as np, pandas as pd
 from dataclasses import dataclass
-import numpy as np, pandas as pd
 from fastcore.all import L, patch
 from fastai.imports import noop
 from fastai.learner import Learner
@@ -19,6 +18,7 @@ from fastai.callback.schedule import *
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier
 from ..core import FastaiTLError, unknown_option
+from ..models.groups import LayerGroup
 from ..models.position import SinglePosition, SinglePositionTop
 from ..models.prefix import Prefix, is_pooled
 from ..models.trace import hf_models
@@ -175,12 +175,7 @@ def _groups_of(learn):
     "The Learner's own groups, with names"
     split = learn.splitter(learn.model)
     names = getattr(split, 'names', None) or [f'group {i}' for i in range(len(split))]
-    return [_Group(n, sum(p.numel() for p in ps)) for n,ps in zip(names, split)]
-
-@dataclass
-class _Group:
-    name:str
-    numel:int
+    return [LayerGroup(n, list(ps)) for n,ps in zip(names, split)]
 
 # %% ../../nbs/39_tune.transfer.ipynb #7fac917f
 @patch

@@ -195,13 +195,14 @@ def after_loss(self:GradualUnfreezing):
 # %% ../../nbs/35_tune.unfreeze.ipynb #b125b881
 def _lower_is_better(name): return any(o in name for o in ('loss','error','perplexity','mse','mae'))
 
+def _recorded(recorder): "What the last epoch recorded, by name"; return dict(zip(recorder.metric_names[1:], recorder.log[1:]))
+
 @patch
 def after_epoch(self:GradualUnfreezing):
     "Record the epoch, and count the epochs without improvement"
     if not self._trained: return # skipped, or a validation alone
     self._trained = False
-    names,values = list(self.recorder.metric_names[1:]),list(self.recorder.log[1:])
-    row = {k: v for k,v in zip(names, values) if k!='time'}
+    row = {k: v for k,v in _recorded(self.recorder).items() if k!='time'}
     self.records[-1].update(row, epochs=self.records[-1]['epochs']+1)
     if self.when!='plateau': return
     if self.monitor not in row: raise FastaiTLError(f'`monitor` must be one of {shorten(row, 9)}', repr(self.monitor))
