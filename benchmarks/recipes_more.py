@@ -5,8 +5,8 @@
     python benchmarks/recipes_more.py --summary
 
 MiniLM is trained by `learn.fit_transfer` (the recipe of `--recipe`) and tested on the 1,000 validation questions of TREC-6 that benchmarks/recipes.py chooses by; no test question is read. `stabilise`: 250 questions. `augment`: 500. `unbalanced`: 500, of which the classes
-have 250, 125, 63, 31, 20 and 11, tested on questions as they come. `awd`: an AWD_LSTM (128/256/2) on TREC-6 (1,500) and the roles of the docstring corpus (1,000), from random weights and from a language model of the corpus's
-training texts. The seed draws rows, weights and order. Processor time, not wall-clock time, is kept: these runs may share the machine."""
+have 250, 125, 63, 31, 20 and 11, tested on questions as they come. `awd`: an AWD_LSTM (128/256/2) on TREC-6 (1,500) and the roles of the docstring corpus (1,000), from random weights and from a language
+model that has read general English (en/general_corpus.parquet), then the training texts of both. The seed draws rows, weights and order. Processor time, not wall-clock time, is kept: these runs may share the machine."""
 import argparse, csv, sys, time, traceback
 from pathlib import Path
 
@@ -84,22 +84,34 @@ AWD_WAYS = {f'{start}, {way}': (start, kw) for start in ('scratch', 'language mo
 AWD_EPOCHS = 6
 
 
+def awd_texts(a): return [t for name in ('TREC-6', 'docstrings') for t in Data(name, 1, 0, a).cache[name][0].text]
+
+
+def awd_encoder(a, vocab, parts):
+    "An encoder that has read general English, then the training texts of both sets: stages 1 and 2, each with its validation loss"
+    from fastai_tl.all import awd_lm_learner, language_model_dls, seed_everything
+    seed_everything(0)
+    state = None
+    for (name, tok), epochs, lr in zip(parts, (a.general_epochs, a.lm_epochs), (5e-3, 4e-3)):
+        learn = awd_lm_learner(language_model_dls(tok, vocab, bs=32, seq_len=72), CONFIG, drop_mult=.3).to_mixed_precision().chunked_loss()
+        if state: learn.model.load_state_dict(state)
+        with learn.no_bar(), Clock() as c: learn.fit_one_cycle(epochs, lr)
+        state = learn.model.state_dict()
+        print(f'{name}: validation loss {learn.recorder.values[-1]}, {c.cpu:.0f} processor seconds', flush=True)
+    return learn.model[0].state_dict()
+
+
 def awd_start(a, trained):
-    "A vocabulary, and with `trained` an encoder that has read the training texts of both sets, made once"
+    "The vocabulary of both sets, then of the general corpus; and with `trained` the encoder, made once"
     import torch
-    from fastai_tl.all import awd_lm_learner, language_model_dls, seed_everything, texts_vocab, tokenize_texts_once
+    from fastai_tl.all import texts_vocab, tokenize_texts_once
     if (trained, 'awd') in a.kept: return a.kept[trained, 'awd']
-    texts = [t for name in ('TREC-6', 'docstrings') for t in Data(name, 1, 0, a).cache[name][0].text]
-    tok = tokenize_texts_once(texts, progress=False)
-    vocab,file = texts_vocab(tok, min_freq=3, max_vocab=12_000), a.out/'awd_encoder.pt'
+    parts = [(n, tokenize_texts_once(t, progress=False)) for n,t in (('general', pd.read_parquet(Path(a.data)/'en'/'general_corpus.parquet').text.tolist()), ('domain', awd_texts(a)))]
+    known = [t for _,tok in parts[::-1] for t in texts_vocab(tok, min_freq=3, max_vocab=12_000) if t != 'xxfake']   # those of the sets come first
+    vocab,file = list(dict.fromkeys(known))[:16_000], a.out/'awd_encoder.pt'
     if trained and not file.exists():
-        seed_everything(0)
-        dls = language_model_dls(tok, vocab, bs=32, seq_len=72)
-        learn = awd_lm_learner(dls, CONFIG, drop_mult=.2).to_mixed_precision().chunked_loss()
-        with learn.no_bar(): learn.fit_one_cycle(a.lm_epochs, 1e-2)
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(learn.model[0].state_dict(), file)
-        print('language model: validation loss', learn.recorder.values[-1], flush=True)
+        torch.save(awd_encoder(a, vocab, parts), file)
     a.kept[trained, 'awd'] = vocab, torch.load(file) if trained else None
     return a.kept[trained, 'awd']
 
@@ -151,7 +163,7 @@ def summary(file):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', default='../shared/data'); ap.add_argument('--csv', type=Path, default=HERE/'recipes_more.csv'); ap.add_argument('--out', type=Path, default=Path('recipes_rows')); ap.add_argument('--study', nargs='*', default=[])
-    ap.add_argument('--recipe', default='head_then_full'); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--lm-epochs', type=int, default=2); ap.add_argument('--n-test', type=int); ap.add_argument('--until'); ap.add_argument('--only', default='', help='only the ways that begin so'); ap.add_argument('--summary', action='store_true')
+    ap.add_argument('--recipe', default='head_then_full'); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--general-epochs', type=int, default=1); ap.add_argument('--lm-epochs', type=int, default=2); ap.add_argument('--n-test', type=int); ap.add_argument('--until'); ap.add_argument('--only', default='', help='only the ways that begin so'); ap.add_argument('--summary', action='store_true')
     a = ap.parse_args()
     a.kept = {}
     if a.summary: return print(summary(a.csv))

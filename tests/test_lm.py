@@ -13,7 +13,7 @@ from fastcore.all import L
 from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from fastai_tl.all import *
-from fastai_tl.generation.source import evaluating
+from fastai_tl.core import evaluating
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=600, max_position_embeddings=80)
 

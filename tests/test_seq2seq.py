@@ -14,7 +14,7 @@ from fastai.learner import load_learner
 from transformers import BartConfig, DataCollatorForSeq2Seq, MarianConfig, MBartConfig, MT5Config, PegasusConfig, T5Config
 
 from fastai_tl.all import *
-from fastai_tl.generation.source import evaluating
+from fastai_tl.core import evaluating
 
 T5 = dict(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=300, dropout_rate=0., pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
 BART = dict(d_model=32, vocab_size=300, max_position_embeddings=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,

@@ -15,7 +15,7 @@ from fastcore.all import L, chunked, patch
 from fasttransform import DisplayedTransform
 from fastai.data.core import DataLoaders
 from fastai.text.data import Numericalize
-from ..core import FastaiTLError, VocabError
+from ..core import FastaiTLError, VocabError, evaluating
 from .spans import CJK, HFTokenizeWords
 from .subwords import HFTokenize
 
@@ -114,19 +114,16 @@ def prepare(self:ReplaceWords,
     rng # A NumPy `Generator`
 ):
     "Make the versions of some texts"
-    tok = self.tokenizer
+    tok,device = self.tokenizer,next(self.model.parameters()).device
     if getattr(tok, 'mask_token_id', None) is None: raise VocabError('Replacing words needs a tokenizer with a mask token', 'one without')
-    was,device = self.model.training,next(self.model.parameters()).device
-    self.model.eval()
     for part in chunked([t for t in texts for _ in range(self.variants)], self.bs):
         enc = tok(part, truncation=True, max_length=self.max_length, padding=True, return_special_tokens_mask=True, return_tensors='pt')
         special = enc.pop('special_tokens_mask').bool()
         hidden = torch.as_tensor(rng.random(special.shape)<self.p) & ~special
         ids = enc['input_ids'].clone()
-        with torch.no_grad(): out = self.model(**{k: v.to(device) for k,v in {**enc, 'input_ids': ids.masked_fill(hidden, tok.mask_token_id)}.items()}).logits
+        with evaluating(self.model): out = self.model(**{k: v.to(device) for k,v in {**enc, 'input_ids': ids.masked_fill(hidden, tok.mask_token_id)}.items()}).logits
         if hidden.any(): ids[hidden] = _sampled(out[hidden.to(device)], self.top_k, rng).to(ids.device)
         for t,i in zip(part, ids): self.made.setdefault(t, []).append(tok.decode(i, skip_special_tokens=True))
-    self.model.train(was)
 
 # %% ../../nbs/19_data.augment.ipynb #5578d5c8
 class RandTransform(DisplayedTransform):

@@ -6,7 +6,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.subwords.html.md"""
 
 # %% auto #0
 __all__ = ['TensorTokens', 'TensorTargets', 'load_tokenizer', 'train_tokenizer', 'HFTokenize', 'encodes', 'decodes', 'PadTokens',
-           'n_tokens', 'TokensDL', 'show_batch', 'show_results', 'plot_top_losses', 'HFTextBlock']
+           'n_tokens', 'TokensDL', 'packs', 'show_batch', 'show_results', 'plot_top_losses', 'HFTextBlock']
 
 # %% ../../nbs/11_data.subwords.ipynb #18bb7724
 from pathlib import Path
@@ -231,6 +231,18 @@ class TokensDL(SortedDL):
         order = np.concatenate(parts)
         batches = [order[i:i+self.bs] for i in range(0, len(order), self.bs)]
         return iter(np.concatenate([batches[i] for i in np.random.permutation(len(batches)-1)] + batches[-1:]))
+
+# %% ../../nbs/11_data.subwords.ipynb #4c71d81f
+def packs(
+    lens, # Tokens of each row
+    max_tokens:int # Of a batch, padding included
+) -> list: # Lists of indexes, the longest row of each batch first; every row once
+    "Put rows of similar length into batches"
+    res,order = [],np.argsort(-np.asarray(lens), kind='stable').tolist()
+    while order:
+        k = max(1, max_tokens//max(lens[order[0]], 1))
+        res.append(order[:k]); order = order[k:]
+    return res
 
 # %% ../../nbs/11_data.subwords.ipynb #c51cd3f8
 def _shown(o, trunc_at):

@@ -16,11 +16,10 @@ from fastai.learner import Learner
 from fastai.text.core import Tokenizer
 from fastai.text.data import Numericalize
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
-from ..core import DataError, FastaiTLError, shorten
+from ..core import DataError, FastaiTLError, evaluating, shorten
 from ..data.loaders import text_windows
 from ..data.subwords import HFTokenize, TensorTokens
 from ..evaluation.onepass import activation_of, class_names
-from ..generation.source import evaluating
 from ..learners.base import HFLearner
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.encoder import find_encoder

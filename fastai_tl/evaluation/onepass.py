@@ -13,8 +13,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.all import noop, patch
 from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import Learner, _ConstantFunc
-from ..core import DataError, shorten, unknown_option
-from ..generation.source import evaluating
+from ..core import DataError, evaluating, shorten, unknown_option
 from ..models.foreign import row_losses_of
 from ..learners.bidirectional import BidirectionalLearner
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np, pandas as pd, torch
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
-from ..core import DataError, FastaiTLError, VocabError, shorten
+from ..core import DataError, FastaiTLError, VocabError, evaluating, shorten
 from .control import *
 from .score import score_ids
-from .source import TextModel, evaluating, text_model
+from .source import TextModel, text_model
 from .stateful import stateful_model
 
 # %% ../../nbs/46_generation.sample.ipynb #a3271ccd

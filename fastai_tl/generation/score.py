@@ -11,10 +11,10 @@ __all__ = ['LOGITS_BUDGET', 'window_spans', 'score_ids', 'TokenScores', 'score_t
 import contextlib, inspect, warnings
 from dataclasses import dataclass
 import numpy as np, torch, torch.nn.functional as F
-from ..core import FastaiTLError
+from ..core import FastaiTLError, evaluating
 from ..models.chunked import lazy_heads, linear_cross_entropy
 from ..tune.precision import _as_dtype, _why_not
-from .source import TextModel, evaluating
+from .source import TextModel
 from .stateful import AWDReader
 
 # %% ../../nbs/44_generation.score.ipynb #0f6e3537

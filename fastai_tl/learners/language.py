@@ -20,10 +20,9 @@ from fastai.text.core import TitledStr
 from fastai.text.learner import LMLearner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
-from ..core import DataError, FastaiTLError
+from ..core import DataError, FastaiTLError, evaluating
 from ..data.lm import end_of_text, frame
 from ..data.tokenize import check_texts
-from ..generation.source import evaluating
 from .base import HFLearner, each_row, make_learner
 from ..models.encoder import text_vocab
 from ..models.groups import layer_splitter

@@ -13,9 +13,8 @@ from fastcore.all import L, patch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Metric
-from ..core import FastaiTLError, VocabError, derive_seed, optional, unknown_option
+from ..core import FastaiTLError, VocabError, derive_seed, evaluating, optional, unknown_option
 from ..data.subwords import TensorTokens, show_rows
-from ..generation.source import evaluating
 from .base import HFLearner, make_learner
 from .language import TokenAccuracy, TokenLossFlat, TokenPerplexity, check_task, with_token_ids
 from ..models.hf import HFModel

@@ -15,8 +15,8 @@ from torch import nn
 from fastcore.all import patch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from ..core import FastaiTLError, shorten
-from .prefix import differ, find_blocks, hidden, logits_of, probe_batch, replaced_forwards, resting
+from ..core import FastaiTLError, evaluating, shorten
+from .prefix import differ, find_blocks, hidden, logits_of, probe_batch, replaced_forwards
 from .trace import hf_models
 
 # %% ../../nbs/26_models.position.ipynb #763caa83
@@ -43,7 +43,7 @@ def head_position(
     top,(args,kw) = find_blocks(model)[-1],probe_batch(model)
     own = top.forward
     for kind in ('first','last'):
-        with resting(model), torch.no_grad(), InputIds(model) as ids:
+        with evaluating(model), InputIds(model) as ids:
             def veil(*a, **k):
                 out = own(*a, **k)
                 h = out[0] if isinstance(out, tuple) else out
@@ -173,7 +173,7 @@ def _check(self:SinglePosition):
     hooks += [m.register_forward_hook(lambda m, i, o: made.append((m, i, o))) for m in self.top.modules()]
     own,got = self.top.forward,[]
     def both(*a, **k): got.append(own(*a, **k)); return got[0]
-    with resting(self.model), torch.no_grad(), self.ids, replaced_forwards({self.top: both}):
+    with evaluating(self.model), self.ids, replaced_forwards({self.top: both}):
         try: self.model(*args, **kw)
         finally: [h.remove() for h in hooks]
         at = self.ids.at(self.kind, len(seen['h']), seen['h'].device)
@@ -187,7 +187,7 @@ def _check(self:SinglePosition):
 @patch
 def _compare(self:SinglePosition, whole, args, kw):
     got = []
-    with resting(self.model), torch.no_grad(), self:
+    with evaluating(self.model), self:
         own = self.top.forward
         def see(*a, **k): got.append(own(*a, **k)); return got[0]
         with replaced_forwards({self.top: see}): self.model(*args, **kw)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from fastcore.all import patch
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
-from ..core import FastaiTLError, shorten
+from ..core import FastaiTLError, evaluating, shorten
 from ..data.subwords import TensorTokens
 from .groups import _find_stacks, frozen_modules, layer_groups
 from .hf import HFModel
@@ -61,15 +61,6 @@ def replaced_forwards(
             else: m.forward = f
 
 # %% ../../nbs/25_models.prefix.ipynb #48e6f490
-@contextmanager
-def resting(model):
-    "All of `model` in eval mode inside the block, each module's mode put back after it"
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try: yield
-    finally:
-        for m,t in modes.items(): m.training = t
-
 def hidden(args, kw): return args[0] if args else kw['hidden_states']
 
 # %% ../../nbs/25_models.prefix.ipynb #1fbd4fb2
@@ -98,7 +89,7 @@ class Prefix:
     ):
         self.model,self.blocks,self.k = model,find_blocks(model),k
         if not 0<=k<=len(self.blocks): raise FastaiTLError(f'`k` must be between 0 and {len(self.blocks)}, the number of layers', str(k))
-        with resting(model): self._check()
+        with evaluating(model): self._check()
     def __str__(self): return f'{self.k} of {len(self.blocks)} layers'
     def __repr__(self): return f'Prefix({type(hf_models(self.model)[0]).__name__}, {self})'
     @property

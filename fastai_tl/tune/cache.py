@@ -19,11 +19,11 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.imports import noop
 from fastai.torch_core import to_device
-from ..core import DataError, FastaiTLError, shorten
-from ..data.subwords import TensorTargets, TensorTokens, _pad_stack
+from ..core import DataError, FastaiTLError, evaluating, shorten
+from ..data.subwords import TensorTargets, TensorTokens, _pad_stack, packs
 from ..models.groups import frozen_modules
 from ..models.position import SinglePosition
-from ..models.prefix import Prefix, frozen_prefix, replaced_forwards, resting
+from ..models.prefix import Prefix, frozen_prefix, replaced_forwards
 from ..models.states import StateStore
 
 # %% ../../nbs/34_tune.cache.ipynb #19f2734b
@@ -66,7 +66,7 @@ class PrefixCache:
         self.prefix,self.dl,self.one,self.dataset,self.pooled = prefix,dl,one,dl.dataset,not isinstance(prefix, Prefix)
         self.vectors = self.pooled or (one is not None and prefix.k==len(prefix.blocks)) # one a text
         lengths = np.array(dl.res if getattr(dl, 'res', None) is not None and not self.pooled else self._measure())
-        self.order = np.argsort(-lengths, kind='stable')
+        self.lengths,self.order = lengths,np.argsort(-lengths, kind='stable')
         self.store = StateStore(np.ones_like(lengths) if self.vectors else lengths, prefix.width, dtype, where, folder)
         self.tokens,self.targets,self.left = [None]*len(lengths),[None]*len(lengths),False
     def _measure(self): return [self.dl.do_item(i)[0].shape[-1] for i in range(len(self.dataset))]
@@ -76,15 +76,15 @@ class PrefixCache:
 # %% ../../nbs/34_tune.cache.ipynb #db928b6b
 @patch
 def fill(self:PrefixCache,
-    bs:int=64, # Texts of a batch
+    bs:int|None=None, # Texts of a batch; 64, or on a CPU as many as have 2,048 tokens in a Hugging Face model, if `None`
     context=nullcontext # What to compute in, such as autocast
 ) -> PrefixCache: # Itself
     "Compute the states of all texts"
     self.dl.before_iter()
     self.store.open()
-    model = self.prefix.model
-    with resting(model), torch.no_grad(), context(), (self.one if self.vectors and self.one is not None else nullcontext()):
-        for idxs in chunked(self.order, bs):
+    small = bs is None and not self.pooled and self.dl.device.type=='cpu'
+    with evaluating(self.prefix.model), context(), (self.one if self.vectors and self.one is not None else nullcontext()):
+        for idxs in packs(self.lengths, 2048) if small else chunked(self.order, bs or 64):
             x,*ys = drawn(self.dl, idxs)
             self._keep(idxs, x, ys, self.prefix.record(x.as_subclass(torch.Tensor)))
     self._stack_targets()
@@ -153,7 +153,7 @@ class CachedPrefix(Callback):
         where:str='auto', # `memory`, `disk`, or `auto`: the disk if the states would take more than half of the free memory
         folder:str|Path|None=None, # For the file on disk; `cache` in the Learner's folder if `None`
         one_position:bool|None=None, # Let the top layer compute one position; where that is exact if `None`
-        bs:int=64, # Texts of a batch while the states are computed
+        bs:int|None=None, # Texts of a batch while the states are computed; see `fill`
         optional:bool=False, # Train as usual while nothing is frozen, else that is an error
         verbose:bool=True # Say what is kept
     ):
