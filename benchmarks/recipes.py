@@ -6,7 +6,7 @@
 
 `choose` compares our recipes on validation splits: TREC-6 (500 and 1,500 questions) and the roles of the offline docstring corpus (1,000 passages). `chosen` names the winner by a rule that was fixed before the
 first run: the lowest mean, over these sets, of the logarithms of error and of NLL; and the best of those that need at most 0.7 times its seconds, if there is one. `judge` compares these with transformers' `Trainer` at three
-rates on test splits of other sets: IMDb (250 and 1,000 reviews; a fixed 2,000 of the test reviews) and CoNLL-2000 (500 sentences, all of its test). Everybody gets the same weights (MiniLM), rows, tokens (at most 128), epochs and batch size. The seed draws the training
+rates on test splits of other sets: IMDb (250 and 1,000 reviews; a fixed 2,000 of the test reviews) and CoNLL-2000 (500 sentences, all of its test). `edges` adds higher rates of the Trainer where it took the highest of its three. Everybody gets the same weights (MiniLM), rows, tokens (at most 128), epochs and batch size. The seed draws the training
 rows, the head and the order. The Trainer's rate is tuned for each seed by the NLL of 200 further training rows, which ours do not see. Seconds are those of the training alone; all models are tested by one
 function. --data holds en/imdb.parquet, en/trec6.csv, en/conll2000_chunks.parquet (sets without their file are left out). A run is a line of the CSV, written at once; runs that are there are not run again. --out keeps what each
 model says of each row, for the intervals."""
@@ -269,6 +269,9 @@ def todo(phase, a):
         tiers = (small, peers), (large, peers[2:]+peers[:2]), ((*small, *large), fast)   # what tells most comes first
         ours = lambda name, s: [best]*(s == 1 or name != 'CoNLL-2000') + [chosen_for_tags(a)]*(name == 'CoNLL-2000')   # one seed was enough to see that the best for texts is not the best for tags
         for k,(jobs,ways) in enumerate(tiers): yield from ((name, size, w, s) for s in range(1, a.seeds+1) for name,size in jobs for w in (ways if k == 2 else [*ours(name, s), *ways]))
+    if phase == 'edges':  # the Trainer above the rates of its grid, where it took the highest: for tags those that ours were chosen among
+        yield from (('CoNLL-2000', 500, f'Trainer {r:g}', s) for s in range(1, a.seeds+1) for r in (4e-4, 8e-4))
+        yield from (('IMDb', 250, 'Trainer 0.0004', s) for s in range(1, a.seeds+1))
     if phase == 'peers':  # the Trainer on the choosing sets, for the table
         for name,size,s in CHOOSING: yield from ((name, size, f'Trainer {r:g}', s) for r in TRAINER_RATES)
 
@@ -399,7 +402,7 @@ def ship(t, notebook=HERE.parent/'nbs'/'39_tune.transfer.ipynb'):
 def parse():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data')); ap.add_argument('--csv', type=Path, default=HERE/'recipes.csv'); ap.add_argument('--out', type=Path, default=Path('recipes_rows'))
-    ap.add_argument('--phase', nargs='*', default=[], choices=['choose', 'second', 'judge', 'peers']); ap.add_argument('--summary', action='store_true'); ap.add_argument('--model', help='a folder or a name instead of MiniLM; give such runs a CSV of their own')
+    ap.add_argument('--phase', nargs='*', default=[], choices=['choose', 'second', 'judge', 'edges', 'peers']); ap.add_argument('--summary', action='store_true'); ap.add_argument('--model', help='a folder or a name instead of MiniLM; give such runs a CSV of their own')
     ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--epochs', type=int, default=3); ap.add_argument('--bs', type=int, default=16)
     ap.add_argument('--threads', type=int, default=1); ap.add_argument('--until', help='HH:MM after which no run begins'); ap.add_argument('--n-test', type=int, help='fewer rows to test, to try the script'); ap.add_argument('--only', nargs=4, metavar=('SET', 'SIZE', 'RECIPE', 'SEED'))
     return ap.parse_args()

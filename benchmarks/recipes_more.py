@@ -4,7 +4,7 @@
     python benchmarks/recipes_more.py --data FOLDER --study stabilise augment unbalanced awd      # goes on where it stopped
     python benchmarks/recipes_more.py --summary
 
-MiniLM is trained by `learn.fit_transfer` (the recipe of `--recipe`) and tested on the 1,000 validation questions of TREC-6 that benchmarks/recipes.py chooses by; no test question is read. `stabilise`: 250 questions. `augment`: 500. `unbalanced`: 500, of which the classes
+MiniLM is trained by `learn.fit_transfer` (the recipe of `--recipe`) and tested on the 1,000 validation questions of TREC-6 that benchmarks/recipes.py chooses by; no test question is read. `stabilise`: 250 questions. `augment`: 500; the masked language model has read the 4,452 questions of the pool, without labels. `unbalanced`: 500, of which the classes
 have 250, 125, 63, 31, 20 and 11, tested on questions as they come. `awd`: an AWD_LSTM (128/256/2) on TREC-6 (1,500) and the roles of the docstring corpus (1,000), from random weights and from a language
 model that has read general English (en/general_corpus.parquet), then the training texts of both. The seed draws rows, weights and order. Processor time, not wall-clock time, is kept: these runs may share the machine."""
 import argparse, csv, sys, time, traceback
@@ -19,14 +19,31 @@ COLUMNS = 'study set size way seed n_test error macro_f1 nll ece cpu_seconds epo
 TREC_UNEVEN = (250, 125, 63, 31, 20, 11)
 
 
-def ways(study):
+def masked_lm(a):
+    "A masked language model and its tokenizer: MiniLM's layers, trained on the questions of the pool without their labels; made once"
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    from fastai_tl.all import HFMaskedLMDataLoaders, hf_masked_lm_learner, seed_everything
+    if 'masked' in a.kept: return a.kept['masked']
+    folder,tok = a.out/'masked_lm',AutoTokenizer.from_pretrained(minilm())
+    if not folder.exists():
+        seed_everything(0)
+        dls = HFMaskedLMDataLoaders.from_texts(Data('TREC-6', 1, 0, a).cache['TREC-6'][0].text.tolist(), tok, bs=32, max_length=64)
+        learn = hf_masked_lm_learner(dls, minilm()).to_mixed_precision()
+        with learn.no_bar(): learn.fit_one_cycle(a.masked_epochs, 5e-4)
+        print('masked language model: perplexity of hidden tokens', learn.recorder.values[-1][-1], flush=True)
+        learn.model.hf.float().save_pretrained(folder)
+    a.kept['masked'] = AutoModelForMaskedLM.from_pretrained(folder).eval(),tok
+    return a.kept['masked']
+
+
+def ways(study, a):
     "Name of a way to what it asks of the DataLoaders, the Learner, augmentation and the fit"
-    from fastai_tl.data.augment import DropWords, MaskSpans, SwapWords
+    from fastai_tl.data.augment import DropWords, MaskSpans, ReplaceWords, SwapWords
     drop,swap,mask = DropWords(.1),SwapWords(.1),MaskSpans('[MASK]', .15)
     return dict(
         stabilise={'3 epochs': {}, '6 epochs': dict(fit=dict(epochs=6)), '10 epochs': dict(fit=dict(epochs=10)), '12 epochs': dict(fit=dict(epochs=12)), '12 epochs, the best kept': dict(fit=dict(epochs=12, best=True)),
                    '10 epochs, rate rises in 10 %': dict(fit=dict(epochs=10, warmup=.1)), '10 epochs, 1 layer anew': dict(fit=dict(epochs=10, reinit=1)), '10 epochs, 2 layers anew': dict(fit=dict(epochs=10, reinit=2))},
-        augment={'as they are': {}, 'words dropped': dict(how=[drop]), 'words swapped': dict(how=[swap]), 'spans masked': dict(how=[mask]), 'all three': dict(how=[drop, swap, mask])},
+        augment={'as they are': {}, 'words dropped': dict(how=[drop]), 'words swapped': dict(how=[swap]), 'spans masked': dict(how=[mask]), 'all three': dict(how=[drop, swap, mask]), 'words of a masked language model': dict(how=lambda: [ReplaceWords(*masked_lm(a))])},
         unbalanced={'as they are': {}, 'class weights': dict(learn=dict(class_weights='balanced')), 'drawn by class': dict(dls=dict(weighted=True))})[study]
 
 
@@ -39,6 +56,7 @@ def fine_tune(d, seed, a, dls={}, learn={}, how=(), fit={}):
     seed_everything(seed)
     df = pd.concat([d.train.assign(valid=False), d.dev.assign(valid=True)], ignore_index=True)
     data = HFTextDataLoaders.from_df(df, minilm(), valid_col='valid', bs=16, max_length=128, verbose=False, **dls)
+    how = how() if callable(how) else how
     if how: augment_texts(data, *how)
     l = hf_classifier_learner(data, minilm(), metrics=[], **learn)
     with l.no_bar(), l.no_logging(), Clock() as c: plan = l.fit_transfer(**{'epochs': 3, **fit}, recipe=a.recipe, cbs=None if fit.get('best') else NoValidation())
@@ -68,7 +86,7 @@ def minilm_run(study, size, way, seed, a):
         pool = d.cache['TREC-6'][0].sample(frac=1, random_state=seed)
         d.rest = pool[size+N_DEV:]
         d = uneven(d, seed)
-    model,c,steps,epochs = fine_tune(d, seed, a, **ways(study)[way])
+    model,c,steps,epochs = fine_tune(d, seed, a, **ways(study, a)[way])
     logp = say(model, d.rows[2], d.tok, d.task)
     s,_ = scores(logp, d.rows[2], d.classes, d.task)
     pred,truth = np.array([p.argmax() for p in logp]),np.array([r['labels'] for r in d.rows[2]])
@@ -145,7 +163,7 @@ def awd_run(name, size, way, seed, a):
 def todo(study, a):
     for seed in range(1, a.seeds+1):
         if study == 'awd': yield from ((study, name, size, w, seed) for name,size in (('TREC-6', 1500), ('docstrings', 1000)) for w in AWD_WAYS)
-        else: yield from ((study, 'TREC-6', 250 if study == 'stabilise' else 500, w, seed) for w in ways(study))
+        else: yield from ((study, 'TREC-6', 250 if study == 'stabilise' else 500, w, seed) for w in ways(study, a))
 
 
 def pm(sd): return '' if np.isnan(sd) else f' ± {sd:.1f}'
@@ -163,7 +181,7 @@ def summary(file):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', default='../shared/data'); ap.add_argument('--csv', type=Path, default=HERE/'recipes_more.csv'); ap.add_argument('--out', type=Path, default=Path('recipes_rows')); ap.add_argument('--study', nargs='*', default=[])
-    ap.add_argument('--recipe', default='head_then_full'); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--general-epochs', type=int, default=1); ap.add_argument('--lm-epochs', type=int, default=2); ap.add_argument('--n-test', type=int); ap.add_argument('--until'); ap.add_argument('--only', default='', help='only the ways that begin so'); ap.add_argument('--summary', action='store_true')
+    ap.add_argument('--recipe', default='head_then_full'); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--masked-epochs', type=int, default=8); ap.add_argument('--general-epochs', type=int, default=1); ap.add_argument('--lm-epochs', type=int, default=2); ap.add_argument('--n-test', type=int); ap.add_argument('--until'); ap.add_argument('--only', default='', help='only the ways that begin so'); ap.add_argument('--summary', action='store_true')
     a = ap.parse_args()
     a.kept = {}
     if a.summary: return print(summary(a.csv))

@@ -62,7 +62,7 @@ def _parser():
     p.add_argument('--version', action='version', version=f'fastai-tl {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     q = sub.add_parser('quickstart', help='three stages of transfer on real text, offline, in minutes', description='Three stages of transfer on real text, beside what they have to beat. Stopped with Ctrl-C, the same command goes on.')
-    q.add_argument('--out', help='folder of the results (quickstart)')
+    q.add_argument('--out', help='folder of the results (quickstart, and the names of what is not as by default: quickstart-mine for mine.csv, quickstart-minilm)')
     q.add_argument('--data', help="a .csv, .tsv, .jsonl or .parquet file, a folder with a subfolder a class, or 'imdb' (downloaded); docstrings, offline, if left out")
     q.add_argument('--text', dest='text_col', help='column of the texts (text)')
     q.add_argument('--label', dest='label_col', help='column of the labels (label)')

@@ -87,5 +87,5 @@ def test_settings_are_read():
     cfg.read(ROOT/'settings.ini', encoding='utf-8')
     assert cfg.sections() == ['fastai_tl'] and not cfg.defaults() and set(cfg['fastai_tl']) == set(SETTINGS)
     assert {'bs', 'text_col', 'label_col', 'seed', 'epochs', 'font'} <= set(SETTINGS)
-    assert read_settings(ROOT/'settings.ini') == dict(text_col='text', label_col='label', out='quickstart', seed=42, bidirectional=False, full=False)
+    assert read_settings(ROOT/'settings.ini') == dict(text_col='text', label_col='label', seed=42, bidirectional=False, full=False)
 

@@ -20,10 +20,10 @@ from fastai.interpret import plot_top_losses
 from fastai.torch_core import TensorBase
 from ..core import DataError, FastaiTLError, shorten
 from .blocks import need_rows, split_rows
-from .loaders import tokens_dls, two_splits
+from .loaders import language_rules, tokens_dls, two_splits
 from .spans import ShownWords, show_html
 from .subwords import TensorTokens, load_tokenizer
-from .tokenize import check_texts, column
+from .tokenize import _ruled, check_texts, column
 
 # %% ../../nbs/18_data.questions.ipynb #f0df6cbe
 class TensorSpan(TensorBase):
@@ -61,13 +61,14 @@ class HFTokenizeQA(DisplayedTransform):
     def __init__(self,
         tokenizer, # A name, a folder, or a fast tokenizer of transformers
         max_length:int|None=None, # Tokens of a window; the tokenizer's own limit, at most 384, if `None`
-        stride:int=64 # Tokens of the passage that neighbouring windows share
+        stride:int=64, # Tokens of the passage that neighbouring windows share
+        rules=() # Functions from string to string, applied to what the model reads; to a passage letter by letter, so that places stay
     ):
         self.tokenizer = load_tokenizer(tokenizer)
         if not getattr(self.tokenizer, 'is_fast', False): raise FastaiTLError('Answers need a fast tokenizer, which knows the characters of each token', f'a {type(self.tokenizer).__name__}')
         self.max_length,self.stride = max_length or min(384, self.tokenizer.model_max_length),stride
         if not 0<=stride<self.max_length: raise FastaiTLError(f'`stride` must be smaller than the {self.max_length} tokens of a window', str(stride))
-        self.has_types,self.examples,self.may_be_none = 'token_type_ids' in self.tokenizer.model_input_names,[],False
+        self.has_types,self.examples,self.may_be_none,self.rules = 'token_type_ids' in self.tokenizer.model_input_names,[],False,list(rules)
         super().__init__()
     def __getstate__(self): return {**self.__dict__, 'examples': []}
     def encodes(self, x:QAWindow): return TensorTokens(torch.from_numpy(x.data.astype(np.int64)))
@@ -102,15 +103,24 @@ def windows(self:HFTokenizeQA,
     "Cut passages into windows, each after its question"
     rows = range(len(examples)) if rows is None else rows
     room = self.max_length-self.tokenizer.num_special_tokens_to_add(pair=True)-self.stride
-    sizes = [len(i) for i in self.tokenizer([e.question for e in examples], add_special_tokens=False, verbose=False)['input_ids']]
+    sizes = [len(i) for i in self.tokenizer(self._questions(examples), add_special_tokens=False, verbose=False)['input_ids']]
     long = [r for r,n in zip(rows, sizes) if n>=room]
     if long: raise DataError(f'A question must leave room for its passage: fewer than {room} tokens, with windows of {self.max_length} that share {self.stride}', f'{max(sizes)} tokens in row {shorten(long)}', 'Use a larger `max_length` or a smaller `stride`')
     return [w for a in range(0, len(examples), 500) for w in self._windows(examples[a:a+500])]
 
 # %% ../../nbs/18_data.questions.ipynb #96f04209
+def letter_by_letter(texts, rules):
+    "Texts in which each letter is what `rules` make of it, if that is one letter"
+    if not rules: return texts
+    at = {ord(c): r for c in sorted(set().union(*texts)) if len(r := next(_ruled(rules, [c])))==1 and r!=c}
+    return [t.translate(at) for t in texts]
+
+@patch
+def _questions(self:HFTokenizeQA, examples): return list(_ruled(self.rules, [e.question for e in examples]))
+
 @patch
 def _windows(self:HFTokenizeQA, examples):
-    enc = self.tokenizer([e.question for e in examples], [e.context for e in examples], truncation='only_second', max_length=self.max_length, stride=self.stride,
+    enc = self.tokenizer(self._questions(examples), letter_by_letter([e.context for e in examples], self.rules), truncation='only_second', max_length=self.max_length, stride=self.stride,
                          return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False)
     for i,k in enumerate(enc['overflow_to_sample_mapping']):
         (data,none),e = _arrays(self, enc, i),examples[k]
@@ -192,11 +202,12 @@ def hf_qa_dls(
     val_bs:int|None=None, # Windows of a validation batch; twice `bs` if `None`
     path='.', # Folder of the DataLoaders
     verbose:bool=True, # Say how many windows there are, and how many answers are in none
-    rows=None # Names of the rows for messages
+    rows=None, # Names of the rows for messages
+    lang:str='en' # `zh-tw` lets the model read what `CHINESE_RULES` make of the texts; `en` leaves them as they are
 ) -> HFQADataLoaders:
     "DataLoaders of windows, of checked questions"
     need_rows(train, valid)
-    tok,rows = HFTokenizeQA(tokenizer, max_length, stride),list(rows if rows is not None else range(len(examples)))
+    tok,rows = HFTokenizeQA(tokenizer, max_length, stride, language_rules(lang)),list(rows if rows is not None else range(len(examples)))
     tok.may_be_none = any(not examples[i].answers[0] for i in train)
     parts = [tok.windows(number_examples(tok, [examples[i] for i in p]), [rows[i] for i in p]) for p in (train,valid)]
     if verbose: _say_windows(parts[0]+parts[1], tok)
@@ -224,7 +235,7 @@ def from_lists(cls:HFQADataLoaders,
     valid_pct:float=.2, # Share for a random split; rows with the same passage are not kept together
     seed:int=42, # Which rows are drawn
     index=None, # Names of the rows for messages
-    **kwargs # More for `hf_qa_dls`: `max_length`, `stride`, `bs`, …
+    **kwargs # More for `hf_qa_dls`: `lang`, `max_length`, `stride`, `bs`, …
 ) -> HFQADataLoaders:
     "From questions, passages and answers in lists"
     examples = check_answers(questions, contexts, answers, starts, index)

@@ -21,9 +21,9 @@ from fastai.data.transforms import CategoryMap
 from fastai.interpret import plot_top_losses
 from ..core import DataError, FastaiTLError, did_you_mean, shorten
 from .blocks import need_rows, split_rows
-from .loaders import tokens_dls, two_splits
+from .loaders import language_rules, tokens_dls, two_splits
 from .subwords import HFTokenize, TensorTargets, TensorTokens
-from .tokenize import column
+from .tokenize import _ruled, column
 
 # %% ../../nbs/16_data.spans.ipynb #53da1b04
 class TensorTags(TensorTargets):
@@ -89,9 +89,10 @@ class HFTokenizeWords(HFTokenize):
         tokenizer, # A name, a folder, or a fast tokenizer of transformers
         sep:str=' ', # What stands between words in running text: a space, or nothing
         max_length:int|None=None, # Tokens of a sentence with its special ones; the tokenizer's own limit if `None`
-        verbose:bool=True # Say how many sentences were cut short
+        verbose:bool=True, # Say how many sentences were cut short
+        rules=() # Functions from string to string, applied to each word that the model reads
     ):
-        super().__init__(tokenizer, max_length, True, verbose)
+        super().__init__(tokenizer, max_length, True, verbose, rules)
         if not getattr(self.tokenizer, 'is_fast', False): raise FastaiTLError('Tags need a fast tokenizer, which knows the word of each token', f'a {type(self.tokenizer).__name__}', 'Load it with `use_fast=True`, or take a model that has a fast one')
         if sep not in ('',' '): raise FastaiTLError("`sep` must be ' ' or ''", repr(sep))
         self.sep = sep
@@ -101,10 +102,13 @@ class HFTokenizeWords(HFTokenize):
 @patch
 def _cut(self:HFTokenizeWords, texts):
     "Arrays of shape (3, tokens) of some sentences, and how many were longer than `max_length`"
-    enc = self.tokenizer([list(t) for t in texts], is_split_into_words=True, truncation=True, max_length=self.max_length, verbose=False)
+    enc = self.tokenizer([self._read(t) for t in texts], is_split_into_words=True, truncation=True, max_length=self.max_length, verbose=False)
     none = lambda i: [-1]*len(enc['input_ids'][i])
     rows = [(enc['input_ids'][i], enc['token_type_ids'][i] if self.has_types else none(i), [-1 if w is None else w for w in enc.word_ids(i)]) for i in range(len(texts))]
     return [np.asarray(r, dtype=np.int32) for r in rows],sum(bool(e.overflowing) for e in enc.encodings)
+
+@patch
+def _read(self:HFTokenizeWords, words): return [r or w for r,w in zip(_ruled(self.rules, words), words)] if self.rules else list(words)
 
 @HFTokenizeWords
 def decodes(self, x:TensorTokens):
@@ -204,10 +208,11 @@ def hf_tagger_dls(
     bs:int=32, # Sentences of a training batch
     val_bs:int|None=None, # Sentences of a validation batch; twice `bs` if `None`
     path='.', # Folder of the DataLoaders
-    verbose:bool=True # Say how many sentences were cut short, and how many words give no token
+    verbose:bool=True, # Say how many sentences were cut short, and how many words give no token
+    lang:str='en' # `zh-tw` normalises what the model reads of each word by `CHINESE_RULES`; `en` leaves it as it is
 ) -> HFTagDataLoaders:
     "DataLoaders of a tagger, of checked words and tags"
-    tok = HFTokenizeWords(tokenizer, guess_sep(words[i] for i in train) if sep is None else sep, max_length, verbose)
+    tok = HFTokenizeWords(tokenizer, guess_sep(words[i] for i in train) if sep is None else sep, max_length, verbose, language_rules(lang))
     items,n = [TaggedWords([words[i], tags[i]]) for i in train+valid],len(train)
     dls = tokens_dls(HFTagDataLoaders, items, n, [[itemgetter(0), tok], [EncodeTags(tok, vocab, label_all)]], tok.tokenizer.padding_side, bs, val_bs, path)
     if verbose: _say_lost(tok, items)
@@ -228,7 +233,7 @@ def from_lists(cls:HFTagDataLoaders,
     seed:int=42, # Which rows are drawn
     vocab:list|None=None, # All tags; those of the training rows if `None`
     index=None, # Names of the rows for messages
-    **kwargs # More for `hf_tagger_dls`: `label_all`, `sep`, `max_length`, `bs`, …
+    **kwargs # More for `hf_tagger_dls`: `label_all`, `sep`, `lang`, `max_length`, `bs`, …
 ) -> HFTagDataLoaders:
     "From words and tags in lists"
     words,tags = check_tagged(words, tags, index)

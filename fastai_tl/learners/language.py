@@ -22,7 +22,7 @@ from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
 from ..core import DataError, FastaiTLError, evaluating
 from ..data.lm import end_of_text, frame
-from ..data.tokenize import check_texts
+from ..data.tokenize import _ruled, check_texts
 from .base import HFLearner, each_row, make_learner
 from ..models.encoder import text_vocab
 from ..models.groups import layer_splitter
@@ -101,9 +101,10 @@ class HFCausalLMLearner(HFLearner):
         max_new_tokens:int=30, # Tokens to add at most
         **kwargs # More for `generate` of transformers
     ) -> str: # The text with what follows
-        "Go on with a text"
+        "Go on with a text; the model reads it as it was taught to, by the rules of its DataLoaders"
         tok,(before,_) = self.tokenizer,frame(self.tokenizer)
-        ids = before + tok(item, add_special_tokens=False, verbose=False)['input_ids'] or [end_of_text(tok)]
+        read = next(_ruled(getattr(self.dls.train_ds, 'rules', ()), [item]))
+        ids = before + tok(read, add_special_tokens=False, verbose=False)['input_ids'] or [end_of_text(tok)]
         if self.model.limit: ids = ids[-max(1, self.model.limit-max_new_tokens):]
         ids = torch.tensor([ids], device=next(self.model.parameters()).device)
         with evaluating(self.model): out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=self.model.pad_id, **kwargs)

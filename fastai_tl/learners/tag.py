@@ -159,7 +159,7 @@ class TaggedSentence:
 # %% ../../nbs/53_learners.tag.ipynb #1d7f80ca
 def _sizes(tok, sentences):
     "How many tokens each word has"
-    enc = tok.tokenizer([list(s) for s in sentences], is_split_into_words=True, add_special_tokens=False, verbose=False)
+    enc = tok.tokenizer([tok._read(s) for s in sentences], is_split_into_words=True, add_special_tokens=False, verbose=False)
     return [np.bincount([w for w in enc.word_ids(i) if w is not None], minlength=len(s)).tolist() for i,s in enumerate(sentences)]
 
 def _merge(sentences, windows, xs, preds, n):
