@@ -99,6 +99,9 @@ CONFIG = dict(emb_sz=128, n_hid=256, n_layers=2)
 AWD_WAYS = {f'{start}, {way}': (start, kw) for start in ('scratch', 'language model') for way,kw in {
     'ulmfit (2e-2 to 1e-3, spread 2.6^4)': dict(recipe='ulmfit', lr=1e-3), 'ulmfit, spread 4': dict(recipe='ulmfit', lr=3e-3, spread=4.), 'head_then_full': dict(recipe='head_then_full', lr=5e-3),
     'discriminative': dict(recipe='discriminative', lr=5e-3), 'full': dict(recipe='full', lr=5e-3)}.items()}
+# Added when the first seeds had shown that the rate matters as much as the recipe: every recipe at two higher rates, with the encoder
+AWD_WAYS |= {f'language model, {way}, {lr:g}': ('language model', dict(kw, lr=lr)) for lr in (1e-2, 2e-2) for way,kw in {
+    'ulmfit': dict(recipe='ulmfit'), 'ulmfit, spread 4': dict(recipe='ulmfit', spread=4.), 'head_then_full': dict(recipe='head_then_full'), 'discriminative': dict(recipe='discriminative'), 'full': dict(recipe='full')}.items()}
 AWD_EPOCHS = 6
 
 

@@ -166,4 +166,4 @@ def test_commands_run(name, tmp_path):
             assert res.returncode == 0, f'{c}\n{res.stdout}'
             ran += 1
         else: assert c == 'pytest', c
-    assert ran and (tmp_path/'quickstart'/'summary.json').exists()
+    assert ran and {f.parent.name for f in tmp_path.glob('*/summary.json')} == {'README.md': {'quickstart-mine'}, 'README.zh-TW.md': {'quickstart-mine', 'quickstart-我的評論'}}[name]
