@@ -179,9 +179,9 @@ from fastai.text.all import *
 from fastai_tl.all import *
 from transformers import BertConfig, BertForMaskedLM
 seed_everything(0)
-df = pd.DataFrame([dict(text=f'the {a} was {b}', label=l) for a in ('film','plot','cast','music') for l,bs in (('pos',('good','great','fine')),('neg',('bad','dull','poor'))) for b in bs]*4)
-tok = train_tokenizer(list(df.text), 100, kind='encoder', max_length=32); tok.save_pretrained('bert-base-chinese')
-BertForMaskedLM(BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=tok.pad_token_id)).save_pretrained('bert-base-chinese')
+df = pd.DataFrame([dict(text=f'the {a} was {b}', label=l) for a in ('film','plot','cast','music') for l,bs in (('pos',('good','great','fine')),('neg',('bad','dull','poor'))) for b in bs]*4).assign(split=lambda d: np.where(d.index%4, 'train', 'valid')); df.loc[5, 'label'] = None
+tok = train_tokenizer(list(df.text), 100, kind='encoder', max_length=32); tok.save_pretrained('distilbert-base-uncased')
+BertForMaskedLM(BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=tok.pad_token_id)).save_pretrained('distilbert-base-uncased')
 defaults.callbacks = [TrainEvalCallback, Recorder, CastToTensor]
 '''
 
