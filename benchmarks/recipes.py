@@ -380,6 +380,13 @@ OWN = {'full 2e-4': 'full', 'discriminative 2e-4': 'discriminative', 'head_then_
 OWN_TAGS = {'discriminative 8e-4': 'discriminative', 'head_then_full 8e-4': 'head_then_full'}
 def own(r): return (OWN_TAGS if r.set.startswith('CoNLL') else OWN).get(r.recipe)
 
+def awd_lines(file):
+    "What the recipes of an AWD_LSTM with a trained encoder came to, at the rate that `fit_transfer` takes"
+    df = pd.read_csv(file)
+    df = df[(df.study == 'awd') & df.way.isin([f'language model, {n}, 0.01' for n in ('full', 'discriminative', 'head_then_full', 'ulmfit')])]
+    for (name,size,way),g in df.groupby(['set', 'size', 'way'], sort=False): yield way.split(', ')[1], f'AWD_LSTM: {name} {size:,} (validation)', f'{g.error.mean():.1f} % ± {g.error.std():.1f}'
+
+
 def ship(t, notebook=HERE.parent/'nbs'/'39_tune.transfer.ipynb'):
     "Put the figures into the notebook's cell `_MEASURED`"
     lines = []
@@ -387,6 +394,7 @@ def ship(t, notebook=HERE.parent/'nbs'/'39_tune.transfer.ipynb'):
         what = f'{r.error:.1f} % ({r.low:.1f} to {r.high:.1f})' + ('' if np.isnan(r.against_tuned) else f', {r.against_tuned:.2f} of the time')
         lines.append((own(r), f'{r.set} {r.size:,}' + (' (validation)' if r.split == 'valid' else ''), what))
     for r in t[t.recipe == TUNED].itertuples(index=False): lines.append((TUNED, f'{r.set} {r.size:,}' + (' (validation)' if r.split == 'valid' else ''), f'{r.error:.1f} % ({r.low:.1f} to {r.high:.1f})'))
+    lines += awd_lines(HERE/'recipes_more.csv')
     by = {}
     for n,s,w in lines: by.setdefault(n, {})[s] = w
     nb = json.loads(notebook.read_text(encoding='utf-8'))
