@@ -74,7 +74,7 @@ def model_family(
     return 'decoder' if any(getattr(m, 'is_causal', False) is True for m in hf[0].modules()) else 'encoder'
 
 def _family_lr(learn, family):
-    if family=='AWD_LSTM': return 5e-3
+    if family=='AWD_LSTM': return 5e-3 if _is_lm(learn.model, family) else 1e-2
     if family=='other': return learn.lr
     cfg = hf_models(learn.model)[0].config
     return (8e-4 if getattr(learn.dls, 'task', None)=='tagging' else 2e-4)*min(1, 384/(getattr(cfg.get_text_config(), 'hidden_size', None) or 384))
@@ -93,11 +93,10 @@ def choose_recipe(
     "The recipe for a model"
     if n<3: return 'full',f'{n} layer group{"s" if n>1 else ""}: there is nothing to unfreeze step by step'
     if family=='AWD_LSTM' and is_lm: return 'head_then_full','a language model whose new words are learnt first, as in ULMFiT; not measured against others'
-    if family=='AWD_LSTM': return 'ulmfit',"the schedule that was made for an AWD_LSTM classifier with a trained encoder; from random weights take recipe='full'"
     if family=='other': return 'full','a model of its own kind, for which nothing was measured'
     if is_lm or family=='encoder-decoder': return 'discriminative','its head is trained already, so it needs no epoch of its own; not measured against others'
     if family=='decoder': return 'head_then_full','as for encoders; not measured for decoders'
-    return 'head_then_full','it did best on the validation sets of the benchmark'
+    return 'head_then_full','it did best on the validation sets of the benchmark' + (', with an encoder that had been trained' if family=='AWD_LSTM' else '')
 
 # %% ../../nbs/39_tune.transfer.ipynb #2ca0a0fc
 def _known(recipe, family, n, is_lm):
@@ -122,7 +121,7 @@ def _stage_epochs(epochs, stages, family, min_steps, n_batches):
     if epochs is not None and np.ndim(epochs):
         if len(epochs)!=stages: raise FastaiTLError(f'`epochs` needs one number for each of the {stages} stages', f'{list(epochs)}', 'Or one number for all')
         return [int(e) for e in epochs],stages
-    total = max(epochs or max(5 if family=='AWD_LSTM' else 3, stages+(stages>3)), math.ceil(min_steps/max(n_batches, 1)))
+    total = max(epochs or max(6 if family=='AWD_LSTM' else 3, stages+(stages>3)), math.ceil(min_steps/max(n_batches, 1)))
     if total<1: raise FastaiTLError('`epochs` must be at least 1', repr(epochs))
     k = min(stages, total)
     return [1]*(k-1) + [total-k+1],k
