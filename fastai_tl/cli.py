@@ -109,7 +109,11 @@ def _quickstart(a):
 
 def _status(a):
     from fastai_tl.learners.ulmfit import ULMFiT
-    runs = sorted(Path(a.run).glob('runs/*')) or [Path(a.run)]
+    import pandas as pd
+    from fastai_tl.files import read_json
+    f = Path(a.run)/'summary.json'
+    if f.exists() and (s := read_json(f)).get('kind')=='transformer': return print(f"{a.run}\n{pd.DataFrame(s['stages']).to_string(index=False)}\naccuracy {s['accuracy']:.1%}")
+    runs = sorted(o for o in Path(a.run).glob('runs/*') if o.is_dir()) or [Path(a.run)]
     for r in runs:
         st = ULMFiT(r).status()
         print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
@@ -122,7 +126,7 @@ def _predict(a):
     if (Path(a.run)/'bundle.json').exists(): return _predict_bundle(a.run, texts)
     if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart, or a bundle', 'no summary.json or bundle.json there', f'Run: fastai-tl quickstart --out {a.run}')
     s = read_json(f)
-    if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts, s.get('lang', 'en'))
+    if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts, s.get('lang', 'en'), s['size']['max_length'])
     ulm = ULMFiT(Path(a.run)/s.get('run', 'runs/stages 1+2'), config=s['size']['config'], bidirectional=s['bidirectional'], progress=False, lang=s.get('lang', 'en'))
     learn = ulm.load_classifier(s['chosen'][s['best']]['name'])
     for t in texts:
@@ -177,7 +181,7 @@ def _perplexity(a):
     for o in rows: print(json.dumps({k: v if v==v else None for k,v in o.items()}, ensure_ascii=False) if a.json else f"{o[r.name]:.2f}\t{o['bits_per_char']:.3f}\t{o['unk_share']:.3f}\t{o['tokens']}\t{o.get('text', f'all {len(r)} texts')}")
 
 # %% ../nbs/99_cli.ipynb #be083275
-def _predict_hf(folder, texts, lang):
+def _predict_hf(folder, texts, lang, max_length):
     "Classify with a tuned Transformer, in transformers' own format"
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -185,7 +189,7 @@ def _predict_hf(folder, texts, lang):
     from fastai_tl.data.tokenize import _ruled
     tok,model = AutoTokenizer.from_pretrained(folder),AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for t,ruled in zip(texts, _ruled(language_rules(lang), texts)):
-        with torch.no_grad(): p = model(**tok(ruled, truncation=True, return_tensors='pt')).logits.softmax(-1)[0]
+        with torch.no_grad(): p = model(**tok(ruled, truncation=True, max_length=max_length, return_tensors='pt')).logits.softmax(-1)[0]
         print(f'{model.config.id2label[int(p.argmax())]}\t{float(p.max()):.3f}\t{t}')
 
 # %% ../nbs/99_cli.ipynb #6af5b680

@@ -18,7 +18,7 @@ from .core import FastaiTLError, derive_seed, lang_code, seed_everything, shorte
 from .data.decode import LETTER, WIDE
 from .data.loaders import HFTextDataLoaders
 from .evaluation.report import Evaluation, wilson_interval
-from .files import atomic_path, read_json, write_json
+from .files import atomic_path, digest, read_json, write_json
 from .learners.bidirectional import text_items
 from .learners.classify import hf_classifier_learner
 from .learners.ulmfit import ULMFiT
@@ -252,12 +252,18 @@ def fit(self:TransformerQuickstart,
     seed_everything(self.seed)
     learn,epochs = hf_classifier_learner(dls, self.model, path=self.out),sum(self.size['epochs'])
     learn.create_opt()
-    keep = ResumableFit(self.out/'runs'/f'classifier-{lr:g}.safetensors', self.seed, dict(lr=lr, rows=len(self.rows), **{k: v for k,v in self.size.items() if k!='rates'}))
+    keep = ResumableFit(self.out/'runs'/f'classifier-{lr:g}.safetensors', self.seed, dict(lr=lr, data=self._data(), **{k: v for k,v in self.size.items() if k!='rates'}))
     fit = lambda: learn.fit_one_cycle(epochs, discriminative_lrs(lr, len(learn.opt.param_lists), spread=self.size['spread']), cbs=keep)
     if self.progress: fit()
     else:
         with learn.no_bar(), learn.no_logging(): fit()
     return learn
+
+# %% ../nbs/98_quickstart.ipynb #4eb0172a
+@patch
+def _data(self:TransformerQuickstart):
+    "Changes with the texts, labels, split, model or language"
+    return digest(list(self.rows.text), list(map(str, self.rows.label)), list(self.rows.split), str(self.model), self.lang)
 
 # %% ../nbs/98_quickstart.ipynb #2b699fdb
 @patch
@@ -291,7 +297,7 @@ def run(self:TransformerQuickstart) -> dict: # The summary
 # %% ../nbs/98_quickstart.ipynb #1371abba
 def default_out(data=None, model=None, full=False, lang='en'):
     "A folder for each: `quickstart`, and what is not as by default"
-    own = Path(data).stem if data is not None else lang if lang_code(lang)!='en' else None
+    own = Path(data).resolve().stem if data is not None else lang if lang_code(lang)!='en' else None
     return '-'.join(['quickstart', *(str(o) for o in (own, model and Path(model).name, full and 'full') if o)])
 
 def quickstart(

@@ -1,6 +1,6 @@
 "Traditional Chinese: what goes in comes back, whatever it is; figures have their characters; bad input is told."
 
-import json, os, pickle, signal, sys, unicodedata
+import contextlib, json, os, pickle, signal, sys, unicodedata
 
 import numpy as np
 import pandas as pd
@@ -262,6 +262,59 @@ def test_all_loaders_normalise(tmp_path):
         assert unk in flat(en.train_ds) and wifi not in flat(en.train_ds)
     zh,en = (HFSeq2SeqDataLoaders.from_lists(o, o, s2s, lang='zh-tw', verbose=False).valid.one_batch() for o in (wide, [t+'，WiFi' for t in texts]))
     assert (zh[0].ids == en[0].ids).all() and (zh[1] == en[1]).all()
+
+def zh_learners():
+    "A Learner of each task that was trained with `lang='zh-tw'`, and what it says of a full-width text"
+    from transformers import BertConfig, GPT2Config, T5Config
+    texts = [f'門裡面有{a}面{b}的牆，ABC{i%7}。' for i,(a,b) in enumerate([(a, b) for a in '一二三四' for b in '白灰紅黑']*2)]
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64)
+    tok,dec,s2s = train_chinese_tokenizer(texts, 2000, min_freq=1, max_length=32),train_tokenizer(texts, 350, 'decoder', max_length=32),train_tokenizer(texts, 350, 'seq2seq', max_length=32)
+    odd,kw = '門裏面有一面白的牆，ＡＢＣ。',dict(lang='zh-tw', bs=8, verbose=False)
+    bert = BertConfig(vocab_size=len(tok), **small)
+    yield hf_classifier_learner(HFTextDataLoaders.from_lists(texts, [t[6] for t in texts], tok, **kw), bert), lambda l: l.predict_batch([odd]) if hasattr(l, 'dls') else l.predict([odd])
+    yield hf_tagger_learner(HFTagDataLoaders.from_lists([list(t) for t in texts], [['B-X' if c in '白灰紅黑' else 'O' for c in t] for t in texts], tok, **kw), bert), lambda l: l.tag([odd])
+    yield hf_qa_learner(HFQADataLoaders.from_lists(['什麼顏色？']*len(texts), texts, [t[6] for t in texts], tok, stride=4, **kw), bert), lambda l: l.answers([('什麼顏色？', odd)])
+    yield hf_causal_lm_learner(HFCausalLMDataLoaders.from_texts(texts, dec, max_length=16, bs=4, lang='zh-tw'), GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64)), lambda l: (l.predict(odd, max_new_tokens=5, do_sample=False), l.perplexity([odd]), [o.text[len(odd):] for o in l.generate([odd], max_new_tokens=5)])
+    yield hf_masked_lm_learner(HFMaskedLMDataLoaders.from_texts(texts, tok, max_length=32, bs=4, lang='zh-tw'), bert), lambda l: l.perplexity([odd])
+    yield hf_seq2seq_learner(HFSeq2SeqDataLoaders.from_lists(texts, texts, s2s, **kw), T5Config(vocab_size=len(s2s), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=s2s.pad_token_id)), lambda l: l.generate_texts([odd], max_new_tokens=5)
+
+
+@pytest.mark.parametrize('i', range(6), ids=['classifier', 'tagger', 'qa', 'causal', 'masked', 'seq2seq'])
+def test_what_was_learnt_with_rules_is_used_with_them(i, tmp_path, monkeypatch):
+    "A bundle, generation and perplexity read texts by the rules of the DataLoaders: without them the answers would be others"
+    from fastai_tl.data.loaders import data_rules
+    seed_everything(0)
+    learn,say = next(o for k,o in enumerate(zh_learners()) if k == i)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2); said = say(learn)
+    assert data_rules(learn.dls) == CHINESE_RULES
+    learn.save_bundle(tmp_path/'b')
+    again = load_bundle(tmp_path/'b', verbose=False)
+    with getattr(again, 'no_bar', contextlib.nullcontext)(): assert str(say(again)) == str(said)
+
+
+def test_generation_and_perplexity_follow_the_rules():
+    seed_everything(0)
+    learn,_ = next(o for k,o in enumerate(zh_learners()) if k == 3)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    wide,plain = '門裏面有　ＡＢＣ','門裡面有 ABC'
+    measure = lambda t: str(learn.perplexity([t]))
+    assert measure(wide) == measure(plain) != measure('門外面有 ABC')
+    a,b = (learn.generate([t], max_new_tokens=6)[0] for t in (wide, plain))
+    assert a.ids == b.ids and a.text.startswith(wide)
+
+
+def test_own_rules_are_no_language(toks):
+    from fastai_tl.data.loaders import rules_language
+    assert rules_language([]) == 'en' and rules_language(CHINESE_RULES) == 'zh-tw'
+    with expect_fail(FastaiTLError, 'must be those of a language'): rules_language([str.lower])
+
+
+def test_lone_surrogates_in_texts_for_transformers():
+    "They are read as what stands for broken characters; a table of pandas refuses them before"
+    texts = ['很好吃','很差']*8
+    tok = train_tokenizer(['很好\ufffd吃','很差'], 300, max_length=16)
+    rows = lambda t: HFTokenize(tok, 16)(t).tolist()
+    assert rows('很好\ud800吃') == rows('很好\ufffd吃') != rows('很好吃')
 
 
 def test_language_codes():

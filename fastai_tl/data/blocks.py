@@ -85,13 +85,14 @@ def check_labels(
     "Refuse missing labels, and convert the rest"
     labels = list(labels)
     rows = list(index) if index is not None else list(range(len(labels)))
-    missing = [r for r,l in zip(rows, labels) if l is None or l is pd.NA or (isinstance(l, float) and l!=l)]
+    missing = [r for r,l in zip(rows, labels) if l is None or l is pd.NA or (isinstance(l, (float,np.floating)) and l!=l)]
     if missing and target!='multi' and label_delim is None:
         raise DataError('Each text needs a label', f'none in row {shorten(missing)}', 'Drop those rows, or keep their texts for the language model (`finetune_lm`)')
     if target is None: target = _guess_target(labels, label_delim)
     if target not in TARGETS: raise unknown_option('target', target, TARGETS)
     if target=='multi': return [_label_list(l, label_delim) for l in labels],target
     if target=='single': return labels,target
+    if endless := [r for r,l in zip(rows, labels) if isinstance(l, (float,np.floating)) and np.isinf(l)]: raise DataError('Targets of a regression must be finite', f'others in row {shorten(endless)}')
     try: labels = [float(l) for l in labels]
     except (TypeError, ValueError): raise DataError('Targets of a regression must be numbers', shorten([repr(l) for l in labels if not isinstance(l, (int,float))], 3)) from None
     return labels,target
@@ -99,11 +100,11 @@ def check_labels(
 # %% ../../nbs/12_data.blocks.ipynb #083e8db8
 def _guess_target(labels, label_delim):
     if label_delim is not None or any(isinstance(l, (list,tuple,set,L,np.ndarray)) for l in labels): return 'multi'
-    return 'regression' if any(isinstance(l, (float, np.floating)) and l!=int(l) for l in labels) else 'single'
+    return 'regression' if any(isinstance(l, (float, np.floating)) and (np.isinf(l) or l!=int(l)) for l in labels) else 'single'
 
 def _label_list(l, delim):
-    if l is None or l is pd.NA or (isinstance(l, float) and l!=l): return []
-    if isinstance(l, str): return [o for o in l.split(delim) if o] if delim else [l]
+    if l is None or l is pd.NA or (isinstance(l, (float,np.floating)) and l!=l): return []
+    if isinstance(l, str): return [o.strip() for o in l.split(delim) if o.strip()] if delim else [l]
     return [str(o) if not isinstance(o, (str,int)) else o for o in l]
 
 # %% ../../nbs/12_data.blocks.ipynb #0cfc273c

@@ -59,6 +59,17 @@ def draw_weights(labels, target):
 
 def language_rules(lang): "What is done to texts of a language before a tokenizer of transformers cuts them"; return CHINESE_RULES if lang_code(lang)=='zh-tw' else ()
 
+def data_rules(dls):
+    "What is done to each text of some DataLoaders before a tokenizer of transformers cuts it"
+    if 'rules' in vars(dls.valid_ds): return list(dls.valid_ds.rules)
+    return next((list(f.rules) for tl in getattr(dls.valid_ds, 'tls', ()) for f in tl.tfms.fs if 'rules' in vars(f)), [])
+
+def rules_language(rules):
+    "The language whose rules these are"
+    found = next((l for l in ('en','zh-tw') if list(language_rules(l))==list(rules)), None)
+    if found is None: raise FastaiTLError('Rules must be those of a language', f'others: {shorten([getattr(r, "__name__", r) for r in rules])}', 'Apply your own rules to the texts before')
+    return found
+
 # %% ../../nbs/14_data.loaders.ipynb #0166f337
 def tokens_dls(cls, items, n, tfms, side, bs, val_bs, path, weights=None):
     "DataLoaders of class `cls` of items, of which the first `n` train; a last batch of one is left out"
@@ -105,7 +116,7 @@ def _items_of(items, columns, with_labels):
         texts = _texts_of(items, text_col)
         if not with_labels: return texts
         items = zip(texts, check_labels(column(items, label_col), items.index, None, delim)[0])
-    items = list(items)
+    items = [list(o) if type(o) is tuple and not with_labels else o for o in items]
     if not with_labels: return items
     if bad := [i for i,o in enumerate(items) if isinstance(o, str) or not hasattr(o, '__len__') or len(o)!=2]:
         raise DataError('With labels each item must be a text and its label', f'{shorten(items[bad[0]])} in row {shorten(bad)}')

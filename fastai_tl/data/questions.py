@@ -111,7 +111,6 @@ def windows(self:HFTokenizeQA,
 # %% ../../nbs/18_data.questions.ipynb #96f04209
 def letter_by_letter(texts, rules):
     "Texts in which each letter is what `rules` make of it, if that is one letter"
-    if not rules: return texts
     at = {ord(c): r for c in sorted(set().union(*texts)) if len(r := next(_ruled(rules, [c])))==1 and r!=c}
     return [t.translate(at) for t in texts]
 

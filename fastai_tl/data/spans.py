@@ -108,7 +108,7 @@ def _cut(self:HFTokenizeWords, texts):
     return [np.asarray(r, dtype=np.int32) for r in rows],sum(bool(e.overflowing) for e in enc.encodings)
 
 @patch
-def _read(self:HFTokenizeWords, words): return [r or w for r,w in zip(_ruled(self.rules, words), words)] if self.rules else list(words)
+def _read(self:HFTokenizeWords, words): return [r or w for r,w in zip(_ruled(self.rules, words), words)]
 
 @HFTokenizeWords
 def decodes(self, x:TensorTokens):

@@ -9,7 +9,7 @@ __all__ = ['check_texts', 'read_table', 'read_folder', 'read_texts', 'WordLevelT
            'tokenize_texts_once', 'TextTokenizer']
 
 # %% ../../nbs/10_data.tokenize.ipynb #452aae84
-import os
+import os, re
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -160,10 +160,12 @@ def _encode(texts, tok, rules):
     return list(w2i),np.array(ids, dtype=np.int32),lens
 
 def _ruled(rules, texts):
-    "The texts with all rules applied"
+    "The texts with all rules applied; lone surrogates, which no tokenizer takes, become `\ufffd`"
     for t in texts:
         for r in rules: t = r(t)
-        yield t
+        yield t if t.isascii() else _lone.sub('\ufffd', t)
+
+_lone = re.compile('[\ud800-\udfff]')
 
 _job = {}
 def _begin_worker(tok, rules): _job.update(tok=tok, rules=rules)

@@ -21,7 +21,7 @@ from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, RunError, shorten
 from ..data.blocks import classifier_dls, language_model_dls
 from ..data.lm import HFCausalLMDataLoaders, HFMaskedLMDataLoaders
-from ..data.loaders import LabelledText, hf_classifier_dls
+from ..data.loaders import LabelledText, data_rules, hf_classifier_dls, language_rules, rules_language
 from ..data.pairs import HFSeq2SeqDataLoaders, TokenizeTargets
 from ..data.questions import HFQADataLoaders
 from ..data.spans import HFTagDataLoaders
@@ -116,19 +116,22 @@ def _blank_awd(s, m, tok, rules):
 def _blank_hf(m, tok):
     "DataLoaders for a task of Hugging Face's"
     o,half,cls = m['data'],[False,True],m['classes']
-    if m['kind']=='tagging': return HFTagDataLoaders.from_lists([['x']]*2*len(cls), [[c] for c in cls]*2, tok, valid=[i>=len(cls) for i in range(2*len(cls))], vocab=cls, sep=o['sep'], max_length=o['max_length'], verbose=False)
-    if m['kind']=='qa': return HFQADataLoaders.from_lists(['x']*2, ['x y']*2, ['' if o['may_be_none'] else 'x', 'x'], tok, starts=[0,0], valid=half, max_length=o['max_length'], stride=o['stride'], verbose=False)
-    if m['kind']=='seq2seq': return HFSeq2SeqDataLoaders.from_lists(['x']*2, ['x']*2, tok, valid=half, max_length=o['max_length'], max_target_length=o['max_target_length'], verbose=False)
-    if m['kind']!='classifier': return (HFCausalLMDataLoaders if m['kind']=='causal_lm' else HFMaskedLMDataLoaders).from_texts(['a b c d e f']*2, tok, valid=half, max_length=o['max_length'])
+    kw = dict(lang=o.get('lang', 'en'), max_length=o['max_length'])
+    if m['kind']=='tagging': return HFTagDataLoaders.from_lists([['x']]*2*len(cls), [[c] for c in cls]*2, tok, valid=[i>=len(cls) for i in range(2*len(cls))], vocab=cls, sep=o['sep'], verbose=False, **kw)
+    if m['kind']=='qa': return HFQADataLoaders.from_lists(['x']*2, ['x y']*2, ['' if o['may_be_none'] else 'x', 'x'], tok, starts=[0,0], valid=half, stride=o['stride'], verbose=False, **kw)
+    if m['kind']=='seq2seq': return HFSeq2SeqDataLoaders.from_lists(['x']*2, ['x']*2, tok, valid=half, max_target_length=o['max_target_length'], verbose=False, **kw)
+    if m['kind']!='classifier': return (HFCausalLMDataLoaders if m['kind']=='causal_lm' else HFMaskedLMDataLoaders).from_texts(['a b c d e f']*2, tok, valid=half, **kw)
     labels = {'single': cls, 'multi': [[c] for c in cls or []], 'regression': [0., 1.]}[m['target']]
-    dls = hf_classifier_dls([['x','x'] if o['pairs'] else 'x']*2*len(labels), labels*2, m['target'], list(range(len(labels))), list(range(len(labels), 2*len(labels))), tok, o['max_length'], o['truncation'], verbose=False)
+    dls = hf_classifier_dls([['x','x'] if o['pairs'] else 'x']*2*len(labels), labels*2, m['target'], list(range(len(labels))), list(range(len(labels), 2*len(labels))), tok, truncation=o['truncation'], verbose=False, **kw)
     dls.window_stride = o['windows']
     return dls
 
 # %% ../../nbs/84_deploy.bundle.ipynb #1cdc12ec
 def _data_json(learn, task):
     "How the DataLoaders cut texts"
-    dls = learn.dls
+    return dict(_sizes_json(learn.dls, task), lang=rules_language(data_rules(learn.dls)))
+
+def _sizes_json(dls, task):
     if task=='classifier': t = find_transform(dls, HFTokenize); return dict(max_length=t.max_length, truncation=t.truncation, windows=getattr(dls, 'window_stride', None), pairs=isinstance(o := next(iter(dls.train_ds.items), None), LabelledText) and not isinstance(o[0], str))
     if task=='tagging': return dict(max_length=dls.tok.max_length, sep=dls.sep)
     if task=='qa': return dict(max_length=dls.tok.max_length, stride=dls.tok.stride, may_be_none=dls.tok.may_be_none)
@@ -218,7 +221,7 @@ def _engine(path, m):
     if m['family']=='huggingface':
         tok,model = _load_hf(path, m)
         o = m['data']
-        res = HFEngine(model, HFTokenize(tok, o['max_length'], o['truncation'], verbose=False), o['windows'], share=True)
+        res = HFEngine(model, HFTokenize(tok, o['max_length'], o['truncation'], verbose=False, rules=language_rules(o.get('lang', 'en'))), o['windows'], share=True)
     else:
         parts = [_awd_engine(*_load_awd(path, name)) for name in _parts(m)]
         res = parts[0] if len(parts)==1 else AveragedEngine(parts, m['target'])

@@ -16,6 +16,7 @@ from fastai.text.data import Numericalize
 from ..core import DataError, FastaiTLError, VocabError
 from ..data.chinese import tools_from_settings
 from ..data.decode import WIDE, join_marked, join_words, undo_rules
+from ..data.tokenize import _ruled
 from ..models.encoder import Encoder
 
 # %% ../../nbs/40_generation.codec.ipynb #5bbe2d5b
@@ -140,10 +141,11 @@ class HFCodec:
     backwards,never = False,()
     def __init__(self,
         tokenizer, # A tokenizer of transformers
-        config=None # Of the model, for what the tokenizer does not know
+        config=None, # Of the model, for what the tokenizer does not know
+        rules=() # Functions from string to string, applied to what the model reads
     ):
         if not hasattr(tokenizer, 'convert_ids_to_tokens'): raise FastaiTLError('A tokenizer of transformers is needed', f'a {type(tokenizer).__name__}', 'Pass `tokenizer=`')
-        self.tok,cfg = tokenizer,lambda k: getattr(config, k, None)
+        self.tok,self.rules,cfg = tokenizer,list(rules),lambda k: getattr(config, k, None)
         first_of = lambda *os: next((o for o in os if o is not None), None)
         eos = first_of(tokenizer.eos_token_id, cfg('eos_token_id'))
         self.eos_ids = list(eos) if isinstance(eos, (list,tuple)) else [eos] if eos is not None else []
@@ -155,6 +157,13 @@ class HFCodec:
         self.spaced = ' ' in self.tok.decode(ids).strip() # as BERT's tokenizer does between Chinese characters
 
 # %% ../../nbs/40_generation.codec.ipynb #2fd1d15c
+@patch
+def read(self:HFCodec,
+    text:str # Any text
+) -> str:
+    "What the model reads of a text, after the rules that it was trained with"
+    return next(_ruled(self.rules, [text]))
+
 @patch
 def encode_spans(self:HFCodec,
     text:str, # Any text
@@ -186,7 +195,7 @@ def encode(self:HFCodec,
     whole:bool=False # Keep the special tokens behind it
 ) -> list: # Numbers
     "A text as the model reads it"
-    ids = self.encode_spans(text, whole)[0] if text else []
+    ids = self.encode_spans(self.read(text), whole)[0] if text else []
     return ids or ([self.bos_id] if self.bos_id is not None else [])
 
 # %% ../../nbs/40_generation.codec.ipynb #862d5f30
@@ -195,7 +204,7 @@ def encode_word(self:HFCodec,
     word:str # A word or a phrase
 ) -> list: # Lists of numbers, each a way to write it
     "The ways in which the model can write a word: in the middle of a text, and at its beginning"
-    ways = [self.tok(w, add_special_tokens=False)['input_ids'] for w in ((word,) if _wide.match(word[:1]) else (' '+word, word))]
+    ways = [self.tok(w, add_special_tokens=False)['input_ids'] for word in [self.read(word)] for w in ((word,) if _wide.match(word[:1]) else (' '+word, word))]
     return [w for i,w in enumerate(ways) if w and self.unk_id not in w and w not in ways[:i]]
 
 @patch

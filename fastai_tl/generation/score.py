@@ -222,6 +222,7 @@ def _products(tm, dtype):
 # %% ../../nbs/44_generation.score.ipynb #99da260d
 def _score_texts(tm, texts, stride, max_length, bs, bos):
     if tm.kind=='seq2seq': raise FastaiTLError('A language model of single texts is needed', f'a {type(tm.model).__name__}, which models one text given another')
+    if tm.kind!='awd': texts = [tm.codec.read(t) for t in texts]
     if tm.kind=='masked': return _score_masked(tm, texts, *_checked(tm, max_length, stride, bs), bs)
     read,spans = zip(*[_sequence(tm, t, bos) for t in texts]) if texts else ((), ())
     nll = score_ids(tm, read, stride, max_length, bs)

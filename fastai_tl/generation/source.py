@@ -15,6 +15,7 @@ from fastai.learner import Learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
 from ..core import FastaiTLError
+from ..data.loaders import data_rules
 from .codec import FastaiCodec, HFCodec
 from ..models.encoder import Encoder
 
@@ -105,7 +106,7 @@ def text_model(
     if (hf := _hf_model(model)) is not None:
         if (kind := _hf_kind(hf)) is None: raise _not_a_lm(hf)
         if tokenizer is None and not isinstance(o, Learner): raise FastaiTLError('The tokenizer of the model is needed', 'none', 'Pass `tokenizer=`')
-        return TextModel(hf, HFCodec(tokenizer or _learner_tokenizer(o), hf.config), kind)
+        return TextModel(hf, HFCodec(tokenizer or _learner_tokenizer(o), hf.config, data_rules(o.dls) if isinstance(o, Learner) else ()), kind)
     if not isinstance(o, Learner) or not any(isinstance(m, AWD_LSTM) for m in model.modules()): raise _not_a_lm(o)
     return TextModel(_awd_lm(model), FastaiCodec.from_dls(o.dls), 'awd')
 
