@@ -57,6 +57,8 @@ HEAD_FIRST = [(1, 1, 10), ('all', 1, 1.)]
 SECOND = {'head_then_full 4e-4': recipe(4e-4, WIDE, HEAD_FIRST, True), 'head_then_full 8e-4': recipe(8e-4, WIDE, HEAD_FIRST, True), 'head_then_full 4e-4, eps 1e-8': recipe(4e-4, WIDE, HEAD_FIRST, True, 1e-8),
           'discriminative 8e-4': recipe(8e-4, WIDE), 'full 4e-4': recipe(4e-4), 'head_then_full, eps 1e-8': recipe(2e-4, WIDE, HEAD_FIRST, True, 1e-8),
           'discriminative 2e-4, eps 1e-8': recipe(2e-4, WIDE, eps=1e-8), 'discriminative 4e-4, eps 1e-8': recipe(4e-4, WIDE, eps=1e-8)}
+# And higher ones when the Trainer had done better at 4e-4 than at 2e-4, the highest of its three
+SECOND |= {'full 8e-4': recipe(8e-4), 'discriminative 1.6e-3': recipe(1.6e-3, WIDE), 'head_then_full 1.6e-3': recipe(1.6e-3, WIDE, HEAD_FIRST, True)}
 FIRST = list(RECIPES)
 RECIPES |= SECOND
 
