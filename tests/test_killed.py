@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.schedule import *
 from transformers import BertConfig
 
@@ -152,3 +153,30 @@ def test_best_epoch_takes_room_only_when_it_is_past(tok, tmp_path):
     weights = sum(v.numel()*v.element_size() for v in learn.model.state_dict().values())
     at = best.best_at
     assert 0 < at < 7 and Size.sizes[at+1]-Size.sizes[at] > .9*weights and abs(Size.sizes[at]-Size.sizes[0]) < .1*weights
+
+
+KILLS_OF_TRACKERS = [[0], [4], [7], [(0, 0), 1, (5, 1), (7, 0)]]
+TRACKERS = dict(stop=lambda: [EarlyStoppingCallback(patience=3)], stop_by_two=lambda: [EarlyStoppingCallback(patience=5), EarlyStoppingCallback('train_loss', min_delta=.02, patience=2)],
+                reduce=lambda: [ReduceLROnPlateau(patience=1, factor=3.)], save=lambda: [SaveModelCallback()], every=lambda: [SaveModelCallback(every_epoch=1)],
+                plateau=lambda: [GradualUnfreezing(when='plateau', patience=1, min_delta=.002, factor=.7)])
+
+
+@pytest.mark.parametrize('name', TRACKERS)
+def test_trackers(tok, tmp_path, name):
+    "They decide as in a fit left alone, wherever it was killed, and what they save is the same"
+    def fit(folder, cb):
+        learn, cbs = classifier(tok, folder), TRACKERS[name]()
+        with learn.no_bar(), learn.no_logging(): learn.fit(8, 2e-2 if name != 'plateau' else 5e-3, cbs=[ResumableFit(folder/'ck'), *cbs, cb])
+        files = {p.name: [v.clone() for v in torch.load(p, weights_only=False).values()] for p in sorted(folder.glob('models/*.pth'))}
+        return dict(outcome(learn), rate=[float(h['lr']) for h in learn.opt.hypers], stages=[r['start'] for r in getattr(cbs[0], 'records', [])]), files
+    whole, files = fit(tmp_path/'whole', Kill(None))
+    n = len(whole['values'])
+    acted = dict(stop=4 <= n < 8, stop_by_two=n < 8, reduce=len(set(whole['lrs'])) > 2, save=list(files) == ['model.pth'], every=len(files) == 8, plateau=len(whole['stages']) > 2)
+    assert acted[name], 'the tracker has something to do'
+    for i,kills in enumerate([[k for k in ks if (k if isinstance(k, int) else k[0]) < n - (n < 8)] for ks in KILLS_OF_TRACKERS] + [None]):
+        folder = tmp_path/(f'killed{i}' if kills is not None else 'whole')   # the last: it was finished, and is started again
+        for at in kills or []:
+            with pytest.raises(KeyboardInterrupt): fit(folder, Kill(at))
+        again, files_again = fit(folder, Kill(None))
+        assert_same(whole, again)
+        assert files.keys() == files_again.keys() and all(torch.equal(a, b) for k in files for a,b in zip(files[k], files_again[k]))
