@@ -180,3 +180,15 @@ def test_trackers(tok, tmp_path, name):
         again, files_again = fit(folder, Kill(None))
         assert_same(whole, again)
         assert files.keys() == files_again.keys() and all(torch.equal(a, b) for k in files for a,b in zip(files[k], files_again[k]))
+
+
+@pytest.mark.parametrize('seed', [None, 3])
+@pytest.mark.parametrize('kills', [[0], [(1, 1)], [0, 2, (3, 0)]])
+def test_augmented_texts(tok, tmp_path, seed, kills):
+    "What an epoch draws depends on the seed and the epoch alone"
+    def fit(folder, cb):
+        learn = classifier(tok, folder)
+        augment_texts(learn.dls, DropWords(.3), SwapWords(.3), share=1., seed=seed)
+        with learn.no_bar(), learn.no_logging(): learn.fit(4, 8e-3, cbs=[ResumableFit(folder/'ck'), cb])
+        return outcome(learn)
+    assert_same(*killed_and_left_alone(fit, tmp_path, *kills))

@@ -18,6 +18,7 @@ from fastai.learner import Recorder
 from fastai.text.data import LMDataLoader
 from ..core import RunError, TrainingError, derive_seed, seed_everything, shorten
 from ..files import load_tree, read_json, save_tree, write_json
+from .cache import _pipelines
 
 # %% ../../nbs/36_tune.resume.ipynb #6c25402d
 def start_epoch_from_seed(
@@ -28,6 +29,7 @@ def start_epoch_from_seed(
     "Make what happens from here on depend on `seed` and `parts` only"
     for i,dl in enumerate(dls.loaders):
         dl.rng = random.Random(derive_seed(seed, 'loader', i, *parts))
+        for t in (t for p in _pipelines(dl) for t in p.fs if hasattr(type(t), 'start_epoch')): t.start_epoch(*parts)
         if isinstance(dl, LMDataLoader):
             idxs = dl.items.idxs # shared with `dl.lens`, so it is sorted in place
             idxs.items[:] = sorted(idxs.items)
