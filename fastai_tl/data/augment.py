@@ -15,7 +15,7 @@ from fastcore.all import L, chunked, patch
 from fasttransform import DisplayedTransform
 from fastai.data.core import DataLoaders
 from fastai.text.data import Numericalize
-from ..core import FastaiTLError, VocabError, evaluating
+from ..core import FastaiTLError, VocabError, derive_seed, evaluating
 from .spans import CJK, HFTokenizeWords
 from .subwords import HFTokenize
 
@@ -140,7 +140,7 @@ class AugmentText(RandTransform):
         pairs:bool=True # Are lists pairs of texts? Else they are tokens
     ):
         self.how,self.share,self.pairs = list(how),share,pairs
-        self.rng = np.random.default_rng(seed) if seed is not None else None
+        self.seed,self.rng = seed,np.random.default_rng(seed) if seed is not None else None
         super().__init__()
     def encodes(self, x:str|list|L):
         rng = self.rng if self.rng is not None else np.random.default_rng(np.random.randint(2**31))
@@ -148,6 +148,14 @@ class AugmentText(RandTransform):
         f = self.how[rng.integers(len(self.how))]
         if isinstance(x, str) or not self.pairs: return f(x, rng)
         return type(x)(f(o, rng) for o in x)
+
+# %% ../../nbs/19_data.augment.ipynb #f4b8720e
+@patch
+def start_epoch(self:AugmentText,
+    *parts # What names the epoch
+):
+    "Make what is drawn from here on depend on the seed, if there is one, and on `parts` only"
+    if self.seed is not None: self.rng = np.random.default_rng(derive_seed(self.seed, 'augment', *parts))
 
 # %% ../../nbs/19_data.augment.ipynb #08a04a76
 def augment_texts(

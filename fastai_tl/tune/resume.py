@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd, torch
 from fastcore.all import L, patch
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.callback.tracker import TrackerCallback
+from fastai.callback.tracker import ReduceLROnPlateau, TrackerCallback
 from fastai.learner import Recorder
 from fastai.text.data import LMDataLoader
 from ..core import RunError, TrainingError, derive_seed, seed_everything, shorten
 from ..files import load_tree, read_json, save_tree, write_json
+from .cache import _pipelines
 
 # %% ../../nbs/36_tune.resume.ipynb #6c25402d
 def start_epoch_from_seed(
@@ -28,6 +29,7 @@ def start_epoch_from_seed(
     "Make what happens from here on depend on `seed` and `parts` only"
     for i,dl in enumerate(dls.loaders):
         dl.rng = random.Random(derive_seed(seed, 'loader', i, *parts))
+        for t in (t for p in _pipelines(dl) for t in p.fs if hasattr(type(t), 'start_epoch')): t.start_epoch(*parts)
         if isinstance(dl, LMDataLoader):
             idxs = dl.items.idxs # shared with `dl.lens`, so it is sorted in place
             idxs.items[:] = sorted(idxs.items)
@@ -48,21 +50,24 @@ class ResumableFit(Callback):
 @patch
 def before_fit(self:ResumableFit):
     "Read the checkpoint, if there is one"
-    self.done,self.saved,self.trained = 0,None,False
+    self.done,self.saved,self.trained,self.resting = 0,None,False,[]
     self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
     if not self.run or not self.file.exists(): return
     self.saved = load_tree(self.file)
     check_same(self.saved['settings'], dict(self.settings, n_epoch=self.n_epoch), self.file)
     self.done = self.saved['epoch']
     self._restore(self.saved)
+    self.resting = [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.run]
+    for cb in self.resting: cb.run = False
 
+# %% ../../nbs/36_tune.resume.ipynb #0c143532
 @patch
 def before_epoch(self:ResumableFit):
     "Skip what is done; seed what is not"
     if self.epoch<self.done:
         self.recorder.log = L([self.epoch, *self.saved['recorder']['values'][self.epoch]])
         raise CancelEpochException
-    self._restore_recorder()
+    self._wake()
     start_epoch_from_seed(self.dls, self.seed, self.epoch)
 
 # %% ../../nbs/36_tune.resume.ipynb #abc2a710
@@ -74,6 +79,7 @@ def before_train(self:ResumableFit):
 @patch
 def after_epoch(self:ResumableFit):
     "Write the checkpoint"
+    if not self.trained and self.epoch==self.n_epoch-1: self._wake()
     if not self.trained: return
     self.trained = False
     save_tree(self.file, self._state())
@@ -81,9 +87,16 @@ def after_epoch(self:ResumableFit):
 @patch
 def after_fit(self:ResumableFit):
     "Put back what skipped epochs have left"
-    self._restore_recorder()
+    self._wake()
 
 # %% ../../nbs/36_tune.resume.ipynb #35ece9be
+@patch
+def _wake(self:ResumableFit):
+    "What is done is skipped: from here on it is a fit like any other"
+    for cb in self.resting: cb.run = True
+    self.resting = []
+    self._restore_recorder()
+
 @patch
 def _restore_recorder(self:ResumableFit):
     if self.saved is None: return
@@ -97,16 +110,27 @@ def _restore_recorder(self:ResumableFit):
 def _cb_state(cb):
     "What a callback needs to go on, or `None`"
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
-    if isinstance(cb, TrackerCallback): return {k: float(cb.__dict__[k]) for k in ('best','wait') if cb.__dict__.get(k) is not None}
+    if isinstance(cb, TrackerCallback):
+        st = {k: float(cb.__dict__[k]) for k in ('best','wait') if cb.__dict__.get(k) is not None}
+        return dict(st, lr=[float(h['lr']) for h in cb.opt.hypers]) if isinstance(cb, ReduceLROnPlateau) else st
     if 'hps' in cb.__dict__: return dict(hps={k: [float(o) for o in v] for k,v in cb.hps.items()})
 
+@patch
+def _others(self:ResumableFit):
+    "The other callbacks by name; numbered where two have the same"
+    n = {}
+    for cb in self.learn.cbs:
+        n[cb.name] = n.get(cb.name, 0)+1
+        if cb is not self: yield (cb.name if n[cb.name]==1 else f'{cb.name} {n[cb.name]}'),cb
+
+# %% ../../nbs/36_tune.resume.ipynb #1627069c
 @patch
 def _state(self:ResumableFit):
     rec = self.recorder
     num = lambda v: v.item() if hasattr(v, 'item') else v
     recorder = dict(lrs=[float(o) for o in rec.lrs], iters=[int(o) for o in rec.iters], losses=[torch.as_tensor(o).cpu() for o in rec.losses],
                     values=[[num(o) for o in v] for v in rec.values], smooth=[rec.smooth_loss.count, torch.as_tensor(rec.smooth_loss.val)])
-    cbs = {cb.name: st for cb in self.learn.cbs if cb is not self and (st := _cb_state(cb)) is not None}
+    cbs = {k: st for k,cb in self._others() if (st := _cb_state(cb)) is not None}
     opt = {k:v for k,v in self.opt.state_dict().items() if k!='hypers'}
     return dict(epoch=self.epoch+1, settings=dict(self.settings, n_epoch=self.n_epoch), model=dict(self.model.state_dict()), opt=opt, recorder=recorder, cbs=cbs)
 
@@ -120,11 +144,12 @@ def _restore(self:ResumableFit, sv):
         if k in hypers[0]: self.opt.set_hyper(k, [h[k] for h in hypers])
     if isinstance(self.opt.state, dict) and not hasattr(self.opt, 'opt'): # fastai's own optimizers index `state` by parameter
         self.opt.state = {p: {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k,v in s.items()} for p,s in self.opt.state.items()}
-    for cb in self.learn.cbs:
-        st = sv['cbs'].get(cb.name)
-        if st is None or cb is self: continue
-        if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(st)
-        else: cb.__dict__.update(st)
+    for k,cb in self._others():
+        st = sv['cbs'].get(k)
+        if st is None: continue
+        if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(st); continue
+        if 'lr' in st: self.opt.set_hyper('lr', st.pop('lr'))
+        cb.__dict__.update(st)
 
 # %% ../../nbs/36_tune.resume.ipynb #a36e43db
 def check_same(

@@ -46,10 +46,12 @@ class BestEpoch(Callback):
     def before_fit(self):
         "Begin"
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        self.best_loss,self.best_at,self._kept = math.inf,None,None
+        self.best_loss,self.best_at,self._kept,self._trained = math.inf,None,None,False
+    def before_train(self): "It is no epoch to be skipped"; self._trained = True
     def after_epoch(self):
         "Keep an epoch that is better than all before"
-        loss = _recorded(self.recorder).get('valid_loss') # none if there was no validation
+        loss = _recorded(self.recorder).get('valid_loss') if self._trained else None # none if there was no validation, or the epoch was skipped
+        self._trained = False
         if loss is None or not loss<self.best_loss: return
         self.best_loss,self.best_at = float(loss),self.epoch
         self._kept = {k: v.detach().to(self.where, copy=True) for k,v in self.model.state_dict().items()}
@@ -60,3 +62,18 @@ def after_fit(self:BestEpoch):
     "Put the best epoch's weights back"
     if self._kept is not None and self.best_at!=self.n_epoch-1: self.model.load_state_dict(self._kept)
     self._kept = None
+
+# %% ../../nbs/38_tune.stabilise.ipynb #dfa1fe19
+@patch
+def state_dict(self:BestEpoch) -> dict: # A number, the epoch, and weights
+    "What a resumed run needs to go on"
+    kept = dict(self.model.state_dict()) if self._kept is not None and self.best_at==self.epoch else self._kept
+    return dict(best_loss=self.best_loss, best_at=self.best_at, kept=kept)
+
+@patch
+def load_state_dict(self:BestEpoch,
+    sd:dict # From `state_dict`
+):
+    "Go on where `state_dict` was taken"
+    self.best_loss,self.best_at = sd['best_loss'],sd['best_at']
+    self._kept = sd['kept'] and {k: v.to(self.where) for k,v in sd['kept'].items()}
