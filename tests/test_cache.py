@@ -440,3 +440,100 @@ def test_tagger_with_the_cache(tokz, tmp_path):
         learn = quiet(hf_tagger_learner(dls, T.BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0., initializer_range=.15)))
         runs.append(stage(learn, 3, cb)[0])
     whole(*runs); assert runs[0].std() > 1e-3
+
+
+# --- a fit that is broken off ---
+
+PLACES = ['forward', 'loss', 'backward', 'optimizer', 'before_batch', 'after_batch', 'before_epoch']
+
+class BreakAt(Callback):
+    "Raise `error` in the third batch, at `where`"
+    order = 95
+    def __init__(self, where, error): self.where,self.error,self.seen = where,error,0
+    def _at(self, where):
+        if self.where == where and self.seen == 3: raise self.error('here')
+    def before_batch(self):
+        self.seen += self.training
+        self._at('before_batch')
+    def after_batch(self): self._at('after_batch')
+    def before_epoch(self):
+        if self.where == 'before_epoch' and self.epoch == 1: raise self.error('here')
+
+
+def fit_broken_off(learn, where, error, fit):
+    "`fit` the Learner and break it off inside of the model, the loss, the gradient or the optimizer, or in an event"
+    cb,opt_step,loss = BreakAt(where, error),learn.opt.step,learn.loss_func
+    head = [m for m in learn.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    hooks = [head.register_forward_hook(lambda *a: cb._at('forward'), always_call=False), head.register_full_backward_hook(lambda *a: cb._at('backward'))]
+    learn.loss_func = lambda *a: [cb._at('loss'), loss(*a)][1]
+    learn.opt.step = lambda: [cb._at('optimizer'), opt_step()][1]
+    try:
+        with pytest.raises(error, match='here'): fit(learn, cb)
+    finally:
+        for h in hooks: h.remove()
+        learn.loss_func,learn.opt.step = loss,opt_step
+
+
+def as_ever(learn, ref, path, tol=1e-5):
+    "Nothing is left behind, and predictor, export and another fit work; `ref` is an untouched model with the same weights"
+    import copy
+    from fastai.learner import load_learner
+    from torch.overrides import _get_current_function_mode_stack
+    left = [n for n,m in learn.model.named_modules() if 'forward' in vars(m)]
+    assert not left and not torch.is_autocast_enabled('cpu') and not _get_current_function_mode_stack()
+    ref.load_state_dict(learn.model.state_dict())
+    x = learn.dls.valid.one_batch()[0]
+    with torch.no_grad(): y,z = learn.model.eval()(x),ref.eval()(x)
+    y,z = (o[0] if isinstance(o, tuple) else o for o in (y, z)); whole(y.numpy(), z.numpy(), 1e-6)
+    copy.deepcopy(learn.model)
+    texts = ['alpha awful beta', 'lovely']
+    one = np.stack([learn.predict(t)[2].numpy() for t in texts])
+    whole(learn.predictor().predict_proba(texts), one, tol)
+    n = len(learn.dls.train_ds); learn.export(path/'broken.pkl'); assert len(learn.dls.train_ds) == n
+    whole(np.stack([load_learner(path/'broken.pkl').predict(t)[2].numpy() for t in texts]), one, tol)
+    learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.values[-1]).all() and '_do_one_batch' not in vars(learn)
+
+
+@pytest.mark.parametrize('where', PLACES)
+@pytest.mark.parametrize('error', [KeyboardInterrupt, MemoryError])
+def test_broken_off_with_single_position_and_fast_dropout(where, error, tokz, tmp_path):
+    learn = learner('bert', tokz, tmp_path, drop=.1).single_position().fast_dropout()
+    learn.create_opt()
+    fit_broken_off(learn, where, error, lambda l, cb: l.fit(2, 1e-3, cbs=cb))
+    as_ever(learn, HFModel(model_of('bert')), tmp_path)
+    learn.fast_dropout(False); assert '_do_one_batch' not in vars(learn)
+
+
+@pytest.mark.parametrize('where', PLACES)
+def test_fit_transfer_broken_off(where, tokz, tmp_path):
+    "Callbacks, mixed precision and kept states are gone, in a stage that is cached and in one that is not"
+    for kw in (dict(recipe='top_layers', epochs=2), dict(recipe='full', epochs=2)):
+        learn = learner('bert', tokz, tmp_path)
+        learn.create_opt(); names = learn.cbs.map(type)
+        fit_broken_off(learn, where, KeyboardInterrupt, lambda l, cb: l.fit_transfer(lr=1e-3, best=True, mixed_precision=True, cbs=cb, **kw))
+        assert learn.cbs.map(type) == names
+        as_ever(learn, HFModel(model_of('bert')), tmp_path)
+
+
+@pytest.mark.parametrize('where', ['forward', 'loss', 'backward', 'optimizer'])
+def test_awd_lstm_broken_off(where, tmp_path):
+    "In a cached stage of an AWD_LSTM, with bfloat16 asked for"
+    learn = awd_learner(tmp_path).to_mixed_precision('bf16', force=True)
+    learn.create_opt(); learn.freeze_to(-1)
+    fit_broken_off(learn, where, KeyboardInterrupt, lambda l, cb: l.fit(2, 1e-3, cbs=[CachedPrefix(), cb]))
+    assert {type(m) for m in learn.model.modules() if isinstance(m, torch.nn.LSTM)} == {torch.nn.LSTM}
+    learn.to_fp32()
+    as_ever(learn, awd_learner(tmp_path).model, tmp_path)
+
+
+def test_copies_of_single_position(tokz):
+    "A copy and a pickled one compute the same, also if they were taken inside the block"
+    import copy, pickle
+    model = HFModel(model_of('bert')).eval(); x = next(batches('bert', tokz))
+    with torch.no_grad():
+        ref,one = model(x),SinglePosition(model)
+        for dup in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            with dup: whole(dup.model(x).numpy(), ref.numpy(), 2e-6)
+        with one: inside = copy.deepcopy(model)
+        whole(inside(x).numpy(), ref.numpy(), 2e-6)
