@@ -537,3 +537,66 @@ def test_copies_of_single_position(tokz):
             with dup: whole(dup.model(x).numpy(), ref.numpy(), 2e-6)
         with one: inside = copy.deepcopy(model)
         whole(inside(x).numpy(), ref.numpy(), 2e-6)
+
+
+# --- an AWD_LSTM classifier's pooling ---
+
+LENGTHS = [97, 75, 61, 60, 59, 45, 41, 40, 39, 30, 23, 21, 20, 19, 12, 7, 3, 1]
+
+def padded(rows, bptt):
+    from fastai.text.data import pad_chunk
+    return torch.stack([pad_chunk(r, seq_len=bptt, pad_len=len(rows[0])) for r in rows])
+
+
+def awd_model(bptt=20, max_len=1440):
+    from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+    from fastai.text.models.core import get_text_classifier
+    seed_everything(2)
+    return get_text_classifier(AWD_LSTM, 60, 3, seq_len=bptt, config=dict(awd_lstm_clas_config, emb_sz=12, n_hid=16, n_layers=2), max_len=max_len).eval()
+
+
+@pytest.mark.parametrize('max_len', [1440, 40, None])
+def test_pooling_does_not_depend_on_the_batch(max_len):
+    "Shorter than a chunk, of several chunks, longer than what is pooled: in any batch as alone, and alone as fastai's; without padding fastai's number for number"
+    fastai,ours = awd_model(max_len=max_len),pool_real_tokens(awd_model(max_len=max_len))
+    assert list(fastai.state_dict()) == list(ours.state_dict())
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 60, (n,), generator=g) for n in LENGTHS]
+    with torch.no_grad():
+        alone = torch.cat([fastai(r[None])[0] for r in rows])
+        assert torch.equal(alone, torch.cat([ours(r[None])[0] for r in rows]))
+        for at in range(len(rows)):
+            for step in (1, 3): whole(ours(padded(rows[at::step], 20))[0].numpy(), alone[at::step].numpy(), 1e-5)
+        assert (fastai(padded(rows, 20))[0]-alone).abs().max() > 1e-3   # what is mended
+        for n in (7, 20, 61, 97):
+            x = torch.randint(2, 60, (5, n), generator=g)
+            assert torch.equal(fastai(x)[0], ours(x)[0])
+        assert torch.equal(pool_real_tokens(ours, back=True)(padded(rows, 20))[0], fastai(padded(rows, 20))[0])
+
+
+def test_awd_classifier_in_a_batch_and_alone(tmp_path):
+    "A fit with and without kept states, get_preds, predict, Predictor, bundle and export: one figure for a text"
+    from fastai.learner import load_learner
+    rng = np.random.default_rng(0)
+    texts = [' '.join([*rng.choice(WORDS, rng.choice([1, 4, 15, 30, 70])), OWN[CLASSES[i % 3]]]) for i in range(60)]
+    tokens = tokenize_texts_once(texts, progress=False); labels = [CLASSES[i % 3] for i in range(60)]
+    dls = classifier_dls(tokens, labels, 'single', list(range(30)), list(range(30, 60)), texts_vocab(tokens, min_freq=1), bs=16, seq_len=20)
+    def make():
+        seed_everything(1)
+        return quiet(awd_classifier_learner(dls, 'single', 3, dict(emb_sz=12, n_hid=16, n_layers=2), seq_len=20, path=tmp_path))
+    plain,learn = make(),make()
+    a,b = stage(plain, -1, FrozenEval(), 3, 3e-2),stage(learn, -1, CachedPrefix(), 3, 3e-2)
+    whole(a[0], b[0]); whole(a[1], b[1], 1e-3)
+    held = texts[30:]
+    with learn.no_bar():
+        ref = learn.get_preds()[0].numpy()
+        assert np.ptp(ref, 0).max() > 1e-3
+        whole(np.stack([learn.predict(t)[2].numpy() for t in held]), ref, 1e-5)
+        whole(learn.get_preds(dl=learn.dls.test_dl(held, bs=3))[0].numpy(), ref, 1e-5)
+    whole(learn.predictor().predict_proba(held), ref, 1e-5)
+    learn.export(tmp_path/'a.pkl'); learn.save_bundle(tmp_path/'bundle'); learn.save('weights')
+    loaded = load_learner(tmp_path/'a.pkl')
+    whole(loaded.get_preds(dl=loaded.dls.test_dl(held))[0].numpy(), ref, 1e-5)
+    pred = load_bundle(tmp_path/'bundle'); whole(pred.predict_proba(held), ref, 1e-5)
+    again = quiet(pred.learner(dls)); whole(again.get_preds()[0].numpy(), ref, 1e-5)
+    other = make(); other.load('weights'); whole(other.get_preds()[0].numpy(), ref, 1e-5)
