@@ -10,9 +10,10 @@ __all__ = ['FastaiTLError', 'DataError', 'VocabError', 'RunError', 'TrainingErro
 
 # %% ../nbs/00_core.ipynb #d220d8c6
 import difflib, hashlib, importlib, random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 import numpy as np, torch
 from fastcore.all import L
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 from fastai.torch_core import set_seed
 
 # %% ../nbs/00_core.ipynb #1a4734f4
@@ -93,6 +94,37 @@ def evaluating(
         with torch.no_grad(): yield model
     finally:
         for m,t in modes: m.training = t
+
+# %% ../nbs/00_core.ipynb #a40c1e5e
+_CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
+
+class GuardedBatch:
+    "A Learner's batch within `around_batch` of each of its Callbacks"
+    def __init__(self, learn): self.learn,self.own = learn,learn.__dict__.get('_do_one_batch')
+    def __call__(self):
+        cbs = [o for o in self.learn.cbs.sorted('order') if o.run and hasattr(type(o), 'around_batch')]
+        if not cbs: unguard_batches(self.learn)
+        try:
+            with ExitStack() as stack:
+                for o in cbs: stack.enter_context(o.around_batch())
+                type(self.learn)._do_one_batch(self.learn) if self.own is None else self.own()
+        except _CANCELS: raise
+        except BaseException: unguard_batches(self.learn); raise # the fit is over, and no event will say so
+
+# %% ../nbs/00_core.ipynb #a40c1e5f
+def unguard_batches(learn):
+    "Give a Learner its own batch back"
+    now = learn.__dict__.get('_do_one_batch')
+    if isinstance(now, GuardedBatch): learn.__dict__.pop('_do_one_batch')
+    if getattr(now, 'own', None) is not None: learn._do_one_batch = now.own
+
+class AroundBatch(Callback):
+    "A Callback with a context `around_batch`"
+    def before_train(self): "Guard the batches"; self.guard_batches()
+    def before_validate(self): "Guard the batches"; self.guard_batches()
+    def after_fit(self): "Give the Learner its own batch back"; unguard_batches(self.learn)
+    def guard_batches(self):
+        if not isinstance(self.learn.__dict__.get('_do_one_batch'), GuardedBatch): self.learn._do_one_batch = GuardedBatch(self.learn)
 
 # %% ../nbs/00_core.ipynb #564ecb41
 def optional(

@@ -440,3 +440,163 @@ def test_tagger_with_the_cache(tokz, tmp_path):
         learn = quiet(hf_tagger_learner(dls, T.BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0., initializer_range=.15)))
         runs.append(stage(learn, 3, cb)[0])
     whole(*runs); assert runs[0].std() > 1e-3
+
+
+# --- a fit that is broken off ---
+
+PLACES = ['forward', 'loss', 'backward', 'optimizer', 'before_batch', 'after_batch', 'before_epoch']
+
+class BreakAt(Callback):
+    "Raise `error` in the third batch, at `where`"
+    order = 95
+    def __init__(self, where, error): self.where,self.error,self.seen = where,error,0
+    def _at(self, where):
+        if self.where == where and self.seen == 3: raise self.error('here')
+    def before_batch(self):
+        self.seen += self.training
+        self._at('before_batch')
+    def after_batch(self): self._at('after_batch')
+    def before_epoch(self):
+        if self.where == 'before_epoch' and self.epoch == 1: raise self.error('here')
+
+
+def fit_broken_off(learn, where, error, fit):
+    "`fit` the Learner and break it off inside of the model, the loss, the gradient or the optimizer, or in an event"
+    cb,opt_step,loss = BreakAt(where, error),learn.opt.step,learn.loss_func
+    head = [m for m in learn.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    hooks = [head.register_forward_hook(lambda *a: cb._at('forward'), always_call=False), head.register_full_backward_hook(lambda *a: cb._at('backward'))]
+    learn.loss_func = lambda *a: [cb._at('loss'), loss(*a)][1]
+    learn.opt.step = lambda: [cb._at('optimizer'), opt_step()][1]
+    try:
+        with pytest.raises(error, match='here'): fit(learn, cb)
+    finally:
+        for h in hooks: h.remove()
+        learn.loss_func,learn.opt.step = loss,opt_step
+
+
+def as_ever(learn, ref, path, tol=1e-5):
+    "Nothing is left behind, and predictor, export and another fit work; `ref` is an untouched model with the same weights"
+    import copy
+    from fastai.learner import load_learner
+    from torch.overrides import _get_current_function_mode_stack
+    left = [n for n,m in learn.model.named_modules() if 'forward' in vars(m)]
+    assert not left and not torch.is_autocast_enabled('cpu') and not _get_current_function_mode_stack()
+    ref.load_state_dict(learn.model.state_dict())
+    x = learn.dls.valid.one_batch()[0]
+    with torch.no_grad(): y,z = learn.model.eval()(x),ref.eval()(x)
+    y,z = (o[0] if isinstance(o, tuple) else o for o in (y, z)); whole(y.numpy(), z.numpy(), 1e-6)
+    copy.deepcopy(learn.model)
+    texts = ['alpha awful beta', 'lovely']
+    one = np.stack([learn.predict(t)[2].numpy() for t in texts])
+    whole(learn.predictor().predict_proba(texts), one, tol)
+    n = len(learn.dls.train_ds); learn.export(path/'broken.pkl'); assert len(learn.dls.train_ds) == n
+    whole(np.stack([load_learner(path/'broken.pkl').predict(t)[2].numpy() for t in texts]), one, tol)
+    learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.values[-1]).all() and '_do_one_batch' not in vars(learn)
+
+
+@pytest.mark.parametrize('where', PLACES)
+@pytest.mark.parametrize('error', [KeyboardInterrupt, MemoryError])
+def test_broken_off_with_single_position_and_fast_dropout(where, error, tokz, tmp_path):
+    learn = learner('bert', tokz, tmp_path, drop=.1).single_position().fast_dropout()
+    learn.create_opt()
+    fit_broken_off(learn, where, error, lambda l, cb: l.fit(2, 1e-3, cbs=cb))
+    as_ever(learn, HFModel(model_of('bert')), tmp_path)
+    learn.fast_dropout(False); assert '_do_one_batch' not in vars(learn)
+
+
+@pytest.mark.parametrize('where', PLACES)
+def test_fit_transfer_broken_off(where, tokz, tmp_path):
+    "Callbacks, mixed precision and kept states are gone, in a stage that is cached and in one that is not"
+    for kw in (dict(recipe='top_layers', epochs=2), dict(recipe='full', epochs=2)):
+        learn = learner('bert', tokz, tmp_path)
+        learn.create_opt(); names = learn.cbs.map(type)
+        fit_broken_off(learn, where, KeyboardInterrupt, lambda l, cb: l.fit_transfer(lr=1e-3, best=True, mixed_precision=True, cbs=cb, **kw))
+        assert learn.cbs.map(type) == names
+        as_ever(learn, HFModel(model_of('bert')), tmp_path)
+
+
+@pytest.mark.parametrize('where', ['forward', 'loss', 'backward', 'optimizer'])
+def test_awd_lstm_broken_off(where, tmp_path):
+    "In a cached stage of an AWD_LSTM, with bfloat16 asked for"
+    learn = awd_learner(tmp_path).to_mixed_precision('bf16', force=True)
+    learn.create_opt(); learn.freeze_to(-1)
+    fit_broken_off(learn, where, KeyboardInterrupt, lambda l, cb: l.fit(2, 1e-3, cbs=[CachedPrefix(), cb]))
+    assert {type(m) for m in learn.model.modules() if isinstance(m, torch.nn.LSTM)} == {torch.nn.LSTM}
+    learn.to_fp32()
+    as_ever(learn, awd_learner(tmp_path).model, tmp_path)
+
+
+def test_copies_of_single_position(tokz):
+    "A copy and a pickled one compute the same, also if they were taken inside the block"
+    import copy, pickle
+    model = HFModel(model_of('bert')).eval(); x = next(batches('bert', tokz))
+    with torch.no_grad():
+        ref,one = model(x),SinglePosition(model)
+        for dup in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            with dup: whole(dup.model(x).numpy(), ref.numpy(), 2e-6)
+        with one: inside = copy.deepcopy(model)
+        whole(inside(x).numpy(), ref.numpy(), 2e-6)
+
+
+# --- an AWD_LSTM classifier's pooling ---
+
+LENGTHS = [97, 75, 61, 60, 59, 45, 41, 40, 39, 30, 23, 21, 20, 19, 12, 7, 3, 1]
+
+def padded(rows, bptt):
+    from fastai.text.data import pad_chunk
+    return torch.stack([pad_chunk(r, seq_len=bptt, pad_len=len(rows[0])) for r in rows])
+
+
+def awd_model(bptt=20, max_len=1440):
+    from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+    from fastai.text.models.core import get_text_classifier
+    seed_everything(2)
+    return get_text_classifier(AWD_LSTM, 60, 3, seq_len=bptt, config=dict(awd_lstm_clas_config, emb_sz=12, n_hid=16, n_layers=2), max_len=max_len).eval()
+
+
+@pytest.mark.parametrize('max_len', [1440, 40, None])
+def test_pooling_does_not_depend_on_the_batch(max_len):
+    "Shorter than a chunk, of several chunks, longer than what is pooled: in any batch as alone, and alone as fastai's; without padding fastai's number for number"
+    fastai,ours = awd_model(max_len=max_len),pool_real_tokens(awd_model(max_len=max_len))
+    assert list(fastai.state_dict()) == list(ours.state_dict())
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 60, (n,), generator=g) for n in LENGTHS]
+    with torch.no_grad():
+        alone = torch.cat([fastai(r[None])[0] for r in rows])
+        assert torch.equal(alone, torch.cat([ours(r[None])[0] for r in rows]))
+        for at in range(len(rows)):
+            for step in (1, 3): whole(ours(padded(rows[at::step], 20))[0].numpy(), alone[at::step].numpy(), 1e-5)
+        assert (fastai(padded(rows, 20))[0]-alone).abs().max() > 1e-3   # what is mended
+        for n in (7, 20, 61, 97):
+            x = torch.randint(2, 60, (5, n), generator=g)
+            assert torch.equal(fastai(x)[0], ours(x)[0])
+        assert torch.equal(pool_real_tokens(ours, back=True)(padded(rows, 20))[0], fastai(padded(rows, 20))[0])
+
+
+def test_awd_classifier_in_a_batch_and_alone(tmp_path):
+    "A fit with and without kept states, get_preds, predict, Predictor, bundle and export: one figure for a text"
+    from fastai.learner import load_learner
+    rng = np.random.default_rng(0)
+    texts = [' '.join([*rng.choice(WORDS, rng.choice([1, 4, 15, 30, 70])), OWN[CLASSES[i % 3]]]) for i in range(60)]
+    tokens = tokenize_texts_once(texts, progress=False); labels = [CLASSES[i % 3] for i in range(60)]
+    dls = classifier_dls(tokens, labels, 'single', list(range(30)), list(range(30, 60)), texts_vocab(tokens, min_freq=1), bs=16, seq_len=20)
+    def make():
+        seed_everything(1)
+        return quiet(awd_classifier_learner(dls, 'single', 3, dict(emb_sz=12, n_hid=16, n_layers=2), seq_len=20, path=tmp_path))
+    plain,learn = make(),make()
+    a,b = stage(plain, -1, FrozenEval(), 3, 3e-2),stage(learn, -1, CachedPrefix(), 3, 3e-2)
+    whole(a[0], b[0]); whole(a[1], b[1], 1e-3)
+    held = texts[30:]
+    with learn.no_bar():
+        ref = learn.get_preds()[0].numpy()
+        assert np.ptp(ref, 0).max() > 1e-3
+        whole(np.stack([learn.predict(t)[2].numpy() for t in held]), ref, 1e-5)
+        whole(learn.get_preds(dl=learn.dls.test_dl(held, bs=3))[0].numpy(), ref, 1e-5)
+    whole(learn.predictor().predict_proba(held), ref, 1e-5)
+    learn.export(tmp_path/'a.pkl'); learn.save_bundle(tmp_path/'bundle'); learn.save('weights')
+    loaded = load_learner(tmp_path/'a.pkl')
+    whole(loaded.get_preds(dl=loaded.dls.test_dl(held))[0].numpy(), ref, 1e-5)
+    pred = load_bundle(tmp_path/'bundle'); whole(pred.predict_proba(held), ref, 1e-5)
+    again = quiet(pred.learner(dls)); whole(again.get_preds()[0].numpy(), ref, 1e-5)
+    other = make(); other.load('weights'); whole(other.get_preds()[0].numpy(), ref, 1e-5)

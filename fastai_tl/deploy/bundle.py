@@ -42,6 +42,7 @@ from ..learners.classify import awd_classifier_learner
 from ..learners.language import awd_lm_learner
 from ..models.encoder import find_encoder
 from ..models.hf import HFModel, load_hf
+from ..models.prefix import pool_real_tokens
 
 # %% ../../nbs/84_deploy.bundle.ipynb #2eba3413
 TOKENIZER_MAKERS = {'word': lambda s: WordLevelTokenizer(s['lang']), 'BaseTokenizer': lambda s: BaseTokenizer(s['split_char'])} # by the name in their settings
@@ -82,7 +83,7 @@ def _make_awd(s):
     h,n = dict(s['head']),len(s['vocab'])
     if 'tie_weights' in h: return get_language_model(AWD_LSTM, n, {**awd_lstm_lm_config, **s['config'], **h})
     config = {**awd_lstm_clas_config, **s['config'], 'output_p': h['ps'][0]}
-    return get_text_classifier(AWD_LSTM, n, h['n_out'], h['seq_len'], config, 1., h['lin_ftrs'], h['ps'][1:], s['config']['pad_token'], h['max_len'], h['y_range'])
+    return pool_real_tokens(get_text_classifier(AWD_LSTM, n, h['n_out'], h['seq_len'], config, 1., h['lin_ftrs'], h['ps'][1:], s['config']['pad_token'], h['max_len'], h['y_range']))
 
 # %% ../../nbs/84_deploy.bundle.ipynb #f1884108
 def _save_awd(learn, folder, name):

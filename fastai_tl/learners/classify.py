@@ -22,6 +22,7 @@ from .base import HFLearner, make_learner
 from ..models.encoder import text_vocab
 from ..models.groups import layer_splitter
 from ..models.lstm import trains_undropped
+from ..models.prefix import pool_real_tokens
 from ..tune.optim import LayerwiseOptimizer
 
 # %% ../../nbs/51_learners.classify.ipynb #eb153b3a
@@ -49,7 +50,7 @@ def awd_classifier_learner(
 ) -> TextLearner:
     "A text classifier with layer groups and an optimizer that knows them; norms are frozen with their layer"
     model = get_text_classifier(AWD_LSTM, len(text_vocab(dls)), n_out, seq_len=seq_len, config=merge(awd_lstm_clas_config, config), drop_mult=drop_mult, y_range=y_range)
-    return TextLearner(dls, trains_undropped(model), loss_func=_losses[target](), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
+    return TextLearner(dls, pool_real_tokens(trains_undropped(model)), loss_func=_losses[target](), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
                        metrics=_metrics[target] if metrics is None else metrics, **kwargs)
 
 # %% ../../nbs/51_learners.classify.ipynb #90ed0e8e

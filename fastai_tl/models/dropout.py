@@ -9,16 +9,14 @@ __all__ = ['fast_mask_dropout', 'fast_attention', 'FastDropout', 'FastDropoutTra
 
 # %% ../../nbs/28_models.dropout.ipynb #eb608948
 import math
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 import torch, torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from fastcore.all import patch
-from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
-from ..core import FastaiTLError
+from ..core import AroundBatch, FastaiTLError, unguard_batches
 
 # %% ../../nbs/28_models.dropout.ipynb #9c8513e5
 BITS = 15
@@ -148,19 +146,17 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False,
 def _refuse_checkpointing(model):
     if any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()): raise FastaiTLError('`fast_dropout` works without gradient checkpointing', 'a model with it', 'Call `gradient_checkpointing_disable()` of the model, or `learn.fast_dropout(False)`')
 
-def _masked_batch(learn, own):
-    with FastDropout() if learn.training else nullcontext(): own()
-
-class FastDropoutTraining(Callback):
+class FastDropoutTraining(AroundBatch):
     "Train with `FastDropout`, where the model is on a CPU"
-    order = MixedPrecision.order+2 # after precision has wrapped the batch
+    order = MixedPrecision.order+2 # inside of mixed precision
     def before_fit(self):
-        "Wrap the batch"
+        "Look at the model"
         _refuse_checkpointing(self.model)
-        own = self.learn._do_one_batch
-        if getattr(own, 'func', None) is _masked_batch or next(self.model.parameters()).device.type!='cpu' or any(m._compiled_call_impl is not None for m in self.model.modules()): return # compiled dropout is quick
-        self.learn._do_one_batch = partial(_masked_batch, self.learn, own)
-    def after_fit(self): "Unwrap it"; self.learn.__dict__.pop('_do_one_batch', None)
+        self.of_use = next(self.model.parameters()).device.type=='cpu' and not any(m._compiled_call_impl is not None for m in self.model.modules()) # compiled dropout is quick
+    @contextmanager
+    def around_batch(self):
+        "Begin and end"
+        with FastDropout() if self.learn.training and self.of_use else nullcontext(): yield
 
 # %% ../../nbs/28_models.dropout.ipynb #bc2fc1a8
 @patch
@@ -169,5 +165,5 @@ def fast_dropout(self:Learner,
 ) -> Learner: # Itself
     "Train with dropout that costs a CPU little: other random numbers, the same distribution"
     if on: _refuse_checkpointing(self.model) # an error now rather than in the fit
-    self.remove_cb(FastDropoutTraining)
+    self.remove_cb(FastDropoutTraining); unguard_batches(self)
     return self.add_cb(FastDropoutTraining()) if on else self

@@ -9,13 +9,12 @@ __all__ = ['head_position', 'SinglePosition', 'SinglePositionTop']
 
 # %% ../../nbs/26_models.position.ipynb #b45d1cbb
 import inspect, sys, threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from fastcore.all import patch
-from fastai.callback.core import Callback
 from fastai.learner import Learner
-from ..core import FastaiTLError, evaluating, shorten
+from ..core import AroundBatch, FastaiTLError, evaluating, shorten
 from .prefix import differ, find_blocks, hidden, logits_of, probe_batch, replaced_forwards
 from .trace import hf_models
 
@@ -30,6 +29,8 @@ class InputIds:
     def __enter__(self): self.hook = self.hf.register_forward_pre_hook(self._see, with_kwargs=True); return self
     def __exit__(self, *e): self.hook.remove(); self.now = threading.local()
     def _see(self, m, args, kw): self.now.ids = kw.get('input_ids', args[0] if args else None)
+    def __getstate__(self): return {**self.__dict__, 'now': None} # what a thread has is neither copied nor kept
+    def __setstate__(self, d): self.__dict__.update(d, now=threading.local())
     def at(self, kind, n, device):
         "The position of each of `n` texts"
         if kind=='first': return torch.zeros(n, dtype=torch.long, device=device)
@@ -137,6 +138,12 @@ class SinglePosition:
         self._stack = None
     def __repr__(self): return f'SinglePosition({type(hf_models(self.model)[0]).__name__}, {self.kind})'
 
+# %% ../../nbs/26_models.position.ipynb #d84664b6
+@patch
+def __getstate__(self:SinglePosition): return {**self.__dict__, '_stack': None, '_now': None} # what a thread has is neither copied nor kept
+@patch
+def __setstate__(self:SinglePosition, d): self.__dict__.update(d, _now=threading.local())
+
 # %% ../../nbs/26_models.position.ipynb #87c23bb1
 @patch
 def _forward(self:SinglePosition, *args, **kw):
@@ -202,17 +209,18 @@ def one_position(model, tolerance=1e-3):
 
 
 # %% ../../nbs/26_models.position.ipynb #8a39754d
-class SinglePositionTop(Callback):
+class SinglePositionTop(AroundBatch):
     "Compute one position in the top layer, in training and prediction"
-    order = 0 # before the first callback that may run the model
+    order = 0 # outside of what others do around the batch
     def before_fit(self):
         "Look at the model, once"
         self.leave()
         if getattr(self, 'one', None) is None or self.one.model is not self.model: self.one = SinglePosition(self.model)
-    def before_batch(self): "Begin"; self.one.__enter__()
+    @contextmanager
+    def around_batch(self):
+        "Begin and end"
+        with self.one: yield
     def after_pred(self): "End"; self.leave()
-    def after_cancel_batch(self): "End"; self.leave()
-    def after_fit(self): "End"; self.leave()
     def leave(self): "Put the model's own layer back"; self.one.__exit__() if getattr(self, 'one', None) is not None else None
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k!='one'}
 

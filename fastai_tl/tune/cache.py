@@ -8,18 +8,17 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.cache.html.md"""
 __all__ = ['PrefixCache', 'CachedDL', 'CachedPrefix']
 
 # %% ../../nbs/34_tune.cache.ipynb #42748373
-from contextlib import ExitStack, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from fastcore.all import GetAttr, chunked, patch
 from fasttransform import Pipeline
-from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.imports import noop
 from fastai.torch_core import to_device
-from ..core import DataError, FastaiTLError, evaluating, shorten
+from ..core import AroundBatch, DataError, FastaiTLError, evaluating, shorten, unguard_batches
 from ..data.subwords import TensorTargets, TensorTokens, _pad_stack, packs
 from ..models.groups import frozen_modules
 from ..models.position import SinglePosition
@@ -145,7 +144,7 @@ class CachedDL(GetAttr):
         self.source.after_iter()
 
 # %% ../../nbs/34_tune.cache.ipynb #9b4f792d
-class CachedPrefix(Callback):
+class CachedPrefix(AroundBatch):
     "Compute the frozen lower layers once, and train and validate those above from what was kept"
     order,_learn = ParamScheduler.order+1,None # after GradualUnfreezing has frozen the layers of the epoch
     def __init__(self,
@@ -158,7 +157,7 @@ class CachedPrefix(Callback):
         verbose:bool=True # Say what is kept
     ):
         self.dtype,self.where,self.folder,self.one_position,self.batch_size,self.optional,self.verbose = dtype,where,folder,one_position,bs,optional,verbose
-        self.caches,self.prefix,self.one,self._key,self._now,self._stack,self._on = {},None,None,None,None,None,False
+        self.caches,self.prefix,self.one,self._key,self._now,self._on = {},None,None,None,None,False
     @property
     def learn(self): "The Learner; when the Callback is taken off it, the states are given up"; return self._learn
     @learn.setter
@@ -171,29 +170,26 @@ class CachedPrefix(Callback):
 def before_fit(self:CachedPrefix):
     "Rest while rates are searched or predictions gathered"
     self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-    self._on = False
+    self._on,self._now = False,None
 
 @patch
 def before_train(self:CachedPrefix):
     "Compute what is frozen, if that is not done, and train from it"
     for m in frozen_modules(self.model): m.eval()
     self._on = self._ready()
-    if self._on: self._cached('training')
+    if self._on: self._cached('training'); self.guard_batches()
 
 @patch
 def before_validate(self:CachedPrefix):
     "Validate from it too, within an epoch of training"
-    if self._on and self.learn.dl is self.dls.valid: self._cached('validation')
-
-@patch
-def after_batch(self:CachedPrefix): "Put the model's `forward` back"; self._leave()
+    if self._on and self.learn.dl is self.dls.valid: self._cached('validation'); self.guard_batches()
 
 # %% ../../nbs/34_tune.cache.ipynb #050b5ce7
 @patch
 def after_epoch(self:CachedPrefix): "What comes outside of an epoch is computed in full"; self._on = False
 
 @patch
-def after_fit(self:CachedPrefix): "Put the model's `forward` back; the states are kept for a next fit"; self._leave()
+def after_fit(self:CachedPrefix): "Give the Learner its own batch back; the states are kept for a next fit"; self._now = None; unguard_batches(self.learn)
 
 # %% ../../nbs/34_tune.cache.ipynb #077f0a2a
 def _fingerprint(p): return id(p),p._version,p.detach().reshape(-1)[::max(1, p.numel()//512)].double().sum().item()
@@ -250,19 +246,23 @@ def _find_one(self:CachedPrefix):
 @patch
 def forget(self:CachedPrefix):
     "Give up what is kept; it is computed again when it is needed"
-    self._leave()
+    self._now = None
     for c in self.caches.values(): c.close()
     self.caches,self.prefix,self.one,self._key = {},None,None,None
 
 # %% ../../nbs/34_tune.cache.ipynb #77ddf300
 @patch
-def _offer(self:CachedPrefix, x, states):
-    "Let the model go on from `states` when it is given `x`"
-    self._now = x.data_ptr(),x.shape,states
-    if self._stack is not None: return
-    self._stack = ExitStack()
-    self._stack.enter_context(replaced_forwards({self.model: partial(self._forward, self.model.forward)}))
+def _offer(self:CachedPrefix, x, states): "Let the model go on from `states` when it is given `x`"; self._now = x.data_ptr(),x.shape,states
 
+@patch
+@contextmanager
+def around_batch(self:CachedPrefix):
+    "The batch, with a model that takes what was offered"
+    try:
+        with replaced_forwards({self.model: partial(self._forward, self.model.forward)} if self._now is not None else {}): yield
+    finally: self._now = None
+
+# %% ../../nbs/34_tune.cache.ipynb #77ddf301
 @patch
 def _forward(self:CachedPrefix, own, *args, **kw):
     "The model, from its states if they are those of its input"
@@ -276,9 +276,4 @@ def _forward(self:CachedPrefix, own, *args, **kw):
 
 # %% ../../nbs/34_tune.cache.ipynb #04b1f5b7
 @patch
-def _leave(self:CachedPrefix):
-    if self._stack is not None: self._stack.close()
-    self._stack,self._now = None,None
-
-@patch
-def __getstate__(self:CachedPrefix): return {**self.__dict__, 'caches': {}, 'prefix': None, 'one': None, '_key': None, '_stack': None, '_now': None}
+def __getstate__(self:CachedPrefix): return {**self.__dict__, 'caches': {}, 'prefix': None, 'one': None, '_key': None, '_now': None}

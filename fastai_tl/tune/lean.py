@@ -9,13 +9,14 @@ __all__ = ['output_layer', 'LazyLogitsCallback']
 
 # %% ../../nbs/38_tune.lean.ipynb #9ef2f292
 import warnings
+from contextlib import contextmanager
 from torch import nn
 from fastcore.all import L, patch, risinstance
-from fastai.callback.core import Callback, GatherPredsCallback
+from fastai.callback.core import GatherPredsCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.text.models.core import LinearDecoder
-from ..core import FastaiTLError
+from ..core import AroundBatch, FastaiTLError
 from ..models.chunked import LazyLogits, lazy_head
 
 # %% ../../nbs/38_tune.lean.ipynb #1ee85a51
@@ -30,18 +31,20 @@ def output_layer(
     raise FastaiTLError('`chunked_loss` needs a language model with a linear output layer', f'a {type(model if hf is None else hf).__name__}' + (f' with a {type(layer).__name__}' if layer is not None else ''))
 
 # %% ../../nbs/38_tune.lean.ipynb #cc73dd63
-class LazyLogitsCallback(Callback):
+class LazyLogitsCallback(AroundBatch):
     "Lets the output layer give `LazyLogits` during a batch"
     order = MixedPrecision.order+1 # inside of autocast, whose dtype the logits would have
     def before_fit(self): "Find the layer"; self.layer,self.said = output_layer(self.model),False
-    def before_batch(self): "From here on"; lazy_head(self.layer, on=not self.learn.cbs.filter(risinstance(GatherPredsCallback)))
+    @contextmanager
+    def around_batch(self):
+        "From here on, up to here"
+        lazy_head(self.layer, on=not self.learn.cbs.filter(risinstance(GatherPredsCallback)))
+        try: yield
+        finally: lazy_head(self.layer, on=False)
     def after_loss(self):
         "Say so if the model computed with its logits"
         if isinstance(self.pred, LazyLogits) or self.said or self.learn.cbs.filter(risinstance(GatherPredsCallback)): return
         warnings.warn(f'{type(self.model).__name__} computes with its logits: all of them are in memory, in spite of `chunked_loss`'); self.said = True
-    def after_batch(self): "Up to here"; lazy_head(self.layer, on=False)
-    def after_cancel_batch(self): "Up to here"; lazy_head(self.layer, on=False)
-    def after_fit(self): "Up to here"; lazy_head(self.layer, on=False)
 
 # %% ../../nbs/38_tune.lean.ipynb #96472c41
 @patch

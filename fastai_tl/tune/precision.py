@@ -9,15 +9,14 @@ __all__ = ['has_bf16', 'AutocastPrecision']
 
 # %% ../../nbs/33_tune.precision.ipynb #74761b1e
 import warnings
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 import torch
 from torch.amp import GradScaler, autocast, is_autocast_available
 from fastcore.all import L, patch, risinstance
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import Learner
-from ..core import FastaiTLError, unknown_option
-from ..models.lstm import swap_lstms
+from ..core import AroundBatch, FastaiTLError, unguard_batches, unknown_option
+from ..models.lstm import autocast_lstms
 
 # %% ../../nbs/33_tune.precision.ipynb #84fd7ef2
 _CPU_BF16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16') # x86, x86, ARM, ARM
@@ -51,7 +50,7 @@ def _why_not(kind, dtype):
     return f"This {'CPU' if kind=='cpu' else f'{kind!r} device'} has no bfloat16 instructions, and emulating them is slow"
 
 # %% ../../nbs/33_tune.precision.ipynb #6c0849ee
-class AutocastPrecision(MixedPrecision):
+class AutocastPrecision(AroundBatch, MixedPrecision):
     "Mixed precision by autocast on whatever device the model is on"
     def __init__(self,
         dtype=None, # `bf16` or `fp16`, also as a PyTorch dtype; the best that the device has if `None`
@@ -76,11 +75,6 @@ def _choose(self:AutocastPrecision, kind):
     return torch.float32
 
 # %% ../../nbs/33_tune.precision.ipynb #8dec320b
-def _guarded_batch(learn, cb):
-    "A batch that leaves autocast however it ends; errors and interrupts fire no event of fastai's"
-    try: type(learn)._do_one_batch(learn)
-    finally: cb._leave()
-
 @patch
 def _leave(self:AutocastPrecision):
     if self._inside: self.autocast.__exit__(None, None, None)
@@ -97,32 +91,36 @@ def before_fit(self:AutocastPrecision):
     self.compute_dtype = self._choose(kind)
     self.autocast = nullcontext() if self.compute_dtype==torch.float32 else autocast(kind, dtype=self.compute_dtype)
     self.learn.scaler,self.scales = GradScaler(kind, **{**self.kwargs, 'enabled': self.compute_dtype==torch.float16}),L()
-    self.learn._do_one_batch = partial(_guarded_batch, self.learn, self)
-    if kind=='cpu' and self.compute_dtype==torch.bfloat16: swap_lstms(self.model)
 
 # %% ../../nbs/33_tune.precision.ipynb #93acb8b1
 @patch
 def before_batch(self:AutocastPrecision):
-    "Enter autocast"
+    "Choose again if another fit or prediction has ended since"
     if self.autocast is None: self.before_fit()
-    self._leave()
-    self.autocast.__enter__()
-    self._inside = True
 
 @patch
 def after_loss(self:AutocastPrecision): "Leave autocast; the backward pass runs without"; self._leave()
 
+# %% ../../nbs/33_tune.precision.ipynb #93acb8b2
 @patch
-def after_cancel_batch(self:AutocastPrecision): "Leave autocast"; self._leave()
+@contextmanager
+def around_batch(self:AutocastPrecision):
+    "Enter autocast, and leave it however the batch ends; errors and interrupts fire no event of fastai's"
+    kind = next(self.model.parameters()).device.type
+    try:
+        with autocast_lstms(self.model) if kind=='cpu' and self.compute_dtype==torch.bfloat16 else nullcontext():
+            self.autocast.__enter__()
+            self._inside = True
+            yield
+    finally: self._leave()
 
 # %% ../../nbs/33_tune.precision.ipynb #d3284ecf
 @patch
 def after_fit(self:AutocastPrecision):
     "Put everything away"
     self._leave()
-    swap_lstms(self.model, back=True)
     self.autocast,self.learn.scaler = None,None
-    self.learn.__dict__.pop('_do_one_batch', None)
+    unguard_batches(self.learn)
 
 # %% ../../nbs/33_tune.precision.ipynb #0e3d9256
 @patch
