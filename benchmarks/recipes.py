@@ -280,7 +280,7 @@ def todo(phase, a):
 
 # --- summaries: means with intervals over seeds and rows, and the Trainer with the rate that its tuning picked ---
 
-TUNED, DEFAULT = 'Trainer, tuned', 'Trainer, default'
+TUNED, DEFAULT, THREE = 'Trainer, tuned', 'Trainer, default', 'Trainer, tuned, no rate above 2e-4'
 SUMMARY = 'set size split recipe seeds n_test error low high nll ece seconds against_tuned against_default difference difference_low difference_high nll_difference nll_difference_low nll_difference_high'.split()
 
 def picked(df):
@@ -290,6 +290,8 @@ def picked(df):
     if len(trainers):
         res[DEFAULT] = trainers[trainers.rate == 5e-5].set_index('seed').recipe
         res[TUNED] = trainers.loc[trainers.groupby('seed').dev_nll.idxmin()].set_index('seed').recipe
+        three = trainers[trainers.rate.isin(TRAINER_RATES)]
+        if len(three) < len(trainers): res[THREE] = three.loc[three.groupby('seed').dev_nll.idxmin()].set_index('seed').recipe
     return {k: v for k,v in res.items() if len(v)}
 
 

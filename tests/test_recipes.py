@@ -154,7 +154,7 @@ def test_few_texts_get_more_epochs_unless_told(tok):
     learn = classifier(tok)
     per_epoch = len(learn.dls.train)
     assert sum(learn.transfer_plan().epochs) == math.ceil(150/per_epoch) > 3 and f'one has {per_epoch} steps' in learn.transfer_plan().why
-    assert sum(learn.transfer_plan(3).epochs) == 3 and sum(learn.transfer_plan(min_steps=0).epochs) == 3 and sum(awd().transfer_plan().epochs) == 5
+    assert sum(learn.transfer_plan(3).epochs) == 3 and sum(learn.transfer_plan(min_steps=0).epochs) == 3 and sum(awd().transfer_plan().epochs) == 6
 
 
 def test_best_epoch_is_restored(tok):

@@ -182,9 +182,9 @@ class RunStage:
 def begin(self:RunStage,
     settings:dict # What must be the same when it is taken up again; JSON
 ) -> bool: # Is it done already?
-    "Start the stage, or take it up with the same settings"
+    "Start the stage, or take it up with the same settings; before its first epoch is kept they may still change"
     settings = json.loads(json.dumps(settings, default=lambda o: o.tolist())) # as it will be read; arrays as lists
-    if self.begun: check_same(read_json(self.file)['settings'], settings, self.folder)
+    if self.done or self.checkpoint.exists(): check_same(read_json(self.file)['settings'], settings, self.folder)
     else: write_json(self.file, dict(done=False, settings=settings))
     return self.done
 
