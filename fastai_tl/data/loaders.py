@@ -61,8 +61,9 @@ def language_rules(lang): "What is done to texts of a language before a tokenize
 
 def data_rules(dls):
     "What is done to each text of some DataLoaders before a tokenizer of transformers cuts it"
-    if 'rules' in vars(dls.valid_ds): return list(dls.valid_ds.rules)
-    return next((list(f.rules) for tl in getattr(dls.valid_ds, 'tls', ()) for f in tl.tfms.fs if 'rules' in vars(f)), [])
+    has = lambda o: {'rules','tokenizer'} <= getattr(o, '__dict__', {}).keys() # fastai's own `Tokenizer` has rules, too
+    if has(dls.valid_ds): return list(dls.valid_ds.rules)
+    return next((list(f.rules) for tl in getattr(dls.valid_ds, 'tls', ()) for f in tl.tfms.fs if has(f)), [])
 
 def rules_language(rules):
     "The language whose rules these are"
