@@ -280,7 +280,7 @@ def zh_learners():
 
 
 @pytest.mark.parametrize('i', range(6), ids=['classifier', 'tagger', 'qa', 'causal', 'masked', 'seq2seq'])
-def test_what_was_learnt_with_rules_is_used_with_them(i, tmp_path, monkeypatch):
+def test_what_was_learnt_with_rules_is_used_with_them(i, tmp_path):
     "A bundle, generation and perplexity read texts by the rules of the DataLoaders: without them the answers would be others"
     from fastai_tl.data.loaders import data_rules
     seed_everything(0)

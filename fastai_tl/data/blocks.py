@@ -19,7 +19,7 @@ from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode, Re
 from fastai.torch_core import default_device
 from fastai.text.data import LMDataLoader, Numericalize, Pad_Chunk, SortedDL, make_vocab, reverse_text
 from ..core import DataError, derive_seed, shorten, unknown_option
-from .tokenize import TextTokenizer, TokenizedTexts, WordLevelTokenizer
+from .tokenize import TextTokenizer, TokenizedTexts, WordLevelTokenizer, is_missing
 
 # %% ../../nbs/12_data.blocks.ipynb #0b9c5ba1
 def texts_vocab(
@@ -85,7 +85,7 @@ def check_labels(
     "Refuse missing labels, and convert the rest"
     labels = list(labels)
     rows = list(index) if index is not None else list(range(len(labels)))
-    missing = [r for r,l in zip(rows, labels) if l is None or l is pd.NA or (isinstance(l, (float,np.floating)) and l!=l)]
+    missing = [r for r,l in zip(rows, labels) if is_missing(l)]
     if missing and target!='multi' and label_delim is None:
         raise DataError('Each text needs a label', f'none in row {shorten(missing)}', 'Drop those rows, or keep their texts for the language model (`finetune_lm`)')
     if target is None: target = _guess_target(labels, label_delim)
@@ -103,7 +103,7 @@ def _guess_target(labels, label_delim):
     return 'regression' if any(isinstance(l, (float, np.floating)) and (np.isinf(l) or l!=int(l)) for l in labels) else 'single'
 
 def _label_list(l, delim):
-    if l is None or l is pd.NA or (isinstance(l, (float,np.floating)) and l!=l): return []
+    if is_missing(l): return []
     if isinstance(l, str): return [o.strip() for o in l.split(delim) if o.strip()] if delim else [l]
     return [str(o) if not isinstance(o, (str,int)) else o for o in l]
 

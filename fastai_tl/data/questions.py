@@ -23,7 +23,7 @@ from .blocks import need_rows, split_rows
 from .loaders import language_rules, tokens_dls, two_splits
 from .spans import ShownWords, show_html
 from .subwords import TensorTokens, load_tokenizer
-from .tokenize import _ruled, check_texts, column
+from .tokenize import _ruled, check_texts, column, is_missing
 
 # %% ../../nbs/18_data.questions.ipynb #f0df6cbe
 class TensorSpan(TensorBase):
@@ -131,7 +131,7 @@ def _windows(self:HFTokenizeQA, examples):
 def _answer_list(answers, starts):
     "Answers and starts of one question as two lists"
     if isinstance(answers, dict): answers,starts = answers['text'],answers['answer_start']
-    if answers is None or (isinstance(answers, float) and answers!=answers) or answers is pd.NA: return [],[]
+    if is_missing(answers): return [],[]
     answers = list(answers) if isinstance(answers, (list,tuple,L,np.ndarray)) else [answers]
     if starts is None or (np.ndim(starts)==0 and pd.isna(starts)): starts = [None]*len(answers)
     starts = list(starts) if np.ndim(starts) else [starts]

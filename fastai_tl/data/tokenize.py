@@ -23,6 +23,9 @@ from fastprogress import progress_bar
 from ..core import DataError, FastaiTLError, did_you_mean, shorten
 from ..files import digest, load_tree, save_tree
 
+# %% ../../nbs/10_data.tokenize.ipynb #c6c917eb
+def is_missing(o): "Is it none of what a table can hold: `None`, `pd.NA`, or not a number?"; return o is None or o is pd.NA or (isinstance(o, (float,np.floating)) and o!=o)
+
 # %% ../../nbs/10_data.tokenize.ipynb #83e65e03
 def check_texts(
     texts, # An iterable of strings
@@ -33,7 +36,7 @@ def check_texts(
     if isinstance(texts, (str, bytes)): raise DataError(f'A list of {what}s is needed', f'one {type(texts).__name__}', 'Put it into a list')
     texts = list(texts)
     rows = list(index) if index is not None else list(range(len(texts)))
-    missing = [r for r,t in zip(rows, texts) if t is None or (isinstance(t, float) and t!=t) or t is pd.NA]
+    missing = [r for r,t in zip(rows, texts) if is_missing(t)]
     if missing: raise DataError(f'Each {what} must be a string', f'a missing one in row {shorten(missing)}', 'Drop or fill those rows first')
     other = [r for r,t in zip(rows, texts) if not isinstance(t, str)]
     if other: raise DataError(f'Each {what} must be a string', f'a {type(texts[rows.index(other[0])]).__name__} in row {shorten(other)}', 'Convert them with `str`')

@@ -22,6 +22,7 @@ from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
 from ..core import DataError, FastaiTLError, evaluating
 from ..data.lm import end_of_text, frame
+from ..data.loaders import data_rules
 from ..data.tokenize import _ruled, check_texts
 from .base import HFLearner, each_row, make_learner
 from ..models.encoder import text_vocab
@@ -103,7 +104,7 @@ class HFCausalLMLearner(HFLearner):
     ) -> str: # The text with what follows
         "Go on with a text; the model reads it as it was taught to, by the rules of its DataLoaders"
         tok,(before,_) = self.tokenizer,frame(self.tokenizer)
-        read = next(_ruled(getattr(self.dls.train_ds, 'rules', ()), [item]))
+        read = next(_ruled(data_rules(self.dls), [item]))
         ids = before + tok(read, add_special_tokens=False, verbose=False)['input_ids'] or [end_of_text(tok)]
         if self.model.limit: ids = ids[-max(1, self.model.limit-max_new_tokens):]
         ids = torch.tensor([ids], device=next(self.model.parameters()).device)
