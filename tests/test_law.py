@@ -20,7 +20,7 @@ LONG_CELLS = {   # each parameter has a line of its own; the body is short
     'quickstart:quickstart': 'nine parameters', 'data.loaders:from_df': 'eleven parameters', 'data.loaders:hf_classifier_dls': 'twelve parameters', 'data.splits:cross_folds': 'eight parameters',
     'evaluation.validate:run_folds': 'ten parameters', 'generation.sample:generate': 'twenty-eight parameters', 'data.spans:hf_tagger_dls': 'twelve parameters',
     'data.questions:hf_qa_dls': 'eleven parameters', 'data.pairs:from_lists': 'twelve parameters',
-    'tune.transfer:transfer_plan': 'seven parameters', 'tune.transfer:fit_transfer': 'fourteen parameters',}
+    'tune.transfer:transfer_plan': 'ten parameters', 'tune.transfer:fit_transfer': 'nine parameters',}
 # 'module:attribute' -> why the attribute is not the Learner method of that name, which a higher number patches on
 NOT_THAT_METHOD = {}
 

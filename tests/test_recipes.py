@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
+from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -114,6 +115,17 @@ def test_family(make, request):
     assert plan.recipe == dict(classifier='head_then_full', tagger='head_then_full', causal='discriminative', awd='head_then_full', plain='full')[kind]
 
 
+@each_family
+def test_few_steps_leave_none_for_the_head(make, request):
+    kind = request.node.callspec.params['make']
+    plan = lambda *args, **kw: make().transfer_plan(*args, **kw)
+    n = len(make().dls.train)
+    assert (plan(3).recipe == 'full') == (kind in ('classifier', 'plain')) and (plan(math.ceil(128/n)).recipe == 'full') == (kind == 'plain')
+    if kind == 'classifier':
+        assert f'{3*n} steps are too few' in plan(3).why and plan(min_steps=3*n).recipe == 'full' and plan(math.ceil(128/n)-1).recipe == 'full'
+        assert plan([1, 2]).recipe == plan(3, groups=[1, 6]).recipe == plan(3, 'head_then_full').recipe == 'head_then_full'   # stages that are given
+
+
 def test_tags_have_a_rate_of_their_own(tok):
     assert np.isclose(tagger(tok).transfer_plan().lrs[-1], 4*classifier(tok).transfer_plan().lrs[-1])
 
@@ -140,6 +152,53 @@ def test_choices_by_hand(tok):
     seen,_ = quietly(learn, epochs=2, recipe='full', lr=5e-3, warmup=.5)
     top = np.array(seen.rates)[:,-1]
     assert np.isclose(top.max(), 5e-3, rtol=1e-2) and abs(top.argmax()/len(top) - .5) <= 1/len(top)
+
+
+@each_family
+def test_schedule(make, request):
+    "A slanted triangle for Transformers, one cycle for the rest; either by hand, compared with its own formula"
+    kind = request.node.callspec.params['make']
+    plan = make().transfer_plan(recipe='full')
+    assert (plan.schedule, plan.warmup, plan.clip) == (('one_cycle', .25, None) if kind in ('awd', 'plain') else ('stlr', .1, 1. if kind == 'tagger' else None))
+    for schedule,rises in (('stlr', .3), ('one_cycle', .6)):
+        seen,plan = quietly(make(), epochs=2, recipe='full', lr=4e-3, schedule=schedule, warmup=rises)
+        t = np.arange(seen.steps)/seen.steps
+        if schedule == 'stlr':   # ULMFiT, equation 3, with its ratio of 32
+            p = np.where(t < rises, t/rises, 1-(t-rises)/(1-rises))
+            want = 4e-3*(1+p*31)/32
+        else: want = np.where(t < rises, 4e-3/25+(4e-3-4e-3/25)*(1-np.cos(np.pi*t/rises))/2, 4e-8+(4e-3-4e-8)*(1+np.cos(np.pi*(t-rises)/(1-rises)))/2)
+        assert plan.warmup == rises and np.allclose(np.array(seen.rates)[:,-1], want, rtol=1e-4)
+
+
+class Norms(Callback):
+    "The norm of all gradients, as the optimizer gets them"
+    order = 90
+    def before_fit(self): self.norms = []
+    def before_step(self): self.norms.append(torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]).norm().item())
+
+
+@pytest.mark.parametrize('make', ['classifier', 'tagger'], indirect=True)
+def test_clipping(make, request):
+    kind = request.node.callspec.params['make']
+    def norms(clip=(), cbs=(), own=()):
+        learn,norms = make(),Norms()
+        learn.add_cbs(own)
+        with learn.no_bar(), learn.no_logging(): plan = learn.fit_transfer(2, 'full', lr=1e-4, mixed_precision=False, cbs=[norms, *cbs], **dict(clip))
+        return plan.clip, max(norms.norms)
+    free = norms(dict(clip=None))
+    assert free[0] is None and free[1] > .4
+    clip,most = norms(dict(clip=.1)); assert clip == .1 and math.isclose(most, .1, rel_tol=1e-4)
+    assert norms()[0] == (1. if kind == 'tagger' else None)
+    for where in ('cbs', 'own'):   # a Learner's own is left alone, longer or shorter
+        clip,most = norms(**{where: [GradientClip(.2)]}); assert clip is None and math.isclose(most, .2, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize('kw, match', [(dict(schedule='stl'), 'stlr'), (dict(warmup=1.), 'between 0 and 1'), (dict(warmup=0), 'between 0 and 1'), (dict(clip=0), 'above 0'), (dict(clip='yes'), 'above 0')])
+def test_unusable_schedules(tok, kw, match):
+    learn = classifier(tok)
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    with pytest.raises(FastaiTLError, match=match): learn.fit_transfer(1, **kw)
+    assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items())
 
 
 @pytest.mark.parametrize('steps', [1, 13, 40])
@@ -208,7 +267,7 @@ def test_recipes_table():
     measured = pd.read_csv(Path(__file__).parents[1]/'benchmarks'/'recipes_summary.csv').set_index(['set', 'size', 'recipe'])
     for name,size in (('IMDb', 250), ('TREC-6', 1500)):
         col = next(c for c in t.columns if c.startswith(f'{name} {size:,}'))
-        row = measured.loc[name, size, 'head_then_full']
+        row = measured.loc[name, size, 'head_then_full stlr']
         assert t.loc['head_then_full', col].startswith(f'{row.error:.1f} % ({row.low:.1f} to {row.high:.1f})')
     runs = pd.read_csv(Path(__file__).parents[1]/'benchmarks'/'recipes_more.csv')
     error = runs[(runs.study == 'awd') & (runs.set == 'TREC-6') & (runs.way == 'language model, ulmfit, 0.01')].error

@@ -10,11 +10,12 @@ __all__ = ['TRANSFER_RECIPES', 'Recipe', 'recipes', 'model_family', 'choose_reci
 # %% ../../nbs/39_tune.transfer.ipynb #ff22dbb5
 import math, numpy as np, pandas as pd
 from dataclasses import dataclass
-from fastcore.all import L, patch
+from fastcore.all import L, delegates, patch
 from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
+from fastai.callback.training import GradientClip
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier
 from ..core import FastaiTLError, unknown_option
@@ -26,6 +27,7 @@ from .cache import check_same_each_time
 from .precision import AutocastPrecision, has_bf16
 from .rates import discriminative_lrs
 from .recipes import _needs_split, recipe_lrs, recipe_stages
+from .schedule import *
 from .stabilise import BestEpoch, reinit_top_layers
 from .unfreeze import GradualUnfreezing, show_table
 
@@ -48,18 +50,18 @@ TRANSFER_RECIPES = {
     'ulmfit': Recipe("ULMFiT's schedule: four stages from the head down, rates that fall from stage to stage, a wide spread", (), 2.6**4, cache=True)}
 
 # %% ../../nbs/39_tune.transfer.ipynb #8f42f484
-_MEASURED = {'full': {'TREC-6 500 (validation)': '12.6 % (10.6 to 14.7)', 'docstrings 1,000 (validation)': '25.2 % (22.5 to 27.9)', 'TREC-6 1,500 (validation)': '9.7 % (7.9 to 11.6)', 'AWD_LSTM: TREC-6 1,500 (validation)': '16.4 % ± 1.4', 'AWD_LSTM: docstrings 1,000 (validation)': '26.5 % ± 0.9'},
-             'discriminative': {'TREC-6 500 (validation)': '14.1 % (12.0 to 16.2)', 'docstrings 1,000 (validation)': '24.3 % (21.7 to 27.0)', 'TREC-6 1,500 (validation)': '8.0 % (6.4 to 9.8)', 'CoNLL-2000 training 500 (validation)': '10.6 % (9.7 to 11.5)', 'AWD_LSTM: TREC-6 1,500 (validation)': '17.8 % ± 0.9', 'AWD_LSTM: docstrings 1,000 (validation)': '25.7 % ± 0.9'},
-             'head_then_full': {'TREC-6 500 (validation)': '13.5 % (11.3 to 15.7)', 'docstrings 1,000 (validation)': '25.6 % (22.9 to 28.4)', 'TREC-6 1,500 (validation)': '7.4 % (5.8 to 9.1)', 'IMDb 250': '26.1 % (21.0 to 32.5), 0.41 of the time', 'CoNLL-2000 500': '11.0 % (10.5 to 11.4), 0.23 of the time', 'CoNLL-2000 training 500 (validation)': '10.2 % (9.3 to 11.2)', 'IMDb 1,000': '17.4 % (15.9 to 19.0), 0.37 of the time', 'AWD_LSTM: TREC-6 1,500 (validation)': '18.3 % ± 0.7', 'AWD_LSTM: docstrings 1,000 (validation)': '25.7 % ± 0.8'},
-             'top_layers': {'TREC-6 500 (validation)': '12.8 % (10.8 to 14.8)', 'docstrings 1,000 (validation)': '25.4 % (22.8 to 28.1)', 'TREC-6 1,500 (validation)': '8.1 % (6.4 to 9.7)'},
-             'gradual': {'TREC-6 500 (validation)': '15.1 % (12.8 to 17.5)', 'docstrings 1,000 (validation)': '25.2 % (22.5 to 27.9)', 'TREC-6 1,500 (validation)': '8.8 % (7.1 to 10.8)'},
-             'Trainer, tuned': {'IMDb 250': '24.8 % (21.5 to 28.8)', 'CoNLL-2000 500': '9.9 % (9.4 to 10.4)', 'IMDb 1,000': '17.7 % (15.7 to 19.7)'},
+_MEASURED = {'head_then_full': {'TREC-6 500 (validation)': '12.8 % (10.7 to 14.9), 0.32 of the time', 'docstrings 1,000 (validation)': '24.1 % (21.5 to 26.6), 0.18 of the time', 'TREC-6 1,500 (validation)': '7.4 % (5.9 to 9.2), 0.35 of the time', 'IMDb 250': '26.9 % (23.1 to 31.2), 0.44 of the time', 'CoNLL-2000 500': '9.7 % (9.2 to 10.1), 0.27 of the time', 'CoNLL-2000 training 500 (validation)': '9.7 % (8.8 to 10.6)', 'IMDb 1,000': '16.9 % (15.4 to 18.5), 0.41 of the time', 'AWD_LSTM: TREC-6 1,500 (validation)': '18.3 % ± 0.7', 'AWD_LSTM: docstrings 1,000 (validation)': '25.7 % ± 0.8'},
+             'discriminative': {'TREC-6 500 (validation)': '11.8 % (9.9 to 13.8), 0.39 of the time', 'docstrings 1,000 (validation)': '23.4 % (20.8 to 25.9), 0.23 of the time', 'TREC-6 1,500 (validation)': '7.5 % (5.8 to 9.3), 0.45 of the time', 'CoNLL-2000 training 500 (validation)': '9.8 % (8.9 to 10.8)', 'AWD_LSTM: TREC-6 1,500 (validation)': '17.8 % ± 0.9', 'AWD_LSTM: docstrings 1,000 (validation)': '25.7 % ± 0.9'},
+             'full': {'TREC-6 500 (validation)': '11.6 % (9.6 to 13.6), 0.39 of the time', 'docstrings 1,000 (validation)': '25.0 % (22.5 to 27.6), 0.22 of the time', 'TREC-6 1,500 (validation)': '7.8 % (6.4 to 9.4), 0.48 of the time', 'IMDb 250': '21.2 % (18.5 to 24.1), 0.56 of the time', 'AWD_LSTM: TREC-6 1,500 (validation)': '16.4 % ± 1.4', 'AWD_LSTM: docstrings 1,000 (validation)': '26.5 % ± 0.9'},
+             'top_layers': {'TREC-6 500 (validation)': '12.3 % (10.3 to 14.4), 0.19 of the time', 'docstrings 1,000 (validation)': '24.5 % (22.1 to 27.1), 0.10 of the time', 'TREC-6 1,500 (validation)': '7.4 % (6.0 to 8.9), 0.19 of the time'},
+             'gradual': {'TREC-6 500 (validation)': '15.2 % (12.8 to 17.6), 0.26 of the time', 'docstrings 1,000 (validation)': '24.7 % (22.3 to 27.3), 0.15 of the time', 'TREC-6 1,500 (validation)': '8.2 % (6.6 to 10.0), 0.28 of the time'},
+             'Trainer, tuned': {'TREC-6 500 (validation)': '12.1 % (10.2 to 14.0)', 'docstrings 1,000 (validation)': '25.3 % (22.6 to 28.0)', 'TREC-6 1,500 (validation)': '7.8 % (6.3 to 9.5)', 'IMDb 250': '24.8 % (21.5 to 28.8)', 'CoNLL-2000 500': '10.0 % (9.4 to 10.6)', 'IMDb 1,000': '17.7 % (15.7 to 19.7)'},
              'ulmfit': {'AWD_LSTM: TREC-6 1,500 (validation)': '25.6 % ± 1.0', 'AWD_LSTM: docstrings 1,000 (validation)': '24.6 % ± 0.7'}}
 
 def recipes() -> pd.DataFrame: # A row a recipe: `what` it does, and a column for each set; the last row is transformers' Trainer
     "The recipes of `fit_transfer`, with the error of MiniLM (95 % interval), and the processor time in that of one run of the Trainer at its tuned rate"
     cols = list(dict.fromkeys(c for v in _MEASURED.values() for c in v))
-    what = {**{n: r.what for n,r in TRANSFER_RECIPES.items()}, **{n: "transformers' Trainer, with the best of three rates, for tags of four" for n in _MEASURED if n not in TRANSFER_RECIPES}}
+    what = {**{n: r.what for n,r in TRANSFER_RECIPES.items()}, **{n: "transformers' Trainer, with the best of three rates, or of more where it took the highest of these" for n in _MEASURED if n not in TRANSFER_RECIPES}}
     rows = {n: dict(what=w, **{c: _MEASURED.get(n, {}).get(c, 'not measured') for c in cols}) for n,w in what.items()}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('recipe')
 
@@ -74,11 +76,13 @@ def model_family(
     if getattr(hf[0].config, 'is_encoder_decoder', False): return 'encoder-decoder'
     return 'decoder' if any(getattr(m, 'is_causal', False) is True for m in hf[0].modules()) else 'encoder'
 
+def _tags(learn): return getattr(learn.dls, 'task', None)=='tagging'
+
 def _family_lr(learn, family):
     if family=='AWD_LSTM': return 5e-3 if _is_lm(learn.model, family) else 1e-2
     if family=='other': return learn.lr
     cfg = hf_models(learn.model)[0].config
-    return (8e-4 if getattr(learn.dls, 'task', None)=='tagging' else 2e-4)*min(1, 384/(getattr(cfg.get_text_config(), 'hidden_size', None) or 384))
+    return (8e-4 if _tags(learn) else 2e-4)*min(1, 384/(getattr(cfg.get_text_config(), 'hidden_size', None) or 384))
 
 def _is_lm(model, family):
     "Does the model predict tokens, with a head that is trained already?"
@@ -86,24 +90,29 @@ def _is_lm(model, family):
     return bool(hf_models(model)) and hf_models(model)[0].get_output_embeddings() is not None
 
 # %% ../../nbs/39_tune.transfer.ipynb #2d453bb1
+_FEW_STEPS = 128
+
 def choose_recipe(
     family:str, # From `model_family`
     n:int, # Number of layer groups
-    is_lm:bool=False # Does the model predict tokens?
+    is_lm:bool=False, # Does the model predict tokens?
+    steps:int|None=None # Steps of the whole fit, as far as these may decide
 ) -> tuple: # Name of a recipe, and why
     "The recipe for a model"
     if n<3: return 'full',f'{n} layer group{"s" if n>1 else ""}: there is nothing to unfreeze step by step'
     if family=='AWD_LSTM' and is_lm: return 'head_then_full','a language model whose new words are learnt first, as in ULMFiT; not measured against others'
     if family=='other': return 'full','a model of its own kind, for which nothing was measured'
     if is_lm or family=='encoder-decoder': return 'discriminative','its head is trained already, so it needs no epoch of its own; not measured against others'
-    if family=='decoder': return 'head_then_full','as for encoders; not measured for decoders'
+    other = '; not measured for decoders' if family=='decoder' else ''
+    if family!='AWD_LSTM' and steps is not None and steps<_FEW_STEPS: return 'full',f'{steps} steps are too few to spend some on the head alone'+other
+    if other: return 'head_then_full','as for encoders'+other
     return 'head_then_full','it did best on the validation sets of the benchmark' + (', with an encoder that had been trained' if family=='AWD_LSTM' else '')
 
 # %% ../../nbs/39_tune.transfer.ipynb #2ca0a0fc
-def _known(recipe, family, n, is_lm):
+def _known(recipe, family, n, is_lm, steps):
     "Name, reason and `Recipe`"
     if recipe!='auto' and recipe not in TRANSFER_RECIPES: raise unknown_option('recipe', recipe, ['auto', *TRANSFER_RECIPES])
-    name,why = choose_recipe(family, n, is_lm) if recipe=='auto' else (recipe, 'as asked')
+    name,why = choose_recipe(family, n, is_lm, steps) if recipe=='auto' else (recipe, 'as asked')
     return name,why,TRANSFER_RECIPES[name]
 
 def _stages(r, n):
@@ -114,11 +123,11 @@ def _stages(r, n):
     return list(plan),np.array(list(plan.values()))
 
 # %% ../../nbs/39_tune.transfer.ipynb #ae9885be
-_MIN_STEPS = 150
+_MIN_STEPS,_TRANSFORMERS = 150,('encoder','decoder','encoder-decoder')
 
 def _stage_epochs(epochs, stages, family, min_steps, n_batches):
     "Epochs of each stage, and how many stages there is time for, counted from the last"
-    if min_steps is None: min_steps = _MIN_STEPS if epochs is None and family in ('encoder','decoder','encoder-decoder') else 0
+    if min_steps is None: min_steps = _MIN_STEPS if epochs is None and family in _TRANSFORMERS else 0
     if epochs is not None and np.ndim(epochs):
         if len(epochs)!=stages: raise FastaiTLError(f'`epochs` needs one number for each of the {stages} stages', f'{list(epochs)}', 'Or one number for all')
         return [int(e) for e in epochs],stages
@@ -141,6 +150,9 @@ class TransferPlan:
     cache:bool # Are frozen layers computed once a stage?
     layers:list # The layer groups, bottom to top
     n_batches:int # Of an epoch
+    schedule:str='one_cycle' # Of the rate within a stage: `stlr` or `one_cycle`
+    warmup:float=.25 # Share of each stage in which the rate rises
+    clip:float|None=None # Norm that gradients are shortened to
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
     unfreezing = None # The `GradualUnfreezing` of the fit
     best = None # The `BestEpoch` of the fit
@@ -160,6 +172,7 @@ def table(self:TransferPlan) -> pd.DataFrame: # stage | layers | groups | params
 def show(self:TransferPlan):
     "Display what is about to be done, and why"
     print(f'{self.recipe}: {TRANSFER_RECIPES[self.recipe].what}.\nWhy: {self.why}. Evidence: {self.evidence}')
+    print(f'Rate within each stage: {_SHAPES[self.schedule]}, that rises for {100*self.warmup:.3g} % of the steps' + (f'; gradients are clipped to a norm of {self.clip:g}.' if self.clip else '.'))
     show_table(self.table())
 
 # %% ../../nbs/39_tune.transfer.ipynb #0e09071c
@@ -177,6 +190,22 @@ def _groups_of(learn):
     names = getattr(split, 'names', None) or [f'group {i}' for i in range(len(split))]
     return [LayerGroup(n, list(ps)) for n,ps in zip(names, split)]
 
+# %% ../../nbs/39_tune.transfer.ipynb #5c4ed01e
+_SHAPES,_WARMUP = dict(stlr='a slanted triangle', one_cycle='one cycle'),dict(stlr=.1, one_cycle=.25)
+
+def _clips(cbs): return any(isinstance(o, GradientClip) or o is GradientClip for o in L(cbs))
+
+def _steps(learn, family, schedule, warmup, clip):
+    "Schedule, share of a stage in which the rate rises, and norm of the longest gradient: what was measured for the family, or what is asked for"
+    known = family in _TRANSFORMERS
+    if schedule=='auto': schedule = 'stlr' if known else 'one_cycle'
+    if schedule not in _SHAPES: raise unknown_option('schedule', schedule, ['auto', *_SHAPES])
+    warmup = _WARMUP[schedule] if warmup is None else warmup
+    if not 0<warmup<1: raise FastaiTLError('`warmup` must lie between 0 and 1', repr(warmup))
+    if clip=='auto': clip = 1. if known and _tags(learn) and not _clips(learn.cbs) else None
+    if clip is not None and not (isinstance(clip, (int,float)) and clip>0): raise FastaiTLError("`clip` must be 'auto', a norm above 0, or `None`", repr(clip))
+    return schedule,warmup,clip
+
 # %% ../../nbs/39_tune.transfer.ipynb #7fac917f
 @patch
 def transfer_plan(self:Learner,
@@ -186,20 +215,25 @@ def transfer_plan(self:Learner,
     spread:float|None=None, # Rate of the top group over that of the bottom; the recipe's if `None`
     groups:list|None=None, # How many groups train in each stage, counted from the top; the recipe's if `None`
     min_steps:int|None=None, # As many more epochs as it takes for so many steps; if `None`, at least 150 for a Transformer unless `epochs` are told
-    cache='auto' # Compute frozen layers once a stage: `True`, `False`, or where the recipe has frozen layers, the model can be cut and the texts stay the same
+    cache='auto', # Compute frozen layers once a stage: `True`, `False`, or where the recipe has frozen layers, the model can be cut and the texts stay the same
+    schedule:str='auto', # Of the rate within each stage: `stlr` (slanted triangle), `one_cycle`, or by family
+    warmup:float|None=None, # Share of each stage in which the rate rises; .1 for `stlr`, .25 for `one_cycle` if `None`
+    clip='auto' # Norm that the gradient of all weights is shortened to: a number, `None`, or 1 for a Transformer that tags and has no `GradientClip`
 ) -> TransferPlan: # With `table()` and `show()`
     "What `fit_transfer` would do"
     _needs_split(self)
-    layers,family = _groups_of(self),model_family(self.model)
-    name,why,r = _known(recipe, family, len(layers), _is_lm(self.model, family))
+    layers,family,n_batches = _groups_of(self),model_family(self.model),len(self.dls.train)
+    by_hand = groups is not None or np.ndim(epochs) # stages of somebody's own
+    steps = None if by_hand or _tags(self) else n_batches*sum(_stage_epochs(epochs, 2, family, min_steps, n_batches)[0])
+    name,why,r = _known(recipe, family, len(layers), _is_lm(self.model, family), steps)
     gs,rel = _stages(r, len(layers))
     if groups is not None: gs,rel = list(groups),np.interp(np.linspace(0, 1, len(groups)), np.linspace(0, 1, len(rel)), rel) if len(groups)>1 else np.ones(1)
     if not gs or gs!=sorted(gs) or not 1<=gs[0]<=gs[-1]<=len(layers): raise FastaiTLError(f'`groups` must rise from at least 1 to at most {len(layers)}, the number of layer groups', str(gs))
-    ep,k = _stage_epochs(epochs, len(gs), family, min_steps, len(self.dls.train))
-    if epochs is None and sum(ep)>sum(_stage_epochs(None, len(gs), family, 0, 1)[0]): why += f'; more epochs than usual, since one has {len(self.dls.train)} steps'
+    ep,k = _stage_epochs(epochs, len(gs), family, min_steps, n_batches)
+    if epochs is None and sum(ep)>sum(_stage_epochs(None, len(gs), family, 0, 1)[0]): why += f'; more epochs than usual, since one has {n_batches} steps'
     lrs = rel[-k:]*(_family_lr(self, family)*r.lr if lr is None else lr)
     if cache=='auto': cache = r.cache and gs[-k]<len(layers) and _can_cache(self)
-    return TransferPlan(name, why, family, gs[-k:], ep, lrs, r.spread if spread is None else spread, cache, layers, len(self.dls.train))
+    return TransferPlan(name, why, family, gs[-k:], ep, lrs, r.spread if spread is None else spread, cache, layers, n_batches, *_steps(self, family, schedule, warmup, clip))
 
 # %% ../../nbs/39_tune.transfer.ipynb #575ac1e2
 def _aids(learn, family, mixed_precision, one_position):
@@ -215,35 +249,31 @@ def _aids(learn, family, mixed_precision, one_position):
 
 # %% ../../nbs/39_tune.transfer.ipynb #76b3ab92
 @patch
+@delegates(Learner.transfer_plan)
 def fit_transfer(self:Learner,
     epochs=None, # Epochs in all, or a list with those of each stage; by the model's family if `None`
     recipe:str='auto', # `auto`, or one of `recipes()`
-    lr:float|None=None, # Top rate of the last stage; by family and recipe if `None`
-    spread:float|None=None, # Rate of the top group over that of the bottom; the recipe's if `None`
-    groups:list|None=None, # How many groups train in each stage, counted from the top; the recipe's if `None`
-    min_steps:int|None=None, # As many more epochs as it takes for so many steps; if `None`, at least 150 for a Transformer unless `epochs` are told
-    cache='auto', # Compute frozen layers once a stage; see `transfer_plan`
-    warmup:float=.25, # Share of each stage in which the rate rises
     reinit:int=0, # How many top layers of a Hugging Face model start anew; see `reinit_top_layers`
     best:bool=False, # Keep the epoch with the lowest validation loss, not the last
     mixed_precision='auto', # `True`, `False`, or where the device has bfloat16 instructions
     one_position='auto', # Compute one position in the top layer: `True`, `False`, or where that is exact
     wd:float|None=None, # Weight decay
-    cbs=None # More Callbacks
+    cbs=None, # More Callbacks
+    **kwargs
 ) -> TransferPlan: # What was done; its `unfreezing` has `table()` and `plot()`
-    "Fine-tune by the recipe for this model, saying first what it is and why"
-    plan = self.transfer_plan(epochs, recipe, lr, spread, groups, min_steps, cache)
+    "Fine-tune by the recipe for this model, saying first what it is and why; what else `transfer_plan` takes changes a choice"
+    if _clips(cbs): kwargs.setdefault('clip', None)
+    plan = self.transfer_plan(epochs, recipe, **kwargs)
     if self.logger is not noop: plan.show()
     if reinit: reinit_top_layers(self.model, reinit)
     cbs = L(cbs) + L(_aids(self, plan.family, mixed_precision, one_position))
     if best: plan.best = BestEpoch(); cbs = cbs + L(plan.best)
-    return plan.fit(self, warmup, wd, cbs)
+    return plan.fit(self, wd, cbs)
 
 # %% ../../nbs/39_tune.transfer.ipynb #69ecf4db
 @patch
 def fit(self:TransferPlan,
     learn:Learner, # The Learner that it was made for
-    warmup:float=.25, # Share of each stage in which the rate rises
     wd:float|None=None, # Weight decay
     cbs=None # Callbacks
 ) -> TransferPlan: # Itself
@@ -252,5 +282,7 @@ def fit(self:TransferPlan,
     if learn.opt is None: learn.create_opt()
     if n<2: learn.unfreeze()
     else: self.unfreezing = GradualUnfreezing(groups=self.groups, epochs=self.epochs, factor=list(self.lrs/self.lrs[0]), restart=True, cache=self.cache)
-    learn.fit_one_cycle(sum(self.epochs), discriminative_lrs(self.lrs[0], n, spread=self.spread), pct_start=warmup, wd=wd, cbs=L(cbs)+L(self.unfreezing))
+    if self.clip: cbs = L(cbs)+L(GradientClip(self.clip))
+    fit,rises = (learn.fit_stlr, 'cut_frac') if self.schedule=='stlr' else (learn.fit_one_cycle, 'pct_start')
+    fit(sum(self.epochs), discriminative_lrs(self.lrs[0], n, spread=self.spread), wd=wd, cbs=L(cbs)+L(self.unfreezing), **{rises: self.warmup})
     return self
