@@ -18,6 +18,8 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier
+
+# %% ../../nbs/39_tune.transfer.ipynb #8d1c6a2e
 from ..core import FastaiTLError, unknown_option
 from ..models.groups import LayerGroup
 from ..models.position import SinglePosition, SinglePositionTop
@@ -76,6 +78,7 @@ def model_family(
     if getattr(hf[0].config, 'is_encoder_decoder', False): return 'encoder-decoder'
     return 'decoder' if any(getattr(m, 'is_causal', False) is True for m in hf[0].modules()) else 'encoder'
 
+# %% ../../nbs/39_tune.transfer.ipynb #4b7e90d1
 def _tags(learn): return getattr(learn.dls, 'task', None)=='tagging'
 
 def _family_lr(learn, family):
