@@ -232,7 +232,7 @@ def check_flow(model, groups, inputs, fixed):
 
 
 def check_top(model, inputs):
-    from fastai_tl.models.groups import LayerFreezer, layer_groups
+    from fastai_tl.models.layer_groups import LayerFreezer, layer_groups
     freezer = LayerFreezer(model)
     freezer.freeze_to(-1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -250,8 +250,8 @@ def check_top(model, inputs):
 
 def check(cfg_class, cls):
     "A row of the table"
-    from fastai_tl.models.groups import layer_groups
-    from fastai_tl.models.trace import dummy_inputs, execution_order, hf_models
+    from fastai_tl.models.layer_groups import layer_groups
+    from fastai_tl.models.execution_order import dummy_inputs, execution_order, hf_models
     try: model = build(cfg_class, cls).eval()
     except Exception as e: return dict(built=False, why=f'{type(e).__name__}: {e}'[:300])
     fixed = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -322,7 +322,7 @@ def main():
     ap.add_argument('--md', type=Path, help='also write the table to this file')
     a = ap.parse_args()
     warnings.simplefilter('ignore'); logging.disable(logging.WARNING); torch.set_num_threads(1)
-    import fastai_tl.models.groups   # once, before the children are made
+    import fastai_tl.models.layer_groups   # once, before the children are made
     rows = []
     for task, cfg, cls in classes():
         if a.only and not {cfg.model_type, cls.__name__} & set(a.only): continue

@@ -19,7 +19,7 @@ from fastai_tl.interop.blurr import enable_blurr
 SETUP = '''
 import numpy as np, pandas as pd, tempfile, transformers, torch
 from pathlib import Path
-from fastai_tl.data.subwords import train_tokenizer
+from fastai_tl.data.hf_tokenizer import train_tokenizer
 from tokenizers import BertWordPieceTokenizer, processors
 transformers.utils.logging.disable_progress_bar()
 words = 'good bad fine awful lovely poor great dull the film is was very quite a story and music Paris London Anna Ben lives in works at Acme'.split()

@@ -78,7 +78,7 @@ def main():
     if a.threads: torch.set_num_threads(a.threads)
     if a.cpu_time and torch.get_num_threads()!=1: raise SystemExit('--cpu-time needs --threads 1: it adds up the seconds of all threads')
     from fastai_tl.all import CachedPrefix
-    from fastai_tl.tune.cache import drawn
+    from fastai_tl.efficiency.feature_cache import drawn
     df,lines,notes = texts(a),{},{}
 
     def line(make, top, bf16=False, cache=None, epochs=1, keep=True, fast=False):

@@ -32,7 +32,7 @@ def children(): return [int(p) for f in Path('/proc/self/task').glob('*/children
 def killed(texts, tok, rules):
     "Kill a process in the middle of the work; seconds from then to the error, and the error"
     from fastai_tl.core import FastaiTLError
-    from fastai_tl.data.tokenize import tokenize_texts_once
+    from fastai_tl.data.tokenizers import tokenize_texts_once
     at = []
     def kill():
         while not children(): time.sleep(.01)
@@ -51,7 +51,7 @@ def main():
     ap.add_argument('--cut', default='chars'); ap.add_argument('--workers', type=int, default=1); ap.add_argument('--out')
     a = ap.parse_args()
     from fastai_tl.data.chinese import CHINESE_RULES, ChineseTokenizer
-    from fastai_tl.data.tokenize import tokenize_texts_once
+    from fastai_tl.data.tokenizers import tokenize_texts_once
     texts,tok,res = make_texts(a.data, a.texts),ChineseTokenizer(a.cut),{}
     tok.tokenize(texts[:20])
     with tempfile.TemporaryDirectory() as folder:

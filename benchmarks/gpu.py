@@ -108,7 +108,7 @@ def quiet(learn):
 
 def batch_operations(learn):
     "Operations of a training step on each batch, as PyTorch counts them"
-    from fastai_tl.models.position import SinglePosition, SinglePositionTop
+    from fastai_tl.efficiency.pooled_top_layer import SinglePosition, SinglePositionTop
     from contextlib import nullcontext
     single = any(isinstance(c, SinglePositionTop) for c in learn.cbs)
     def run():

@@ -77,7 +77,7 @@ def sets(data):
         df = df[df.split == 'train'].reset_index(drop=True)
         return df[1000:], df[:1000]
     def docs():
-        from fastai_tl.data.corpus import docstring_corpus
+        from fastai_tl.datasets.corpora import docstring_corpus
         df = docstring_corpus().sample(frac=1, random_state=0)
         return df[df.split == 'train'], df[df.split == 'valid'][:1000]
     def imdb():
@@ -104,7 +104,7 @@ class Data:
         self.train,self.dev,self.test = pool[:size], pool[size:size+N_DEV], test[:a.n_test] if a.n_test else test
         parts = [self.train, self.dev, self.test]
         if self.task == 'tagging':
-            from fastai_tl.data.spans import tag_vocab
+            from fastai_tl.data.tagging import tag_vocab
             self.classes = tag_vocab([*pool.tags, *test.tags])
         else: self.classes = sorted(set(pool.label))
         from transformers import AutoTokenizer
@@ -128,8 +128,8 @@ def say(model, rows, tok, task, bs=64):
     "Log-probabilities of each row, (classes,) or (words, classes): one function for everybody's models"
     import torch
     from contextlib import nullcontext
-    from fastai_tl.models.position import SinglePosition
-    from fastai_tl.tune.precision import has_bf16
+    from fastai_tl.efficiency.pooled_top_layer import SinglePosition
+    from fastai_tl.efficiency.mixed_precision import has_bf16
     model.eval()
     order,res = sorted(range(len(rows)), key=lambda i: -len(rows[i]['input_ids'])), [None]*len(rows)
     with torch.inference_mode(), SinglePosition(model) if task == 'classification' else nullcontext(), torch.autocast(model.device.type, torch.bfloat16, enabled=has_bf16(model.device)):
@@ -143,7 +143,7 @@ def say(model, rows, tok, task, bs=64):
 
 def scores(logp, rows, classes, task):
     "Error, F1 of the spans of a tagging, NLL and ECE; and what they are made of, row by row"
-    from fastai_tl.evaluation.calibrate import calibration_error
+    from fastai_tl.evaluation.calibration import calibration_error
     truth = [np.atleast_1d(r['labels']) for r in rows]
     truth = [t[t >= 0] for t in truth]
     logp = [np.atleast_2d(p) for p in logp]
@@ -151,7 +151,7 @@ def scores(logp, rows, classes, task):
     p,t = np.concatenate(logp),np.concatenate(truth)
     res = dict(error=100*per_row['wrong'].sum()/len(t), nll=per_row['nll'].sum()/len(t), ece=calibration_error(np.exp(p.max(1)), p.argmax(1) == t, 15)[0], f1=None)
     if task == 'tagging':
-        from fastai_tl.data.spans import tag_spans
+        from fastai_tl.data.tagging import tag_spans
         spans = [[set(tag_spans([classes[i] for i in o])) for o in (p.argmax(1), t)] for p,t in zip(logp, truth)]
         per_row['spans'] = np.array([(len(p & t), len(p), len(t)) for p,t in spans])
         right,pred,true = per_row['spans'].sum(0)
@@ -195,7 +195,7 @@ def with_ours(d, name, seed, a):
     from fastai.callback.core import Callback, CancelValidException
     from fastai.callback.training import GradientClip
     from fastai_tl.all import discriminative_lrs
-    import fastai_tl.models.position, fastai.callback.schedule
+    import fastai_tl.efficiency.pooled_top_layer, fastai.callback.schedule
     class NoValidation(Callback):
         def before_validate(self): raise CancelValidException
     learn = our_learner(d, seed, a).to_mixed_precision()
@@ -402,7 +402,7 @@ def awd_lines(file):
     for (name,size,way),g in df.groupby(['set', 'size', 'way'], sort=False): yield way.split(', ')[1], f'AWD_LSTM: {name} {size:,} (validation)', f'{g.error.mean():.1f} % ± {g.error.std():.1f}'
 
 
-def ship(t, notebook=HERE.parent/'nbs'/'39_tune.transfer.ipynb'):
+def ship(t, notebook=HERE.parent/'nbs'/'440_tune.recipes.ipynb'):
     "Put the figures into the notebook's cell `_MEASURED`"
     lines = []
     for r in (r for r in t.itertuples(index=False) if own(r)):

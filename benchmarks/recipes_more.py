@@ -38,7 +38,7 @@ def masked_lm(a):
 
 def ways(study, a):
     "Name of a way to what it asks of the DataLoaders, the Learner, augmentation and the fit"
-    from fastai_tl.data.augment import DropWords, MaskSpans, ReplaceWords, SwapWords
+    from fastai_tl.data.augmentation import DropWords, MaskSpans, ReplaceWords, SwapWords
     drop,swap,mask = DropWords(.1),SwapWords(.1),MaskSpans('[MASK]', .15)
     return dict(
         stabilise={'3 epochs': {}, '3 epochs, full': dict(fit=dict(recipe='full')), '10 epochs, full': dict(fit=dict(epochs=10, recipe='full')), '6 epochs': dict(fit=dict(epochs=6)), '10 epochs': dict(fit=dict(epochs=10)), '12 epochs': dict(fit=dict(epochs=12)), '12 epochs, the best kept': dict(fit=dict(epochs=12, best=True)),

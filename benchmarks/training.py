@@ -142,7 +142,7 @@ def texts_and_labels(a, n_train, n_valid):
         df = df.rename(columns={c: 'label' for c in ('sentiment', 'y') if c in df and 'label' not in df})
         parts = (df, df) if held is None else (df[~held], df[held])
     elif a.data:
-        from fastai_tl.data.tokenize import read_folder
+        from fastai_tl.data.tables import read_folder
         df = read_folder(a.data, label_from_parent=True)
         top = df.file.map(lambda f: Path(f).parts[0]); parts = df[top == 'train'], df[top == 'test']
     else:

@@ -13,7 +13,7 @@ PKG = PACKAGE.name
 HAND_WRITTEN = {'__init__.py', 'all.py'}
 NOT_PROJECT = ('.git', '.venv', 'venv', 'build', 'dist', '*.egg-info', '__pycache__', '.ipynb_checkpoints', '.pytest_cache', '.hypothesis',
                '_docs', '_proc', 'site', 'quickstart', 'runs')
-_name = re.compile(r'^(?P<number>\d\d)_(?:(?P<folder>[a-z0-9]+)\.)?(?P<module>[a-z0-9_]+)\.ipynb$')
+_name = re.compile(r'^(?P<number>\d\d\d)_(?:(?P<folder>[a-z0-9]+)\.)?(?P<module>[a-z0-9_]+)\.ipynb$')
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Notebook:
 
     @property
     def module(self):
-        "The module's name inside the package that the file's name stands for, such as `data.corpus`"
+        "The module's name inside the package that the file's name stands for, such as `datasets.corpora`"
         return '.'.join(filter(None, (self.folder, self.match['module'])))
 
     @property

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastai_tl.all import *
-from fastai_tl.models.trace import hf_models
+from fastai_tl.models.execution_order import hf_models
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 IDS = dict(vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2)

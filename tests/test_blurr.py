@@ -13,11 +13,10 @@ import transformers as tf
 from fastai.text.all import (ColReader, ColSplitter, CrossEntropyLossFlat, DataBlock, Learner, OptimWrapper, RegressionBlock, accuracy, load_learner, minimum, rmse)
 from sklearn.metrics import accuracy_score, mean_squared_error
 
-from fastai_tl.all import (FastaiTLError, GradualUnfreezing, LayerwiseOptimizer, calculate_perplexity, disable_blurr, enable_blurr, execution_order, from_blurr, from_blurr_export,
-                           layer_groups, layer_splitter, row_texts, train_tokenizer)
-from fastai_tl.data.subwords import TensorTokens
+from fastai_tl.all import FastaiTLError, GradualUnfreezing, LayerwiseOptimizer, calculate_perplexity, disable_blurr, enable_blurr, execution_order, from_blurr, from_blurr_export, layer_groups, layer_splitter, row_texts, train_tokenizer
+from fastai_tl.data.hf_tokenizer import TensorTokens
 from fastai_tl.learners.auto import task_of_class
-from fastai_tl.models.foreign import foreign_parts, unwrap_model
+from fastai_tl.models.third_party import foreign_parts, unwrap_model
 from repo import NBS,ROOT,python
 
 there = importlib.util.find_spec('blurr') is not None
@@ -491,7 +490,7 @@ def test_page_names_what_exists():
     missing = {n for n in names if not hasattr(all_, n) and not hasattr(ft, n)}
     assert not missing, missing
     methods = {m for r in rows for m in re.findall(r'learn\.([a-z_]+)\(', r)}
-    from fastai_tl.learners.tag import HFTagger; from fastai_tl.learners.answer import HFAnswerer; from fastai_tl.learners.seq2seq import HFSeq2SeqLearner
+    from fastai_tl.learners.tagging import HFTagger; from fastai_tl.learners.qa import HFAnswerer; from fastai_tl.learners.seq2seq import HFSeq2SeqLearner
     assert not {m for m in methods if not any(hasattr(c, m) for c in (HFTagger, HFAnswerer, HFSeq2SeqLearner))}
 
 
@@ -509,10 +508,10 @@ def test_bundle(blurr, folder, tmp_path):
 
 
 @needs_blurr
-@pytest.mark.skipif(importlib.util.find_spec('fastai_tl.tune.cache') is None, reason='fastai_tl.tune.cache is not there')
+@pytest.mark.skipif(importlib.util.find_spec('fastai_tl.efficiency.feature_cache') is None, reason='fastai_tl.efficiency.feature_cache is not there')
 def test_cache(blurr, folder):
     "Gradual unfreezing with the frozen layers' outputs kept"
-    importlib.import_module('fastai_tl.tune.cache')
+    importlib.import_module('fastai_tl.efficiency.feature_cache')
     learn = from_blurr(make('single', folder))
     quiet(learn, lambda: learn.fit_gradual(epochs=[2, 1], groups=[1, 5], lr=1e-3, cache=True))
     assert np.isfinite(float(quiet(learn, learn.validate)[0]))

@@ -9,7 +9,7 @@ from fastai.callback.rnn import RNNRegularizer
 from fastai.vision.augment import RandTransform
 
 from fastai_tl.all import *
-from fastai_tl.models import states as states_module
+from fastai_tl.efficiency import feature_store as states_module
 
 WORDS = 'alpha beta gamma delta epsilon zeta eta theta iota kappa'.split()
 CLASSES = ['bad', 'dull', 'good']

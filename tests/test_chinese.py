@@ -11,8 +11,8 @@ from hypothesis import example, given, settings, strategies as st
 from fastai.text.all import defaults
 from fastai_tl.all import *
 from fastai_tl.core import DataError, FastaiTLError
-from fastai_tl.data.decode import HAN, join_marked
-from fastai_tl.data.tokenize import tokenizer_settings
+from fastai_tl.data.decoding import HAN, join_marked
+from fastai_tl.data.tokenizers import tokenizer_settings
 from fastai_tl.plot import figure_style, in_words
 from repo import *
 
@@ -170,7 +170,7 @@ def test_a_million_texts_in_bounded_memory():
     res = python('''
 import os, random, re, resource
 from fastai_tl.data.chinese import *
-from fastai_tl.data.tokenize import tokenize_texts_once
+from fastai_tl.data.tokenizers import tokenize_texts_once
 r = random.Random(0)
 chars = [chr(0x4e00+i) for i in range(3000)]
 texts = [''.join(r.choices(chars, k=12))+f'第{i}則' for i in range(1_000_000)]
@@ -282,7 +282,7 @@ def zh_learners():
 @pytest.mark.parametrize('i', range(6), ids=['classifier', 'tagger', 'qa', 'causal', 'masked', 'seq2seq'])
 def test_what_was_learnt_with_rules_is_used_with_them(i, tmp_path):
     "A bundle, generation and perplexity read texts by the rules of the DataLoaders: without them the answers would be others"
-    from fastai_tl.data.loaders import data_rules
+    from fastai_tl.data.classification import data_rules
     seed_everything(0)
     learn,say = next(o for k,o in enumerate(zh_learners()) if k == i)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2); said = say(learn)
@@ -304,7 +304,7 @@ def test_generation_and_perplexity_follow_the_rules():
 
 
 def test_own_rules_are_no_language(toks):
-    from fastai_tl.data.loaders import rules_language
+    from fastai_tl.data.classification import rules_language
     assert rules_language([]) == 'en' and rules_language(CHINESE_RULES) == 'zh-tw'
     with expect_fail(FastaiTLError, 'must be those of a language'): rules_language([str.lower])
 

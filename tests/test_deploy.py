@@ -17,7 +17,7 @@ from fastai.text.data import TextDataLoaders
 from fastai.text.learner import text_classifier_learner
 from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_clas_config
 from fastai_tl.all import *
-from fastai_tl.core import DataError,FastaiTLError,RunError,seed_everything
+from fastai_tl.core import DataError, FastaiTLError, RunError, seed_everything
 from fastai_tl.files import digest
 from repo import ROOT
 from transformers import BertConfig,GPT2Config,T5Config

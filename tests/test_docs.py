@@ -36,10 +36,10 @@ def page(docs, *cells, src='nbs/90_x.y.ipynb', by_name=None):
     "A page of made-up cells, on a site whose reference knows `by_name`"
     from docs_page import Page, Site
     class Names:
-        modules,by_name = {'tune.unfreeze': None},{}
+        modules,by_name = {'tune.unfreezing': None},{}
         def find(self, name): return (by_name or {}).get(name)
         def entries(self, module, cell): return []
-    return Page(src, Site(['nbs/34_tune.unfreeze.ipynb', 'nbs/tutorials/t.ipynb', src], Names(), 'https://x.y/z'), dict(cells=list(cells)))
+    return Page(src, Site(['nbs/415_tune.unfreezing.ipynb', 'nbs/tutorials/t.ipynb', src], Names(), 'https://x.y/z'), dict(cells=list(cells)))
 
 
 def md(s): return dict(cell_type='markdown', source=s, metadata={})
@@ -53,9 +53,9 @@ def test_title_and_lead(docs):
 
 
 def test_links_lead_to_pages(docs):
-    p = page(docs, md('[a](34_tune.unfreeze.ipynb#x) [b](tutorials/t.ipynb) [c](../setup.cfg) [d](#e) [f](https://g.h) `[a](b)`'))
-    assert p.text() == '[a](tune.unfreeze.md#x) [b](tutorials/t.md) [c](https://x.y/z/blob/main/setup.cfg) [d](#e) [f](https://g.h) `[a](b)`\n'
-    assert page(docs, md('[a](../34_tune.unfreeze.ipynb)'), src='nbs/tutorials/u.ipynb').text() == '[a](../tune.unfreeze.md)\n'
+    p = page(docs, md('[a](415_tune.unfreezing.ipynb#x) [b](tutorials/t.ipynb) [c](../setup.cfg) [d](#e) [f](https://g.h) `[a](b)`'))
+    assert p.text() == '[a](tune.unfreezing.md#x) [b](tutorials/t.md) [c](https://x.y/z/blob/main/setup.cfg) [d](#e) [f](https://g.h) `[a](b)`\n'
+    assert page(docs, md('[a](../415_tune.unfreezing.ipynb)'), src='nbs/tutorials/u.ipynb').text() == '[a](../tune.unfreezing.md)\n'
 
 
 def test_readmes_are_no_pages(docs):
@@ -71,10 +71,10 @@ def test_link_to_nothing(docs):
 def test_names_become_links(docs):
     "In prose, once; not in headings, code, or links that are there already"
     from types import SimpleNamespace as Entry
-    names = {'f': Entry(module='tune.unfreeze', id='f')}
-    txt = '## `f`\n\n`f` and [`f`](https://a.b) and `g` and `tune.unfreeze`\n\n```python\n`f`\n```'
+    names = {'f': Entry(module='tune.unfreezing', id='f')}
+    txt = '## `f`\n\n`f` and [`f`](https://a.b) and `g` and `tune.unfreezing`\n\n```python\n`f`\n```'
     assert page(docs, md(txt), by_name=names).text() == \
-        '## `f`\n\n[`f`](tune.unfreeze.md#f) and [`f`](https://a.b) and `g` and [`tune.unfreeze`](tune.unfreeze.md)\n\n```python\n`f`\n```\n'
+        '## `f`\n\n[`f`](tune.unfreezing.md#f) and [`f`](https://a.b) and `g` and [`tune.unfreezing`](tune.unfreezing.md)\n\n```python\n`f`\n```\n'
 
 
 def test_formulas(docs):
@@ -166,7 +166,7 @@ def test_a_broken_anchor_fails(docs, site, tmp_path):
     "The crawler of the command, on a copy in which one anchor is gone"
     from docs_crawl import crawl
     shutil.copytree(site, tmp_path/'site')
-    p = tmp_path/'site'/'tune.unfreeze.html'
+    p = tmp_path/'site'/'tune.unfreezing.html'
     p.write_text(p.read_text().replace('id="gradualunfreezing"', 'id="gone"'))
     assert any('#gradualunfreezing names no anchor' in o for o in crawl(tmp_path/'site', docs.project()['urls']['Documentation']))
 

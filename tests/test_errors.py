@@ -8,8 +8,8 @@ from hypothesis import example, given, settings, strategies as st
 from scipy import stats
 
 from fastai_tl.core import DataError, FastaiTLError, seed_everything
-from fastai_tl.data.splits import _ngrams, _plain, near_duplicates
-from fastai_tl.evaluation.errors import overused_words, text_words
+from fastai_tl.data.near_duplicates import _ngrams, _plain, near_duplicates
+from fastai_tl.evaluation.error_analysis import overused_words, text_words
 from fastai_tl.evaluation.report import Evaluation
 
 
@@ -189,9 +189,9 @@ def test_a_crowd_of_copies_is_no_trouble():
 # --- a Learner's own Evaluation, and what does not make sense ---
 
 def test_on_a_learner():
-    from fastai_tl.data.blocks import classifier_dls, texts_vocab
-    from fastai_tl.data.tokenize import tokenize_texts_once
-    from fastai_tl.learners.classify import awd_classifier_learner
+    from fastai_tl.data.awd_lstm import classifier_dls, texts_vocab
+    from fastai_tl.data.tokenizers import tokenize_texts_once
+    from fastai_tl.learners.classification import awd_classifier_learner
     seed_everything(0)
     texts = [f'The film number {i} was {w} .' for i in range(20) for w in ('good', 'bad')]
     tok, labels = tokenize_texts_once(texts), ['pos', 'neg']*20

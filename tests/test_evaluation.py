@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from fastai_tl.all import *
-from fastai_tl.evaluation.calibrate import calibration_error
+from fastai_tl.evaluation.calibration import calibration_error
 from fastai_tl.evaluation.report import resample_counts
 from repo import python
 

@@ -179,7 +179,7 @@ def test_interpretation(trained):
 
 def shown(monkeypatch):
     "What is displayed, as DataFrames"
-    from fastai_tl.data import subwords
+    from fastai_tl.data import hf_tokenizer as subwords
     tables = []
     monkeypatch.setattr(subwords, 'display_df', tables.append)
     return tables

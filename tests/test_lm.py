@@ -13,7 +13,7 @@ from fastcore.all import L
 from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from fastai_tl.all import *
-from fastai_tl.core import evaluating
+from fastai_tl.callbacks import evaluating
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=600, max_position_embeddings=80)
 
@@ -251,7 +251,7 @@ def test_predict_goes_on_greedily(causal, tokenizers):
 def test_shown(learn, monkeypatch):
     "The text with its masks (or its ends of text), the targets and what is predicted in their places"
     shown,tok = [],learn.tokenizer
-    monkeypatch.setattr('fastai_tl.data.subwords.display_df', shown.append)
+    monkeypatch.setattr('fastai_tl.data.hf_tokenizer.display_df', shown.append)
     x,y = learn.dls.valid.one_batch()
     with evaluating(learn.model): best = learn.model(x).argmax(-1)
     learn.dls.valid.show_batch((x, y), max_n=2)

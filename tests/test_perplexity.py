@@ -91,7 +91,7 @@ def test_batch_order_and_neighbours_do_not_matter(gpt, awd, texts):
 
 
 def test_small_budget_gives_the_same(gpt, texts, monkeypatch):
-    import fastai_tl.generation.score as score
+    import fastai_tl.generation.scoring as score
     a = text_perplexity(gpt[0], mixed(texts), gpt[1]).texts.nll
     monkeypatch.setattr(score, 'LOGITS_BUDGET', {'cpu': 10, 'other': 10})
     assert text_perplexity(gpt[0], mixed(texts), gpt[1]).texts.nll.tolist() == pytest.approx(a.tolist(), rel=1e-9)

@@ -15,7 +15,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
 from fastai_tl.all import *
-from fastai_tl.tune import precision
+from fastai_tl.efficiency import mixed_precision as precision
 
 BF16 = dict(dtype='bf16', force=True)   # emulated where the processor has no bfloat16: slow, and the same figures
 

@@ -150,7 +150,7 @@ def test_commands_of_the_home_page(): assert commands('home') and set(commands('
 def test_commands_run(name, tmp_path):
     "`fastai-tl` as it stands, with small sizes in settings.ini; what pip installs exists; pytest is what runs here"
     import shlex
-    from fastai_tl.data.reviews import sample_reviews
+    from fastai_tl.datasets.reviews import sample_reviews
     mine = sample_reviews(240)
     mine.to_csv(tmp_path/'mine.csv', index=False)
     mine.rename(columns=dict(text='內容', label='標籤')).to_csv(tmp_path/'我的評論.csv', index=False)

@@ -14,7 +14,7 @@ from fastai.learner import load_learner
 from transformers import BartConfig, DataCollatorForSeq2Seq, MarianConfig, MBartConfig, MT5Config, PegasusConfig, T5Config
 
 from fastai_tl.all import *
-from fastai_tl.core import evaluating
+from fastai_tl.callbacks import evaluating
 
 T5 = dict(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=300, dropout_rate=0., pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
 BART = dict(d_model=32, vocab_size=300, max_position_embeddings=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
@@ -160,7 +160,7 @@ def test_fastai_on_it(learn, tmp_path, monkeypatch):
     assert quiet(learn, 'validate')[0] < a
     assert learn.layer_table().layers.tolist()[-1] == 'head' and len(learn.layer_table()) == 3   # a block of each stack; the embedding is tied to the head
     shown = []
-    monkeypatch.setattr('fastai_tl.data.subwords.display_df', shown.append)
+    monkeypatch.setattr('fastai_tl.data.hf_tokenizer.display_df', shown.append)
     with learn.no_bar(): learn.show_results(max_n=2, shuffle=False)
     assert shown[0].generated.tolist() == learn.generate_texts(shown[0].source) and shown[0].shape == (2, 3)
     learn.export()

@@ -33,7 +33,7 @@ def test_memory_of_the_loss():
 @pytest.mark.parametrize('smoothing', [0., .1])
 @pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
 def test_linear_cross_entropy(smoothing, reduction, monkeypatch):
-    import fastai_tl.models.chunked as chunked
+    import fastai_tl.efficiency.linear_cross_entropy as chunked
     monkeypatch.setattr(chunked, 'PIECE', 64*8*7); monkeypatch.setattr(chunked, 'BLOCK', 64*3)
     torch.manual_seed(0)
     x, w, b = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((4, 11, 8), (64, 8), (64,)))
@@ -99,7 +99,7 @@ def test_hugging_face_models(kind):
 
 def test_logits_are_never_made(monkeypatch):
     "Training and validation with metrics: no tensor as large as the logits is asked for"
-    import fastai_tl.models.chunked as chunked
+    import fastai_tl.efficiency.linear_cross_entropy as chunked
     monkeypatch.setattr(chunked.LazyLogits, 'full', lambda self: pytest.fail('full logits'))
     for kind in ('causal', 'masked'):
         learn = hf_lm(kind).chunked_loss()
@@ -161,7 +161,7 @@ def test_lstm_function_is_lstm():
         lstm.zero_grad(); ts = [o.clone().requires_grad_() for o in (x, *s)]
         outs = f(*ts); sum((o*g).sum() for o, g in zip(outs, gs)).backward()
         return [o.detach() for o in outs]+[o.grad for o in ts]+[p.grad for p in lstm.parameters()]
-    from fastai_tl.models.lstm import LSTMFunction
+    from fastai_tl.efficiency.lstm_bf16 import LSTMFunction
     def theirs(x, h, c): o, (h, c) = lstm(x, (h[None], c[None])); return o, h[0], c[0]
     ours = run(lambda x, h, c: LSTMFunction.apply(x, h, c, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0+lstm.bias_hh_l0, torch.float32))
     assert apart(ours, run(theirs)) < 1e-5
@@ -214,7 +214,7 @@ def test_dropout_gradients():
 @pytest.mark.parametrize('block', [1, 60, 400, 2**18])
 def test_attention_in_blocks(block, monkeypatch):
     "Gradients by finite differences, whatever the blocks; masks of both kinds and heads with their own"
-    import fastai_tl.models.dropout as d
+    import fastai_tl.efficiency.fast_dropout as d
     monkeypatch.setattr(d, 'BLOCK', block)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 2, dtype=torch.double, requires_grad=True) for n in (4, 5, 5))
@@ -258,7 +258,7 @@ def fast_bert():
 
 def test_fast_dropout_finds_the_calls(monkeypatch):
     "Modules, functions and attention of transformers, the weights of an AWD_LSTM; what it does not know goes on as before"
-    import fastai_tl.models.dropout as d
+    import fastai_tl.efficiency.fast_dropout as d
     seen = []
     for n in ('fast_mask_dropout', 'fast_attention'): monkeypatch.setattr(d, n, lambda *a, f=getattr(d, n), n=n: [seen.append(n), f(*a)][1])
     model, batch = fast_bert()

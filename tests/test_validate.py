@@ -9,7 +9,7 @@ from scipy import stats
 from fastai_tl.core import DataError, FastaiTLError, RunError, TrainingError, derive_seed
 from fastai_tl.data.splits import Fold, cross_folds, time_folds
 from fastai_tl.evaluation.report import Evaluation
-from fastai_tl.evaluation.validate import FoldError, corrected_ttest, cross_validate, run_folds, time_series_validate
+from fastai_tl.evaluation.cross_validation import FoldError, corrected_ttest, cross_validate, run_folds, time_series_validate
 
 from repo import clean_env
 
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on(tmp_path):
         import os, signal, sys
         sys.path.insert(0, sys.argv[1])
         from test_validate import noisy as base, table
-        from fastai_tl.evaluation.validate import cross_validate
+        from fastai_tl.evaluation.cross_validation import cross_validate
         n = 0
         def noisy(*args):
             global n
@@ -249,9 +249,9 @@ def test_folds_by_hand_may_overlap():
 def test_learners_train_afresh_and_repeatably():
     "The same weights at the start of no two folds, the same predictions in two runs, and none that knows its validation labels"
     from fastai.callback.schedule import fit_one_cycle
-    from fastai_tl.data.blocks import classifier_dls, texts_vocab
-    from fastai_tl.data.tokenize import tokenize_texts_once
-    from fastai_tl.learners.classify import awd_classifier_learner
+    from fastai_tl.data.awd_lstm import classifier_dls, texts_vocab
+    from fastai_tl.data.tokenizers import tokenize_texts_once
+    from fastai_tl.learners.classification import awd_classifier_learner
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(text=[f'{a} film {b} was {w}' for a, b, w in zip(rng.choice(['One', 'This', 'That'], 60), rng.choice(['here', 'there', 'now'], 60), ['good', 'bad']*30)], label=['pos', 'neg']*30))
     tok, starts = tokenize_texts_once(df.text), []

@@ -106,7 +106,7 @@ def test_layer_freezer(bert_and_loaders, capsys):
 
 def test_gradual_unfreezing(bert_and_loaders, capsys, monkeypatch):
     "Four stages and a final one; one optimizer from start to end; the training loss falls"
-    import fastai_tl.tune.recipes as recipes
+    import fastai_tl.tune.gradual as recipes
     model, train_loader, val_loader = bert_and_loaders
     made = []
     make = recipes.create_discriminative_optimizer

@@ -47,7 +47,7 @@ def make_pages(files, git_url):
 
 
 def module_title(page):
-    "`Unfreeze` for the page of tune.unfreeze"
+    "`Unfreeze` for the page of tune.unfreezing"
     return {'hf': 'Hugging Face', 'lm': 'Language models', 'cli': 'Command line', 'onepass': 'One pass', 'seq2seq': 'Sequence to sequence', 'ulmfit': 'ULMFiT'}.get(
         name := page.module.split('.')[-1], name.replace('_', ' ').capitalize())
 

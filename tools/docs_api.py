@@ -12,7 +12,7 @@ from fasttransform import Transform
 from readme import split_cell
 
 PKG = 'fastai_tl'
-_number = re.compile(r'^\d\d_(.+)$')
+_number = re.compile(r"^\d\d\d_(.+)$")
 empty = inspect.Parameter.empty
 Param = namedtuple('Param', 'name type default meaning')
 
@@ -24,7 +24,7 @@ class Entry:
     obj:object          # what it is, unwrapped
     node:ast.AST        # its definition in the cell
     code:str            # the code of the cell
-    module:str          # the module inside the package, such as `tune.recipes`
+    module:str          # the module inside the package, such as `tune.gradual`
     owner:object = None # the class of a method
     aliases:list = field(default_factory=list) # the same method on other classes
 
@@ -40,7 +40,7 @@ class Entry:
 
 
 def module_name(path):
-    "`tune.unfreeze` for nbs/34_tune.unfreeze.ipynb; nothing for a notebook without a number"
+    "`tune.unfreezing` for nbs/415_tune.unfreezing.ipynb; nothing for a notebook without a number"
     m = _number.match(path.stem)
     return m[1] if m else None
 

@@ -20,7 +20,7 @@ class PageError(Exception): "Something in a notebook that would be broken on the
 
 
 def page_name(path, home='nbs/home.ipynb'):
-    "Where the site has a file of the project: `tune.unfreeze.md` for nbs/34_tune.unfreeze.ipynb; nothing for what is not on it"
+    "Where the site has a file of the project: `tune.unfreezing.md` for nbs/415_tune.unfreezing.ipynb; nothing for what is not on it"
     path = PurePosixPath(path)
     if str(path) == home: return 'index.md'
     if path.suffix == '.ipynb' and path.parts[0] == 'nbs':

@@ -8,7 +8,7 @@ Each page is opened in both widths and both colours, then a search is made. Prin
 import argparse,functools,http.server,sys,threading
 from pathlib import Path
 
-PAGES = ['index.html', 'tutorials/language_models.html', 'tune.unfreeze.html']
+PAGES = ['index.html', 'tutorials/language_models.html', 'tune.unfreezing.html']
 WIDTHS = dict(desktop=(1280, 900), phone=(390, 844))
 
 
