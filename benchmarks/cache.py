@@ -65,8 +65,8 @@ def awd(a, df):
     from fastai_tl.all import awd_classifier_learner, classifier_dls, seed_everything, texts_vocab, tokenize_texts_once
     seed_everything(0)
     toks = tokenize_texts_once([' '.join(t.split()[:110]) for t in df.text])   # about 128 tokens
-    dls = classifier_dls(toks, df.label.tolist(), 'single', list(range(a.texts)), list(range(a.texts, a.texts+32)), texts_vocab(toks), bs=a.bs)
-    return quiet(awd_classifier_learner(dls, 'single', df.label.nunique(), dict(emb_sz=400, n_hid=1152, n_layers=3), path='.'))
+    dls = classifier_dls(toks, df.label.tolist(), 'classification', list(range(a.texts)), list(range(a.texts, a.texts+32)), texts_vocab(toks), bs=a.bs)
+    return quiet(awd_classifier_learner(dls, 'classification', df.label.nunique(), dict(emb_sz=400, n_hid=1152, n_layers=3), path='.'))
 
 
 def main():

@@ -31,8 +31,8 @@ def make_learner(rows):
     tt = tokenize_texts_once([t[:600] for t in df.text], progress=False)
     labels = list(df.label)
     seed_everything(0)
-    dls = classifier_dls(tt, labels, 'single', list(range(500)), list(range(500, len(df))), texts_vocab(tt), bs=32)
-    return awd_classifier_learner(dls, 'single', len(dls.vocab[1]), dict(emb_sz=128, n_hid=256, n_layers=2))
+    dls = classifier_dls(tt, labels, 'classification', list(range(500)), list(range(500, len(df))), texts_vocab(tt), bs=32)
+    return awd_classifier_learner(dls, 'classification', len(dls.vocab[1]), dict(emb_sz=128, n_hid=256, n_layers=2))
 
 
 def theirs(learn):

@@ -84,8 +84,8 @@ def awd(a):
     ts = load_texts(a, a.texts).text.tolist()
     tok = tokenize_texts_once(ts, progress=False); vocab = texts_vocab(tok, min_freq=1)[:30_000]
     n = list(range(40))
-    dls = classifier_dls(tok, ['a', 'b']*(len(ts)//2), 'single', n[:20], n[20:], vocab+[f'word{i}' for i in range(30_000-len(vocab))])
-    learn = awd_classifier_learner(dls, 'single', 2, dict(emb_sz=400, n_hid=1152, n_layers=3))
+    dls = classifier_dls(tok, ['a', 'b']*(len(ts)//2), 'classification', n[:20], n[20:], vocab+[f'word{i}' for i in range(30_000-len(vocab))])
+    learn = awd_classifier_learner(dls, 'classification', 2, dict(emb_sz=400, n_hid=1152, n_layers=3))
     few, ps = spread(ts, a.one), ('fp32', 'bf16', 'int8'); preds = predictors(learn, ps)
     print(f'awd: tokens a text {tok.lens.mean():.0f} on average')
     res = dict(parity=parity(learn, few*2, preds, ps))

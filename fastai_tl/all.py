@@ -4,6 +4,7 @@ from .core import *
 from .callbacks import *
 from .plot import *
 from .files import *
+from .data.spec import *
 from .data.decoding import *
 from .data.tables import *
 from .data.labels import *

@@ -270,7 +270,7 @@ def _data(self:TransformerQuickstart):
 def classifier(self:TransformerQuickstart) -> tuple: # Learner, `Evaluation` of the test rows, and what was chosen
     "The classifier with the rate that validates best, and its evaluation on the test rows"
     s,best = self.size,None
-    dls = HFTextDataLoaders.from_df(self.rows.assign(validates=self.rows.split=='valid'), self.model, valid_col='validates', target='single', max_length=s['max_length'], bs=s['bs'], verbose=self.progress, lang=self.lang)
+    dls = HFTextDataLoaders.from_df(self.rows.assign(validates=self.rows.split=='valid'), self.model, valid_col='validates', task='classification', max_length=s['max_length'], bs=s['bs'], verbose=self.progress, lang=self.lang)
     for lr in s['rates']:
         learn = self.fit(dls, lr)
         with learn.no_bar(): acc = float(learn.validate()[1])

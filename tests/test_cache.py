@@ -56,9 +56,9 @@ def awd_learner(path, drop_mult=.3):
     df = frame()
     texts = tokenize_texts_once(df.text.tolist())
     vocab = texts_vocab(texts)
-    dls = classifier_dls(texts, df.label.tolist(), 'single', *split_rows(df.label.tolist(), 'single'), vocab, bs=8)
+    dls = classifier_dls(texts, df.label.tolist(), 'classification', *split_rows(df.label.tolist(), 'classification'), vocab, bs=8)
     seed_everything(1)
-    return quiet(awd_classifier_learner(dls, 'single', 3, dict(emb_sz=12, n_hid=16, n_layers=2), seq_len=20, drop_mult=drop_mult, path=path))
+    return quiet(awd_classifier_learner(dls, 'classification', 3, dict(emb_sz=12, n_hid=16, n_layers=2), seq_len=20, drop_mult=drop_mult, path=path))
 
 
 class FrozenEval(Callback):
@@ -580,10 +580,10 @@ def test_awd_classifier_in_a_batch_and_alone(tmp_path):
     rng = np.random.default_rng(0)
     texts = [' '.join([*rng.choice(WORDS, rng.choice([1, 4, 15, 30, 70])), OWN[CLASSES[i % 3]]]) for i in range(60)]
     tokens = tokenize_texts_once(texts, progress=False); labels = [CLASSES[i % 3] for i in range(60)]
-    dls = classifier_dls(tokens, labels, 'single', list(range(30)), list(range(30, 60)), texts_vocab(tokens, min_freq=1), bs=16, seq_len=20)
+    dls = classifier_dls(tokens, labels, 'classification', list(range(30)), list(range(30, 60)), texts_vocab(tokens, min_freq=1), bs=16, seq_len=20)
     def make():
         seed_everything(1)
-        return quiet(awd_classifier_learner(dls, 'single', 3, dict(emb_sz=12, n_hid=16, n_layers=2), seq_len=20, path=tmp_path))
+        return quiet(awd_classifier_learner(dls, 'classification', 3, dict(emb_sz=12, n_hid=16, n_layers=2), seq_len=20, path=tmp_path))
     plain,learn = make(),make()
     a,b = stage(plain, -1, FrozenEval(), 3, 3e-2),stage(learn, -1, CachedPrefix(), 3, 3e-2)
     whole(a[0], b[0]); whole(a[1], b[1], 1e-3)

@@ -32,7 +32,7 @@ def make_texts(n, seed=0, longest=40):
 
 
 TEXTS = make_texts(60)
-LABELS = {'single': ['ab'[len(t)%2] for t in TEXTS], 'multi': [[c for c in 'abc' if (len(t)+ord(c))%3] or ['a'] for t in TEXTS], 'regression': [len(t)/100 for t in TEXTS]}
+LABELS = {'classification': ['ab'[len(t)%2] for t in TEXTS], 'multilabel': [[c for c in 'abc' if (len(t)+ord(c))%3] or ['a'] for t in TEXTS], 'regression': [len(t)/100 for t in TEXTS]}
 VALID = [i>=40 for i in range(60)]
 
 
@@ -43,22 +43,22 @@ def tok(): return train_tokenizer(TEXTS, 400)
 def bert(tok, **kw): return BertConfig(vocab_size=len(tok), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, pad_token_id=tok.pad_token_id, **kw)
 
 
-def hf_learner_for(target, tok, **kw):
+def hf_learner_for(task, tok, **kw):
     seed_everything(1)
-    dls = HFTextDataLoaders.from_lists(TEXTS, LABELS[target], tok, valid=VALID, target=target, max_length=32, bs=8, verbose=False, **kw)
+    dls = HFTextDataLoaders.from_lists(TEXTS, LABELS[task], tok, valid=VALID, task=task, max_length=32, bs=8, verbose=False, **kw)
     return hf_classifier_learner(dls, bert(tok))
 
 
-def awd_learner_for(target, backwards=False, y_range=None):
+def awd_learner_for(task, backwards=False, y_range=None):
     seed_everything(2)
     tokens = tokenize_texts_once(TEXTS, progress=False); vocab = texts_vocab(tokens, min_freq=1)
-    dls = classifier_dls(tokens, LABELS[target], target, list(range(40)), list(range(40, 60)), vocab, bs=8, backwards=backwards)
-    return awd_classifier_learner(dls, target, 1 if target=='regression' else len(dls.vocab[1]), dict(emb_sz=16, n_hid=24, n_layers=2), y_range=y_range)
+    dls = classifier_dls(tokens, LABELS[task], task, list(range(40)), list(range(40, 60)), vocab, bs=8, backwards=backwards)
+    return awd_classifier_learner(dls, task, 1 if task=='regression' else len(dls.vocab[1]), dict(emb_sz=16, n_hid=24, n_layers=2), y_range=y_range)
 
 
 def plain_fastai():
     seed_everything(3)
-    df = pd.DataFrame(dict(text=TEXTS, label=LABELS['single'], valid=VALID))
+    df = pd.DataFrame(dict(text=TEXTS, label=LABELS['classification'], valid=VALID))
     dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='valid', bs=8, seq_len=20, n_workers=0)
     learn = text_classifier_learner(dls, AWD_LSTM, pretrained=False, seq_len=20, config=merge(awd_lstm_clas_config, dict(emb_sz=16, n_hid=24, n_layers=2)))
     learn.alone_ = True
@@ -67,14 +67,14 @@ def plain_fastai():
 
 def pair_learner(tok):
     seed_everything(4)
-    dls = HFTextDataLoaders.from_lists(PAIRS, LABELS['single'], tok, valid=VALID, max_length=32, bs=8, verbose=False)
+    dls = HFTextDataLoaders.from_lists(PAIRS, LABELS['classification'], tok, valid=VALID, max_length=32, bs=8, verbose=False)
     return hf_classifier_learner(dls, bert(tok))
 
 
 PAIRS = list(zip(TEXTS, make_texts(60, 5)))
 LEARNERS_OF = {**{f'hf {t}': (lambda tok, t=t: hf_learner_for(t, tok)) for t in LABELS}, **{f'awd {t}': (lambda tok, t=t: awd_learner_for(t)) for t in LABELS},
-               'awd backwards': lambda tok: awd_learner_for('single', True), 'awd y_range': lambda tok: awd_learner_for('regression', y_range=(0, 2)), 'plain fastai': lambda tok: plain_fastai(),
-               'both directions': lambda tok: BidirectionalLearner(awd_learner_for('multi'), awd_learner_for('multi', True)), 'hf pairs': pair_learner}
+               'awd backwards': lambda tok: awd_learner_for('classification', True), 'awd y_range': lambda tok: awd_learner_for('regression', y_range=(0, 2)), 'plain fastai': lambda tok: plain_fastai(),
+               'both directions': lambda tok: BidirectionalLearner(awd_learner_for('multilabel'), awd_learner_for('multilabel', True)), 'hf pairs': pair_learner}
 
 
 @pytest.fixture(scope='module', params=list(LEARNERS_OF))
@@ -136,16 +136,16 @@ def test_threads(learn):
 
 @pytest.mark.parametrize('bad,where', [(['fine', ''], 'row 1'), (['fine', ' \n'], 'row 1'), ([None], 'row 0'), (['a', 3], 'row 1'), ('one text', 'Put it into a list'), ([float('nan')], 'row 0')])
 def test_bad_texts_are_named(tok, bad, where):
-    with expect_fail(DataError, where): hf_learner_for('single', tok).predict_batch(bad)
+    with expect_fail(DataError, where): hf_learner_for('classification', tok).predict_batch(bad)
 
 
 def test_pairs_and_texts_do_not_mix(tok):
-    with expect_fail(DataError, 'row 1'): hf_learner_for('single', tok).predict_batch([('a', 'b'), 'c'])
-    with expect_fail(DataError, 'row 0'): awd_learner_for('single').predict_batch([('a', 'b')])
+    with expect_fail(DataError, 'row 1'): hf_learner_for('classification', tok).predict_batch([('a', 'b'), 'c'])
+    with expect_fail(DataError, 'row 0'): awd_learner_for('classification').predict_batch([('a', 'b')])
 
 
 def test_a_predictor_stays_as_it_was(tok):
-    for learn in (hf_learner_for('single', tok), awd_learner_for('single')):
+    for learn in (hf_learner_for('classification', tok), awd_learner_for('classification')):
         pred = learn.predictor(); before = pred.predict_proba(TEXTS[:5])
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
         assert np.array_equal(pred.predict_proba(TEXTS[:5]), before) and not np.allclose(learn.predict_batch(TEXTS[:5]).probs, before)
@@ -153,7 +153,7 @@ def test_a_predictor_stays_as_it_was(tok):
 
 
 def test_the_mode_of_the_model_is_left_alone(tok):
-    for learn in (hf_learner_for('single', tok), awd_learner_for('single')):
+    for learn in (hf_learner_for('classification', tok), awd_learner_for('classification')):
         learn.model.train(); learn.predict_batch(TEXTS[:3]); learn.predictor().predict(TEXTS[:3])
         assert all(m.training for m in learn.model.modules())
 
@@ -168,7 +168,7 @@ def test_windows_as_the_dataloaders_make_them(tok):
 
 
 def test_temperature_and_thresholds(tok):
-    learn = hf_learner_for('multi', tok); ref = reference(learn, TEXTS)
+    learn = hf_learner_for('multilabel', tok); ref = reference(learn, TEXTS)
     with learn.no_bar(): cal = learn.calibrate()
     p = Predictor(learn, temperature=cal)
     np.testing.assert_allclose(p.predict_proba(TEXTS), cal.scaling(ref), atol=EXACT)
@@ -181,7 +181,7 @@ def test_temperature_and_thresholds(tok):
 
 
 def test_one_output_for_two_classes(tok):
-    learn = hf_learner_for('single', tok)
+    learn = hf_learner_for('classification', tok)
     dls = learn.dls; hf = hf_classifier_learner(dls, bert(tok)).model.hf
     hf.config.num_labels = 1; hf.num_labels = 1; hf.classifier = torch.nn.Linear(32, 1)
     one = HFLearner(dls, HFModel(hf), loss_func=BCEWithLogitsLossFlat())
@@ -199,7 +199,7 @@ def test_the_top_layer_computes_one_position(tok, tmp_path):
     from transformers.modeling_outputs import SequenceClassifierOutput
     small = dict(vocab_size=len(tok), pad_token_id=tok.pad_token_id, num_labels=2)
     layers = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-    dls = HFTextDataLoaders.from_lists(TEXTS, LABELS['single'], tok, valid=VALID, max_length=32, bs=8, verbose=False)
+    dls = HFTextDataLoaders.from_lists(TEXTS, LABELS['classification'], tok, valid=VALID, max_length=32, bs=8, verbose=False)
     configs = dict(bert=bert(tok), roberta=RobertaConfig(**small, **layers, max_position_embeddings=66), distilbert=DistilBertConfig(**small, dim=32, n_layers=2, n_heads=2, hidden_dim=48),
                    gpt2=GPT2Config(**small, n_embd=32, n_layer=2, n_head=2, n_positions=64), albert=AlbertConfig(**small, **layers, embedding_size=16), mean=MeanForSequenceClassification(bert(tok)))
     for name,config in configs.items():
@@ -300,14 +300,14 @@ def test_a_learner_comes_back_and_trains_on(learn, tmp_path):
 
 
 def test_wrong_data_are_refused(tok, tmp_path):
-    learn = hf_learner_for('single', tok); learn.save_bundle(tmp_path/'m'); clf = load_bundle(tmp_path/'m')
-    with expect_fail(DataError, 'vocabulary'): clf.learner(HFTextDataLoaders.from_lists(TEXTS, LABELS['single'], train_tokenizer(TEXTS, 300), verbose=False))
+    learn = hf_learner_for('classification', tok); learn.save_bundle(tmp_path/'m'); clf = load_bundle(tmp_path/'m')
+    with expect_fail(DataError, 'vocabulary'): clf.learner(HFTextDataLoaders.from_lists(TEXTS, LABELS['classification'], train_tokenizer(TEXTS, 300), verbose=False))
     with expect_fail(DataError, 'classes'): clf.learner(HFTextDataLoaders.from_lists(TEXTS, ['xy'[i%2] for i in range(60)], tok, verbose=False))
 
 
 @pytest.fixture
 def bundle(tok, tmp_path):
-    hf_learner_for('single', tok).save_bundle(tmp_path/'model')
+    hf_learner_for('classification', tok).save_bundle(tmp_path/'model')
     return tmp_path/'model'
 
 
@@ -382,23 +382,23 @@ def test_other_versions(bundle):
 
 
 def test_weights_of_another_awd_model(tmp_path):
-    a,b = awd_learner_for('single'),awd_learner_for('multi'); a.save_bundle(tmp_path/'a'); b.save_bundle(tmp_path/'b')
+    a,b = awd_learner_for('classification'),awd_learner_for('multilabel'); a.save_bundle(tmp_path/'a'); b.save_bundle(tmp_path/'b')
     shutil.copy(tmp_path/'b'/'model.safetensors', tmp_path/'a'/'model.safetensors'); forge(tmp_path/'a', files={'model.safetensors': facts(tmp_path/'a'/'model.safetensors')})
     with expect_fail(RunError, 'weights'): load_bundle(tmp_path/'a')
 
 
 def test_what_a_bundle_cannot_hold(tmp_path):
-    learn = awd_learner_for('single'); tfm = next(f for f in learn.dls.train_ds.tls[0].tfms.fs if isinstance(f, Tokenizer))
+    learn = awd_learner_for('classification'); tfm = next(f for f in learn.dls.train_ds.tls[0].tfms.fs if isinstance(f, Tokenizer))
     tfm.rules = [*tfm.rules, lambda s: s.replace('a', 'b')]
     with expect_fail(FastaiTLError, "fastai's rules"): learn.save_bundle(tmp_path/'m')
     assert list(tmp_path.iterdir()) == []                  # nothing is left behind
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.txt').write_text('x')
-    with expect_fail(RunError, 'something else'): awd_learner_for('single').save_bundle(tmp_path/'mine')
+    with expect_fail(RunError, 'something else'): awd_learner_for('classification').save_bundle(tmp_path/'mine')
     assert (tmp_path/'mine'/'thesis.txt').read_text() == 'x'
 
 
 def test_replacing_a_bundle_is_whole(bundle, tok, monkeypatch):
-    before = load_bundle(bundle).predict_proba(TEXTS); other = hf_learner_for('single', tok); other.model.hf.classifier.bias.data[0] += 1.
+    before = load_bundle(bundle).predict_proba(TEXTS); other = hf_learner_for('classification', tok); other.model.hf.classifier.bias.data[0] += 1.
     monkeypatch.setattr('fastai_tl.deploy.manifest._seal', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
     with pytest.raises(OSError): other.save_bundle(bundle)
     assert np.array_equal(load_bundle(bundle).predict_proba(TEXTS), before) and [p.name for p in bundle.parent.iterdir()] == ['model']
@@ -407,7 +407,7 @@ def test_replacing_a_bundle_is_whole(bundle, tok, monkeypatch):
 
 
 def test_int8_travels_with_what_it_changes(tok, tmp_path, capsys):
-    learn = hf_learner_for('single', tok); learn.save_bundle(tmp_path/'m', precision='int8')
+    learn = hf_learner_for('classification', tok); learn.save_bundle(tmp_path/'m', precision='int8')
     clf = load_bundle(tmp_path/'m'); assert clf.precision == 'int8' and 'validation rows' in capsys.readouterr().out
     np.testing.assert_allclose(load_bundle(tmp_path/'m', 'fp32').predict_proba(TEXTS), reference(learn, TEXTS), atol=EXACT)
     learn.save_bundle(tmp_path/'m')
@@ -477,7 +477,7 @@ def test_seq2seq(tmp_path):
 
 def test_peft_is_merged(tok, tmp_path):
     peft = pytest.importorskip('peft')
-    dls = HFTextDataLoaders.from_lists(TEXTS, LABELS['single'], tok, valid=VALID, max_length=32, bs=8, verbose=False)
+    dls = HFTextDataLoaders.from_lists(TEXTS, LABELS['classification'], tok, valid=VALID, max_length=32, bs=8, verbose=False)
     learn = hf_classifier_learner(dls, bert(tok), peft_config=peft.LoraConfig(r=2, target_modules=['query', 'value'], init_lora_weights=False))
     learn.save_bundle(tmp_path/'m'); assert not list((tmp_path/'m').glob('adapter*'))
     np.testing.assert_allclose(load_bundle(tmp_path/'m').predict_proba(TEXTS), reference(learn, TEXTS), atol=1e-4)

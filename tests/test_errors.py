@@ -195,7 +195,7 @@ def test_on_a_learner():
     seed_everything(0)
     texts = [f'The film number {i} was {w} .' for i in range(20) for w in ('good', 'bad')]
     tok, labels = tokenize_texts_once(texts), ['pos', 'neg']*20
-    learn = awd_classifier_learner(classifier_dls(tok, labels, 'single', list(range(24)), list(range(24, 40)), texts_vocab(tok), bs=8), 'single', 2, dict(emb_sz=4, n_hid=6, n_layers=1))
+    learn = awd_classifier_learner(classifier_dls(tok, labels, 'classification', list(range(24)), list(range(24, 40)), texts_vocab(tok), bs=8), 'classification', 2, dict(emb_sz=4, n_hid=6, n_layers=1))
     with learn.no_bar(): ev = learn.evaluate()
     assert ev.error_slices('class').rows.sum() == 16
     assert not set(w for t in ev.texts for w in text_words(t)) & {'xxbos', 'xxmaj'}

@@ -322,8 +322,8 @@ texts = [f'text {i} is about the number {i%97} and it was {"good" if i%2 else "b
 tt = tokenize_texts_once(texts, progress=False)
 y = [i%2 for i in range(n)]
 rows = list(range(100)), list(range(100, n))
-dls = classifier_dls(tt, y, 'single', *rows, texts_vocab(tt), bs=64)
-learn = awd_classifier_learner(dls, 'single', 2, dict(emb_sz=8, n_hid=8, n_layers=1))
+dls = classifier_dls(tt, y, 'classification', *rows, texts_vocab(tt), bs=64)
+learn = awd_classifier_learner(dls, 'classification', 2, dict(emb_sz=8, n_hid=8, n_layers=1))
 dl = dls.test_dl([[tt[i], y[i]] for i in range(n)], with_labels=True, bs=128)
 run = lambda: learn.evaluate(dl=dl)
 '''
@@ -377,13 +377,13 @@ def test_transformers_model_with_dict_batches():
     seed_everything(0)
     kw = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=20)
     X = torch.randint(0, 50, (30, 9))
-    for labels, n, target, extra in ((torch.randint(0, 3, (30,)), 3, 'single', {}), (torch.randint(0, 2, (30, 4)).float(), 4, 'multi', dict(problem_type='multi_label_classification')), (torch.randn(30), 1, 'regression', {})):
+    for labels, n, task, extra in ((torch.randint(0, 3, (30,)), 3, 'classification', {}), (torch.randint(0, 2, (30, 4)).float(), 4, 'multilabel', dict(problem_type='multi_label_classification')), (torch.randn(30), 1, 'regression', {})):
         model = BertForSequenceClassification(BertConfig(num_labels=n, **kw, **extra)).train()
         ev = Evaluation.from_model(model, [BatchEncoding(dict(input_ids=X[i:i+7], attention_mask=torch.ones_like(X[i:i+7]), labels=labels[i:i+7])) for i in range(0, 30, 7)])
-        assert model.training and ev.target == target
+        assert model.training and ev.task == task
         with torch.no_grad(): out = model.eval()(input_ids=X, labels=labels)
         assert ev.losses.mean() == pytest.approx(out.loss.item(), rel=1e-4)
-        want = dict(single=lambda z: z.softmax(1), multi=torch.sigmoid, regression=lambda z: z)[target](out.logits)
+        want = dict(classification=lambda z: z.softmax(1), multilabel=torch.sigmoid, regression=lambda z: z)[task](out.logits)
         assert np.allclose(ev.probs, want.numpy(), atol=1e-5)
 
 

@@ -374,16 +374,16 @@ def test_evaluation_of_one_label(trained):
     assert all(rep.loc[c, 'f1'] == pytest.approx(sk[c]['f1-score']) for c in CLASSES)
 
 
-@pytest.mark.parametrize('kind', ['multi', 'regression'])
+@pytest.mark.parametrize('kind', ['multilabel', 'regression'])
 def test_evaluation_of_other_targets(kind, tokz):
     df = frame()
-    df['label'] = [f'{l};long' if len(t.split()) > 5 else l for t, l in zip(df.text, df.label)] if kind == 'multi' else df.text.str.split().str.len()/10
-    l = quiet(hf_classifier_learner(HFTextDataLoaders.from_df(df, tokz, bs=8, verbose=False, **(dict(label_delim=';') if kind == 'multi' else dict(target='regression'))), config()))
+    df['label'] = [f'{l};long' if len(t.split()) > 5 else l for t, l in zip(df.text, df.label)] if kind == 'multilabel' else df.text.str.split().str.len()/10
+    l = quiet(hf_classifier_learner(HFTextDataLoaders.from_df(df, tokz, bs=8, verbose=False, **(dict(label_delim=';') if kind == 'multilabel' else dict(task='regression'))), config()))
     l.fit_one_cycle(4, 5e-3)
     ev = l.evaluate()
     hand = logits_by_hand(l, valid_rows(l)[0])
-    assert ev.target == kind and ev.texts == valid_rows(l)[0]
-    assert np.allclose(ev.probs.reshape(len(hand), -1), hand.sigmoid() if kind == 'multi' else hand, atol=1e-5)
+    assert ev.task == kind and ev.texts == valid_rows(l)[0]
+    assert np.allclose(ev.probs.reshape(len(hand), -1), hand.sigmoid() if kind == 'multilabel' else hand, atol=1e-5)
     if kind == 'regression': assert np.allclose(ev.targets, valid_rows(l)[1])
     else: assert [{c for c, o in zip(l.dls.vocab, t) if o} for t in ev.targets] == [set(v) for v in valid_rows(l)[1]]
 

@@ -22,7 +22,7 @@ LONG_CELLS = {   # each parameter has a line of its own; the body is short
     'data.qa:hf_qa_dls': 'eleven parameters', 'data.seq2seq:from_lists': 'twelve parameters',
     'tune.recipes:transfer_plan': 'ten parameters', 'tune.recipes:fit_transfer': 'nine parameters',}
 # 'module:attribute' -> why the attribute is not the Learner method of that name, which a higher number patches on
-NOT_THAT_METHOD = {}
+NOT_THAT_METHOD = {'learners.language_modeling:generate': "transformers' own", 'learners.seq2seq:generate': "transformers' own"}
 
 TOP_LEVEL = ('core', 'resources', 'callbacks', 'plot', 'files', 'quickstart', 'cli')
 # The first and the last number of each folder; `data` has the numbers around those of `datasets`

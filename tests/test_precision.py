@@ -71,8 +71,8 @@ def awd_learners(rows, folder):
     seed_everything(0)
     lm = awd_lm_learner(language_model_dls(tt, vocab, bs=4, seq_len=12), config, drop_mult=.5, metrics=[])
     seed_everything(0)
-    dls = classifier_dls(tt, rows.label.tolist(), 'single', list(range(48)), list(range(48, 60)), vocab, bs=8, path=folder)
-    cls = awd_classifier_learner(dls, 'single', 2, config)
+    dls = classifier_dls(tt, rows.label.tolist(), 'classification', list(range(48)), list(range(48, 60)), vocab, bs=8, path=folder)
+    cls = awd_classifier_learner(dls, 'classification', 2, config)
     return lm,cls
 
 

@@ -195,8 +195,8 @@ def test_the_recipe_of_awd_lstm_is_the_common_one():
     import pandas as pd
     texts = pd.Series([f'text {i} is {w}' for i in range(40) for w in ('good', 'bad')])
     tok, labels = tokenize_texts_once(texts), ['good' if t.endswith('good') else 'bad' for t in texts]
-    dls = classifier_dls(tok, labels, 'single', *split_rows(labels, 'single'), texts_vocab(tok), bs=2)
-    learn = awd_classifier_learner(dls, 'single', 2, dict(emb_sz=4, n_hid=6, n_layers=3))
+    dls = classifier_dls(tok, labels, 'classification', *split_rows(labels, 'classification'), texts_vocab(tok), bs=2)
+    learn = awd_classifier_learner(dls, 'classification', 2, dict(emb_sz=4, n_hid=6, n_layers=3))
     with learn.no_bar(), learn.no_logging(): gu = learn.fit_gradual()
     t, rates, n = gu.table(), np.array(gu.rates), len(dls.train)
     assert t.groups.tolist() == [1, 2, 3, 5] and t.epochs.tolist() == [1, 1, 1, 2] and len(rates) == 5*n

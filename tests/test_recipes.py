@@ -53,9 +53,9 @@ def causal(gpt_tok):
 def awd():
     seed_everything(0)
     texts = tokenize_texts_once(TEXTS, progress=False)
-    labels,target = check_labels(FRAME.label, FRAME.index)
-    dls = classifier_dls(texts, labels, target, [i for i,v in enumerate(FRAME.valid) if not v], [i for i,v in enumerate(FRAME.valid) if v], texts_vocab(texts, 1), bs=8)
-    return awd_classifier_learner(dls, target, 3, dict(emb_sz=16, n_hid=24, n_layers=2), metrics=[])
+    labels,task = check_labels(FRAME.label, FRAME.index)
+    dls = classifier_dls(texts, labels, task, [i for i,v in enumerate(FRAME.valid) if not v], [i for i,v in enumerate(FRAME.valid) if v], texts_vocab(texts, 1), bs=8)
+    return awd_classifier_learner(dls, task, 3, dict(emb_sz=16, n_hid=24, n_layers=2), metrics=[])
 
 
 def plain():

@@ -257,7 +257,7 @@ def test_learners_train_afresh_and_repeatably():
     tok, starts = tokenize_texts_once(df.text), []
     def lstm(train_df, valid_df, seed):
         tr, va, labels = train_df.index.tolist(), valid_df.index.tolist(), df.label.tolist()
-        learn = awd_classifier_learner(classifier_dls(tok, labels, 'single', tr, va, texts_vocab(tok, min_freq=1, idxs=tr), bs=8), 'single', 2, dict(emb_sz=12, n_hid=16, n_layers=1), drop_mult=.1)
+        learn = awd_classifier_learner(classifier_dls(tok, labels, 'classification', tr, va, texts_vocab(tok, min_freq=1, idxs=tr), bs=8), 'classification', 2, dict(emb_sz=12, n_hid=16, n_layers=1), drop_mult=.1)
         starts.append(next(learn.model.parameters()).sum().item())
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, 4e-2)
         return learn

@@ -53,7 +53,7 @@ def test_ulmfit(passages, tmp_path, capsys):
     assert learn_lm.recorder.values[-1][1] < 6 < torch.tensor(float(len(learn_lm.dls.vocab))).log()
     learn_clas = ulm.classifier(df, valid_col='split', epochs=[2, 2, 2, 6], lr=5e-2, drop_mult=.1, bs=16)
 
-    fresh = awd_classifier_learner(learn_clas.dls, 'single', 2, SIZE, drop_mult=.1)
+    fresh = awd_classifier_learner(learn_clas.dls, 'classification', 2, SIZE, drop_mult=.1)
     ulm.encoder('domain').into(fresh.model, text_vocab(fresh.dls))
     with fresh.no_bar(), fresh.no_logging():   # the four calls, as fastai people write them
         fresh.freeze()

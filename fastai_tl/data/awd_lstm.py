@@ -73,7 +73,7 @@ def language_model_dls(
 def classifier_dls(
     texts:TokenizedTexts, # Tokenised texts
     labels:list, # One a text, as `check_labels` returns them
-    target:str, # `single`, `multi` or `regression`
+    task:str, # `classification`, `multilabel` or `regression`
     train:list, # Indexes of the training rows
     valid:list, # Indexes of the validation rows
     vocab:list, # Token of each number, the language model's
@@ -85,12 +85,12 @@ def classifier_dls(
     path='.' # Folder of the DataLoaders
 ) -> DataLoaders:
     "DataLoaders for a classifier"
-    classes = check_split(labels, target, train, valid)
+    classes = check_split(labels, task, train, valid)
     idxs = train+valid
     items = [[texts[i], labels[i]] for i in idxs] # lists, since fastai maps transforms over the members of a tuple
     x = [itemgetter(0), TextTokenizer(tok or WordLevelTokenizer(), rules), Numericalize(vocab)] + ([reverse_text] if backwards else [])
     n = len(train)
-    dsets = Datasets(items, [x, [itemgetter(1)]+target_tfms(target, classes)], splits=[list(range(n)), list(range(n, len(items)))], dl_type=SortedDL, n_inp=1)
+    dsets = Datasets(items, [x, [itemgetter(1)]+target_tfms(task, classes)], splits=[list(range(n)), list(range(n, len(items)))], dl_type=SortedDL, n_inp=1)
     kw,bs = dict(before_batch=Pad_Chunk(seq_len=seq_len), num_workers=0),min(bs, n)
     return DataLoaders(SortedDL(dsets.train, res=texts.lens[train].tolist(), bs=bs, shuffle=True, drop_last=n%bs==1 and n>1, **kw),
                        SortedDL(dsets.valid, res=texts.lens[valid].tolist(), bs=bs*2, **kw), path=path, device=default_device())

@@ -52,9 +52,9 @@ class HFTextDataLoaders(HFTableDataLoaders):
 class LabelledText(UserList): "A text (or a pair) and its label: no tuple, over whose members fastai maps transforms, and no `list`, which a pair is"
 
 # %% ../../nbs/130_data.classification.ipynb #a202c506
-def draw_weights(labels, target):
+def draw_weights(labels, task):
     "For each of `labels`, how often it is to be drawn so that all classes come equally often"
-    if target!='single': raise FastaiTLError('Drawing by class needs one label a text', f'a {target} target', 'Leave out `weighted`')
+    if task!='classification': raise FastaiTLError('Drawing by class needs one label a text', f'a {task} task', 'Leave out `weighted`')
     n = Counter(labels)
     return [1/n[l] for l in labels]
 
@@ -83,7 +83,7 @@ def tokens_dls(cls, items, n, tfms, side, bs, val_bs, path, weights=None):
 def hf_classifier_dls(
     texts:list, # Texts, or pairs of texts as lists of two
     labels:list, # One a text, as `check_labels` returns them
-    target:str, # `single`, `multi` or `regression`
+    task:str, # `classification`, `multilabel` or `regression`
     train:list, # Indexes of the training rows
     valid:list, # Indexes of the validation rows
     tokenizer, # A name, a folder, or a tokenizer of transformers
@@ -97,11 +97,11 @@ def hf_classifier_dls(
     lang:str='en' # `zh-tw` normalises each text by `CHINESE_RULES` before it is cut; `en` leaves it as it is
 ) -> HFTextDataLoaders:
     "DataLoaders of a classifier or a regression"
-    classes = check_split(labels, target, train, valid)
+    classes = check_split(labels, task, train, valid)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
     tok,n = HFTokenize(tokenizer, max_length, truncation, verbose, language_rules(lang)),len(train)
-    tfms = [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(target, classes)]
-    weights = draw_weights([labels[i] for i in train], target) if weighted else None
+    tfms = [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(task, classes)]
+    weights = draw_weights([labels[i] for i in train], task) if weighted else None
     return tokens_dls(HFTextDataLoaders, items, n, tfms, tok.tokenizer.padding_side, bs, val_bs, path, weights)
 
 # %% ../../nbs/130_data.classification.ipynb #1d3e02c3
@@ -134,16 +134,16 @@ def from_df(cls:HFTextDataLoaders,
     valid_col:str|None=None, # Column that says which rows validate: booleans, or `train`, `valid`, `test` (left out)
     valid_pct:float=.2, # Share for a random split, the shares of the classes kept
     seed:int=42, # Which rows are drawn
-    target:str|None=None, # `single`, `multi` or `regression`; found out if `None`
+    task:str|None=None, # `classification`, `multilabel` or `regression`; found out if `None`
     label_delim:str|None=None, # Cut strings into several labels here
     windows:int|None=None, # Cut long texts into windows that overlap by so many tokens, instead of cutting them short
     **kwargs # More for `hf_classifier_dls`: `max_length`, `bs`, `weighted`, …
 ) -> HFTextDataLoaders:
     "From a DataFrame"
     texts = _texts_of(df, text_col)
-    labels,target = check_labels(column(df, label_col), df.index, target, label_delim)
-    train,valid = split_rows(labels, target, None if valid_col is None else column(df, valid_col), valid_pct, seed)
-    args = texts,labels,target,train,valid,tokenizer
+    labels,task = check_labels(column(df, label_col), df.index, task, label_delim)
+    train,valid = split_rows(labels, task, None if valid_col is None else column(df, valid_col), valid_pct, seed)
+    args = texts,labels,task,train,valid,tokenizer
     dls = hf_classifier_dls(*args, **kwargs) if windows is None else _windowed(*args, windows, kwargs)
     dls.columns = text_col,label_col,label_delim
     return dls
@@ -179,13 +179,13 @@ def pool_windows(
     return total/torch.bincount(rows).view(-1, *[1]*(p.ndim-1))
 
 # %% ../../nbs/130_data.classification.ipynb #b4bad276
-def _windowed(texts, labels, target, train, valid, tokenizer, stride, kwargs):
+def _windowed(texts, labels, task, train, valid, tokenizer, stride, kwargs):
     "DataLoaders of windows; `window_rows` has, for each side, the text of each window"
     if texts and not isinstance(texts[0], str): raise DataError('Windows are cut from single texts', 'pairs')
     parts = [text_windows([texts[i] for i in idxs], tokenizer, kwargs.get('max_length'), stride) for idxs in (train,valid)]
     n,flat = len(parts[0][0]),[w for p,_ in parts for w in p]
     labs = [labels[idxs[r]] for (_,rows),idxs in zip(parts, (train,valid)) for r in rows]
-    dls = hf_classifier_dls(flat, labs, target, list(range(n)), list(range(n, len(flat))), tokenizer, **kwargs)
+    dls = hf_classifier_dls(flat, labs, task, list(range(n)), list(range(n, len(flat))), tokenizer, **kwargs)
     dls.window_rows,dls.window_stride = [rows for _,rows in parts],stride
     return dls
 
@@ -196,7 +196,7 @@ def from_lists(cls:HFTextDataLoaders,
     labels:list, # One a text
     tokenizer, # A name, a folder, or a tokenizer of transformers
     valid=None, # Which validate: booleans, or `train`, `valid`, `test`; drawn if `None`
-    **kwargs # More for `from_df`: `max_length`, `bs`, `valid_pct`, `target`, …
+    **kwargs # More for `from_df`: `max_length`, `bs`, `valid_pct`, `task`, …
 ) -> HFTextDataLoaders:
     "From texts and labels in lists"
     texts,pair = list(texts),len(texts)>0 and not isinstance(texts[0], str)

@@ -239,7 +239,7 @@ def from_lists(cls:HFQADataLoaders,
 ) -> HFQADataLoaders:
     "From questions, passages and answers in lists"
     examples = check_answers(questions, contexts, answers, starts, index)
-    train,valid = split_rows(examples, 'multi', valid, valid_pct, seed)
+    train,valid = split_rows(examples, 'multilabel', valid, valid_pct, seed)
     return hf_qa_dls(examples, train, valid, tokenizer, rows=index, **kwargs)
 
 # %% ../../nbs/136_data.qa.ipynb #15e5f8aa

@@ -59,9 +59,9 @@ def _strata(df, label_col, stratify, label_delim, n_folds):
     none = np.zeros(len(df), dtype=int)
     if len(df)<n_folds: raise DataError(f'{n_folds} folds need at least as many rows', str(len(df)))
     if stratify is False or label_col is None: return none
-    labels,target = check_labels(column(df, label_col), df.index, label_delim=label_delim)
-    if target!='single':
-        if stratify: raise FastaiTLError('Stratified folds need one class a text', f'a {target} target', 'Leave `stratify` out')
+    labels,task = check_labels(column(df, label_col), df.index, label_delim=label_delim)
+    if task!='classification':
+        if stratify: raise FastaiTLError('Stratified folds need one class a text', f'a {task} task', 'Leave `stratify` out')
         return none
     n = pd.Series(labels).value_counts()
     few = n[n<n_folds]
@@ -115,7 +115,7 @@ def _duration(d, u, what):
 # %% ../../nbs/112_data.splits.ipynb #0cfc273c
 def split_rows(
     labels:list, # One a text, as `check_labels` returns them
-    target:str, # `single`, `multi` or `regression`
+    task:str, # `classification`, `multilabel` or `regression`
     valid=None, # Which rows validate: booleans, or the names `train`, `valid` and `test`; test rows are left out
     valid_pct:float=.2, # Share for a random split
     seed:int=42 # Which rows are drawn
@@ -125,12 +125,12 @@ def split_rows(
     if valid is not None: return _told_split(list(valid), n)
     rng = np.random.default_rng(derive_seed(seed, 'rows'))
     groups = {}
-    for i,l in enumerate(labels): groups.setdefault(l if target=='single' else 0, []).append(i)
+    for i,l in enumerate(labels): groups.setdefault(l if task=='classification' else 0, []).append(i)
     held = []
     for g in groups.values():
         k = round(len(g)*valid_pct) if len(g)>1 else 0
         held += list(np.asarray(g)[rng.permutation(len(g))[:max(k, 1) if len(g)>=4 else k]])
-    once = [l for l,g in groups.items() if len(g)==1] if target=='single' else []
+    once = [l for l,g in groups.items() if len(g)==1] if task=='classification' else []
     if once: warnings.warn(f'Labels with a single text go to training and are never validated: {shorten(once)}')
     held = set(map(int, held))
     return [i for i in range(n) if i not in held],sorted(held)
@@ -153,15 +153,15 @@ def need_rows(train, valid):
 # %% ../../nbs/112_data.splits.ipynb #20f736df
 def check_split(
     labels:list, # One a text
-    target:str, # `single`, `multi` or `regression`
+    task:str, # `classification`, `multilabel` or `regression`
     train:list, # Indexes for training
     valid:list # Indexes for validation
 ) -> list|None: # The classes, sorted; `None` for a regression
     "Refuse a split with which nothing can be learnt or judged; return the classes"
     need_rows(train, valid)
-    if target=='regression': return None
-    each = (lambda i: labels[i]) if target=='multi' else (lambda i: [labels[i]])
+    if task=='regression': return None
+    each = (lambda i: labels[i]) if task=='multilabel' else (lambda i: [labels[i]])
     known,seen = ({l for i in idxs for l in each(i)} for idxs in (train, valid))
     if seen-known: raise DataError('Each label must occur in training', f'{shorten(sorted(map(str, seen-known)))} in validation alone', 'Move some of those rows to training, or drop them')
-    if len(known)<(2 if target=='single' else 1): raise DataError('At least two classes are needed', f'only {shorten(known)}' if known else 'no label')
+    if len(known)<(2 if task=='classification' else 1): raise DataError('At least two classes are needed', f'only {shorten(known)}' if known else 'no label')
     return sorted(known, key=lambda l: (str(type(l)), l))

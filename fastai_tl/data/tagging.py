@@ -238,7 +238,7 @@ def from_lists(cls:HFTagDataLoaders,
 ) -> HFTagDataLoaders:
     "From words and tags in lists"
     words,tags = check_tagged(words, tags, index)
-    train,valid = split_rows(tags, 'multi', valid, valid_pct, seed)
+    train,valid = split_rows(tags, 'multilabel', valid, valid_pct, seed)
     return hf_tagger_dls(words, tags, train, valid, tokenizer, _check_tags(tags, train, valid, vocab, list(index) if index is not None else range(len(words))), **kwargs)
 
 # %% ../../nbs/133_data.tagging.ipynb #f77cb580

@@ -110,9 +110,9 @@ def _load_awd(folder, name):
 # %% ../../nbs/820_deploy.bundle.ipynb #184b8f4e
 def _blank_awd(s, m, tok, rules):
     if m['kind']=='language_model': return language_model_dls(TokenizedTexts(['xxbos'], [0]*80, [40,40]), s['vocab'], tok, rules, valid_pct=.5, bs=1, backwards=s['backwards'])
-    labels = {'single': m['classes'], 'multi': [[c] for c in m['classes'] or []], 'regression': [0., 1.]}[m['target']]
+    labels = {'classification': m['classes'], 'multilabel': [[c] for c in m['classes'] or []], 'regression': [0., 1.]}[m['task']]
     n = list(range(len(labels)))
-    return classifier_dls(TokenizedTexts(['xxbos'], [0]*(2*len(n)), [1]*(2*len(n))), labels*2, m['target'], n, [o+len(n) for o in n], s['vocab'], tok, rules, 64, s['head']['seq_len'], s['backwards'])
+    return classifier_dls(TokenizedTexts(['xxbos'], [0]*(2*len(n)), [1]*(2*len(n))), labels*2, m['task'], n, [o+len(n) for o in n], s['vocab'], tok, rules, 64, s['head']['seq_len'], s['backwards'])
 
 def _blank_hf(m, tok):
     "DataLoaders for a task of Hugging Face's"
@@ -122,8 +122,8 @@ def _blank_hf(m, tok):
     if m['kind']=='qa': return HFQADataLoaders.from_lists(['x']*2, ['x y']*2, ['' if o['may_be_none'] else 'x', 'x'], tok, starts=[0,0], valid=half, stride=o['stride'], verbose=False, **kw)
     if m['kind']=='seq2seq': return HFSeq2SeqDataLoaders.from_lists(['x']*2, ['x']*2, tok, valid=half, max_target_length=o['max_target_length'], verbose=False, **kw)
     if m['kind']!='classifier': return (HFCausalLMDataLoaders if m['kind']=='causal_lm' else HFMaskedLMDataLoaders).from_texts(['a b c d e f']*2, tok, valid=half, **kw)
-    labels = {'single': cls, 'multi': [[c] for c in cls or []], 'regression': [0., 1.]}[m['target']]
-    dls = hf_classifier_dls([['x','x'] if o['pairs'] else 'x']*2*len(labels), labels*2, m['target'], list(range(len(labels))), list(range(len(labels), 2*len(labels))), tok, truncation=o['truncation'], verbose=False, **kw)
+    labels = {'classification': cls, 'multilabel': [[c] for c in cls or []], 'regression': [0., 1.]}[m['task']]
+    dls = hf_classifier_dls([['x','x'] if o['pairs'] else 'x']*2*len(labels), labels*2, m['task'], list(range(len(labels))), list(range(len(labels), 2*len(labels))), tok, truncation=o['truncation'], verbose=False, **kw)
     dls.window_stride = o['windows']
     return dls
 
@@ -188,7 +188,7 @@ def _classifier_json(learn, temperature, thresholds, precision):
     change = None if p.change is None else p.change.reset_index().to_dict('records')
     names = None if p.classes is None else [_json(c) for c in p.classes]
     if bad := [c for c in names or () if not isinstance(c, (str,int,float,bool))]: raise FastaiTLError('Names of classes must be strings or numbers', shorten(bad))
-    return dict(target='single' if p.binary else p.engine.kind, binary=p.binary, classes=names, n_out=p.engine.n_out, threshold=p.engine.threshold, temperature=p.temperature, thresholds=None if p.thresholds is None else p.thresholds.tolist(), precision=precision, change=change)
+    return dict(task='classification' if p.binary else p.engine.kind, binary=p.binary, classes=names, n_out=p.engine.n_out, threshold=p.engine.threshold, temperature=p.temperature, thresholds=None if p.thresholds is None else p.thresholds.tolist(), precision=precision, change=change)
 
 # %% ../../nbs/820_deploy.bundle.ipynb #3f153e87
 def load_bundle(
@@ -225,10 +225,10 @@ def _engine(path, m):
         res = HFEngine(model, HFTokenize(tok, o['max_length'], o['truncation'], verbose=False, rules=language_rules(o.get('lang', 'en'))), o['windows'], share=True)
     else:
         parts = [_awd_engine(*_load_awd(path, name)) for name in _parts(m)]
-        res = parts[0] if len(parts)==1 else AveragedEngine(parts, m['target'])
+        res = parts[0] if len(parts)==1 else AveragedEngine(parts, m['task'])
     for e in getattr(res, 'engines', [res]): e.share = False # nobody else has the model, and it stays in evaluation mode
     if isinstance(res, HFEngine): res.one = one_position(res.model)
-    res.kind,res.classes,res.threshold,res.n_out = 'multi' if m['binary'] else m['target'],m['classes'],m['threshold'],m['n_out']
+    res.kind,res.classes,res.threshold,res.n_out = 'multilabel' if m['binary'] else m['task'],m['classes'],m['threshold'],m['n_out']
     return res
 
 def _parts(m): return ['forward','backward'] if 'forward.json' in m['files'] else ['model']
@@ -250,7 +250,7 @@ def _as_learner(path, m):
         s,model = _load_awd(path, name)
         dls = _blank_awd(s, m, *_make_tokenizer(s['tokenizer']))
         if m['kind']=='language_model': learn = awd_lm_learner(dls, {k: s['config'][k] for k in ('emb_sz','n_hid','n_layers')})
-        else: learn = awd_classifier_learner(dls, m['target'], m['n_out'], {k: s['config'][k] for k in ('emb_sz','n_hid','n_layers')}, s['head']['seq_len'])
+        else: learn = awd_classifier_learner(dls, m['task'], m['n_out'], {k: s['config'][k] for k in ('emb_sz','n_hid','n_layers')}, s['head']['seq_len'])
         learn.model = model
         res.append(learn)
     return BidirectionalLearner(*res) if len(res)==2 else res[0]

@@ -251,32 +251,32 @@ def to_precision(self:HFEngine,
 # %% ../../nbs/805_deploy.engines.ipynb #759d854f
 def activation_kind(
     act # From scores to probabilities
-) -> str: # `single` (softmax), `multi` (sigmoid) or `regression` (nothing)
+) -> str: # `classification` (softmax), `multilabel` (sigmoid) or `regression` (nothing)
     "What an activation does"
     z = torch.tensor([[.5, -1., 2.], [0., 3., 1.]])
     try: out = act(z)
     except Exception as e: raise FastaiTLError('The activation of the loss must be a softmax, a sigmoid or nothing', f'one that fails: {e}') from e
-    for kind,p in dict(single=z.softmax(-1), multi=z.sigmoid(), regression=z).items():
+    for kind,p in dict(classification=z.softmax(-1), multilabel=z.sigmoid(), regression=z).items():
         if isinstance(out, torch.Tensor) and out.shape==p.shape and torch.allclose(out.as_subclass(torch.Tensor), p, atol=1e-6): return kind
     raise FastaiTLError('The activation of the loss must be a softmax, a sigmoid or nothing', f'another one: {getattr(act, "__qualname__", act)!r}', 'Use `learn.get_preds`')
 
 # %% ../../nbs/805_deploy.engines.ipynb #e5b672a9
 def unactivate(
     probs:torch.Tensor, # Probabilities, or values
-    kind:str # `single`, `multi` or `regression`
+    kind:str # `classification`, `multilabel` or `regression`
 ) -> torch.Tensor:
     "Scores of which the activation makes `probs`"
-    if kind=='single': return probs.clamp(min=1e-30).log()
-    return torch.logit(probs.double(), eps=1e-12).float() if kind=='multi' else probs
+    if kind=='classification': return probs.clamp(min=1e-30).log()
+    return torch.logit(probs.double(), eps=1e-12).float() if kind=='multilabel' else probs
 
 # %% ../../nbs/805_deploy.engines.ipynb #4a540533
 def activate_at(
     scores:torch.Tensor, # (texts, outputs)
-    kind:str, # `single`, `multi` or `regression`
+    kind:str, # `classification`, `multilabel` or `regression`
     temperature:float=1. # The scores are divided by it
 ) -> torch.Tensor:
     "Probabilities of scores at a temperature, or the values themselves"
-    return (scores/temperature).softmax(-1) if kind=='single' else (scores/temperature).sigmoid() if kind=='multi' else scores
+    return (scores/temperature).softmax(-1) if kind=='classification' else (scores/temperature).sigmoid() if kind=='multilabel' else scores
 
 # %% ../../nbs/805_deploy.engines.ipynb #2f96dcda
 class Several(tuple):
@@ -289,7 +289,7 @@ class AveragedEngine:
     pairs,windows,budget = False,None,AWDEngine.budget
     def __init__(self,
         engines, # The engines
-        kind:str # `single`, `multi` or `regression`
+        kind:str # `classification`, `multilabel` or `regression`
     ): self.engines,self.kind,self.precision = list(engines),kind,engines[0].precision
     @property
     def n_bytes(self): "Bytes of all weights"; return sum(e.n_bytes for e in self.engines)
@@ -327,7 +327,7 @@ def engine_of(
     learn, # A Learner of a classifier or a regression, or a `BidirectionalLearner`
     share:bool=False # Use the Learner's own weights, instead of a copy of them as they are now
 ):
-    "The engine for a Learner, which knows its `kind` of target and its `classes`"
+    "The engine for a Learner, which knows its `kind` of task and its `classes`"
     if isinstance(learn, BidirectionalLearner):
         parts = [engine_of(l, share) for l in learn.learners]
         res = AveragedEngine(parts, parts[0].kind)

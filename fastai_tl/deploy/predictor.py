@@ -37,7 +37,7 @@ class Predictions:
     "What a model says of some texts, in their order"
     def __init__(self,
         scores, # (texts, outputs), before softmax or sigmoid
-        kind:str, # `single`, `multi` or `regression`
+        kind:str, # `classification`, `multilabel` or `regression`
         classes:list|None=None, # Their names
         temperature:float=1., # What the scores are divided by before they become probabilities
         thresholds=None, # One a class
@@ -55,14 +55,14 @@ class Predictions:
 def preds(self:Predictions) -> np.ndarray: # (texts,) numbers of classes, (texts, classes) indicators, or (texts, outputs) values
     "What is decided"
     if self.kind=='regression': return self.scores
-    if self.kind=='multi': return self.probs>.5 if self.thresholds is None else self.probs>=self.thresholds
+    if self.kind=='multilabel': return self.probs>.5 if self.thresholds is None else self.probs>=self.thresholds
     return (self.probs if self.thresholds is None else self.probs/np.maximum(self.thresholds, 1e-12)).argmax(1)
 
 @patch(as_prop=True)
 def labels(self:Predictions) -> list:
     "A class, a list of classes, or a value for each text"
     if self.kind=='regression': return self.scores[:,0].tolist() if self.scores.shape[1]==1 else self.scores.tolist()
-    return [self.classes[i] for i in self.preds] if self.kind=='single' else [[c for c,o in zip(self.classes, r) if o] for r in self.preds]
+    return [self.classes[i] for i in self.preds] if self.kind=='classification' else [[c for c,o in zip(self.classes, r) if o] for r in self.preds]
 
 # %% ../../nbs/810_deploy.predictor.ipynb #892402e9
 @patch
@@ -72,7 +72,7 @@ def __getitem__(self:Predictions, i):
     label = one.labels[0]
     if self.kind=='regression': return Prediction(label, None, None, one.scores[0])
     probs = dict(zip(self.classes, one.probs[0].tolist()))
-    return Prediction(label, probs[label] if self.kind=='single' else [probs[c] for c in label], probs, one.scores[0])
+    return Prediction(label, probs[label] if self.kind=='classification' else [probs[c] for c in label], probs, one.scores[0])
 
 # %% ../../nbs/810_deploy.predictor.ipynb #c302a6b0
 @patch
@@ -96,8 +96,8 @@ class Predictor:
     ):
         e = engine_of(source) if isinstance(source, (Learner,BidirectionalLearner)) else source
         self.engine = e if precision==e.precision else e.to_precision(precision)
-        self.binary = e.kind=='multi' and e.classes is not None and e.n_out==1 and len(e.classes)==2
-        self.kind,self.classes = 'single' if self.binary else e.kind,e.classes
+        self.binary = e.kind=='multilabel' and e.classes is not None and e.n_out==1 and len(e.classes)==2
+        self.kind,self.classes = 'classification' if self.binary else e.kind,e.classes
         self.temperature,self.thresholds = self._temperature(temperature),self._thresholds(thresholds, e.threshold)
         self.max_tokens,self.change = max_tokens or e.budget,None
         self.cache,self.lock,self.known = cache,threading.Lock(),OrderedDict()
@@ -116,7 +116,7 @@ def _temperature(self:Predictor, t):
 @patch
 def _thresholds(self:Predictor, t, own):
     "One a class; the loss's own where it has another than one half"
-    if t is None: return None if own==.5 or self.kind=='regression' or not (self.binary or self.kind=='multi') else np.array([1-own, own] if self.binary else [np.nextafter(np.float32(own), np.float32(1))]*len(self.classes))
+    if t is None: return None if own==.5 or self.kind=='regression' or not (self.binary or self.kind=='multilabel') else np.array([1-own, own] if self.binary else [np.nextafter(np.float32(own), np.float32(1))]*len(self.classes))
     t = np.asarray(t['threshold'] if isinstance(t, pd.DataFrame) else t, dtype=float)
     if self.kind=='regression' or t.shape!=(len(self.classes),): raise FastaiTLError('Thresholds must be one for each class', f'shape {t.shape} for {len(self.classes or ())} classes')
     return t
@@ -223,7 +223,7 @@ def labelled_rows(
 # %% ../../nbs/810_deploy.predictor.ipynb #69aa7464
 def _quality(probs, y, kind, classes):
     "A figure of merit and the loss"
-    ev = Evaluation.from_preds(probs if kind!='regression' or probs.shape[1]>1 else probs[:,0], y.reshape(len(y)) if kind!='multi' else y.astype(int), classes)
+    ev = Evaluation.from_preds(probs if kind!='regression' or probs.shape[1]>1 else probs[:,0], y.reshape(len(y)) if kind!='multilabel' else y.astype(int), classes)
     right = np.sqrt(np.mean((probs.reshape(-1)-y.reshape(-1))**2)) if kind=='regression' else np.mean(ev.preds==ev.targets)
     return {'rmse' if kind=='regression' else 'accuracy': float(right), 'loss': float(np.mean(ev.losses))}
 

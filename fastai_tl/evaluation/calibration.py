@@ -20,13 +20,13 @@ from ..plot import PALETTE, figure_style
 # %% ../../nbs/708_evaluation.calibration.ipynb #0075e8f5
 def decisions(ev, label=None):
     "Confidence and rightness of each decision; of one class, its probability and whether it is true"
-    if ev.target=='regression': raise FastaiTLError('Confidence needs classes', 'a regression', 'See `plot_residuals()`')
+    if ev.task=='regression': raise FastaiTLError('Confidence needs classes', 'a regression', 'See `plot_residuals()`')
     if label is not None:
         names = list(map(str, ev.classes))
         if str(label) not in names: raise FastaiTLError(f'`label` must be the name of a class', repr(label), did_you_mean(label, names))
         k = names.index(str(label))
-        return ev.probs[:,k].astype(float),(ev.targets[:,k]>0 if ev.target=='multi' else ev.targets==k)
-    if ev.target=='single': return ev.probs[np.arange(len(ev)), ev.preds].astype(float),ev.preds==ev.targets
+        return ev.probs[:,k].astype(float),(ev.targets[:,k]>0 if ev.task=='multilabel' else ev.targets==k)
+    if ev.task=='classification': return ev.probs[np.arange(len(ev)), ev.preds].astype(float),ev.preds==ev.targets
     p,on = ev.probs.astype(float).reshape(-1),ev.preds.reshape(-1)>0
     return np.where(on, p, 1-p),on==(ev.targets.reshape(-1)>0)
 
@@ -55,10 +55,10 @@ def reliability(self:Evaluation,
     return ScoreTable(df[df['count']>0].reset_index(drop=True))
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #40101aea
-def brier(probs, targets, target):
+def brier(probs, targets, task):
     "Mean squared distance between probabilities and truth"
     p = np.asarray(probs, dtype=float)
-    if target=='multi': return float(((p-targets)**2).mean())
+    if task=='multilabel': return float(((p-targets)**2).mean())
     own = p[np.arange(len(p)), targets.astype(int)]
     return float(((p**2).sum(1)-own**2+(1-own)**2).mean()/(2 if p.shape[1]==2 else 1))
 
@@ -78,8 +78,8 @@ def calibration(self:Evaluation,
     conf,right = decisions(self)
     if not len(conf): raise DataError('Calibration needs at least one row', 'none')
     ece,mce = calibration_error(conf, right, n_bins)
-    return dict(ece=ece, ece_mass=calibration_error(conf, right, n_bins, True)[0], mce=mce, brier=brier(self.probs, self.targets, self.target),
-                nll=float(row_losses(self.probs, self.targets, self.target).mean()), confidence=float(conf.mean()), accuracy=float(right.mean()))
+    return dict(ece=ece, ece_mass=calibration_error(conf, right, n_bins, True)[0], mce=mce, brier=brier(self.probs, self.targets, self.task),
+                nll=float(row_losses(self.probs, self.targets, self.task).mean()), confidence=float(conf.mean()), accuracy=float(right.mean()))
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #6c3c6c03
 def _bars(ax, t, color, w, level=.95):
@@ -147,14 +147,14 @@ class TemperatureScaling:
     "Divide the scores by a temperature before the softmax or sigmoid"
     def __init__(self,
         temperature:float=1., # More than 1 makes the model less sure
-        target:str='single' # `single` or `multi`
-    ): self.temperature,self.target = float(temperature),target
-    def __repr__(self): return f'TemperatureScaling({self.temperature:.4g}, {self.target!r})'
+        task:str='classification' # `classification` or `multilabel`
+    ): self.temperature,self.task = float(temperature),task
+    def __repr__(self): return f'TemperatureScaling({self.temperature:.4g}, {self.task!r})'
     def __call__(self,
         probs # (rows, classes) probabilities
     ) -> np.ndarray:
         "Probabilities at this temperature"
-        return _scaled(_scores(np.asarray(probs), self.target), self.target, self.temperature) if self.temperature!=1 else np.asarray(probs)
+        return _scaled(_scores(np.asarray(probs), self.task), self.task, self.temperature) if self.temperature!=1 else np.asarray(probs)
     def apply(self,
         ev:Evaluation # Any evaluation of the same model
     ) -> Evaluation: # With the same decisions
@@ -162,20 +162,20 @@ class TemperatureScaling:
         return same_rows(ev, self(ev.probs), ev.preds)
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #636ff091
-def _scores(p, target):
+def _scores(p, task):
     "Scores of which the activation makes `p`, up to a constant"
-    p = p.astype(float) if target=='single' else np.clip(p.astype(float), np.finfo(p.dtype).eps/2, 1-np.finfo(p.dtype).eps/2)
-    return np.log(np.maximum(p, np.finfo(np.float32).tiny)) if target=='single' else np.log(p)-np.log1p(-p)
+    p = p.astype(float) if task=='classification' else np.clip(p.astype(float), np.finfo(p.dtype).eps/2, 1-np.finfo(p.dtype).eps/2)
+    return np.log(np.maximum(p, np.finfo(np.float32).tiny)) if task=='classification' else np.log(p)-np.log1p(-p)
 
-def _scaled(z, target, t):
+def _scaled(z, task, t):
     "Activation of `z/t`"
-    if target=='multi': return 1/(1+np.exp(-z/t))
+    if task=='multilabel': return 1/(1+np.exp(-z/t))
     e = np.exp((z-z.max(1, keepdims=True))/t)
     return e/e.sum(1, keepdims=True)
 
-def _nll(z, y, target, t):
+def _nll(z, y, task, t):
     "Mean negative log-likelihood of `z/t`, without a limit for small probabilities"
-    if target=='multi': return np.logaddexp(0, np.where(y>0, -z, z)/t).mean()
+    if task=='multilabel': return np.logaddexp(0, np.where(y>0, -z, z)/t).mean()
     top = z.max(1)
     return (np.log(np.exp((z-top[:,None])/t).sum(1))-(z[np.arange(len(z)),y]-top)/t).mean()
 
@@ -186,9 +186,9 @@ def fit(self:TemperatureScaling,
 ) -> TemperatureScaling:
     "Find the temperature with the highest likelihood, between 0.02 and 50"
     from scipy.optimize import minimize_scalar
-    if ev.target=='regression' or not len(ev): raise FastaiTLError('A temperature needs rows with classes', 'a regression' if ev.target=='regression' else 'no rows')
-    self.target,z,y = ev.target,_scores(ev.probs, ev.target),ev.targets if ev.target=='multi' else ev.targets.astype(int)
-    f = lambda u: _nll(z, y, self.target, np.exp(u))
+    if ev.task=='regression' or not len(ev): raise FastaiTLError('A temperature needs rows with classes', 'a regression' if ev.task=='regression' else 'no rows')
+    self.task,z,y = ev.task,_scores(ev.probs, ev.task),ev.targets if ev.task=='multilabel' else ev.targets.astype(int)
+    f = lambda u: _nll(z, y, self.task, np.exp(u))
     u = minimize_scalar(f, bounds=tuple(np.log(_bounds)), method='bounded', options=dict(xatol=1e-6)).x
     self.temperature = float(np.exp(u)) if f(u)<f(0) else 1.
     return self

@@ -28,10 +28,10 @@ _counts = ('accuracy','balanced_accuracy','mcc','kappa','exact_match', *(f'{a}_{
 WATCHED = (*_counts, *_ranking, *_calibration, 'rmse','mae','r2','spearman')
 
 def _values(ev, wanted):
-    "The wanted scores of an evaluation, by name; not a number where the kind of target has no such score"
+    "The wanted scores of an evaluation, by name; not a number where the task has no such score"
     names = [s for s in wanted if not callable(s)]
     known = ev.scores(any(n in _ranking for n in names)) if set(names)-set(_calibration) else {}
-    if set(names)&set(_calibration) and ev.target!='regression': known |= {k: v for k,v in ev.calibration().items() if k in _calibration}
+    if set(names)&set(_calibration) and ev.task!='regression': known |= {k: v for k,v in ev.calibration().items() if k in _calibration}
     return {getattr(s, '__name__', s): float(s(ev)) if callable(s) else known.get(s, float('nan')) for s in wanted}
 
 # %% ../../nbs/740_evaluation.callback.ipynb #2db105ee

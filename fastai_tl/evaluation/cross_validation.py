@@ -31,7 +31,7 @@ def fold_metrics(
     from sklearn import metrics as skm
     y,p = ev.targets,ev.preds
     loss = {} if ev.losses is None else dict(loss=float(np.mean(ev.losses)))
-    if ev.target!='regression': return dict(accuracy=float((y==p).mean()), f1_macro=float(skm.f1_score(y, p, average='macro', zero_division=0)), **loss)
+    if ev.task!='regression': return dict(accuracy=float((y==p).mean()), f1_macro=float(skm.f1_score(y, p, average='macro', zero_division=0)), **loss)
     y = y.reshape(-1)
     return dict(rmse=float(np.mean((y-p)**2)**.5), mae=float(np.abs(y-p).mean()), r2=float(skm.r2_score(y, p)) if len(y)>1 else np.nan, **loss)
 
@@ -106,7 +106,7 @@ def _aligned(ev, classes):
     if classes is None: return ev.preds,ev.targets.reshape(-1)
     at = [classes.index(c) for c in ev.classes]
     p = np.zeros((len(ev), len(classes))); p[:,at] = ev.probs
-    if ev.target=='single': return p,np.array(at)[ev.targets.astype(int)]
+    if ev.task=='classification': return p,np.array(at)[ev.targets.astype(int)]
     y = np.zeros((len(ev), len(classes)), dtype=int); y[:,at] = ev.targets
     return p,y
 
@@ -161,8 +161,8 @@ def _evaluated(made):
     with made.no_bar(): return made.evaluate()
 
 def _label_names(ev):
-    if ev.target=='regression': return ev.targets.reshape(-1).astype(float).tolist()
-    if ev.target=='single': return [str(ev.classes[int(t)]) for t in ev.targets]
+    if ev.task=='regression': return ev.targets.reshape(-1).astype(float).tolist()
+    if ev.task=='classification': return [str(ev.classes[int(t)]) for t in ev.targets]
     return [sorted(str(c) for c,o in zip(ev.classes, row) if o) for row in ev.targets]
 
 # %% ../../nbs/724_evaluation.cross_validation.ipynb #ff8fcfd0
@@ -171,10 +171,10 @@ def _check_rows(ev, labels, index, label_delim):
     todo = 'Put `valid_df`, whole and in its order, into the validation set; for labels that you change on purpose pass `label_col=None`'
     if len(ev)!=len(index): raise DataError(f'The validation set must be the {len(index)} rows of `valid_df`', f'{len(ev)} rows', todo)
     if labels is None: return
-    got,(want,_) = _label_names(ev),check_labels(labels, index, ev.target, label_delim)
-    if ev.target!='regression': want = [sorted(map(str, l)) if ev.target=='multi' else str(l) for l in want]
-    eps = 1e-5*max(map(abs, want)) if ev.target=='regression' else 0 # targets are float32 in a Learner
-    bad = [i for i,(a,b) in enumerate(zip(got, want)) if (abs(a-b)>eps if ev.target=='regression' else a!=b)]
+    got,(want,_) = _label_names(ev),check_labels(labels, index, ev.task, label_delim)
+    if ev.task!='regression': want = [sorted(map(str, l)) if ev.task=='multilabel' else str(l) for l in want]
+    eps = 1e-5*max(map(abs, want)) if ev.task=='regression' else 0 # targets are float32 in a Learner
+    bad = [i for i,(a,b) in enumerate(zip(got, want)) if (abs(a-b)>eps if ev.task=='regression' else a!=b)]
     if bad: raise DataError('The validation set must have the labels of `valid_df`', f'{got[bad[0]]!r} instead of {want[bad[0]]!r} in row {index[bad[0]]} ({len(bad)} rows differ)', todo)
 
 # %% ../../nbs/724_evaluation.cross_validation.ipynb #afde130d

@@ -43,7 +43,7 @@ def _named_slicer(ev, name):
     if name=='length': return [len(t) for t in _text_list(ev)]
     if name not in ('class','predicted') or ev.classes is None: raise unknown_option('by', name, ('length',)+(('class','predicted') if ev.classes else ()))
     v = ev.targets if name=='class' else ev.preds
-    if ev.target=='single': return [str(ev.classes[int(i)]) for i in v]
+    if ev.task=='classification': return [str(ev.classes[int(i)]) for i in v]
     return [[str(c) for c,o in zip(ev.classes, row) if o] or ['no class'] for row in v]
 
 def _slicers(ev, by):
@@ -62,7 +62,7 @@ def _slicers(ev, by):
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #c44a19cf
 def _row_errors(ev):
     "1 for a wrong row (any label of it) and 0 for a right one, or the absolute error of a regression"
-    if ev.target=='regression': return np.abs(ev.preds-ev.targets.reshape(-1)).astype(float)
+    if ev.task=='regression': return np.abs(ev.preds-ev.targets.reshape(-1)).astype(float)
     return (ev.preds!=ev.targets).reshape(len(ev), -1).any(1).astype(int)
 
 def _slice_row(err, rows, level, counts):
@@ -101,7 +101,7 @@ def error_slices(self:Evaluation,
     level:float=.95 # Of the intervals
 ) -> pd.DataFrame: # slice | value | rows | errors | error | low | high | worse | p
     "Error rate (mean absolute error of a regression) by slice, the worst first; `worse` is the difference from all rows"
-    err,counts = _row_errors(self),self.target!='regression'
+    err,counts = _row_errors(self),self.task!='regression'
     table = pd.DataFrame([dict(slice=name, value=v, **_slice_row(err, rows, level, counts))
         for name,col in _slicers(self, by).items() for v,rows in _pooled(_as_values(col, bins), min_rows).items()])
     table.insert(table.columns.get_loc('p'), 'worse', table.error-err.mean())
@@ -194,10 +194,10 @@ def error_words(self:Evaluation,
     **kwargs # More for `overused_words`
 ) -> pd.DataFrame: # word | texts | errors | error | odds_ratio | p
     "Words that errors contain more often than chance, the surest first"
-    if wrong is None and self.target=='regression': raise FastaiTLError('Right and wrong need classes', 'a regression', 'Say what is wrong, such as `wrong=abs(ev.preds-ev.targets)>1`')
+    if wrong is None and self.task=='regression': raise FastaiTLError('Right and wrong need classes', 'a regression', 'Say what is wrong, such as `wrong=abs(ev.preds-ev.targets)>1`')
     wrong,texts = np.asarray(_row_errors(self) if wrong is None else wrong, dtype=bool),_text_list(self)
     if of is not None:
-        if self.target!='single' or of not in self.classes: raise unknown_option('of', of, self.classes if self.target=='single' else ())
+        if self.task!='classification' or of not in self.classes: raise unknown_option('of', of, self.classes if self.task=='classification' else ())
         rows = np.flatnonzero(self.targets==self.classes.index(of))
         wrong,texts = wrong[rows],[texts[i] for i in rows]
     return overused_words(texts, wrong, n, **kwargs).rename(columns=dict(marked='errors', share='error'))
@@ -222,7 +222,7 @@ def _suspects(probs, labels):
 @patch
 def label_noise(self:Evaluation) -> pd.DataFrame: # Given labels as rows, estimated true ones as columns
     "Estimated number of rows with each given and each true label, by confident learning (eq. 3)"
-    if self.target!='single': raise FastaiTLError('The joint of given and true labels needs one class a text', f'a {self.target} target', 'See `label_errors()`')
+    if self.task!='classification': raise FastaiTLError('The joint of given and true labels needs one class a text', f'a {self.task} task', 'See `label_errors()`')
     y,k = self.targets.astype(int),len(self.classes)
     guess = _confident_class(self.probs, y)
     c = np.bincount(y[guess>=0]*k+guess[guess>=0], minlength=k*k).reshape(k, k).astype(float)
@@ -236,8 +236,8 @@ def label_errors(self:Evaluation,
     n:int|None=None # At most so many rows; all that are suspected if `None`
 ) -> pd.DataFrame: # row | label | suggested | p_label | p_suggested | text
     "Rows whose label is probably wrong, by confident learning, the clearest first; each label by itself if there are several a text"
-    if self.target=='regression': raise FastaiTLError('Confident learning needs classes', 'a regression', 'See `error_slices()` and the largest `abs(ev.preds-ev.targets)`')
-    if self.target=='single': parts = [(self.probs, self.targets.astype(int), self.classes)]
+    if self.task=='regression': raise FastaiTLError('Confident learning needs classes', 'a regression', 'See `error_slices()` and the largest `abs(ev.preds-ev.targets)`')
+    if self.task=='classification': parts = [(self.probs, self.targets.astype(int), self.classes)]
     else: parts = [(np.stack([1-p, p], 1), y.astype(int), [f'not {c}', c]) for p,y,c in zip(self.probs.T, self.targets.T, self.classes)]
     rows = [dict(row=int(i), label=names[y[i]], suggested=names[g], p_label=p[i,y[i]], p_suggested=p[i,g])
             for p,y,names in parts for i,g in zip(*_suspects(p, y))]
@@ -255,5 +255,5 @@ def leaked_rows(self:Evaluation,
 ) -> pd.DataFrame: # row | other | similarity | right | text | other_text
     "Rows whose text stands in the training texts too, exactly or nearly, and whether they are right"
     t = near_duplicates(_text_list(self), train_texts, threshold, n)
-    if self.target!='regression': t.insert(3, 'right', _row_errors(self)[t.row.to_numpy(dtype=int)]==0)
+    if self.task!='regression': t.insert(3, 'right', _row_errors(self)[t.row.to_numpy(dtype=int)]==0)
     return t

@@ -31,26 +31,26 @@ class Evaluation:
         probs = np.asarray(probs)
         self.probs,self.targets = probs if probs.dtype in (np.float32, np.float64) else probs.astype(float),np.asarray(targets)
         self.classes,self.losses,self.texts = list(classes) if classes is not None else None,losses,texts
-        self.target = 'regression' if classes is None else 'multi' if self.targets.ndim==2 else 'single'
+        self.task = 'regression' if classes is None else 'multilabel' if self.targets.ndim==2 else 'classification'
         _check(self)
-        self.preds = self.probs.reshape(len(self.probs)) if self.target=='regression' else self.probs.argmax(1) if self.target=='single' else (self.probs>.5).astype(int)
+        self.preds = self.probs.reshape(len(self.probs)) if self.task=='regression' else self.probs.argmax(1) if self.task=='classification' else (self.probs>.5).astype(int)
     def __len__(self): return len(self.targets)
-    def __repr__(self): return f'Evaluation({len(self):,} rows, {self.target}, classes={shorten(self.classes) if self.classes else None})'
+    def __repr__(self): return f'Evaluation({len(self):,} rows, {self.task}, classes={shorten(self.classes) if self.classes else None})'
 
 # %% ../../nbs/700_evaluation.evaluation.ipynb #30712b2c
 def _check(ev):
     "Refuse shapes that do not fit, and numbers that are no probabilities or classes"
     p,y,n = ev.probs,ev.targets,len(ev.targets)
     if len(p)!=n: raise DataError('Predictions and targets must have the same number of rows', f'{len(p)} and {n}')
-    if ev.target=='regression' and p.size!=n: raise DataError('A regression has one value a row', f'shape {p.shape}', 'Give `classes` for a classifier')
-    if ev.target!='regression' and p.shape[1:]!=(len(ev.classes),): raise DataError(f'Probabilities must have a column for each of {len(ev.classes)} classes', f'shape {p.shape}')
-    if ev.target=='multi' and y.shape!=p.shape: raise DataError('Indicators must have the shape of the probabilities', f'{y.shape} and {p.shape}')
+    if ev.task=='regression' and p.size!=n: raise DataError('A regression has one value a row', f'shape {p.shape}', 'Give `classes` for a classifier')
+    if ev.task!='regression' and p.shape[1:]!=(len(ev.classes),): raise DataError(f'Probabilities must have a column for each of {len(ev.classes)} classes', f'shape {p.shape}')
+    if ev.task=='multilabel' and y.shape!=p.shape: raise DataError('Indicators must have the shape of the probabilities', f'{y.shape} and {p.shape}')
     finite = np.isfinite(p.reshape(n, -1)).all(1) if n else np.ones(0, dtype=bool)
     if not finite.all(): raise DataError('Predictions must be finite numbers', f'others in row {shorten(np.flatnonzero(~finite))}', 'Look for an infinite loss in training')
-    if ev.target=='regression': return
+    if ev.task=='regression': return
     if p.size and (p.min()<0 or p.max()>1+1e-5): raise DataError('Probabilities must be between 0 and 1', f'{p.min():.4g} to {p.max():.4g}', 'Hand scores of a model over with `Evaluation.from_preds(..., logits=True)`')
-    top = 2 if ev.target=='multi' else len(ev.classes)
-    try: bad = np.flatnonzero((y<0)|(y>=top)|(y!=np.floor(y.astype(float)))) if ev.target=='single' else np.flatnonzero(((y!=0)&(y!=1)).any(1))
+    top = 2 if ev.task=='multilabel' else len(ev.classes)
+    try: bad = np.flatnonzero((y<0)|(y>=top)|(y!=np.floor(y.astype(float)))) if ev.task=='classification' else np.flatnonzero(((y!=0)&(y!=1)).any(1))
     except (TypeError, ValueError): raise DataError('Targets must be numbers of classes', f'{y[0]!r}', 'Hand names over with `Evaluation.from_preds`') from None
     if len(bad): raise DataError(f'Targets must be whole numbers from 0 to {top-1}', f'others in row {shorten(bad)}')
 
@@ -78,24 +78,24 @@ def from_preds(cls:Evaluation,
 ) -> Evaluation:
     "An `Evaluation` of predictions that exist already"
     y = _numbers(targets, classes)
-    if logits: probs = activate(torch.as_tensor(np.asarray(probs), dtype=torch.float64), 'multi' if y.ndim==2 else 'single').numpy()
+    if logits: probs = activate(torch.as_tensor(np.asarray(probs), dtype=torch.float64), 'multilabel' if y.ndim==2 else 'classification').numpy()
     ev = cls(probs, y, classes, losses, texts)
-    if ev.losses is None: ev.losses = row_losses(ev.probs, ev.targets, ev.target)
+    if ev.losses is None: ev.losses = row_losses(ev.probs, ev.targets, ev.task)
     return ev
 
 # %% ../../nbs/700_evaluation.evaluation.ipynb #e8eda3a3
-def row_losses(probs, targets, target):
+def row_losses(probs, targets, task):
     "Loss of each row, as floats of 64 bits"
-    if target=='regression': return (np.asarray(targets, dtype=float).reshape(len(probs))-np.asarray(probs, dtype=float).reshape(len(probs)))**2
+    if task=='regression': return (np.asarray(targets, dtype=float).reshape(len(probs))-np.asarray(probs, dtype=float).reshape(len(probs)))**2
     eps = np.finfo(probs.dtype).eps
-    if target=='single': return -np.log(np.clip(probs[np.arange(len(probs)), targets.astype(int)].astype(float), eps, 1))
+    if task=='classification': return -np.log(np.clip(probs[np.arange(len(probs)), targets.astype(int)].astype(float), eps, 1))
     p = np.clip(probs.astype(float), eps, 1-eps)
     return -np.where(targets>0, np.log(p), np.log1p(-p)).mean(1)
 
 # %% ../../nbs/700_evaluation.evaluation.ipynb #10d325e7
-def activate(pred, target):
+def activate(pred, task):
     "Scores of a model as probabilities, or values"
-    return pred.softmax(-1) if target=='single' else pred.sigmoid() if target=='multi' else pred
+    return pred.softmax(-1) if task=='classification' else pred.sigmoid() if task=='multilabel' else pred
 
 def same_rows(ev, probs, preds=None):
     "The same rows with other probabilities, and with `preds` if they are told"
@@ -234,26 +234,26 @@ def _forward(model, batch, label):
     if label not in batch: raise DataError('An evaluation needs labels', f'a batch with {shorten(batch.keys(), 9)}', f'Put them under {label!r}, or say `label=`')
     return _logits(model(**batch)),batch[label]
 
-def _loss_of(z, y, target):
+def _loss_of(z, y, task):
     "Loss of each row"
-    if target=='single': return F.cross_entropy(z, y.long(), reduction='none') if z.shape[-1]>1 else F.binary_cross_entropy_with_logits(z.reshape(-1), y.float(), reduction='none')
-    f = F.binary_cross_entropy_with_logits if target=='multi' else F.mse_loss
+    if task=='classification': return F.cross_entropy(z, y.long(), reduction='none') if z.shape[-1]>1 else F.binary_cross_entropy_with_logits(z.reshape(-1), y.float(), reduction='none')
+    f = F.binary_cross_entropy_with_logits if task=='multilabel' else F.mse_loss
     return f(z, y.reshape(z.shape).float(), reduction='none').reshape(len(z), -1).mean(1)
 
 # %% ../../nbs/700_evaluation.evaluation.ipynb #caf91585
-def _kind(z, y): return 'multi' if y.ndim==2 and y.shape==z.shape and z.shape[1]>1 else 'regression' if y.is_floating_point() else 'single'
+def _kind(z, y): return 'multilabel' if y.ndim==2 and y.shape==z.shape and z.shape[1]>1 else 'regression' if y.is_floating_point() else 'classification'
 
 @torch.inference_mode()
-def _stream(model, loader, target, label, parts):
-    "Append probabilities, targets and losses of each batch to `parts`; returns the kind of target"
+def _stream(model, loader, task, label, parts):
+    "Append probabilities, targets and losses of each batch to `parts`; returns the task"
     device = next((p.device for p in model.parameters()), 'cpu')
     to = lambda o: o.to(device) if hasattr(o, 'to') else o
     for b in loader:
         z,y = _forward(model, {k: to(v) for k,v in b.items()} if hasattr(b, 'keys') else [to(o) for o in b], label)
-        z,target = z.float(),target or _kind(z, y)
-        p = z.sigmoid() if target=='single' and z.shape[-1]==1 else activate(z, target)
-        for l,o in zip(parts, (p, y, _loss_of(z, y, target))): l.append(o.cpu().numpy())
-    return target
+        z,task = z.float(),task or _kind(z, y)
+        p = z.sigmoid() if task=='classification' and z.shape[-1]==1 else activate(z, task)
+        for l,o in zip(parts, (p, y, _loss_of(z, y, task))): l.append(o.cpu().numpy())
+    return task
 
 # %% ../../nbs/700_evaluation.evaluation.ipynb #b94303c3
 @patch(cls_method=True)
@@ -262,14 +262,14 @@ def from_model(cls:Evaluation,
     loader, # Batches: dicts, or `(inputs, labels)`
     classes=None, # Names of the classes; their numbers if `None`
     texts=None, # Text of each row
-    target:str|None=None, # `single`, `multi` or `regression`; by the labels if `None`
+    task:str|None=None, # `classification`, `multilabel` or `regression`; by the labels if `None`
     label:str='labels' # Where a dict has its labels
 ) -> Evaluation:
     "One pass of a plain PyTorch model over a loader, in its order"
-    if target not in (None, 'single','multi','regression'): raise unknown_option('target', target, ('single','multi','regression'))
+    if task not in (None, 'classification','multilabel','regression'): raise unknown_option('task', task, ('classification','multilabel','regression'))
     parts = ([],[],[])
-    with evaluating(model): target = _stream(model, loader, target, label, parts)
+    with evaluating(model): task = _stream(model, loader, task, label, parts)
     if not parts[0]: raise DataError('An evaluation needs at least one batch', 'none')
     p,y,losses = (in_order(o, None) for o in parts)
-    if classes is None and target!='regression': classes = list(range(max(p.shape[1], 2)))
-    return cls(_two_columns(p, y, classes), y, None if target=='regression' else classes, losses, texts)
+    if classes is None and task!='regression': classes = list(range(max(p.shape[1], 2)))
+    return cls(_two_columns(p, y, classes), y, None if task=='regression' else classes, losses, texts)

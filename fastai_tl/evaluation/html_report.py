@@ -29,14 +29,14 @@ def to_frame(self:Evaluation,
 ) -> pd.DataFrame: # row | true | predicted | confidence or error | loss | probabilities | text
     "Every row with its prediction"
     y,p,n = self.targets,self.preds,len(self)
-    if self.target=='regression': cols = dict(true=y.reshape(-1), predicted=p, error=p-y.reshape(-1))
-    elif self.target=='single': cols = dict(true=[self.classes[int(t)] for t in y], predicted=[self.classes[t] for t in p], confidence=decisions(self)[0])
+    if self.task=='regression': cols = dict(true=y.reshape(-1), predicted=p, error=p-y.reshape(-1))
+    elif self.task=='classification': cols = dict(true=[self.classes[int(t)] for t in y], predicted=[self.classes[t] for t in p], confidence=decisions(self)[0])
     else: cols = dict(true=[self._names(r) for r in y], predicted=[self._names(r) for r in p], wrong=(p!=y).sum(1))
     df = pd.DataFrame(dict(row=np.arange(n), **cols, **({} if self.losses is None else dict(loss=np.asarray(self.losses)))))
-    if self.target!='regression' and len(self.classes)<=20: df = pd.concat([df, pd.DataFrame(self.probs, columns=[f'p({c})' for c in self.classes])], axis=1)
+    if self.task!='regression' and len(self.classes)<=20: df = pd.concat([df, pd.DataFrame(self.probs, columns=[f'p({c})' for c in self.classes])], axis=1)
     if self.texts is not None: df['text'] = self.texts
     if not errors: return df
-    if self.target!='regression': df = df[(p!=y) if self.target=='single' else (p!=y).any(1)]
+    if self.task!='regression': df = df[(p!=y) if self.task=='classification' else (p!=y).any(1)]
     return df.sort_values('loss', ascending=False, kind='stable') if 'loss' in df else df
 
 @patch
@@ -51,10 +51,10 @@ def figures(self:Evaluation,
     names=None, # Which of `FIGURES`; all that fit if `None`
     lang:str|None=None # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
 ) -> dict: # Name to figure
-    "The figures of the kind of target"
+    "The figures of the task"
     draw = dict(confusion_matrix=lambda: self.plot_confusion(title=in_words('Confusion matrix', lang), lang=lang), confidence_analysis=lambda: self.plot_confidence(lang=lang),
                 reliability=lambda: self.plot_reliability(lang=lang), risk_coverage=lambda: self.plot_risk_coverage(lang=lang), residuals=lambda: self.plot_residuals(lang=lang))
-    fit = dict(single=FIGURES[:4], multi=FIGURES[1:4], regression=FIGURES[4:])[self.target]
+    fit = dict(classification=FIGURES[:4], multilabel=FIGURES[1:4], regression=FIGURES[4:])[self.task]
     bad = [n for n in names or () if n not in FIGURES]
     if bad: raise FastaiTLError(f'Figures are {", ".join(FIGURES)}', ', '.join(map(str, bad)))
     return {n: draw[n]() for n in (fit if names is None else [n for n in names if n in fit])}
@@ -66,8 +66,8 @@ def tables(self:Evaluation,
 ) -> dict: # Title to table
     "The tables of the page"
     res = {'Report': self.report()}
-    if self.target!='regression': res['Calibration'] = ScoreTable(pd.DataFrame([self.calibration()]).rename(columns=_titles))
-    if self.target=='single': res['Most frequent errors'] = self.most_confused()
+    if self.task!='regression': res['Calibration'] = ScoreTable(pd.DataFrame([self.calibration()]).rename(columns=_titles))
+    if self.task=='classification': res['Most frequent errors'] = self.most_confused()
     if self.losses is not None: res['Rows with the highest loss'] = ScoreTable(self.to_frame(errors=True).head(n).pipe(lambda d: d[[c for c in d if not str(c).startswith('p(')]]))
     return res
 
@@ -134,7 +134,7 @@ def _screen(fig): return int(min(150, 2200/max(fig.get_size_inches())))
 @patch
 def _headline(self:Evaluation):
     s = self.scores()
-    return s if self.target=='regression' else dict(accuracy=s['accuracy'], macro_f1=s['macro_f1'], log_loss=s['log_loss'], ECE=self.calibration()['ece'])
+    return s if self.task=='regression' else dict(accuracy=s['accuracy'], macro_f1=s['macro_f1'], log_loss=s['log_loss'], ECE=self.calibration()['ece'])
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #b38cfde6
 @patch
@@ -149,11 +149,11 @@ def save(self:Evaluation,
     "Write a page, figures, tables and predictions into a folder"
     path,figs = Path(path),self.figures(figures, lang)
     tables = {'report': self.report(), 'predictions': self.to_frame().set_index('row'), 'errors': self.to_frame(errors=True).set_index('row')}
-    if self.target=='single': tables['confusion_matrix'] = self.confusion()
+    if self.task=='classification': tables['confusion_matrix'] = self.confusion()
     for name,df in tables.items():
         with atomic_path(path/f'{name}.csv') as p: pd.DataFrame(df).to_csv(p, encoding='utf-8-sig')
     for name,fig in figs.items(): save_png(fig, path/f'{name}.png', dpi)
-    write_json(path/'scores.json', {k: None if v!=v else v for k,v in {**self.scores(), **(self.calibration() if self.target!='regression' else {})}.items()})
+    write_json(path/'scores.json', {k: None if v!=v else v for k,v in {**self.scores(), **(self.calibration() if self.task!='regression' else {})}.items()})
     page = self.to_html(title, lang, n, figs)
     with atomic_path(path/'index.html') as p: p.write_text(page, encoding='utf-8')
     return path/'index.html'

@@ -138,7 +138,7 @@ def _kinds(ev):
     from scipy.sparse import csr_array, eye_array
     if not len(ev): raise DataError('A report needs at least one row', 'none')
     c = len(ev.classes)
-    if ev.target=='single':
+    if ev.task=='classification':
         kinds,counts = np.unique(ev.targets.astype(int)*c+ev.preds, return_counts=True)
         eye = csr_array(eye_array(c, format='csr'))
         return counts,[eye[kinds//c].multiply(eye[kinds%c]), eye[kinds//c], eye[kinds%c]]
@@ -160,28 +160,28 @@ def _whole(sums, n, single):
 
 # %% ../../nbs/704_evaluation.report.ipynb #30980016
 @patch
-def _indicators(self:Evaluation): return self.targets>0 if self.target=='multi' else self.targets.astype(int)[:,None]==np.arange(len(self.classes))
+def _indicators(self:Evaluation): return self.targets>0 if self.task=='multilabel' else self.targets.astype(int)[:,None]==np.arange(len(self.classes))
 
 @patch
 def _from_probs(self:Evaluation):
     "Log loss and mean ranking scores"
-    return dict(log_loss=float(row_losses(self.probs, self.targets, self.target).mean()), **mean_ranking(self._indicators(), self.probs))
+    return dict(log_loss=float(row_losses(self.probs, self.targets, self.task).mean()), **mean_ranking(self._indicators(), self.probs))
 
 @patch
 def scores(self:Evaluation,
     probs:bool=True # Those of the probabilities too, which take longer: log loss, ROC-AUC, average precision
 ) -> dict: # Such as `accuracy`, `macro_f1`, `mcc`, `roc_auc`; or `rmse`, `r2`
     "Every score of the whole, by name"
-    if self.target=='regression': return {k: float(v) for k,v in regression_scores(self.targets, self.preds).items()}
+    if self.task=='regression': return {k: float(v) for k,v in regression_scores(self.targets, self.preds).items()}
     counts,parts = _kinds(self)
-    rows,whole = _whole([counts@p for p in parts], len(self), self.target=='single')
+    rows,whole = _whole([counts@p for p in parts], len(self), self.task=='classification')
     return {**{k: float(v) for k,v in whole.items()}, **{f'{a[:-4]}_{k}': float(v) for a,d in rows.items() for k,v in d.items()}, **(self._from_probs() if probs else {})}
 
 # %% ../../nbs/704_evaluation.report.ipynb #35331d37
 @patch(as_prop=True)
 def accuracy(self:Evaluation) -> float:
     "Share of rows (or, with several labels a text, of labels) that are right"
-    if self.target=='regression': raise FastaiTLError('Accuracy needs classes', 'a regression', 'See `report()`')
+    if self.task=='regression': raise FastaiTLError('Accuracy needs classes', 'a regression', 'See `report()`')
     return float((self.preds==self.targets).mean())
 
 # %% ../../nbs/704_evaluation.report.ipynb #c73139e0
@@ -206,8 +206,8 @@ def report(self:Evaluation,
     seed:int=0 # Of the resamples
 ) -> ScoreTable: # precision | recall | f1 | score | low | high | support, for each class, the averages and the whole
     "Scores of each class, their averages, and scores of the whole, with intervals; errors and R² of a regression"
-    if self.target=='regression': return self._regression_report(level, n_boot, ranking, seed)
-    (counts,parts),n,single = _kinds(self),len(self),self.target=='single'
+    if self.task=='regression': return self._regression_report(level, n_boot, ranking, seed)
+    (counts,parts),n,single = _kinds(self),len(self),self.task=='classification'
     sums,draws = [counts@p for p in parts],resample_counts(counts, parts, n_boot, seed) if level else None
     (rows,whole),(rows_b,whole_b) = _whole(sums, n, single),_whole(draws, n, single) if level else ({}, {})
     top = pd.DataFrame(_class_rows(class_scores(*sums[:3]), draws and class_scores(*draws[:3]), level, wide)).assign(support=sums[1])
@@ -225,7 +225,7 @@ def _in_columns(df):
 @patch
 def _weighted(self:Evaluation, w):
     "The scores of the probabilities with weighted rows"
-    return dict(log_loss=float((row_losses(self.probs, self.targets, self.target)*w).sum()/w.sum()), **mean_ranking(self._indicators(), self.probs, w))
+    return dict(log_loss=float((row_losses(self.probs, self.targets, self.task)*w).sum()/w.sum()), **mean_ranking(self._indicators(), self.probs, w))
 
 # %% ../../nbs/704_evaluation.report.ipynb #215c9335
 @patch
@@ -241,7 +241,7 @@ def _regression_report(self:Evaluation, level, n_boot, ranking, seed):
 @patch
 def confusion(self:Evaluation) -> pd.DataFrame: # True classes as rows, predicted ones as columns
     "The confusion matrix, as counts"
-    if self.target!='single': raise FastaiTLError('A confusion matrix needs one class a text', f'a {self.target} target', 'See `report()`')
+    if self.task!='classification': raise FastaiTLError('A confusion matrix needs one class a text', f'a {self.task} task', 'See `report()`')
     n = len(self.classes)
     m = np.bincount(self.targets.astype(int)*n+self.preds, minlength=n*n).reshape(n, n)
     return pd.DataFrame(m, index=self.classes, columns=self.classes)
@@ -284,7 +284,7 @@ def top_losses(self:Evaluation,
     n:int=10 # So many rows
 ) -> pd.DataFrame: # row | true | predicted | confidence | loss | text
     "The rows on which the model is most wrong"
-    if self.target!='single' or self.losses is None: raise FastaiTLError('The worst rows need one class a text and losses', f'a {self.target} target')
+    if self.task!='classification' or self.losses is None: raise FastaiTLError('The worst rows need one class a text and losses', f'a {self.task} task')
     i = np.argsort(-np.asarray(self.losses), kind='stable')[:n]
     df = pd.DataFrame(dict(row=i, true=[self.classes[int(t)] for t in self.targets[i]], predicted=[self.classes[p] for p in self.preds[i]], confidence=self.probs[i].max(1), loss=np.asarray(self.losses)[i]))
     if self.texts is not None: df['text'] = [self.texts[j] for j in i]
@@ -297,7 +297,7 @@ def plot_residuals(self:Evaluation,
     figsize=(9,3.6) # Width and height in inches
 ):
     "Predicted against true values, and the residuals against the predictions"
-    if self.target!='regression': raise FastaiTLError('Residuals need a regression', f'a {self.target} target', 'See `plot_confusion()`')
+    if self.task!='regression': raise FastaiTLError('Residuals need a regression', f'a {self.task} task', 'See `plot_confusion()`')
     y,p,w = self.targets.reshape(-1).astype(float),self.preds.astype(float),lambda o: in_words(o, lang)
     with figure_style(w('Residual')) as plt:
         fig,(a,b) = plt.subplots(1, 2, figsize=figsize)

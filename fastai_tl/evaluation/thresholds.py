@@ -88,7 +88,7 @@ def thresholds(self:Evaluation,
     cost:tuple|None=None # Least cost, with the cost of a false alarm and that of a miss
 ) -> ScoreTable: # threshold | precision | recall | f1 | predicted | support, one row a class
     "Decision threshold of each class against the rest; the largest F1 if nothing else is asked for"
-    if self.target=='regression' or not len(self): raise FastaiTLError('Thresholds need rows with classes', f'{len(self)} rows of a {self.target} target')
+    if self.task=='regression' or not len(self): raise FastaiTLError('Thresholds need rows with classes', f'{len(self)} rows of a {self.task} task')
     asked = {k: v for k,v in dict(recall=recall, precision=precision, cost=cost).items() if v is not None}
     if len(asked)>1: raise FastaiTLError('Ask for one of recall, precision and cost', shorten(asked))
     want,value = next(iter(asked.items()), ('f1',None))
@@ -103,6 +103,6 @@ def with_thresholds(self:Evaluation,
 ) -> Evaluation: # The same probabilities, decided otherwise
     "Decide by thresholds: all labels that reach theirs; with one class a text, the one that is furthest above its own in proportion"
     t = np.asarray(thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds, dtype=float)
-    if self.target=='regression' or t.shape!=(len(self.classes),): raise FastaiTLError('Thresholds must be one for each class', f'shape {t.shape}')
-    preds = (self.probs>=t).astype(int) if self.target=='multi' else (self.probs/np.maximum(t, 1e-12)).argmax(1)
+    if self.task=='regression' or t.shape!=(len(self.classes),): raise FastaiTLError('Thresholds must be one for each class', f'shape {t.shape}')
+    preds = (self.probs>=t).astype(int) if self.task=='multilabel' else (self.probs/np.maximum(t, 1e-12)).argmax(1)
     return same_rows(self, self.probs, preds)

@@ -159,14 +159,14 @@ def _name_outputs(parts, classes):
     if classes is not None: cfg.id2label,cfg.label2id = {i: str(c) for i,c in enumerate(classes)},{str(c): i for i,c in enumerate(classes)}
 
 def _classification(learn, parts, rows, n, kw):
-    target = 'regression' if _is_regression(learn) else 'multi' if isinstance(plain_loss(learn.loss_func), BCEWithLogitsLossFlat) else 'single'
+    task = 'regression' if _is_regression(learn) else 'multilabel' if isinstance(plain_loss(learn.loss_func), BCEWithLogitsLossFlat) else 'classification'
     names = (getattr(parts.transform, 'kwargs', None) or {}).get('labels') # what blurr shows for the numbers 0, 1, … of a dataset
-    classes = None if target=='regression' else list(names or class_names(learn.dls, parts.model.config.num_labels))
-    label = dict(regression=lambda y: float(y), single=lambda y: classes[int(y)], multi=lambda y: [c for c,v in zip(classes, y) if v])[target]
-    if not rows: rows,n = [('a', 0. if classes is None else [i==j for j in range(len(classes))] if target=='multi' else i) for _ in range(2) for i in range(len(classes or [0]))],len(classes or [0])
+    classes = None if task=='regression' else list(names or class_names(learn.dls, parts.model.config.num_labels))
+    label = dict(regression=lambda y: float(y), classification=lambda y: classes[int(y)], multilabel=lambda y: [c for c,v in zip(classes, y) if v])[task]
+    if not rows: rows,n = [('a', 0. if classes is None else [i==j for j in range(len(classes))] if task=='multilabel' else i) for _ in range(2) for i in range(len(classes or [0]))],len(classes or [0])
     _name_outputs(parts, classes)
     tok,items = HFTokenize(parts.tokenizer, kw.get('max_length'), verbose=False),[LabelledText([_text(x), label(y)]) for x,y in rows]
-    return tokens_dls(HFTextDataLoaders, items, n, [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(target, classes)], tok.tokenizer.padding_side, kw['bs'], kw['val_bs'], kw['path'])
+    return tokens_dls(HFTextDataLoaders, items, n, [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(task, classes)], tok.tokenizer.padding_side, kw['bs'], kw['val_bs'], kw['path'])
 
 # %% ../../nbs/905_interop.blurr.ipynb #da4619b6
 def _tagging(learn, parts, rows, n, kw):

@@ -26,20 +26,20 @@ from ..models.awd_lstm import pool_real_tokens
 from ..tune.optimizer import LayerwiseOptimizer
 
 # %% ../../nbs/505_learners.classification.ipynb #eb153b3a
-_losses = dict(single=CrossEntropyLossFlat, multi=BCEWithLogitsLossFlat, regression=MSELossFlat)
-_metrics = dict(single=[accuracy], multi=[accuracy_multi], regression=[rmse])
+_losses = dict(classification=CrossEntropyLossFlat, multilabel=BCEWithLogitsLossFlat, regression=MSELossFlat)
+_metrics = dict(classification=[accuracy], multilabel=[accuracy_multi], regression=[rmse])
 
 def target_of(
     dls:DataLoaders # DataLoaders of a classifier
-) -> str: # `single`, `multi` or `regression`
-    "The kind of target, by the loss that the labels bring along"
+) -> str: # `classification`, `multilabel` or `regression`
+    "The task, by the loss that the labels bring along"
     loss = type(getattr(dls.train_ds, 'loss_func', None)).__name__
-    return 'multi' if 'BCE' in loss else 'single' if 'CrossEntropy' in loss else 'regression'
+    return 'multilabel' if 'BCE' in loss else 'classification' if 'CrossEntropy' in loss else 'regression'
 
 # %% ../../nbs/505_learners.classification.ipynb #fddf4558
 def awd_classifier_learner(
     dls:DataLoaders, # From `classifier_dls`
-    target:str, # `single`, `multi` or `regression`
+    task:str, # `classification`, `multilabel` or `regression`
     n_out:int, # Number of outputs
     config:dict, # Sizes: `emb_sz`, `n_hid`, `n_layers`
     seq_len:int=72, # Tokens of backpropagation through time
@@ -50,22 +50,22 @@ def awd_classifier_learner(
 ) -> TextLearner:
     "A text classifier with layer groups and an optimizer that knows them; norms are frozen with their layer"
     model = get_text_classifier(AWD_LSTM, len(text_vocab(dls)), n_out, seq_len=seq_len, config=merge(awd_lstm_clas_config, config), drop_mult=drop_mult, y_range=y_range)
-    return TextLearner(dls, pool_real_tokens(trains_undropped(model)), loss_func=_losses[target](), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
-                       metrics=_metrics[target] if metrics is None else metrics, **kwargs)
+    return TextLearner(dls, pool_real_tokens(trains_undropped(model)), loss_func=_losses[task](), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
+                       metrics=_metrics[task] if metrics is None else metrics, **kwargs)
 
 # %% ../../nbs/505_learners.classification.ipynb #90ed0e8e
 def _targets(dls): return [y for *_,y in (dls.train_ds[i] for i in range(len(dls.train_ds)))]
 
-def _loss_weights(dls, target, given):
+def _loss_weights(dls, task, given):
     "Weights of the classes, as a tensor, or `None`"
     if given is None: return None
-    if target=='regression': raise FastaiTLError('Class weights need classes', 'a regression')
+    if task=='regression': raise FastaiTLError('Class weights need classes', 'a regression')
     n = get_c(dls)
     if not isinstance(given, str):
         if len(given)!=n: raise DataError(f'`class_weights` needs a number for each of the {n} classes', f'{len(given)} numbers')
         return torch.as_tensor([given[c] for c in dls.vocab] if isinstance(given, dict) else list(given), dtype=torch.float)
     if given!='balanced': raise FastaiTLError("`class_weights` must be 'balanced', a list, or a dictionary from class to weight", repr(given))
-    if target=='single': return len(dls.train_ds)/(n*torch.bincount(torch.tensor([int(y) for y in _targets(dls)]), minlength=n))
+    if task=='classification': return len(dls.train_ds)/(n*torch.bincount(torch.tensor([int(y) for y in _targets(dls)]), minlength=n))
     pos = torch.stack([torch.as_tensor(y) for y in _targets(dls)]).float().mean(0)
     return (1-pos)/pos.clamp(min=1/len(dls.train_ds))
 
@@ -75,14 +75,14 @@ def hf_classifier_learner(
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
     metrics=None, # fastai metrics; accuracy and macro F1, or root mean square error, if `None`
     class_weights=None, # Weights of the classes in the loss: `balanced`, a list, or a dictionary
-    loss_func=None, # Cross-entropy, binary cross-entropy or mean square error, by the target, if `None`
+    loss_func=None, # Cross-entropy, binary cross-entropy or mean square error, by the task, if `None`
     **kwargs # More for `load_hf` (`peft_config`, `gradient_checkpointing`, `attn_implementation`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
 ) -> HFLearner:
     "A Learner that classifies texts, with one label or several, or predicts a value"
-    target = target_of(dls)
-    w = _loss_weights(dls, target, class_weights)
-    if loss_func is None: loss_func = MSELossFlat() if target=='regression' else _losses[target](**{} if w is None else {'weight' if target=='single' else 'pos_weight': w})
-    classes = None if target=='regression' else list(dls.vocab)
-    return make_learner(dls, model, 'classification', classes=classes, n_out=get_c(dls) if classes is None else None, loss_func=loss_func, metrics=_hf_metrics[target]() if metrics is None else metrics, **kwargs)
+    task = target_of(dls)
+    w = _loss_weights(dls, task, class_weights)
+    if loss_func is None: loss_func = MSELossFlat() if task=='regression' else _losses[task](**{} if w is None else {'weight' if task=='classification' else 'pos_weight': w})
+    classes = None if task=='regression' else list(dls.vocab)
+    return make_learner(dls, model, 'classification', classes=classes, n_out=get_c(dls) if classes is None else None, loss_func=loss_func, metrics=_hf_metrics[task]() if metrics is None else metrics, **kwargs)
 
-_hf_metrics = dict(single=lambda: [accuracy, F1Score(average='macro')], multi=lambda: [accuracy_multi, F1ScoreMulti()], regression=lambda: [rmse])
+_hf_metrics = dict(classification=lambda: [accuracy, F1Score(average='macro')], multilabel=lambda: [accuracy_multi, F1ScoreMulti()], regression=lambda: [rmse])

@@ -251,8 +251,8 @@ def finetune_lm(self:ULMFiT,
 
 # %% ../../nbs/535_learners.ulmfit.ipynb #61151706
 @patch
-def _rows(self:ULMFiT, source, text_col, label_col, target, label_delim, valid_col, valid_pct):
-    "Texts, labels, kind of target and split of a source"
+def _rows(self:ULMFiT, source, text_col, label_col, task, label_delim, valid_col, valid_pct):
+    "Texts, labels, task and split of a source"
     if isinstance(source, (str, Path)): source = read_folder(source, label_from_parent=True) if Path(source).is_dir() else read_table(source)
     if not isinstance(source, pd.DataFrame): raise DataError('A classifier needs a table with texts and labels', f'a {type(source).__name__}', 'Pass a DataFrame, a table file, or a folder with a subfolder a class')
     texts = read_texts(source, text_col)
@@ -260,37 +260,37 @@ def _rows(self:ULMFiT, source, text_col, label_col, target, label_delim, valid_c
     if valid is not None and any(isinstance(v, str) for v in valid): # rows of another split may be without a label
         keep = [str(v).lower()!='test' for v in valid]
         source,texts,valid = source[keep],[t for t,k in zip(texts, keep) if k],[v for v,k in zip(valid, keep) if k]
-    labels,target = check_labels(column(source, label_col), source.index, target, label_delim)
-    train,valid = split_rows(labels, target, valid, valid_pct, self.seed)
-    return self.tokenize(texts),labels,target,train,valid
+    labels,task = check_labels(column(source, label_col), source.index, task, label_delim)
+    train,valid = split_rows(labels, task, valid, valid_pct, self.seed)
+    return self.tokenize(texts),labels,task,train,valid
 
 # %% ../../nbs/535_learners.ulmfit.ipynb #7ebd429c
 @patch
 def _clas_dls(self:ULMFiT, source, direction, start, bs):
-    "DataLoaders, kind of target and digest of what `_rows` gives, or of the user's own DataLoaders"
+    "DataLoaders, task and digest of what `_rows` gives, or of the user's own DataLoaders"
     if isinstance(source, DataLoaders):
         if direction=='backward': raise DataError('Two directions need texts', 'DataLoaders', 'Pass texts, or run each direction as a ULMFiT of its own')
         return source,target_of(source),digest(text_vocab(source), len(source.train_ds), len(source.valid_ds))
-    texts,labels,target,train,valid = source
+    texts,labels,task,train,valid = source
     vocab = start.vocab if start is not None else texts_vocab(texts, self.min_freq, self.max_vocab, train)
-    dls = classifier_dls(texts, labels, target, train, valid, vocab, self.tok, self.rules, bs, self.seq_len, direction=='backward')
-    return dls,target,digest(texts.words, texts.ids.tobytes(), labels, train, valid)
+    dls = classifier_dls(texts, labels, task, train, valid, vocab, self.tok, self.rules, bs, self.seq_len, direction=='backward')
+    return dls,task,digest(texts.words, texts.ids.tobytes(), labels, train, valid)
 
 # %% ../../nbs/535_learners.ulmfit.ipynb #f5c1fe1f
 @patch
 def _classifier(self:ULMFiT, name, source, direction, start, o, fit, metrics, cbs):
     "Train (or take up, or find done) the classifier of one direction"
-    dls,target,what = self._clas_dls(source, direction, start, o['bs'])
-    st,vocab,classes = self.stage(direction, name),text_vocab(dls),None if target=='regression' else list(dls.vocab[1])
+    dls,task,what = self._clas_dls(source, direction, start, o['bs'])
+    st,vocab,classes = self.stage(direction, name),text_vocab(dls),None if task=='regression' else list(dls.vocab[1])
     seed_everything(self.seed, direction, name, 'weights')
-    learn = awd_classifier_learner(dls, target, len(classes or [0]), self.config, self.seq_len, o['drop_mult'], o['y_range'], metrics, path=st.folder)
-    if self._begin(direction, name, dict(o, target=target, data=what, start=start and start.digest)):
+    learn = awd_classifier_learner(dls, task, len(classes or [0]), self.config, self.seq_len, o['drop_mult'], o['y_range'], metrics, path=st.folder)
+    if self._begin(direction, name, dict(o, task=task, data=what, start=start and start.digest)):
         learn.model.load_state_dict(load_tree(st.folder/'model.safetensors')['model'])
         return learn
     if start is not None: self.say(f'{direction}: {start.into(learn.model, vocab)}')
     ck = ResumableFit(st.checkpoint, seed=self.seed, settings=dict(stage=f'{direction}/{name}'))
     with self.quiet(learn): learn.unfreezing = fit(learn, L(cbs) + [StopOnNaN(), ck])
-    save_tree(st.folder/'model.safetensors', dict(kind='classifier', model=dict(learn.model.state_dict()), vocab=vocab, classes=classes, target=target, config=self.config, options=o))
+    save_tree(st.folder/'model.safetensors', dict(kind='classifier', model=dict(learn.model.state_dict()), vocab=vocab, classes=classes, task=task, config=self.config, options=o))
     st.close(learn.recorder)
     return learn
 
@@ -302,7 +302,7 @@ def classifier(self:ULMFiT,
     label_col='label', # Column of the labels
     valid_col=None, # Column of the split: booleans, or `train`, `valid`, `test`; test rows are left alone
     valid_pct:float=.2, # Share to validate on, if there is no such column
-    target:str|None=None, # `single`, `multi` or `regression`; found out if `None`
+    task:str|None=None, # `classification`, `multilabel` or `regression`; found out if `None`
     label_delim:str|None=None, # Cut strings into several labels here
     encoder='auto', # `auto` (the last stage done), `general`, `domain`, an `Encoder`, or `None` for scratch
     epochs:list|None=None, # Epochs of each stage of unfreezing, see `fit_gradual`
@@ -320,7 +320,7 @@ def classifier(self:ULMFiT,
     cbs=None # More Callbacks
 ): # A trained `TextLearner`, or a `BidirectionalLearner`
     "Stage 3: a classifier on the encoder, thawed from the top with discriminative rates"
-    if not isinstance(source, DataLoaders): source = self._rows(source, text_col, label_col, target, label_delim, valid_col, valid_pct)
+    if not isinstance(source, DataLoaders): source = self._rows(source, text_col, label_col, task, label_delim, valid_col, valid_pct)
     res = []
     o = dict(epochs=epochs, lr=lr, lrs=lrs, spread=spread, schedule=schedule, groups=groups, wd=wd, drop_mult=drop_mult, bs=bs, y_range=y_range)
     fit = lambda learn,cbs: learn.fit_gradual(epochs, lr=lr, lrs=lrs, spread=spread, groups=groups, schedule=schedule, wd=wd, cbs=cbs)
@@ -337,11 +337,11 @@ def _load_one(self:ULMFiT, name, direction):
     f = self.stage(direction, name).folder/'model.safetensors'
     if not f.exists(): raise RunError(f'{f} must exist', 'nothing there', 'Train it first with `classifier(...)`; `status()` says what is done')
     t = load_tree(f)
-    labels = {'single': t['classes'], 'multi': [[c] for c in t['classes'] or []], 'regression': [0., 1.]}[t['target']]
+    labels = {'classification': t['classes'], 'multilabel': [[c] for c in t['classes'] or []], 'regression': [0., 1.]}[t['task']]
     blank = TokenizedTexts(['xxbos'], [0]*(2*len(labels)), [1]*(2*len(labels)))
     n = list(range(len(labels)))
-    dls = classifier_dls(blank, labels*2, t['target'], n, [o+len(n) for o in n], t['vocab'], self.tok, self.rules, t['options']['bs'], self.seq_len, direction=='backward')
-    learn = awd_classifier_learner(dls, t['target'], 1 if t['classes'] is None else len(t['classes']), t['config'], self.seq_len, t['options']['drop_mult'], t['options']['y_range'])
+    dls = classifier_dls(blank, labels*2, t['task'], n, [o+len(n) for o in n], t['vocab'], self.tok, self.rules, t['options']['bs'], self.seq_len, direction=='backward')
+    learn = awd_classifier_learner(dls, t['task'], 1 if t['classes'] is None else len(t['classes']), t['config'], self.seq_len, t['options']['drop_mult'], t['options']['y_range'])
     learn.model.load_state_dict(t['model'])
     return learn
 
