@@ -1,6 +1,7 @@
 """Everything that fastai_tl exports, in the order of its notebooks' numbers: `from fastai_tl.all import *`"""
 
 from .core import *
+from .resources import *
 from .callbacks import *
 from .plot import *
 from .files import *

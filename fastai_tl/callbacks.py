@@ -7,12 +7,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/callbacks.html.md"""
 # %% auto #0
 __all__ = ['evaluating']
 
-# %% ../nbs/020_callbacks.ipynb #d8f16adf
+# %% ../nbs/020_callbacks.ipynb #4149fc69
 from contextlib import ExitStack, contextmanager
 import torch
 from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 
-# %% ../nbs/020_callbacks.ipynb #bd3c82fc
+# %% ../nbs/020_callbacks.ipynb #2cbf9daa
 @contextmanager
 def evaluating(
     model:torch.nn.Module # Any model
@@ -25,7 +25,14 @@ def evaluating(
     finally:
         for m,t in modes: m.training = t
 
-# %% ../nbs/020_callbacks.ipynb #a40c1e5e
+# %% ../nbs/020_callbacks.ipynb #c71ea473
+def is_real_fit(
+    learn # A Learner, in a Callback's `before_fit` or later
+) -> bool: # `False` during `lr_find` and `get_preds`
+    "Whether the Learner trains, rather than looks for a learning rate or predicts"
+    return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')
+
+# %% ../nbs/020_callbacks.ipynb #1cf268db
 _CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 
 class GuardedBatch:
@@ -41,7 +48,7 @@ class GuardedBatch:
         except _CANCELS: raise
         except BaseException: unguard_batches(self.learn); raise # the fit is over, and no event will say so
 
-# %% ../nbs/020_callbacks.ipynb #a40c1e5f
+# %% ../nbs/020_callbacks.ipynb #2c2ab65e
 def unguard_batches(learn):
     "Give a Learner its own batch back"
     now = learn.__dict__.get('_do_one_batch')

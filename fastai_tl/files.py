@@ -7,13 +7,13 @@ Docs: https://fastai-tl.github.io/fastai_tl/files.html.md"""
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'read_json', 'save_tree', 'load_tree']
 
-# %% ../nbs/040_files.ipynb #044d3046
+# %% ../nbs/040_files.ipynb #e5ee0dcb
 import contextlib, hashlib, json, os, tempfile
 from pathlib import Path
 import torch
 from .core import FastaiTLError
 
-# %% ../nbs/040_files.ipynb #9ab6ff08
+# %% ../nbs/040_files.ipynb #9506312f
 @contextlib.contextmanager
 def atomic_path(
     path:str|Path # Where the file will be
@@ -27,15 +27,18 @@ def atomic_path(
     try:
         yield Path(tmp)
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~_umask())
+        os.chmod(tmp, 0o666 & ~current_umask())
         os.replace(tmp, path)
     finally: Path(tmp).unlink(missing_ok=True)
 
-def _umask():
-    m = os.umask(0); os.umask(m)
-    return m
+# %% ../nbs/040_files.ipynb #0f997f87
+def current_umask() -> int: # The permission bits that new files do not get
+    "Return the process's umask"
+    mask = os.umask(0) # the only way to read it is to set it
+    os.umask(mask)
+    return mask
 
-# %% ../nbs/040_files.ipynb #752b8080
+# %% ../nbs/040_files.ipynb #5a529d1d
 def write_json(
     path:str|Path, # Where to write
     obj # Anything that JSON can hold
@@ -44,7 +47,7 @@ def write_json(
     text = json.dumps(obj, ensure_ascii=False, indent=1)
     with atomic_path(path) as p: p.write_text(text+'\n', encoding='utf-8')
 
-# %% ../nbs/040_files.ipynb #554fd2c1
+# %% ../nbs/040_files.ipynb #4c5bcb80
 def read_json(
     path:str|Path # The file
 ):
@@ -53,7 +56,7 @@ def read_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise FastaiTLError(f'{path} must be a JSON file', f'{e}', 'Delete it or bring it back from a copy') from None
 
-# %% ../nbs/040_files.ipynb #87407365
+# %% ../nbs/040_files.ipynb #880ead04
 def _split(tree, tensors, seen):
     "`tree` with each tensor replaced by its number in `tensors`; a tensor that comes twice (tied weights) is kept once"
     if isinstance(tree, torch.Tensor):
@@ -72,7 +75,7 @@ def _key(k):
     if not isinstance(k, (str,int)): raise FastaiTLError('Keys of a saved tree are strings or integers', repr(k))
     return k
 
-# %% ../nbs/040_files.ipynb #b34261bd
+# %% ../nbs/040_files.ipynb #e0279e0a
 def _join(node, tensors):
     "The inverse of `_split`"
     (kind,v), = node.items()
@@ -87,7 +90,7 @@ def _digest(tensors, tree_json):
     for k in sorted(tensors): h.update(tensors[k].reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/040_files.ipynb #227918e4
+# %% ../nbs/040_files.ipynb #e00295df
 def save_tree(
     path:str|Path, # Where to write; by habit with the ending `.safetensors`
     tree # Nested dicts, lists and tuples of tensors, numbers, strings and None
@@ -99,7 +102,7 @@ def save_tree(
     meta = {'format': 'fastai_tl.tree', 'tree': js, 'checksum': _digest(tensors, js)}
     with atomic_path(path) as p: save_file(tensors, str(p), metadata=meta)
 
-# %% ../nbs/040_files.ipynb #7e82db5a
+# %% ../nbs/040_files.ipynb #655bffdd
 def load_tree(
     path:str|Path # A file that `save_tree` wrote
 ): # The tree, its tensors on the CPU
@@ -114,7 +117,7 @@ def load_tree(
         return _join(json.loads(meta['tree']), tensors)
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError): raise damaged from None
 
-# %% ../nbs/040_files.ipynb #3f0aab33
+# %% ../nbs/040_files.ipynb #932bece4
 def digest(
     *parts # Strings, bytes, numbers, or (nested) lists and dicts of them
 ) -> str: # 32 hexadecimal digits

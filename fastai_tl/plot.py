@@ -8,12 +8,13 @@ Docs: https://fastai-tl.github.io/fastai_tl/plot.html.md"""
 __all__ = ['CJK_FONTS', 'PALETTE', 'has_cjk', 'find_cjk_font', 'set_font', 'figure_style', 'set_language', 'plot_heatmap',
            'plot_curves', 'plot_panels', 'plot_stages']
 
-# %% ../nbs/030_plot.ipynb #8df9e411
+# %% ../nbs/030_plot.ipynb #41e59245
 import contextlib, re
 import numpy as np
 from .core import FastaiTLError, lang_code, shorten
+from .resources import read_json
 
-# %% ../nbs/030_plot.ipynb #351fe9aa
+# %% ../nbs/030_plot.ipynb #66b10b51
 CJK_FONTS = ('Noto Sans CJK TC', 'Noto Sans TC', 'PingFang TC', 'Heiti TC', 'Microsoft JhengHei', 'WenQuanYi Micro Hei', 'Noto Sans CJK SC', 'Noto Sans CJK JP')
 _cjk = re.compile('[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af]')
 
@@ -25,7 +26,7 @@ def has_cjk(
     "Is there a Chinese, Japanese or Korean character in any of `texts`?"
     return any(has_cjk(*o) if isinstance(o, (list, tuple, np.ndarray)) else bool(_cjk.search(str(o))) for o in texts)
 
-# %% ../nbs/030_plot.ipynb #8bd5107a
+# %% ../nbs/030_plot.ipynb #d166afe7
 def _preferred(fonts):
     "The first of `CJK_FONTS` among `fonts`, variable ones left out"
     have = {f.name for f in fonts if '[' not in str(f.fname) and 'variable' not in str(f.fname).lower()}
@@ -40,7 +41,7 @@ def find_cjk_font() -> str|None: # A family name, or `None` if there is none
         if f not in known and _cjk_file.search(f): fontManager.addfont(f)
     return _preferred(fontManager.ttflist)
 
-# %% ../nbs/030_plot.ipynb #581037a3
+# %% ../nbs/030_plot.ipynb #725a6415
 _font = {'family': None}
 
 def set_font(
@@ -49,7 +50,7 @@ def set_font(
     "Choose the font of the package's figures"
     _font['family'] = family
 
-# %% ../nbs/030_plot.ipynb #533c91cf
+# %% ../nbs/030_plot.ipynb #56e0f2a4
 @contextlib.contextmanager
 def figure_style(
     *texts, # All texts of the figure, so that a font can be found that has their characters
@@ -67,27 +68,18 @@ def figure_style(
     if font: rc['font.family'] = [font, 'DejaVu Sans'] if font!='WenQuanYi Micro Hei' else ['DejaVu Sans', font]
     with plt.rc_context(rc): yield plt
 
-# %% ../nbs/030_plot.ipynb #fdc984d4
-_zh = {'Predicted': '預測類別', 'True': '真實類別', 'Confusion matrix': '混淆矩陣', 'Confidence': '預測信心度', 'Rows': '筆數', 'Accuracy': '準確率', 'right': '正確預測', 'wrong': '錯誤預測',
-       'How confident the predictions are': '預測信心度分佈', 'Accuracy by confidence': '各信心度區間的準確率', 'perfect': '完全校準', '95 % interval': '95 % 信賴區間', 'Reliability': '校準曲線', 'before': '校準前', 'after': '校準後',
-       'Coverage': '涵蓋率', 'Error': '錯誤率', 'Risk and coverage': '風險與涵蓋率', 'all rows': '全部資料', 'chosen': '選定門檻', 'True value': '真實值', 'Predicted value': '預測值', 'Residual': '殘差', 'Residuals': '殘差分佈',
-       'Evaluation': '模型評估報告', 'Report': '分類報告', 'Most frequent errors': '最常見的錯誤類型', 'Rows with the highest loss': '損失最高的資料', 'Calibration': '信心度校準', 'Scores': '各項指標', 'Figures': '圖表',
-       'rows': '筆資料', 'classes': '個類別', 'errors': '筆錯誤', 'row': '列', 'text': '文本', 'true': '真實', 'predicted': '預測', 'confidence': '信心度', 'loss': '損失', 'count': '次數', 'precision': '精確率', 'recall': '召回率',
-       'f1': 'F1', 'score': '分數', 'low': '下限', 'high': '上限', 'support': '筆數', 'accuracy': '準確率', 'balanced accuracy': '平衡準確率', 'macro avg': '巨觀平均', 'weighted avg': '加權平均', 'micro avg': '微觀平均',
-       'samples avg': '樣本平均', 'exact match': '完全符合', 'log loss': '對數損失', 'average precision': '平均精確率', 'mean confidence': '平均信心度', 'ideal': '理想', 'Probability': '預測機率', 'Share of the class': '實際比例', 'share': '比例', 'ECE, equal mass': 'ECE（等量分組）', 'Brier score': 'Brier 分數', 'error': '誤差', 'macro F1': '巨觀平均 F1',
-       'epoch': '訓練週期', 'step': '訓練步數', 'rate': '學習率', 'stage': '階段', 'train': '訓練', 'train (smoothed)': '訓練（平滑）', 'valid': '驗證', 'bottom group': '最底層', 'embeddings': '詞嵌入', 'head': '輸出層', 'top group': '最頂層', 'bits': '位元',
-       'perplexity': '困惑度', 'perplexity, held-out texts': '困惑度（保留文本）', 'Language models': '語言模型', 'Classifier': '分類器', 'stage 1': '第一階段', 'stage 2 after 1': '第二階段（接續第一階段）', 'stage 2 alone': '僅第二階段',
-       'Test rows': '測試資料', 'error rate': '錯誤率', 'train_loss': '訓練損失', 'valid_loss': '驗證損失'}
+# %% ../nbs/030_plot.ipynb #7c220440
+_zh = read_json('translations.zh-tw.json')
 _language = {'lang': 'en'}
 
-# %% ../nbs/030_plot.ipynb #c9a13f92
+# %% ../nbs/030_plot.ipynb #49b3a374
 def set_language(
     lang:str # `en`, or `zh-tw`: Traditional Chinese
 ):
     "Choose the language of the package's figures and pages"
     _language['lang'] = lang_code(lang)
 
-# %% ../nbs/030_plot.ipynb #837c7bcf
+# %% ../nbs/030_plot.ipynb #322d863b
 def figure_lang(lang=None):
     "The language of a figure: its own, or that of all"
     return _language['lang'] if lang is None else lang_code(lang)
@@ -96,14 +88,14 @@ def in_words(word, lang=None):
     "A word of a figure in its language"
     return _zh.get(word, word) if figure_lang(lang)=='zh-tw' else word
 
-# %% ../nbs/030_plot.ipynb #bd4a25dc
+# %% ../nbs/030_plot.ipynb #33c07d91
 def _labels(ax, size, turn):
     "Small tick labels, those below turned if they are long or many"
     ax.tick_params(labelsize=min(size+1, 10), length=0)
     for t in ax.get_xticklabels(): t.set(rotation=45 if turn else 0, ha='right' if turn else 'center', rotation_mode='anchor')
     for t in ax.get_yticklabels(): t.set(rotation=0)
 
-# %% ../nbs/030_plot.ipynb #3bb86762
+# %% ../nbs/030_plot.ipynb #c8443daa
 def _width(s): return sum(2 if has_cjk(c) else 1 for c in s)
 
 def _cut(s, n=36):
@@ -112,7 +104,7 @@ def _cut(s, n=36):
     while _width(s)>=n: s = s[:-1]
     return s+'…'
 
-# %% ../nbs/030_plot.ipynb #acdafa51
+# %% ../nbs/030_plot.ipynb #79e24227
 def plot_heatmap(
     values, # Matrix that decides the colours
     row_labels, # One label a row
@@ -141,7 +133,7 @@ def plot_heatmap(
     plt.close(fig)
     return fig
 
-# %% ../nbs/030_plot.ipynb #857b9a3e
+# %% ../nbs/030_plot.ipynb #7af97d7a
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
 def _whole(c): "Whether a curve is counted along: epochs have no halves"; return not (isinstance(c, tuple) and len(c)==2) or np.issubdtype(np.asarray(c[0]).dtype, np.integer)
@@ -151,7 +143,7 @@ def _draw(ax, name, c, i):
     x,y = c if isinstance(c, tuple) and len(c)==2 else (range(len(c)), c)
     ax.plot(x, y, label=name, color=PALETTE[i%len(PALETTE)], marker='o' if len(x)<=12 else None, markersize=3.5, linewidth=1.6)
 
-# %% ../nbs/030_plot.ipynb #68fdf7c8
+# %% ../nbs/030_plot.ipynb #bc275f91
 def plot_curves(
     curves:dict, # Name to `(x, y)`, or to `y` alone
     title:str='', # Above the figure
@@ -173,7 +165,7 @@ def plot_curves(
     plt.close(fig)
     return fig
 
-# %% ../nbs/030_plot.ipynb #200b66ff
+# %% ../nbs/030_plot.ipynb #97719469
 def plot_panels(
     panels:dict, # Title of each panel to its curves, see `plot_curves`
     xlabel:str='', # Below each panel
@@ -188,7 +180,7 @@ def plot_panels(
             plot_curves(curves, title, xlabel, ylabel, ax=ax)
     return fig
 
-# %% ../nbs/030_plot.ipynb #5c1cfe93
+# %% ../nbs/030_plot.ipynb #8abac328
 def _mark_stages(ax, stages, n, label):
     "Shade every second stage, and write the names above"
     starts = [s for s,_ in stages] + [n]
@@ -196,7 +188,7 @@ def _mark_stages(ax, stages, n, label):
         if i%2: ax.axvspan(a, b, color='0.93', zorder=0, linewidth=0)
         if label: ax.annotate(f'{i+1}', ((a+b)/2, 1.01), xycoords=('data','axes fraction'), ha='center', va='bottom', fontsize=9, color='0.35')
 
-# %% ../nbs/030_plot.ipynb #4b60c3e5
+# %% ../nbs/030_plot.ipynb #c0934db7
 def plot_stages(
     rates, # A list a step, with one rate a layer group, bottom to top; not a number while frozen
     losses, # Smoothed training loss, one a step

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.splits.html.md"""
 # %% auto #0
 __all__ = ['Fold', 'cross_folds', 'time_folds', 'split_rows', 'check_split']
 
-# %% ../../nbs/112_data.splits.ipynb #e9098ae3
+# %% ../../nbs/112_data.splits.ipynb #436632d4
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 import fastai.text.core # sets `defaults.text_spec_tok`
@@ -15,12 +15,12 @@ from ..core import DataError, FastaiTLError, derive_seed, shorten
 from .labels import check_labels
 from .tables import column
 
-# %% ../../nbs/112_data.splits.ipynb #7204e52d
+# %% ../../nbs/112_data.splits.ipynb #4bcba543
 import warnings
 import numpy as np, pandas as pd
 from ..core import DataError, derive_seed, shorten
 
-# %% ../../nbs/112_data.splits.ipynb #c357ecd7
+# %% ../../nbs/112_data.splits.ipynb #485141ab
 @dataclass
 class Fold:
     "Which rows train and which validate"
@@ -30,7 +30,7 @@ class Fold:
     valid:np.ndarray # Positions of the validation rows
     def __repr__(self): return f'Fold({self.repeat}.{self.number}: {len(self.train):,} training, {len(self.valid):,} validation rows)'
 
-# %% ../../nbs/112_data.splits.ipynb #599d36bd
+# %% ../../nbs/112_data.splits.ipynb #d4d6c547
 def cross_folds(
     df:pd.DataFrame, # One row a text
     label_col='label', # Column of the labels, to keep their shares
@@ -53,7 +53,7 @@ def cross_folds(
     if empty: raise DataError('Each fold needs rows on both sides', f'none in {empty[0]}', 'Ask for fewer folds, or pass `stratify=False`')
     return res
 
-# %% ../../nbs/112_data.splits.ipynb #1428de01
+# %% ../../nbs/112_data.splits.ipynb #9dd5b82e
 def _strata(df, label_col, stratify, label_delim, n_folds):
     "Class number of each row, or all the same"
     none = np.zeros(len(df), dtype=int)
@@ -75,7 +75,7 @@ def _groups(df, group_col, n_folds):
     if g.nunique()<n_folds: raise DataError(f'{n_folds} folds need at least as many groups', str(g.nunique()), 'Ask for fewer folds')
     return pd.factorize(g)[0]
 
-# %% ../../nbs/112_data.splits.ipynb #868e8668
+# %% ../../nbs/112_data.splits.ipynb #f4651745
 def time_folds(
     times, # Time of each row: dates, or numbers
     n_folds:int=5, # Number of validation windows
@@ -97,7 +97,7 @@ def time_folds(
         res.append(Fold(1, i, *(np.flatnonzero((code>=o[0]) & (code<=o[-1])) for o in (tr, va))))
     return res
 
-# %% ../../nbs/112_data.splits.ipynb #9dd0c8c2
+# %% ../../nbs/112_data.splits.ipynb #9e5c5a21
 def _checked_times(times):
     "Times that can be put in order"
     t = pd.Series(times)
@@ -112,7 +112,7 @@ def _duration(d, u, what):
     if d is None or u.dtype.kind!='M': raise FastaiTLError(f'`{what}` must be a number of distinct times, or a duration if times are dates', repr(d), "Such as 3, or '7D'")
     return d
 
-# %% ../../nbs/112_data.splits.ipynb #0cfc273c
+# %% ../../nbs/112_data.splits.ipynb #dd9936d5
 def split_rows(
     labels:list, # One a text, as `check_labels` returns them
     task:str, # `classification`, `multilabel` or `regression`
@@ -135,22 +135,27 @@ def split_rows(
     held = set(map(int, held))
     return [i for i in range(n) if i not in held],sorted(held)
 
-# %% ../../nbs/112_data.splits.ipynb #a40e6b4b
+# %% ../../nbs/112_data.splits.ipynb #43bba2b7
+# The words for the part of a split, in lower case, and the part that each stands for
+SPLIT_NAMES = {'train': 'train', 'training': 'train', 'valid': 'valid', 'validation': 'valid', 'val': 'valid', 'dev': 'valid',
+               'test': 'test'}
+
 def _told_split(valid, n):
     if len(valid)!=n: raise DataError(f'The split must have {n} rows, as the table', str(len(valid)))
-    names = {'train': False, 'training': False, 'valid': True, 'validation': True, 'dev': True, 'test': None}
+    is_valid = {'train': False, 'valid': True, 'test': None}
+    names = {word: is_valid[part] for word, part in SPLIT_NAMES.items()}
     bad = [i for i,v in enumerate(valid) if (v.lower() not in names if isinstance(v, str) else v not in (True, False))]
     if bad: raise DataError('A split is told by booleans, or by train, valid and test', f'{valid[bad[0]]!r} in row {shorten(bad)}', 'Name those rows, or leave them out')
     told = [names[v.lower()] if isinstance(v, str) else bool(v) for v in valid]
     return [i for i,v in enumerate(told) if v is False],[i for i,v in enumerate(told) if v]
 
-# %% ../../nbs/112_data.splits.ipynb #912bd129
+# %% ../../nbs/112_data.splits.ipynb #c15116f6
 def need_rows(train, valid):
     "Refuse a split with nothing on one side"
     for idxs,what in ((train,'training'),(valid,'validation')):
         if not idxs: raise DataError(f'At least one row is needed for {what}', 'none', 'Check the split column or `valid_pct`')
 
-# %% ../../nbs/112_data.splits.ipynb #20f736df
+# %% ../../nbs/112_data.splits.ipynb #af6bcfc6
 def check_split(
     labels:list, # One a text
     task:str, # `classification`, `multilabel` or `regression`

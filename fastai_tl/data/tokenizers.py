@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tokenizers.html.md"""
 # %% auto #0
 __all__ = ['WordLevelTokenizer', 'tokenizer_settings', 'TokenizedTexts', 'tokenize_texts_once', 'TextTokenizer']
 
-# %% ../../nbs/118_data.tokenizers.ipynb #452aae84
+# %% ../../nbs/118_data.tokenizers.ipynb #bbc94a7e
 import os, re
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +23,7 @@ from ..core import FastaiTLError
 from ..files import digest, load_tree, save_tree
 from .tables import check_texts
 
-# %% ../../nbs/118_data.tokenizers.ipynb #074b5604
+# %% ../../nbs/118_data.tokenizers.ipynb #0d835ab4
 class WordLevelTokenizer(SpacyTokenizer):
     "fastai's word tokenizer, for texts of any length"
     def __init__(self,
@@ -36,7 +36,7 @@ class WordLevelTokenizer(SpacyTokenizer):
         self.pipe.__self__.max_length = 10**9 # no parser runs, so memory is no reason for a limit
     def settings(self) -> dict: "What the tokens depend on"; return dict(tokenizer='word', lang=self.lang)
 
-# %% ../../nbs/118_data.tokenizers.ipynb #0f92415b
+# %% ../../nbs/118_data.tokenizers.ipynb #00e1f3cf
 def tokenizer_settings(
     tok, # A tokenizer: an object that turns texts into lists of tokens
     rules # The rules applied to a text before
@@ -45,7 +45,7 @@ def tokenizer_settings(
     s = tok.settings() if hasattr(tok, 'settings') else {'tokenizer': type(tok).__name__, **{k:v for k,v in vars(tok).items() if isinstance(v, (str,int,float,bool))}}
     return dict(s, rules=[getattr(r, '__name__', str(r)) for r in rules])
 
-# %% ../../nbs/118_data.tokenizers.ipynb #453e2e9d
+# %% ../../nbs/118_data.tokenizers.ipynb #57830034
 class TokenizedTexts:
     "Tokenised texts: `words` once, and each text as indexes into them"
     def __init__(self,
@@ -60,7 +60,7 @@ class TokenizedTexts:
     def __getitem__(self, i): return L(self.words[j] for j in self.ids[self.offsets[i]:self.offsets[i+1]])
     def __repr__(self): return f'TokenizedTexts({len(self):,} texts, {len(self.ids):,} tokens, {len(self.words):,} distinct)'
 
-# %% ../../nbs/118_data.tokenizers.ipynb #abf4e37c
+# %% ../../nbs/118_data.tokenizers.ipynb #bc3d85d4
 @patch
 def counter(self:TokenizedTexts,
     idxs=None # Indexes of texts; all if `None`
@@ -79,34 +79,42 @@ def numericalize(self:TokenizedTexts,
     ids = torch.from_numpy(np.array([o2i.get(w, 0) for w in self.words], dtype=np.int64)[self.ids])
     return list(ids.split(self.lens.tolist()))
 
-# %% ../../nbs/118_data.tokenizers.ipynb #bdd16c06
+# %% ../../nbs/118_data.tokenizers.ipynb #5e6f0781
+_lone_surrogate = re.compile('[\ud800-\udfff]')
+
+def apply_rules(
+    rules, # Functions that take a string and return a string, applied in this order
+    texts # Strings
+): # A generator of the changed texts
+    "Apply all `rules` to each text; lone surrogates, which no tokenizer takes, become `\ufffd`"
+    for text in texts:
+        for rule in rules:
+            text = rule(text)
+        yield text if text.isascii() else _lone_surrogate.sub('\ufffd', text)
+
+_ruled = apply_rules # until every caller uses the new name
+
+# %% ../../nbs/118_data.tokenizers.ipynb #7fc33197
 def _encode(texts, tok, rules):
     "The distinct tokens of some texts, their indexes, and the number of tokens of each text"
     w2i,ids,lens = {},[],[]
     own = hasattr(tok, 'decode') # a tokenizer with a way back needs no rules behind it
-    for toks in tok(_ruled(rules, texts)) if own else TokenizeWithRules(tok, rules)(texts):
+    for toks in tok(apply_rules(rules, texts)) if own else TokenizeWithRules(tok, rules)(texts):
         ids += [w2i.setdefault(t, len(w2i)) for t in toks]
         lens.append(len(toks))
     return list(w2i),np.array(ids, dtype=np.int32),lens
 
-def _ruled(rules, texts):
-    "The texts with all rules applied; lone surrogates, which no tokenizer takes, become `\ufffd`"
-    for t in texts:
-        for r in rules: t = r(t)
-        yield t if t.isascii() else _lone.sub('\ufffd', t)
-
-_lone = re.compile('[\ud800-\udfff]')
 
 _job = {}
 def _begin_worker(tok, rules): _job.update(tok=tok, rules=rules)
 def _work(texts): return _encode(texts, **_job)
 
-# %% ../../nbs/118_data.tokenizers.ipynb #bba75d2b
+# %% ../../nbs/118_data.tokenizers.ipynb #f5f999c0
 def _parts(texts, size):
     it,a = iter(texts),0
     while part := list(islice(it, size)): yield a,part; a += len(part)
 
-# %% ../../nbs/118_data.tokenizers.ipynb #5e0d82e1
+# %% ../../nbs/118_data.tokenizers.ipynb #caebe334
 def _in_processes(texts, tok, rules, n, size):
     "What `_encode` makes of each part, in order; at most two parts a process are under way"
     method = 'fork' if 'fork' in _methods() else None
@@ -126,12 +134,12 @@ def _methods():
     import multiprocessing, sys
     return multiprocessing.get_all_start_methods() if sys.platform=='linux' else ()
 
-# %% ../../nbs/118_data.tokenizers.ipynb #b4824ab8
+# %% ../../nbs/118_data.tokenizers.ipynb #0de158d2
 def _default_workers(n_texts):
     "One process for what is done in a moment, and where new processes cannot take over what is loaded"
     return min(len(os.sched_getaffinity(0)), 8) if n_texts>=20_000 and 'fork' in _methods() else 1
 
-# %% ../../nbs/118_data.tokenizers.ipynb #a8d52c2a
+# %% ../../nbs/118_data.tokenizers.ipynb #37a1c7bd
 def _tokenize(texts, tok, rules, settings, progress, n_workers, size=1000):
     w2i,ids,lens,n_parts = {},[],[],-(-len(texts)//size)
     n_workers = min(n_workers or _default_workers(len(texts)), n_parts)
@@ -141,7 +149,7 @@ def _tokenize(texts, tok, rules, settings, progress, n_workers, size=1000):
         lens.append(np.array(l, dtype=np.int64))
     return TokenizedTexts(list(w2i), np.concatenate(ids), np.concatenate(lens), settings)
 
-# %% ../../nbs/118_data.tokenizers.ipynb #a8356839
+# %% ../../nbs/118_data.tokenizers.ipynb #31a53638
 def tokenize_texts_once(
     texts, # Strings; see `read_texts`
     tok=None, # A tokenizer; `WordLevelTokenizer()` if `None`
@@ -162,7 +170,7 @@ def tokenize_texts_once(
     if file is not None: save_tree(file, dict(words=res.words, ids=torch.from_numpy(res.ids), lens=torch.from_numpy(res.lens), settings=settings))
     return res
 
-# %% ../../nbs/118_data.tokenizers.ipynb #a9f062da
+# %% ../../nbs/118_data.tokenizers.ipynb #ae31d61f
 class TextTokenizer(Tokenizer):
     "fastai's `Tokenizer` as a transform, whose decoding is the tokenizer's own where it has one"
     @property
