@@ -1,4 +1,4 @@
-"""Settings of every test: no network, no display, one thread, and the data that may lie beside the project."""
+"""Settings of every test: no network, no display, one thread, and the data sets that may be next to the project."""
 
 import os
 from pathlib import Path
@@ -11,14 +11,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run the tests marked `slow` too')
+def pytest_addoption(parser):
+    parser.addoption('--all', action='store_true', help='run every test, those marked `slow` included')
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption('--slow'): return
-    skip = pytest.mark.skip(reason='slow: takes more than a minute (run it with --slow)')
-    for item in items:
-        if 'slow' in item.keywords: item.add_marker(skip)
+    "Without `--all`, tests marked `slow` are left out; a test that is named on the command line always runs"
+    named = any('::' in arg for arg in config.args)
+    if config.getoption('--all') or named:
+        return
+    slow = [item for item in items if 'slow' in item.keywords]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if 'slow' not in item.keywords]
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -33,7 +38,8 @@ def torch_threads():
 
 @pytest.fixture(scope='session')
 def shared_data():
-    "The folder of data sets beside the project, which the package works without; `FASTAI_TL_DATA` names another one"
+    "The folder of data sets next to the project, which the package works without; `FASTAI_TL_DATA` names another one"
     folder = Path(os.environ.get('FASTAI_TL_DATA') or ROOT.parent/'shared'/'data')
-    if not folder.is_dir(): pytest.skip(f'no data sets at {folder} (set FASTAI_TL_DATA to their folder)')
+    if not folder.is_dir():
+        pytest.skip(f'no data sets at {folder} (set FASTAI_TL_DATA to their folder)')
     return folder
