@@ -1,6 +1,9 @@
 """Settings of every test: no network, no display, one thread, and the data sets that may be next to the project."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='Agg')
@@ -16,7 +19,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    "Without `--all`, tests marked `slow` are left out; a test that is named on the command line always runs"
+    """Without `--all`, tests marked `slow` are left out; a test that is named on the command line always runs.
+    Processes share the tests file by file, so that what a file makes once is made once; notebooks are shared one by one."""
+    for item in items:
+        alone = item.name.startswith('test_runs[')
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.name))
     named = any('::' in arg for arg in config.args)
     if config.getoption('--all') or named:
         return
@@ -43,3 +50,45 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f'no data sets at {folder} (set FASTAI_TL_DATA to their folder)')
     return folder
+
+
+class NotebookRunner:
+    "Runs notebooks of a copy of the project, each in a process forked from one that has imported fastai and transformers"
+    def __init__(self, root):
+        from repo import clean_env
+        self.root = root
+        program = [sys.executable, '-W', 'ignore', str(Path(__file__).with_name('notebook_run.py')), str(root)]
+        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=clean_env(PYTHONPATH=str(root)))
+        assert self.process.stdout.readline() == 'ready\n'
+
+    def __call__(self, path):
+        "Run a notebook of the project; `finished` and `output`"
+        self.process.stdin.write(f'{self.root/Path(path).relative_to(ROOT)}\n')
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def of_code(self, code):
+        "Run a notebook of one cell"
+        cell = dict(cell_type='code', id='made-up', metadata={}, source=code, outputs=[], execution_count=None)
+        path = self.root/'nbs'/'made_up.ipynb'
+        path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)), encoding='utf-8')
+        self.process.stdin.write(f'{path}\n')
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        "End the process"
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope='session')
+def notebook_runner(tmp_path_factory):
+    "A function that runs a notebook in a copy of the project, so that this one stays as it is"
+    if not hasattr(os, 'fork'):
+        pytest.skip('needs a system that can fork')
+    from repo import copy_project
+    runner = NotebookRunner(copy_project(tmp_path_factory.mktemp('project')/'fastai_tl'))
+    yield runner
+    runner.close()
