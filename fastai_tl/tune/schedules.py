@@ -1,4 +1,4 @@
-"""Slanted triangular rates: up quickly, down slowly
+"""Slanted triangular learning rates: a quick rise, then a slow fall
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.schedules.html.md"""
 
@@ -7,52 +7,66 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.schedules.html.md"""
 # %% auto #0
 __all__ = ['SchedSTLR']
 
-# %% ../../nbs/410_tune.schedules.ipynb #585c5dad
+# %% ../../nbs/410_tune.schedules.ipynb #37e595de
 import numpy as np
 from fastcore.all import L, patch
 from fastai.learner import Learner
 from fastai.callback.schedule import ParamScheduler
 from ..core import FastaiTLError
 
-# %% ../../nbs/410_tune.schedules.ipynb #53e1c931
+# %% ../../nbs/410_tune.schedules.ipynb #2a3804e2
 class SchedSTLR:
-    "Slanted triangular rates as a fastai schedule: call it with the share of training that is done"
+    "Slanted triangular learning rates as a fastai schedule, a function of the share of training that is done"
     def __init__(self,
-        lr_max, # Highest rate; an array has one a layer group
+        lr_max, # Highest rate; an array has one for each layer group
         cut_frac:float=.1, # Share of the iterations in which the rate rises
         ratio:float=32 # Highest rate divided by lowest
     ):
-        if not 0<cut_frac<1: raise FastaiTLError('`cut_frac` must lie between 0 and 1', repr(cut_frac))
-        if ratio<1: raise FastaiTLError('`ratio` must be at least 1', repr(ratio))
-        self.lr_max,self.cut_frac,self.ratio = lr_max,cut_frac,ratio
+        if not 0 < cut_frac < 1:
+            raise FastaiTLError('`cut_frac` must lie between 0 and 1', repr(cut_frac))
+        if ratio < 1:
+            raise FastaiTLError('`ratio` must be at least 1', repr(ratio))
+        self.lr_max = lr_max
+        self.cut_frac = cut_frac
+        self.ratio = ratio
+
     def __call__(self, pct):
-        p = pct/self.cut_frac if pct<self.cut_frac else 1 - (pct-self.cut_frac)/(1-self.cut_frac)
+        is_rising = pct < self.cut_frac
+        p = pct/self.cut_frac if is_rising else 1 - (pct-self.cut_frac)/(1-self.cut_frac)
         p = min(max(p, 0.), 1.)
         return self.lr_max * (1 + p*(self.ratio-1)) / self.ratio
-    def __repr__(self): return f'SchedSTLR({self.lr_max}, cut_frac={self.cut_frac}, ratio={self.ratio})'
 
-# %% ../../nbs/410_tune.schedules.ipynb #601e4bf1
+    def __repr__(self):
+        return f'SchedSTLR({self.lr_max}, cut_frac={self.cut_frac}, ratio={self.ratio})'
+
+# %% ../../nbs/410_tune.schedules.ipynb #62c7297a
+class _SchedMom:
+    "Momentum that falls while the rate rises"
+    def __init__(self, moms, cut_frac):
+        self.pcts = (0., cut_frac, 1.)
+        self.moms = tuple(moms)
+    def __call__(self, pct):
+        return float(np.interp(pct, self.pcts, self.moms))
+
+# %% ../../nbs/410_tune.schedules.ipynb #12aed788
 @patch
 def fit_stlr(self:Learner,
-    n_epoch:int, # Epochs
-    lr_max=None, # Highest rate; a slice or array sets one a group; the Learner's `lr` if `None`
+    n_epoch:int, # Number of epochs
+    lr_max=None, # Highest rate; a slice or array sets one for each group; the Learner's `lr` if `None`
     cut_frac:float=.1, # Share of the iterations in which the rate rises
     ratio:float=32, # Highest rate divided by lowest
     wd:float|None=None, # Weight decay
-    moms:tuple|None=None, # Momentum at start, at the highest rate and at the end; constant if `None`, as in the paper
+    moms:tuple|None=None, # Momentum at the start, at the highest rate and at the end; constant if `None`
     cbs=None, # Callbacks for this fit
-    reset_opt:bool=False, # Make a new optimizer
-    start_epoch:int=0 # Skip the epochs before
+    reset_opt:bool=False, # Create a new optimizer
+    start_epoch:int=0 # Skip the epochs before this one
 ):
-    "Fit with slanted triangular rates (ULMFiT, equation 3)"
-    if self.opt is None: self.create_opt()
+    "Fit with slanted triangular learning rates (ULMFiT, equation 3)"
+    if self.opt is None:
+        self.create_opt()
     self.opt.set_hyper('lr', self.lr if lr_max is None else lr_max)
-    scheds = {'lr': SchedSTLR(np.array([h['lr'] for h in self.opt.hypers]), cut_frac, ratio)}
-    if moms is not None: scheds['mom'] = _SchedMom(moms, cut_frac)
+    rates = np.array([hyper['lr'] for hyper in self.opt.hypers])
+    scheds = {'lr': SchedSTLR(rates, cut_frac, ratio)}
+    if moms is not None:
+        scheds['mom'] = _SchedMom(moms, cut_frac)
     self.fit(n_epoch, cbs=ParamScheduler(scheds)+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
-
-# %% ../../nbs/410_tune.schedules.ipynb #ad999418
-class _SchedMom:
-    "Momentum that falls while the rate rises"
-    def __init__(self, moms, cut_frac): self.pcts,self.moms = (0., cut_frac, 1.),tuple(moms)
-    def __call__(self, pct): return float(np.interp(pct, self.pcts, self.moms))
