@@ -1,4 +1,4 @@
-"""Contexts around a model and around the batches of a fit
+"""Tools for Callbacks: evaluation mode, fits that train, and changes that last for one batch
 
 Docs: https://fastai-tl.github.io/fastai_tl/callbacks.html.md"""
 
@@ -7,58 +7,90 @@ Docs: https://fastai-tl.github.io/fastai_tl/callbacks.html.md"""
 # %% auto #0
 __all__ = ['evaluating']
 
-# %% ../nbs/020_callbacks.ipynb #4149fc69
+# %% ../nbs/020_callbacks.ipynb #18d58979
 from contextlib import ExitStack, contextmanager
 import torch
-from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
+                                  CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 
-# %% ../nbs/020_callbacks.ipynb #2cbf9daa
+# %% ../nbs/020_callbacks.ipynb #9ce9b862
 @contextmanager
 def evaluating(
     model:torch.nn.Module # Any model
 ):
-    "A context with the model in evaluation mode and no gradients; the mode of each of its modules is restored after"
-    modes = [(m, m.training) for m in model.modules()]
+    "Put `model` into evaluation mode without gradients; restore the mode of each of its modules afterwards"
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(): yield model
+        with torch.no_grad():
+            yield model
     finally:
-        for m,t in modes: m.training = t
+        for module, mode in modes:
+            module.training = mode
 
-# %% ../nbs/020_callbacks.ipynb #c71ea473
+# %% ../nbs/020_callbacks.ipynb #16da025a
 def is_real_fit(
     learn # A Learner, in a Callback's `before_fit` or later
-) -> bool: # `False` during `lr_find` and `get_preds`
-    "Whether the Learner trains, rather than looks for a learning rate or predicts"
+) -> bool: # `False` in `lr_find` and in `get_preds`
+    "Return whether the Learner trains: it neither looks for a learning rate nor predicts"
     return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')
 
-# %% ../nbs/020_callbacks.ipynb #1cf268db
-_CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
+# %% ../nbs/020_callbacks.ipynb #4e1dd16e
+CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+           CancelTrainException, CancelValidException)
 
 class GuardedBatch:
-    "A Learner's batch within `around_batch` of each of its Callbacks"
-    def __init__(self, learn): self.learn,self.own = learn,learn.__dict__.get('_do_one_batch')
+    "A Learner's batch, run inside `around_batch` of each of its Callbacks"
+    def __init__(self, learn):
+        self.learn = learn
+        self.own = learn.__dict__.get('_do_one_batch') # a replacement that another library had made before
+
     def __call__(self):
-        cbs = [o for o in self.learn.cbs.sorted('order') if o.run and hasattr(type(o), 'around_batch')]
-        if not cbs: unguard_batches(self.learn)
+        cbs = [cb for cb in self.learn.cbs.sorted('order') if cb.run and hasattr(type(cb), 'around_batch')]
+        if not cbs:
+            unguard_batches(self.learn)
         try:
             with ExitStack() as stack:
-                for o in cbs: stack.enter_context(o.around_batch())
-                type(self.learn)._do_one_batch(self.learn) if self.own is None else self.own()
-        except _CANCELS: raise
-        except BaseException: unguard_batches(self.learn); raise # the fit is over, and no event will say so
+                for cb in cbs:
+                    stack.enter_context(cb.around_batch())
+                self._run_batch()
+        except CANCELS:
+            raise # fastai calls `after_fit` later
+        except BaseException:
+            unguard_batches(self.learn) # the fit is over, and no event will say so
+            raise
 
-# %% ../nbs/020_callbacks.ipynb #2c2ab65e
+    def _run_batch(self):
+        if self.own is None:
+            type(self.learn)._do_one_batch(self.learn)
+        else:
+            self.own()
+
+# %% ../nbs/020_callbacks.ipynb #4b659757
 def unguard_batches(learn):
-    "Give a Learner its own batch back"
+    "Give a Learner its own `_do_one_batch` back"
     now = learn.__dict__.get('_do_one_batch')
-    if isinstance(now, GuardedBatch): learn.__dict__.pop('_do_one_batch')
-    if getattr(now, 'own', None) is not None: learn._do_one_batch = now.own
+    if isinstance(now, GuardedBatch):
+        learn.__dict__.pop('_do_one_batch')
+    if getattr(now, 'own', None) is not None:
+        learn._do_one_batch = now.own
 
+# %% ../nbs/020_callbacks.ipynb #86ba7de6
 class AroundBatch(Callback):
-    "A Callback with a context `around_batch`"
-    def before_train(self): "Guard the batches"; self.guard_batches()
-    def before_validate(self): "Guard the batches"; self.guard_batches()
-    def after_fit(self): "Give the Learner its own batch back"; unguard_batches(self.learn)
+    "Base of Callbacks that have a context manager `around_batch`"
+    def before_train(self):
+        "Guard the training batches"
+        self.guard_batches()
+
+    def before_validate(self):
+        "Guard the validation batches"
+        self.guard_batches()
+
+    def after_fit(self):
+        "Give the Learner its own batch back"
+        unguard_batches(self.learn)
+
     def guard_batches(self):
-        if not isinstance(self.learn.__dict__.get('_do_one_batch'), GuardedBatch): self.learn._do_one_batch = GuardedBatch(self.learn)
+        "Replace the Learner's batch by a guarded one"
+        if not isinstance(self.learn.__dict__.get('_do_one_batch'), GuardedBatch):
+            self.learn._do_one_batch = GuardedBatch(self.learn)

@@ -1,4 +1,4 @@
-"""Errors that say what to do, seeds that repeat, optional dependencies that name their extra
+"""Errors that say what to do, repeatable seeds, optional dependencies, language codes
 
 Docs: https://fastai-tl.github.io/fastai_tl/core.html.md"""
 
@@ -7,39 +7,51 @@ Docs: https://fastai-tl.github.io/fastai_tl/core.html.md"""
 # %% auto #0
 __all__ = ['FastaiTLError', 'DataError', 'VocabError', 'RunError', 'TrainingError', 'derive_seed', 'seed_everything']
 
-# %% ../nbs/000_core.ipynb #d220d8c6
+# %% ../nbs/000_core.ipynb #0e8094cc
 import difflib, hashlib, importlib
 from fastai.torch_core import set_seed
 
-# %% ../nbs/000_core.ipynb #1a4734f4
+# %% ../nbs/000_core.ipynb #d7e5a6dc
 class FastaiTLError(ValueError):
     "An error for the user: what was expected, what came, and what to do"
     def __init__(self,
         expected:str, # What the package needs, as a sentence without its full stop
-        got:str='', # What it was given
+        got:str='', # What it got instead
         todo:str='' # What the user can do about it
     ):
-        self.expected,self.got,self.todo = expected,got,todo
-        msg = '. '.join(o for o in (expected, got and f'Got {got}', todo) if o)
-        self.message = msg if msg.endswith('?') else msg + '.' # fastai writes a callback's name into `args`
+        self.expected = expected
+        self.got = got
+        self.todo = todo
+        sentences = [expected, f'Got {got}' if got else '', todo]
+        message = '. '.join(o for o in sentences if o)
+        # kept as an attribute, because fastai writes a callback's name into `args`
+        self.message = message if message.endswith('?') else message + '.'
         super().__init__(self.message)
 
-# %% ../nbs/000_core.ipynb #f3a98ec5
-class DataError(FastaiTLError): "Texts, labels or files that cannot be used as they are"
-class VocabError(FastaiTLError): "A vocabulary or an encoder that does not fit"
-class RunError(FastaiTLError): "A run folder whose content does not fit what is asked of it"
-class TrainingError(FastaiTLError): "Training that cannot go on, such as a loss that is not a number"
+# %% ../nbs/000_core.ipynb #bd4135a8
+class DataError(FastaiTLError):
+    "Texts, labels or files that cannot be used as they are"
 
-# %% ../nbs/000_core.ipynb #e335b0b9
+class VocabError(FastaiTLError):
+    "A vocabulary or an encoder that does not fit"
+
+class RunError(FastaiTLError):
+    "A run folder whose content does not fit the settings of the run"
+
+class TrainingError(FastaiTLError):
+    "Training that cannot continue, for example because the loss is not a number"
+
+# %% ../nbs/000_core.ipynb #2a324ad1
 def shorten(
-    items, # Anything with a length, such as row indexes or labels
-    n:int=5 # How many to write out
+    items, # An iterable, such as row indexes or labels
+    n:int=5 # Number of items to show
 ) -> str: # `a, b, c, … (12 in all)`
-    "Write out the first `n` of `items` and say how many there are"
+    "Show the first `n` of `items`, and their number if there are more"
     items = list(items)
-    return ', '.join(map(str, items[:n])) + (f', … ({len(items)} in all)' if len(items)>n else '')
+    shown = ', '.join(map(str, items[:n]))
+    return f'{shown}, … ({len(items)} in all)' if len(items) > n else shown
 
-# %% ../nbs/000_core.ipynb #8c737254
+# %% ../nbs/000_core.ipynb #29192922
 def did_you_mean(
     name:str, # What the user wrote
     options # The names that exist
@@ -49,53 +61,60 @@ def did_you_mean(
     close = difflib.get_close_matches(str(name), options, n=1, cutoff=.6)
     return f'Did you mean {close[0]!r}?' if close else f'Choose one of: {shorten(options, 20)}'
 
-# %% ../nbs/000_core.ipynb #ad938d09
+# %% ../nbs/000_core.ipynb #855b7eef
 def unknown_option(
-    what:str, # The name of the option
+    what:str, # Name of the option
     value, # What the user passed
-    options # What it can be
-) -> FastaiTLError: # To be raised by the caller
-    "The error for an option whose value does not exist"
+    options # The values that it can have
+) -> FastaiTLError: # The caller raises it
+    "Make the error for an option with a value that does not exist"
     return FastaiTLError(f'`{what}` must be one of {shorten(options, 20)}', repr(value), did_you_mean(value, options))
 
-# %% ../nbs/000_core.ipynb #17faa66a
+# %% ../nbs/000_core.ipynb #96b64477
 def derive_seed(
     seed:int, # The run's seed
-    *parts # Whatever names the moment: direction, stage, epoch
+    *parts # What identifies the moment, such as direction, stage and epoch
 ) -> int: # Between 0 and 2**31-1, the same on every machine
-    "A seed that depends on `seed` and on each of `parts`"
-    key = '\x1f'.join(map(str, (seed,)+parts)).encode()
+    "Derive a seed from `seed` and all of `parts`"
+    key = '\x1f'.join(map(str, (seed, *parts))).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), 'big') & 0x7fffffff
 
-# %% ../nbs/000_core.ipynb #b8d8b8bf
+# %% ../nbs/000_core.ipynb #97414145
 def seed_everything(
     seed:int, # The run's seed
-    *parts # Whatever names the moment, see `derive_seed`
+    *parts # What identifies the moment, see `derive_seed`
 ) -> int: # The seed that was set
     "Seed Python, NumPy and PyTorch (all devices) with `derive_seed(seed, *parts)`"
-    s = derive_seed(seed, *parts)
-    set_seed(s)
-    return s
+    derived = derive_seed(seed, *parts)
+    set_seed(derived)
+    return derived
 
-# %% ../nbs/000_core.ipynb #564ecb41
+# %% ../nbs/000_core.ipynb #74975276
 def optional(
-    module:str, # Name of the module to import, dots allowed
-    extra:str='', # Extra of this package that installs it; empty: the module's own name is what to install
+    module:str, # Name of the module to import, may contain dots
+    extra:str='', # The extra of fastai_tl that installs it; if empty, the error names the module's own package
     why:str='' # What it is needed for
 ):
-    "Import `module`, or say how to install it"
-    try: return importlib.import_module(module)
+    "Import `module`, or raise an error that says how to install it"
+    try:
+        return importlib.import_module(module)
     except ImportError as e:
-        what = f"fastai_tl[{extra}]" if extra else module.split('.')[0]
-        raise ImportError(f'{why or "This"} needs `{module}`, which cannot be imported ({e}). Install it with: pip install "{what}"') from e
+        package = f"fastai_tl[{extra}]" if extra else module.split('.')[0]
+        problem = f'{why or "This"} needs `{module}`, which cannot be imported ({e})'
+        raise ImportError(f'{problem}. Install it with: pip install "{package}"') from e
 
-# %% ../nbs/000_core.ipynb #5862fba2
-_langs = {'en': 'en', 'english': 'en', 'zh': 'zh-tw', 'zh-tw': 'zh-tw', 'zh-hant': 'zh-tw', 'zh-hant-tw': 'zh-tw'}
+# %% ../nbs/000_core.ipynb #67493c7b
+_LANG_CODES = {'en': 'en', 'english': 'en', 'zh': 'zh-tw', 'zh-tw': 'zh-tw', 'zh-hant': 'zh-tw', 'zh-hant-tw': 'zh-tw'}
+_SIMPLIFIED = ('zh-cn', 'zh-hans', 'zh-sg')
 
-def lang_code(lang):
-    "`en` or `zh-tw`, from what a user may write"
-    code = _langs.get(str(lang).lower().replace('_', '-'))
-    if code is None and str(lang).lower().replace('_', '-') in ('zh-cn','zh-hans','zh-sg'):
-        raise FastaiTLError("`lang` must be 'en' or 'zh-tw'", repr(lang), "Convert Simplified texts: lang='zh-tw' with rules=[ToTraditional(), *CHINESE_RULES]")
-    if code is None: raise unknown_option('lang', lang, ('en','zh-tw'))
-    return code
+def lang_code(
+    lang:str # A code or name of a language, such as `zh_TW`
+) -> str: # `en` or `zh-tw`
+    "Return the code that this package uses for a language"
+    name = str(lang).lower().replace('_', '-')
+    if name in _SIMPLIFIED:
+        raise FastaiTLError("`lang` must be 'en' or 'zh-tw'", repr(lang),
+                            "Convert Simplified texts: lang='zh-tw' with rules=[ToTraditional(), *CHINESE_RULES]")
+    if name not in _LANG_CODES:
+        raise unknown_option('lang', lang, ('en', 'zh-tw'))
+    return _LANG_CODES[name]

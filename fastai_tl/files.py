@@ -1,4 +1,4 @@
-"""Whole files or none: atomic, checksummed, and never a pickle
+"""Atomic, checksummed files: JSON, tensors and digests, without pickle
 
 Docs: https://fastai-tl.github.io/fastai_tl/files.html.md"""
 
@@ -7,123 +7,158 @@ Docs: https://fastai-tl.github.io/fastai_tl/files.html.md"""
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'read_json', 'save_tree', 'load_tree']
 
-# %% ../nbs/040_files.ipynb #e5ee0dcb
-import contextlib, hashlib, json, os, tempfile
+# %% ../nbs/040_files.ipynb #820314b1
+import hashlib, json, os, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from .core import FastaiTLError
 
-# %% ../nbs/040_files.ipynb #9506312f
-@contextlib.contextmanager
+# %% ../nbs/040_files.ipynb #9f563143
+@contextmanager
 def atomic_path(
     path:str|Path # Where the file will be
 ):
-    "A temporary path beside `path` that becomes `path` when the block ends without an error"
+    "Give a temporary path that is renamed to `path` when the block ends without an error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f'.{path.name}.*.part'): old.unlink(missing_ok=True)
-    fd,tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent)
-    os.close(fd)
+    for leftover in path.parent.glob(f'.{path.name}.*.part'):
+        leftover.unlink(missing_ok=True)
+    handle, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent)
+    os.close(handle)
     try:
         yield Path(tmp)
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~current_umask())
+        with open(tmp, 'rb') as f:
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o666 & ~current_umask()) # mkstemp's files are readable by their owner only
         os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+    finally:
+        Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/040_files.ipynb #0f997f87
+# %% ../nbs/040_files.ipynb #ec4d2a02
 def current_umask() -> int: # The permission bits that new files do not get
-    "Return the process's umask"
+    "Return the umask of the process"
     mask = os.umask(0) # the only way to read it is to set it
     os.umask(mask)
     return mask
 
-# %% ../nbs/040_files.ipynb #5a529d1d
+# %% ../nbs/040_files.ipynb #c9e54c9f
 def write_json(
     path:str|Path, # Where to write
     obj # Anything that JSON can hold
 ):
     "Write `obj` as JSON, atomically, in UTF-8"
     text = json.dumps(obj, ensure_ascii=False, indent=1)
-    with atomic_path(path) as p: p.write_text(text+'\n', encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(text + '\n', encoding='utf-8')
 
-# %% ../nbs/040_files.ipynb #4c5bcb80
+# %% ../nbs/040_files.ipynb #e572c0d7
 def read_json(
     path:str|Path # The file
 ):
-    "Read a JSON file; a damaged one is named"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    "Read a JSON file, or raise an error that names the damaged file"
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise FastaiTLError(f'{path} must be a JSON file', f'{e}', 'Delete it or bring it back from a copy') from None
 
-# %% ../nbs/040_files.ipynb #880ead04
-def _split(tree, tensors, seen):
-    "`tree` with each tensor replaced by its number in `tensors`; a tensor that comes twice (tied weights) is kept once"
+# %% ../nbs/040_files.ipynb #5de9b706
+def _encode_tree(tree, tensors, seen):
+    "Replace each tensor in `tree` by its number in `tensors`, and each node by `{type: content}`"
     if isinstance(tree, torch.Tensor):
-        key = (tree.data_ptr(), tuple(tree.shape), tuple(tree.stride()), str(tree.dtype), tree.device)
-        if not tree.numel() or key not in seen:
-            seen[key] = str(len(tensors))
-            tensors[seen[key]] = tree.detach().as_subclass(torch.Tensor).contiguous().cpu()
-        return {'tensor': seen[key]}
-    if isinstance(tree, dict): return {'dict': [[_key(k), _split(v, tensors, seen)] for k,v in tree.items()]}
-    if isinstance(tree, (list, tuple)): return {type(tree).__name__ if type(tree) in (list,tuple) else 'list': [_split(v, tensors, seen) for v in tree]}
-    if tree is None or isinstance(tree, (bool, int, float, str)): return {'value': tree}
-    if hasattr(tree, 'item') and getattr(tree, 'ndim', None)==0: return {'value': tree.item()}
+        return {'tensor': _tensor_number(tree, tensors, seen)}
+    if isinstance(tree, dict):
+        return {'dict': [[_checked_key(k), _encode_tree(v, tensors, seen)] for k, v in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        kind = 'tuple' if type(tree) is tuple else 'list'
+        return {kind: [_encode_tree(v, tensors, seen) for v in tree]}
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return {'value': tree}
+    if hasattr(tree, 'item') and getattr(tree, 'ndim', None) == 0:
+        return {'value': tree.item()}
     raise FastaiTLError('A saved tree holds dicts, lists, tensors, numbers, strings and None', f'a {type(tree).__name__}')
 
-def _key(k):
-    if not isinstance(k, (str,int)): raise FastaiTLError('Keys of a saved tree are strings or integers', repr(k))
-    return k
+def _tensor_number(tensor, tensors, seen):
+    "Return the number of a tensor, as a string; add it to `tensors` if it is new"
+    key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype), tensor.device)
+    if not tensor.numel() or key not in seen: # empty tensors have no address of their own
+        seen[key] = str(len(tensors))
+        tensors[seen[key]] = tensor.detach().as_subclass(torch.Tensor).contiguous().cpu()
+    return seen[key]
 
-# %% ../nbs/040_files.ipynb #e0279e0a
-def _join(node, tensors):
-    "The inverse of `_split`"
-    (kind,v), = node.items()
-    if kind=='tensor': return tensors[v]
-    if kind=='dict': return {k: _join(o, tensors) for k,o in v}
-    if kind=='list': return [_join(o, tensors) for o in v]
-    if kind=='tuple': return tuple(_join(o, tensors) for o in v)
-    return v
+def _checked_key(key):
+    if not isinstance(key, (str, int)):
+        raise FastaiTLError('Keys of a saved tree are strings or integers', repr(key))
+    return key
 
-def _digest(tensors, tree_json):
-    h = hashlib.blake2b(tree_json.encode(), digest_size=16)
-    for k in sorted(tensors): h.update(tensors[k].reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
+# %% ../nbs/040_files.ipynb #5a89f867
+def _decode_tree(node, tensors):
+    "Reverse `_encode_tree`"
+    (kind, content), = node.items()
+    if kind == 'tensor':
+        return tensors[content]
+    if kind == 'dict':
+        return {k: _decode_tree(v, tensors) for k, v in content}
+    if kind == 'list':
+        return [_decode_tree(v, tensors) for v in content]
+    if kind == 'tuple':
+        return tuple(_decode_tree(v, tensors) for v in content)
+    return content
 
-# %% ../nbs/040_files.ipynb #e00295df
+def _tree_checksum(tensors, tree_json):
+    checksum = hashlib.blake2b(tree_json.encode(), digest_size=16)
+    for k in sorted(tensors):
+        checksum.update(tensors[k].reshape(-1).view(torch.uint8).numpy())
+    return checksum.hexdigest()
+
+# %% ../nbs/040_files.ipynb #9cb61b7f
 def save_tree(
-    path:str|Path, # Where to write; by habit with the ending `.safetensors`
+    path:str|Path, # Where to write; the usual ending is `.safetensors`
     tree # Nested dicts, lists and tuples of tensors, numbers, strings and None
 ):
     "Write `tree` to one safetensors file, atomically, with a checksum"
     from safetensors.torch import save_file
     tensors = {}
-    js = json.dumps(_split(tree, tensors, {}), ensure_ascii=False)
-    meta = {'format': 'fastai_tl.tree', 'tree': js, 'checksum': _digest(tensors, js)}
-    with atomic_path(path) as p: save_file(tensors, str(p), metadata=meta)
+    tree_json = json.dumps(_encode_tree(tree, tensors, {}), ensure_ascii=False)
+    meta = {'format': 'fastai_tl.tree', 'tree': tree_json, 'checksum': _tree_checksum(tensors, tree_json)}
+    with atomic_path(path) as tmp:
+        save_file(tensors, str(tmp), metadata=meta)
 
-# %% ../nbs/040_files.ipynb #655bffdd
+# %% ../nbs/040_files.ipynb #ce1a4d58
 def load_tree(
     path:str|Path # A file that `save_tree` wrote
 ): # The tree, its tensors on the CPU
-    "Read what `save_tree` wrote; runs no code and checks the checksum"
+    "Read what `save_tree` wrote; runs no code and verifies the checksum"
     from safetensors import safe_open, SafetensorError
-    if not Path(path).is_file(): raise FastaiTLError(f'{path} must be a file', 'nothing there' if not Path(path).exists() else 'a folder')
-    damaged = FastaiTLError(f'{path} must be a file written by fastai_tl', 'a damaged or foreign file', 'Bring it back from a copy, or write it again')
+    if not Path(path).is_file():
+        raise FastaiTLError(f'{path} must be a file', 'a folder' if Path(path).exists() else 'nothing there')
+    damaged = FastaiTLError(f'{path} must be a file written by fastai_tl', 'a damaged or foreign file',
+                            'Bring it back from a copy, or write it again')
     try:
         with safe_open(str(path), 'pt') as f:
-            meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-        if meta.get('format')!='fastai_tl.tree' or meta.get('checksum')!=_digest(tensors, meta['tree']): raise damaged
-        return _join(json.loads(meta['tree']), tensors)
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError): raise damaged from None
+            meta = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        if meta.get('format') != 'fastai_tl.tree' or meta.get('checksum') != _tree_checksum(tensors, meta['tree']):
+            raise damaged
+        return _decode_tree(json.loads(meta['tree']), tensors)
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+        raise damaged from None
 
-# %% ../nbs/040_files.ipynb #932bece4
+# %% ../nbs/040_files.ipynb #a1c97f43
 def digest(
     *parts # Strings, bytes, numbers, or (nested) lists and dicts of them
 ) -> str: # 32 hexadecimal digits
-    "A digest of `parts` that is the same in every process and on every machine"
-    h = hashlib.blake2b(digest_size=16)
-    for o in parts:
-        b = o if isinstance(o, bytes) else o.encode('utf-8', 'surrogatepass') if isinstance(o, str) else json.dumps(o, sort_keys=True, default=str).encode()
-        h.update(len(b).to_bytes(8, 'big')); h.update(b)
-    return h.hexdigest()
+    "Return a digest of `parts` that is the same in every process and on every machine"
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        content = _as_bytes(part)
+        total.update(len(content).to_bytes(8, 'big')) # so that ('ab', 'c') differs from ('a', 'bc')
+        total.update(content)
+    return total.hexdigest()
+
+def _as_bytes(part):
+    if isinstance(part, bytes):
+        return part
+    if isinstance(part, str):
+        return part.encode('utf-8', 'surrogatepass')
+    return json.dumps(part, sort_keys=True, default=str).encode()

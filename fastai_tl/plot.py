@@ -1,4 +1,4 @@
-"""Figures: a font that has the characters, a heatmap, curves, and the stages of a run
+"""Figures: fonts with Chinese characters, heatmaps, curves, and learning rates over the stages of a run
 
 Docs: https://fastai-tl.github.io/fastai_tl/plot.html.md"""
 
@@ -8,207 +8,285 @@ Docs: https://fastai-tl.github.io/fastai_tl/plot.html.md"""
 __all__ = ['CJK_FONTS', 'PALETTE', 'has_cjk', 'find_cjk_font', 'set_font', 'figure_style', 'set_language', 'plot_heatmap',
            'plot_curves', 'plot_panels', 'plot_stages']
 
-# %% ../nbs/030_plot.ipynb #41e59245
-import contextlib, re
+# %% ../nbs/030_plot.ipynb #8b5bf2d3
+import re
+from contextlib import contextmanager
 import numpy as np
 from .core import FastaiTLError, lang_code, shorten
 from .resources import read_json
 
-# %% ../nbs/030_plot.ipynb #66b10b51
-CJK_FONTS = ('Noto Sans CJK TC', 'Noto Sans TC', 'PingFang TC', 'Heiti TC', 'Microsoft JhengHei', 'WenQuanYi Micro Hei', 'Noto Sans CJK SC', 'Noto Sans CJK JP')
+# %% ../nbs/030_plot.ipynb #47e7ed74
+CJK_FONTS = ('Noto Sans CJK TC', 'Noto Sans TC', 'PingFang TC', 'Heiti TC', 'Microsoft JhengHei', 'WenQuanYi Micro Hei',
+             'Noto Sans CJK SC', 'Noto Sans CJK JP')
 _cjk = re.compile('[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af]')
-
-_cjk_file = re.compile('cjk|wqy|pingfang|heiti|jheng|notosanstc', re.I)
 
 def has_cjk(
     *texts # Strings, or lists of them
 ) -> bool:
-    "Is there a Chinese, Japanese or Korean character in any of `texts`?"
-    return any(has_cjk(*o) if isinstance(o, (list, tuple, np.ndarray)) else bool(_cjk.search(str(o))) for o in texts)
+    "Return whether any of `texts` has a Chinese, Japanese or Korean character"
+    for text in texts:
+        nested = isinstance(text, (list, tuple, np.ndarray))
+        if has_cjk(*text) if nested else _cjk.search(str(text)):
+            return True
+    return False
 
-# %% ../nbs/030_plot.ipynb #d166afe7
-def _preferred(fonts):
-    "The first of `CJK_FONTS` among `fonts`, variable ones left out"
-    have = {f.name for f in fonts if '[' not in str(f.fname) and 'variable' not in str(f.fname).lower()}
-    return next((o for o in CJK_FONTS if o in have), None)
+# %% ../nbs/030_plot.ipynb #a775052c
+_cjk_file = re.compile('cjk|wqy|pingfang|heiti|jheng|notosanstc', re.I)
 
-def find_cjk_font() -> str|None: # A family name, or `None` if there is none
-    "The installed font that draws Chinese best"
+def find_cjk_font() -> str|None: # A font family, or `None` if none is installed
+    "Find the best installed font with Chinese characters"
     from matplotlib.font_manager import findSystemFonts, fontManager
-    if found := _preferred(fontManager.ttflist): return found
-    known = {f.fname for f in fontManager.ttflist} # the list may be older than a font that was installed since
-    for f in findSystemFonts():
-        if f not in known and _cjk_file.search(f): fontManager.addfont(f)
-    return _preferred(fontManager.ttflist)
+    if found := _preferred_font(fontManager.ttflist):
+        return found
+    # Matplotlib keeps a list of fonts, which can be older than a font that was installed since
+    known = {font.fname for font in fontManager.ttflist}
+    for file in findSystemFonts():
+        if file not in known and _cjk_file.search(file):
+            fontManager.addfont(file)
+    return _preferred_font(fontManager.ttflist)
 
-# %% ../nbs/030_plot.ipynb #725a6415
-_font = {'family': None}
+def _preferred_font(fonts):
+    "Return the first of `CJK_FONTS` among `fonts` that is not a variable font"
+    installed = {f.name for f in fonts if '[' not in str(f.fname) and 'variable' not in str(f.fname).lower()}
+    return next((name for name in CJK_FONTS if name in installed), None)
+
+# %% ../nbs/030_plot.ipynb #0de671b8
+_settings = {'font': None, 'lang': 'en'}
 
 def set_font(
-    family:str|None # A font family for all figures of the package; `None` looks for one by the text
+    family:str|None # A font family for all figures of the package; `None`: chosen for each figure by its text
 ):
-    "Choose the font of the package's figures"
-    _font['family'] = family
+    "Set the font of the package's figures"
+    _settings['font'] = family
 
-# %% ../nbs/030_plot.ipynb #56e0f2a4
-@contextlib.contextmanager
+# %% ../nbs/030_plot.ipynb #b6fb0a83
+_STYLE = {'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': False,
+          'figure.constrained_layout.use': True, 'axes.unicode_minus': False}
+
+@contextmanager
 def figure_style(
-    *texts, # All texts of the figure, so that a font can be found that has their characters
-    font:str|None=None # A family to use instead
+    *texts, # All texts of the figure; the font must have their characters
+    font:str|None=None # Font family; `None`: chosen by the texts
 ):
-    "A context in which figures have the package's style and a font for `texts`"
+    "Give `matplotlib.pyplot` with the package's style and a font for `texts`, inside a `with` block"
     import matplotlib.pyplot as plt
-    rc = {'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': False, 'figure.constrained_layout.use': True, 'axes.unicode_minus': False}
-    font = font or _font['family']
+    font = font or _settings['font']
     if font is None and has_cjk(*texts):
-        font = find_cjk_font()
-        if font is None:
-            raise FastaiTLError('A font with Chinese characters must be installed to draw this figure', 'none of ' + shorten(CJK_FONTS, 9),
-                                'Install one, on Debian and Ubuntu: apt-get install fonts-wqy-microhei')
-    if font: rc['font.family'] = [font, 'DejaVu Sans'] if font!='WenQuanYi Micro Hei' else ['DejaVu Sans', font]
-    with plt.rc_context(rc): yield plt
+        font = _required_cjk_font()
+    style = dict(_STYLE)
+    if font == 'WenQuanYi Micro Hei': # its Latin letters are poor
+        style['font.family'] = ['DejaVu Sans', font]
+    elif font:
+        style['font.family'] = [font, 'DejaVu Sans']
+    with plt.rc_context(style):
+        yield plt
 
-# %% ../nbs/030_plot.ipynb #7c220440
-_zh = read_json('translations.zh-tw.json')
-_language = {'lang': 'en'}
+def _required_cjk_font():
+    font = find_cjk_font()
+    if font is None:
+        raise FastaiTLError('A font with Chinese characters must be installed to draw this figure',
+                            'none of ' + shorten(CJK_FONTS, 9),
+                            'Install one, on Debian and Ubuntu: apt-get install fonts-wqy-microhei')
+    return font
 
-# %% ../nbs/030_plot.ipynb #49b3a374
+# %% ../nbs/030_plot.ipynb #0ff075a8
+_zh_words = read_json('translations.zh-tw.json')
+
 def set_language(
-    lang:str # `en`, or `zh-tw`: Traditional Chinese
+    lang:str # `en`, or `zh-tw` for Traditional Chinese
 ):
-    "Choose the language of the package's figures and pages"
-    _language['lang'] = lang_code(lang)
+    "Set the language of the package's figures and reports"
+    _settings['lang'] = lang_code(lang)
 
-# %% ../nbs/030_plot.ipynb #322d863b
-def figure_lang(lang=None):
-    "The language of a figure: its own, or that of all"
-    return _language['lang'] if lang is None else lang_code(lang)
+# %% ../nbs/030_plot.ipynb #13d5004c
+def figure_lang(
+    lang:str|None=None # The language of one figure; `None`: that of all figures
+) -> str: # `en` or `zh-tw`
+    "Return the language of a figure"
+    return _settings['lang'] if lang is None else lang_code(lang)
 
-def in_words(word, lang=None):
-    "A word of a figure in its language"
-    return _zh.get(word, word) if figure_lang(lang)=='zh-tw' else word
+def in_words(
+    word:str, # An English word or phrase of a figure
+    lang:str|None=None # `en` or `zh-tw`; `None`: the language of all figures
+) -> str: # The same in `lang`
+    "Translate a word of a figure"
+    return _zh_words.get(word, word) if figure_lang(lang) == 'zh-tw' else word
 
-# %% ../nbs/030_plot.ipynb #33c07d91
-def _labels(ax, size, turn):
-    "Small tick labels, those below turned if they are long or many"
-    ax.tick_params(labelsize=min(size+1, 10), length=0)
-    for t in ax.get_xticklabels(): t.set(rotation=45 if turn else 0, ha='right' if turn else 'center', rotation_mode='anchor')
-    for t in ax.get_yticklabels(): t.set(rotation=0)
+# %% ../nbs/030_plot.ipynb #97a10bef
+def _text_width(text):
+    "Return the width of a text in columns; Chinese characters take two"
+    return sum(2 if has_cjk(c) else 1 for c in text)
 
-# %% ../nbs/030_plot.ipynb #c8443daa
-def _width(s): return sum(2 if has_cjk(c) else 1 for c in s)
+def _shorten_label(label, max_width=36):
+    "Cut a label to at most `max_width` columns"
+    label = str(label)
+    if _text_width(label) <= max_width:
+        return label
+    while _text_width(label) >= max_width:
+        label = label[:-1]
+    return label + '…'
 
-def _cut(s, n=36):
-    "A label that is at most `n` columns wide, Chinese characters taking two"
-    if _width(s)<=n: return s
-    while _width(s)>=n: s = s[:-1]
-    return s+'…'
+# %% ../nbs/030_plot.ipynb #3ccfe642
+def _heatmap_sizes(n, label_width, rotate):
+    "Return the figure size in inches and the font size for `n` classes and labels of `label_width` columns"
+    if n <= 25:
+        side = float(np.clip(.55*n + 2, 3.6, 16))
+        font_size = float(np.clip(120/n, 8, 11))
+    else: # as large as the labels need
+        side = float(np.clip(.2*n + 3, 13, 20))
+        font_size = float(np.clip(side*31/n - 1, 3.5, 8))
+    label_inches = label_width*min(font_size + 1, 10)*.0075
+    height = side*.86 + (.72*label_inches if rotate else 0)
+    return (side + label_inches + .6, height), font_size
 
-# %% ../nbs/030_plot.ipynb #79e24227
+def _set_tick_labels(ax, font_size, rotate):
+    "Make tick labels small, and rotate those of the horizontal axis if `rotate`"
+    ax.tick_params(labelsize=min(font_size + 1, 10), length=0)
+    style = dict(rotation=45, ha='right') if rotate else dict(rotation=0, ha='center')
+    for label in ax.get_xticklabels():
+        label.set(rotation_mode='anchor', **style)
+    for label in ax.get_yticklabels():
+        label.set(rotation=0)
+
+# %% ../nbs/030_plot.ipynb #09181f1f
 def plot_heatmap(
-    values, # Matrix that decides the colours
-    row_labels, # One label a row
-    col_labels, # One label a column
-    annot=None, # Texts for the cells; none if `None`
-    title:str='', # Above the figure
-    xlabel:str='', # Below it
-    ylabel:str='', # Beside it
+    values, # (rows, columns) matrix; decides the colours
+    row_labels, # One label for each row
+    col_labels, # One label for each column
+    annot=None, # (rows, columns) texts of the cells; `None`: no text
+    title:str='', # Title of the figure
+    xlabel:str='', # Name of the horizontal axis
+    ylabel:str='', # Name of the vertical axis
     cmap:str='Blues', # Matplotlib colour map
-    font:str|None=None # Font family, found by itself if `None`
+    font:str|None=None # Font family; `None`: chosen by the texts
 ):
-    "Draw a matrix as a heatmap and return its Figure"
-    title,xlabel,ylabel = map(in_words, (title, xlabel, ylabel))
-    values,rows,cols = np.asarray(values),[_cut(str(o)) for o in row_labels],[_cut(str(o)) for o in col_labels]
-    n,width = max(values.shape),max(map(_width, rows+cols+['']))
-    side = float(np.clip(.55*n+2, 3.6, 16) if n<=25 else np.clip(.2*n+3, 13, 20)) # beyond, as large as the labels need
-    size = float(np.clip(120/n, 8, 11) if n<=25 else np.clip(side*31/n-1, 3.5, 8))
+    "Draw a matrix as a heatmap and return the Figure"
+    title, xlabel, ylabel = map(in_words, (title, xlabel, ylabel))
+    rows, cols = ([_shorten_label(o) for o in labels] for labels in (row_labels, col_labels))
+    values = np.asarray(values)
+    n = max(values.shape)
+    label_width = max(map(_text_width, [*rows, *cols, '']))
+    rotate = label_width > 4 or n > 12
+    figsize, font_size = _heatmap_sizes(n, label_width, rotate)
+    annot = annot if annot is not None and n <= 25 else False
+    line_width = .5 if n <= 25 else 0
     with figure_style(rows, cols, title, xlabel, ylabel, font=font) as plt:
         import seaborn as sns
-        name = width*(min(size+1, 10)*.0075) # inches of the longest label
-        fig,ax = plt.subplots(figsize=(side+name+.6, side*.86+(.72*name if width>4 or n>12 else 0)))
-        sns.heatmap(values, annot=annot if annot is not None and n<=25 else False, fmt='', cmap=cmap, square=True, linewidths=.5 if n<=25 else 0, linecolor='white',
-                    xticklabels=cols, yticklabels=rows, annot_kws={'size': size}, cbar_kws={'shrink': .7}, ax=ax)
+        fig, ax = plt.subplots(figsize=figsize)
+        sns.heatmap(values, annot=annot, fmt='', cmap=cmap, square=True, linewidths=line_width, linecolor='white',
+                    xticklabels=cols, yticklabels=rows, annot_kws={'size': font_size}, cbar_kws={'shrink': .7}, ax=ax)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        _labels(ax, size, turn=width>4 or n>12)
+        _set_tick_labels(ax, font_size, rotate)
     plt.close(fig)
     return fig
 
-# %% ../nbs/030_plot.ipynb #7af97d7a
+# %% ../nbs/030_plot.ipynb #8220d781
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
-def _whole(c): "Whether a curve is counted along: epochs have no halves"; return not (isinstance(c, tuple) and len(c)==2) or np.issubdtype(np.asarray(c[0]).dtype, np.integer)
+def _xy(curve):
+    "Return `(x, y)` of a curve; x counts from 0 if only y is given"
+    return curve if isinstance(curve, tuple) and len(curve) == 2 else (range(len(curve)), curve)
 
-def _draw(ax, name, c, i):
-    "One curve, with dots if it has few points"
-    x,y = c if isinstance(c, tuple) and len(c)==2 else (range(len(c)), c)
-    ax.plot(x, y, label=name, color=PALETTE[i%len(PALETTE)], marker='o' if len(x)<=12 else None, markersize=3.5, linewidth=1.6)
+def _has_whole_x(curve):
+    "Return whether the x values are integers, such as epochs"
+    return np.issubdtype(np.asarray(_xy(curve)[0]).dtype, np.integer)
 
-# %% ../nbs/030_plot.ipynb #bc275f91
+def _draw_curve(ax, name, curve, i):
+    "Draw curve number `i`, with dots if it has few points"
+    x, y = _xy(curve)
+    marker = 'o' if len(x) <= 12 else None
+    ax.plot(x, y, label=name, color=PALETTE[i % len(PALETTE)], marker=marker, markersize=3.5, linewidth=1.6)
+
+# %% ../nbs/030_plot.ipynb #078f5f28
 def plot_curves(
     curves:dict, # Name to `(x, y)`, or to `y` alone
-    title:str='', # Above the figure
-    xlabel:str='', # Below it
-    ylabel:str='', # Beside it
-    log:bool=False, # A logarithmic vertical axis
+    title:str='', # Title of the figure
+    xlabel:str='', # Name of the horizontal axis
+    ylabel:str='', # Name of the vertical axis
+    log:bool=False, # Whether the vertical axis is logarithmic
     figsize=(6,3.2), # Width and height in inches
-    ax=None # Draw here instead of into a new figure
+    ax=None # Axes to draw on; `None`: those of a new figure
 ):
     "Draw named curves and return the Figure"
-    curves,(title,xlabel,ylabel) = {in_words(k): v for k,v in curves.items()},map(in_words, (title, xlabel, ylabel))
+    curves = {in_words(name): curve for name, curve in curves.items()}
+    title, xlabel, ylabel = map(in_words, (title, xlabel, ylabel))
     with figure_style(list(curves), title, xlabel, ylabel) as plt:
-        fig,ax = plt.subplots(figsize=figsize) if ax is None else (ax.figure, ax)
-        for i,(name,c) in enumerate(curves.items()): _draw(ax, name, c, i)
+        fig, ax = plt.subplots(figsize=figsize) if ax is None else (ax.figure, ax)
+        for i, (name, curve) in enumerate(curves.items()):
+            _draw_curve(ax, name, curve, i)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        if log: ax.set_yscale('log')
-        if all(_whole(c) for c in curves.values()): ax.xaxis.get_major_locator().set_params(integer=True)
-        if any(curves): ax.legend(frameon=False)
+        if log:
+            ax.set_yscale('log')
+        if all(map(_has_whole_x, curves.values())):
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        if any(curves):
+            ax.legend(frameon=False)
     plt.close(fig)
     return fig
 
-# %% ../nbs/030_plot.ipynb #97719469
+# %% ../nbs/030_plot.ipynb #7defe1ee
 def plot_panels(
     panels:dict, # Title of each panel to its curves, see `plot_curves`
-    xlabel:str='', # Below each panel
-    ylabels=(), # Beside each panel
+    xlabel:str='', # Name of the horizontal axes
+    ylabels=(), # Names of the vertical axes, one for each panel
     figsize=(9,3.2) # Width and height in inches
 ):
-    "Draw several sets of curves side by side and return the Figure"
-    texts = [*panels, xlabel, *ylabels, *[k for c in panels.values() for k in c]]
+    "Draw several sets of curves next to each other and return the Figure"
+    names = [name for curves in panels.values() for name in curves]
+    texts = [*panels, xlabel, *ylabels, *names]
+    ylabels = [*ylabels, *['']*len(panels)]
     with figure_style(texts, [in_words(o) for o in texts]) as plt:
-        fig,axs = plt.subplots(1, len(panels), figsize=figsize, squeeze=False)
-        for ax,(title,curves),ylabel in zip(axs[0], panels.items(), list(ylabels)+['']*len(panels)):
+        fig, axs = plt.subplots(1, len(panels), figsize=figsize, squeeze=False)
+        for ax, (title, curves), ylabel in zip(axs[0], panels.items(), ylabels):
             plot_curves(curves, title, xlabel, ylabel, ax=ax)
     return fig
 
-# %% ../nbs/030_plot.ipynb #8abac328
-def _mark_stages(ax, stages, n, label):
-    "Shade every second stage, and write the names above"
-    starts = [s for s,_ in stages] + [n]
-    for i,(a,b) in enumerate(zip(starts, starts[1:])):
-        if i%2: ax.axvspan(a, b, color='0.93', zorder=0, linewidth=0)
-        if label: ax.annotate(f'{i+1}', ((a+b)/2, 1.01), xycoords=('data','axes fraction'), ha='center', va='bottom', fontsize=9, color='0.35')
+# %% ../nbs/030_plot.ipynb #621f58c8
+def _mark_stages(ax, starts, n_steps):
+    "Shade every second stage, and write the stages' numbers above the axes"
+    for i, (first, end) in enumerate(zip(starts, [*starts[1:], n_steps])):
+        if i % 2:
+            ax.axvspan(first, end, color='0.93', zorder=0, linewidth=0)
+        ax.annotate(f'{i+1}', ((first+end)/2, 1.01), xycoords=('data','axes fraction'), ha='center', va='bottom',
+                    fontsize=9, color='0.35')
 
-# %% ../nbs/030_plot.ipynb #c0934db7
+def _stage_caption(names):
+    "Return `stage 1: head   2: layer.1 – head`, translated"
+    translated = [' – '.join(map(in_words, name.split(' – '))) for name in names]
+    colon = '：' if figure_lang() == 'zh-tw' else ': '
+    return in_words('stage') + ' ' + '   '.join(f'{i}{colon}{name}' for i, name in enumerate(translated, 1))
+
+def _draw_rates(ax, rates, colors):
+    "Draw one learning rate for each layer group; name the bottom and the top one"
+    top = rates.shape[1] - 1
+    names = {0: 'bottom group', top: 'top group'}
+    for i, color in enumerate(colors):
+        label = in_words(names[i]) if i in names else None
+        ax.plot(rates[:,i], color=color, linewidth=1.6, label=label)
+    ax.set(xlabel=in_words('step'), ylabel=in_words('rate'), yscale='log')
+
+# %% ../nbs/030_plot.ipynb #dbfed5dc
 def plot_stages(
-    rates, # A list a step, with one rate a layer group, bottom to top; not a number while frozen
-    losses, # Smoothed training loss, one a step
+    rates, # (steps, layer groups) learning rates, bottom to top; NaN where a group is frozen
+    losses, # Smoothed training loss of each step
     valid, # `(step, validation loss)` pairs
     stages, # `(first step, name)` pairs
     figsize=(9,3.2) # Width and height in inches
 ):
-    "Draw rates by layer group, and losses, over the steps of a run with its stages; returns the Figure"
+    "Draw learning rates by layer group, and losses, over the steps of a run; return the Figure"
     rates = np.asarray(rates, dtype=float).reshape(len(rates), -1)
-    w = in_words
-    with figure_style([n for _,n in stages], w('step')) as plt:
-        fig,(a,b) = plt.subplots(1, 2, figsize=figsize)
-        for i,c in enumerate(plt.cm.viridis(np.linspace(0, .88, rates.shape[1]))):
-            a.plot(rates[:,i], color=c, linewidth=1.6, label={0: w('bottom group'), rates.shape[1]-1: w('top group')}.get(i))
-        a.set(xlabel=w('step'), ylabel=w('rate'), yscale='log'); b.set(xlabel=w('step'), ylabel=w('loss'))
-        b.plot(losses, color=PALETTE[0], label=w('train (smoothed)'))
-        if valid: b.plot(*zip(*valid), color=PALETTE[1], marker='o', markersize=3.5, label=w('valid'))
-        for ax in (a,b): _mark_stages(ax, stages, len(losses), True); ax.margins(x=.01)
-        a.legend(frameon=False, fontsize=8); b.legend(frameon=False, fontsize=8)
-        colon,layers = '：' if figure_lang()=='zh-tw' else ': ',[' – '.join(map(w, n.split(' – '))) for _,n in stages]
-        fig.suptitle(w('stage')+' ' + '   '.join(f'{i+1}{colon}{n}' for i,n in enumerate(layers)), fontsize=8, color='0.35')
+    starts, names = [first for first, _ in stages], [name for _, name in stages]
+    with figure_style(names, in_words('step')) as plt:
+        fig, (rate_ax, loss_ax) = plt.subplots(1, 2, figsize=figsize)
+        _draw_rates(rate_ax, rates, plt.cm.viridis(np.linspace(0, .88, rates.shape[1])))
+        loss_ax.set(xlabel=in_words('step'), ylabel=in_words('loss'))
+        loss_ax.plot(losses, color=PALETTE[0], label=in_words('train (smoothed)'))
+        if valid:
+            loss_ax.plot(*zip(*valid), color=PALETTE[1], marker='o', markersize=3.5, label=in_words('valid'))
+        for ax in (rate_ax, loss_ax):
+            _mark_stages(ax, starts, len(losses))
+            ax.margins(x=.01)
+            ax.legend(frameon=False, fontsize=8)
+        fig.suptitle(_stage_caption(names), fontsize=8, color='0.35')
     plt.close(fig)
     return fig
