@@ -1,4 +1,4 @@
-"""Layer groups of the architectures people use, each built from a small configuration of its own. All classes there are: `benchmarks/architectures.py`."""
+"""Layer groups of the architectures people use, each built from a small configuration of its own. All classes there are: `benchmarks/architectures/run.py`."""
 
 import logging
 from functools import partial

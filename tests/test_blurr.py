@@ -472,8 +472,8 @@ def page():
 
 
 def test_page_shows_the_flows():
-    "The tables are those that benchmarks/blurr_flows.py has written"
-    found = json.loads((ROOT/'benchmarks'/'blurr_flows.json').read_text())
+    "The tables are those that benchmarks/blurr_flows/run.py has written"
+    found = json.loads((ROOT/'benchmarks'/'blurr_flows'/'results'/'flows.json').read_text())
     text = '\n'.join(page())
     for name,cells in found['flows'].items():
         assert f'**{name}**: {sum(c["passes"] for c in cells)} of {len(cells)} cells pass' in text

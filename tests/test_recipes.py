@@ -264,12 +264,12 @@ def test_recipes_table():
     t = recipes()
     assert set(t.index)-{'Trainer, tuned'} == {'full', 'discriminative', 'head_then_full', 'top_layers', 'gradual', 'ulmfit'} and t.what.str.len().min() > 10
     assert t.notna().all(axis=None) and {c.startswith('AWD_LSTM') for c in t.columns[1:] if t.loc['ulmfit', c] != 'not measured'} == {True}
-    measured = pd.read_csv(Path(__file__).parents[1]/'benchmarks'/'recipes_summary.csv').set_index(['set', 'size', 'recipe'])
+    measured = pd.read_csv(Path(__file__).parents[1]/'benchmarks'/'recipes'/'results'/'summary.csv').set_index(['set', 'size', 'recipe'])
     for name,size in (('IMDb', 250), ('TREC-6', 1500)):
         col = next(c for c in t.columns if c.startswith(f'{name} {size:,}'))
         row = measured.loc[name, size, 'head_then_full stlr']
         assert t.loc['head_then_full', col].startswith(f'{row.error:.1f} % ({row.low:.1f} to {row.high:.1f})')
-    runs = pd.read_csv(Path(__file__).parents[1]/'benchmarks'/'recipes_more.csv')
+    runs = pd.read_csv(Path(__file__).parents[1]/'benchmarks'/'recipes'/'results'/'more.csv')
     error = runs[(runs.study == 'awd') & (runs.set == 'TREC-6') & (runs.way == 'language model, ulmfit, 0.01')].error
     assert t.loc['ulmfit', 'AWD_LSTM: TREC-6 1,500 (validation)'] == f'{error.mean():.1f} % ± {error.std():.1f}'
 

@@ -10,7 +10,7 @@ from fastai.text.all import AWD_LSTM, CrossEntropyLossFlat, LMLearner, awd_lstm_
 from fastai_tl.all import *
 from torch import nn
 
-spec = importlib.util.spec_from_file_location('training_benchmark', Path(__file__).parent.parent/'benchmarks'/'training.py')
+spec = importlib.util.spec_from_file_location('training_benchmark', Path(__file__).parent.parent/'benchmarks'/'training'/'run.py')
 bench = importlib.util.module_from_spec(spec); spec.loader.exec_module(bench)
 
 bf16_cpu = pytest.mark.skipif(not has_bf16('cpu'), reason='this CPU has no bfloat16 instructions')
@@ -355,7 +355,7 @@ def test_padding_factor_and_fused_steps():
 # --- the benchmark for GPUs ---
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(f'{name}_benchmark', Path(__file__).parent.parent/'benchmarks'/f'{name}.py')
+    spec = importlib.util.spec_from_file_location(f'{name}_benchmark', Path(__file__).parent.parent/'benchmarks'/name/'run.py')
     mod = importlib.util.module_from_spec(spec); spec.loader.exec_module(mod)
     return mod
 

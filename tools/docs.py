@@ -18,8 +18,14 @@ from docs_api import Reference
 from docs_crawl import crawl
 from docs_page import ROOT, MarkdownPage, Page, PageError, Site
 
-FOLDERS = dict(data='Data', models='Models', tune='Training', generation='Generation', learners='Learners', evaluation='Evaluation', interpretation='Interpretation',
-               deploy='Deployment', interop='Other libraries')
+FOLDERS = dict(data='Data', datasets='Datasets', models='Models', efficiency='Efficiency', tune='Training', learners='Learners',
+               generation='Generation', evaluation='Evaluation', interpretation='Interpretation', deploy='Deployment',
+               interop='Other libraries', quickstart='Quickstart and command line', cli='Quickstart and command line')
+# Modules whose page is not named by their own words
+TITLES = {'awd_lstm': 'AWD_LSTM', 'blurr': 'blurr', 'blurr_compat': 'blurr: compatibility', 'cli': 'Command line', 'hf': 'Hugging Face models',
+          'hf_tokenizer': 'Hugging Face tokenizers', 'html_report': 'HTML report', 'lstm_bf16': 'LSTM in bfloat16', 'pytorch_loop': 'PyTorch loop',
+          'qa': 'Question answering', 'seq2seq': 'Sequence to sequence', 'ulmfit': 'ULMFiT', 'chinese': 'Traditional Chinese',
+          'auto': 'Any task', 'spec': 'Data spec', 'base': 'All Hugging Face Learners'}
 
 
 def project():
@@ -27,14 +33,21 @@ def project():
     return tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']
 
 
-def config(): return yaml.safe_load((ROOT/'mkdocs.yml').read_text(encoding='utf-8'))
+def config():
+    return yaml.safe_load((ROOT/'mkdocs.yml').read_text(encoding='utf-8'))
 
 
 def sources():
     "Every file of the project that is a page: notebooks in the order of their names, then the Markdown files"
     nbs = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(ROOT).parts)]
     nbs = [p.relative_to(ROOT).as_posix() for p in nbs if p.parent != ROOT/'nbs' or p.name.split('.')[0] != 'index']     # those are the READMEs
-    return nbs + [p.relative_to(ROOT).as_posix() for p in (ROOT/'CHANGELOG.md', ROOT/'CONTRIBUTING.md', *sorted((ROOT/'benchmarks').glob('*.md'))) if p.exists()]
+    return nbs + [p.relative_to(ROOT).as_posix() for p in (ROOT/'CHANGELOG.md', ROOT/'CONTRIBUTING.md', *benchmark_pages()) if p.exists()]
+
+
+def benchmark_pages():
+    "The summary of the benchmarks, then the page of each and the tables that it links to"
+    folder = ROOT/'benchmarks'
+    return [folder/'README.md', *sorted(folder.glob('*/README.md')), *sorted(folder.glob('*/results/*.md'))]
 
 
 def make_pages(files, git_url):
@@ -47,18 +60,18 @@ def make_pages(files, git_url):
 
 
 def module_title(page):
-    "`Unfreeze` for the page of tune.unfreezing"
-    return {'hf': 'Hugging Face', 'lm': 'Language models', 'cli': 'Command line', 'onepass': 'One pass', 'seq2seq': 'Sequence to sequence', 'ulmfit': 'ULMFiT'}.get(
-        name := page.module.split('.')[-1], name.replace('_', ' ').capitalize())
+    "`Unfreezing` for the page of tune.unfreezing"
+    name = page.module.split('.')[-1]
+    return TITLES.get(name, name.replace('_', ' ').capitalize())
 
 
 def reference_nav(pages):
     "The modules by folder, in the order of their numbers"
-    res = {'Core': []}
+    res = {}
     for p in pages.values():
-        if not p.module: continue
-        folder = p.module.split('.')[0] if '.' in p.module else None
-        res.setdefault(FOLDERS.get(folder, folder.capitalize()) if folder else 'Core' if p.module in ('core', 'plot', 'files') else 'Command line', []).append({module_title(p): p.out})
+        if p.module:
+            folder = FOLDERS.get(p.module.split('.')[0], 'Core')
+            res.setdefault(folder, []).append({module_title(p): p.out})
     return [{k: v} for k,v in res.items()]
 
 
@@ -66,19 +79,24 @@ def nav(outline, pages):
     "The sidebar: the outline of mkdocs.yml with files as pages; `folder/` stands for the rest of a folder, `reference` for the modules"
     named = {o for sec in outline for v in sec.values() for o in v}
     def items(o):
-        if o == 'reference': return reference_nav(pages)
-        if o.endswith('/'): return [{p.title: p.out} for k,p in pages.items() if k.startswith(o) and k not in named]
-        if o not in pages: raise PageError(f'mkdocs.yml names {o}, which is no page')
+        if o == 'reference':
+            return reference_nav(pages)
+        if o.endswith('/'):
+            return [{p.title: p.out} for k,p in pages.items() if k.startswith(o) and k not in named]
+        if o not in pages:
+            raise PageError(f'mkdocs.yml names {o}, which is no page')
         return [{pages[o].title: pages[o].out}]
     res = [{k: side} for sec in outline for k,v in sec.items() if (side := [x for o in v for x in items(o)])]
     left = set(o.out for o in pages.values()) - set(flat(res))
-    if left: raise PageError(f'pages without a place in the sidebar (see `nav` in mkdocs.yml): {sorted(left)}')
+    if left:
+        raise PageError(f'pages without a place in the sidebar (see `nav` in mkdocs.yml): {sorted(left)}')
     return res
 
 
 def flat(o):
     "The pages of a sidebar, in order"
-    if isinstance(o, str): return [o]
+    if isinstance(o, str):
+        return [o]
     return [x for v in (o.values() if isinstance(o, dict) else o) for x in flat(v)]
 
 
@@ -87,7 +105,8 @@ def llms(cfg, side, pages, url):
     by_out = {p.out: p for p in pages.values()}
     lines = [f'# {cfg["site_name"]}', '', f'> {cfg["site_description"]}', '']
     for sec in side:
-        for k,v in sec.items(): lines += [f'## {k}', '', *(f'- [{by_out[o].title}]({url}/{o})' + (f': {by_out[o].lead}' if by_out[o].lead else '') for o in flat(v)), '']
+        for k,v in sec.items():
+            lines += [f'## {k}', '', *(f'- [{by_out[o].title}]({url}/{o})' + (f': {by_out[o].lead}' if by_out[o].lead else '') for o in flat(v)), '']
     return '\n'.join(lines)
 
 
@@ -104,11 +123,14 @@ def build(out):
         shutil.copytree(ROOT/'tools'/'assets', work/'pages'/'assets')
         for o,p in pages.items():
             write(work/'pages'/p.out, texts[o].encode())
-            for name,data in p.figures.items(): write(work/'pages'/name, data)
+            for name,data in p.figures.items():
+                write(work/'pages'/name, data)
         (work/'mkdocs.yml').write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True), encoding='utf-8')
         res = subprocess.run([sys.executable, '-m', 'zensical', 'build', '--strict', '-f', 'mkdocs.yml'], cwd=work, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if res.returncode: return [res.stdout]
-        for o,p in pages.items(): write(work/'site'/p.out, texts[o].encode())
+        if res.returncode:
+            return [res.stdout]
+        for o,p in pages.items():
+            write(work/'site'/p.out, texts[o].encode())
         (work/'site'/'llms.txt').write_text(llms(cfg, side, pages, url), encoding='utf-8')
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(work/'site', out)
@@ -124,12 +146,17 @@ def main(argv=None):
     p = argparse.ArgumentParser(description='Build README.md and the documentation site.')
     p.add_argument('--out', type=Path, help='the folder of the site; without it site/, and README.md is written too')
     args = p.parse_args(argv)
-    if not args.out: readme.main([])
+    if not args.out:
+        readme.main([])
     out = args.out or ROOT/'site'
-    try: wrong = build(out)
-    except PageError as e: wrong = [str(e)]
-    if wrong: sys.exit('\n'.join(wrong))
+    try:
+        wrong = build(out)
+    except PageError as e:
+        wrong = [str(e)]
+    if wrong:
+        sys.exit('\n'.join(wrong))
     print(f'{out}: {len(list(out.rglob("*.html")))} pages, every link, anchor and image found')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

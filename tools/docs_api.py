@@ -29,13 +29,16 @@ class Entry:
     aliases:list = field(default_factory=list) # the same method on other classes
 
     @property
-    def id(self): return self.name.lower()
+    def id(self):
+        return self.name.lower()
 
     @property
-    def is_class(self): return isinstance(self.node, ast.ClassDef)
+    def is_class(self):
+        return isinstance(self.node, ast.ClassDef)
 
     @property
-    def is_property(self): return bool(self.owner) and any(getattr(d, 'id', getattr(d, 'attr', '')) in ('property', 'cached_property', 'setter')
+    def is_property(self):
+        return bool(self.owner) and any(getattr(d, 'id', getattr(d, 'attr', '')) in ('property', 'cached_property', 'setter')
                                                            for d in getattr(self.node, 'decorator_list', []))
 
 
@@ -52,9 +55,12 @@ def unwrapped(o):
 
 def class_names(node):
     "The classes that an annotation `self:A` or `self:(A,B)` or `self:A|B` names"
-    if isinstance(node, (ast.Tuple, ast.List)): return [o for e in node.elts for o in class_names(e)]
-    if isinstance(node, ast.BinOp): return class_names(node.left) + class_names(node.right)
-    if isinstance(node, ast.Attribute): return [node.attr]
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return [o for e in node.elts for o in class_names(e)]
+    if isinstance(node, ast.BinOp):
+        return class_names(node.left) + class_names(node.right)
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
     return [node.id] if isinstance(node, ast.Name) else []
 
 
@@ -63,8 +69,10 @@ def patched_classes(f):
     for d in f.decorator_list:
         func = getattr(d, 'func', d)
         name,args = getattr(func, 'attr', getattr(func, 'id', '')),f.args.posonlyargs + f.args.args
-        if name == 'patch' and args and args[0].annotation: return class_names(args[0].annotation)
-        if name == 'patch_to' and isinstance(d, ast.Call) and d.args: return class_names(d.args[0])
+        if name == 'patch' and args and args[0].annotation:
+            return class_names(args[0].annotation)
+        if name == 'patch_to' and isinstance(d, ast.Call) and d.args:
+            return class_names(d.args[0])
     return []
 
 
@@ -86,74 +94,94 @@ class Reference:
         self.by_name,self.modules,self.public = {},{},{}
         for path,nb in nbs:
             name = module_name(path)
-            if not name: continue
+            if not name:
+                continue
             mod = importlib.import_module(f'{PKG}.{name}')
             self.modules[name],self.public[name] = mod,set(getattr(mod, '__all__', ()))
             for c in nb['cells']:
-                for e in self.entries(name, c): self.by_name.setdefault(e.name, e)
+                for e in self.entries(name, c):
+                    self.by_name.setdefault(e.name, e)
         self.short = self.shorthands()
 
     def entries(self, module, cell):
         "The entries of one cell, in its order"
         dirs,code = split_cell(cell)
-        if cell['cell_type'] != 'code' or not {'export', 'exports'} & set(dirs): return []
+        if cell['cell_type'] != 'code' or not {'export', 'exports'} & set(dirs):
+            return []
         return [e for node in ast.parse(code).body for e in self._of(node, module, code)]
 
     def _of(self, node, module, code):
         mod,public = self.modules[module],self.public[module]
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             return [Entry(n, getattr(mod, n), node, code, module) for n in assigned(node) if n in public]
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): return []
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            return []
         if isinstance(node, ast.FunctionDef) and (classes := patched_classes(node)):
-            if node.name.startswith('_'): return []
+            if node.name.startswith('_'):
+                return []
             cls = {**self.fastai, **vars(mod)}[classes[0]]
             return [Entry(f'{classes[0]}.{node.name}', unwrapped(inspect.getattr_static(cls, node.name)), node, code, module, cls, classes[1:])]
-        if node.name not in public: return []
+        if node.name not in public:
+            return []
         obj = getattr(mod, node.name)
         res = [Entry(node.name, obj if isinstance(obj, type) else unwrapped(obj), node, code, module)]
         return res + self.methods(res[0]) if isinstance(obj, type) else res
 
     def methods(self, e):
         "The public methods that the class of an entry defines itself"
-        fs = {n.name: n for n in e.node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith('_') and not inherited(e.obj, n.name)}
+        own = [n for n in e.node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith('_')]
+        fs = {n.name: n for n in own if not inherited(e.obj, n.name) and not is_event(e.obj, n.name)}
         return [Entry(f'{e.name}.{k}', unwrapped(vars(e.obj)[k]), n, e.code, e.module, e.obj) for k,n in fs.items()]
 
     def shorthands(self):
         "What prose calls things: `learn.evaluate` for `Learner.evaluate`, `fit_stlr` for `Learner.fit_stlr`, `ev.report` for `Evaluation.report`"
         res = {}
         for e in self.by_name.values():
-            if not e.owner: continue
+            if not e.owner:
+                continue
             cls,method = e.name.split('.')
             names = [cls, *e.aliases]
             if any(o.endswith('Learner') for o in names):
                 res.setdefault(f'learn.{method}', e)
-                if '_' in method: res.setdefault(method, e)
+                if '_' in method:
+                    res.setdefault(method, e)
             for o in names:
                 res.setdefault(f'{o}.{method}', e)
-                if short := {'Evaluation': 'ev', 'ULMFiT': 'ulm'}.get(o): res.setdefault(f'{short}.{method}', e)
+                if short := {'Evaluation': 'ev', 'ULMFiT': 'ulm'}.get(o):
+                    res.setdefault(f'{short}.{method}', e)
         return res
 
     def find(self, name):
         "The entry that a piece of code in prose names, if any: `f`, `f(...)`, `A.b`, `learn.f(x)`, `f(x=1)`"
-        if not (m := re.fullmatch(r'([A-Za-z_][\w.]*)(\(.*\))?', name.strip(), re.S)): return None
+        if not (m := re.fullmatch(r'([A-Za-z_][\w.]*)(\(.*\))?', name.strip(), re.S)):
+            return None
         return self.by_name.get(m[1]) or self.short.get(m[1])
+
+
+def is_event(cls, name):
+    "Is it a method that fastai calls during a fit, such as `before_epoch`?"
+    from fastai.callback.core import Callback, event
+    return issubclass(cls, Callback) and hasattr(event, name)
 
 
 # --- Signatures and parameters ---
 
 def own_function(e):
     "The definition that the parameters of an entry are written in"
-    if not e.is_class: return e.node if isinstance(e.node, ast.FunctionDef) else None
+    if not e.is_class:
+        return e.node if isinstance(e.node, ast.FunctionDef) else None
     return next((n for n in e.node.body if isinstance(n, ast.FunctionDef) and n.name == '__init__'), None)
 
 
-def written(node, code): return ' '.join(ast.get_source_segment(code, node).split()) if node is not None else ''
+def written(node, code):
+    return ' '.join(ast.get_source_segment(code, node).split()) if node is not None else ''
 
 
 def as_written(e):
     "{parameter: (annotation, default)} as the code has them: `2.6**4`, not its value"
     if (f := own_function(e)) is None:
-        if not e.is_class: return {}
+        if not e.is_class:
+            return {}
         return {n.target.id: (written(n.annotation, e.code), written(n.value, e.code)) for n in e.node.body if isinstance(n, ast.AnnAssign)}
     a = f.args
     pos = a.posonlyargs + a.args
@@ -164,20 +192,27 @@ def as_written(e):
 
 def named(o, kind):
     "A type or a default that was not written in the cell, as short text"
-    if o is empty: return ''
-    if isinstance(o, str) and kind == 'type': return o
+    if o is empty:
+        return ''
+    if isinstance(o, str) and kind == 'type':
+        return o
     name = getattr(o, '__qualname__', None) or getattr(o, '__name__', None)
-    if name and (isinstance(o, type) or callable(o)): return name
+    if name and (isinstance(o, type) or callable(o)):
+        return name
     s = re.sub(r'\btyping\.|\bfastai\.[\w.]+\.', '', repr(o))
     return '…' if ' at 0x' in s or len(s) > 60 else s
 
 
 def signature(e):
     "The parameters of an entry without `self`, or `None` for what is not called"
-    if e.is_property or not (e.is_class or isinstance(e.node, ast.FunctionDef)): return None
-    if e.is_class and '__init__' not in vars(e.obj): return None
-    try: ps = list(inspect.signature(e.obj.__init__ if e.is_class else e.obj).parameters.values())
-    except (ValueError, TypeError): return None
+    if e.is_property or not (e.is_class or isinstance(e.node, ast.FunctionDef)):
+        return None
+    if e.is_class and '__init__' not in vars(e.obj):
+        return None
+    try:
+        ps = list(inspect.signature(e.obj.__init__ if e.is_class else e.obj).parameters.values())
+    except (ValueError, TypeError):
+        return None
     static = any(getattr(d, 'id', '') == 'staticmethod' for d in getattr(e.node, 'decorator_list', []))
     return ps[1:] if (e.is_class or e.owner) and not static else ps
 
@@ -206,22 +241,27 @@ def parameters(e):
 
 def signature_text(e):
     "`name(a, b=1)`, wrapped where it is long"
-    if e.node.__class__ in (ast.Assign, ast.AnnAssign): return textwrap.shorten(written(e.node, e.code), 160, placeholder=' …')
-    if (ps := signature(e)) is None: return e.name
+    if e.node.__class__ in (ast.Assign, ast.AnnAssign):
+        return textwrap.shorten(written(e.node, e.code), 160, placeholder=' …')
+    if (ps := signature(e)) is None:
+        return e.name
     params,_ = parameters(e)
     shown,bare = [],False
     for p,o in zip(ps, params):
-        if p.kind is p.KEYWORD_ONLY and not bare and not any(q.kind is q.VAR_POSITIONAL for q in ps): shown.append('*')
+        if p.kind is p.KEYWORD_ONLY and not bare and not any(q.kind is q.VAR_POSITIONAL for q in ps):
+            shown.append('*')
         bare = bare or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
         shown.append(o.name + (f'={o.default}' if o.default != '' else ''))
     line = f'{e.name}({", ".join(shown)})'
-    if len(line) <= 84: return line
+    if len(line) <= 84:
+        return line
     return f'{e.name}(\n' + textwrap.fill(', '.join(shown), 84, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False) + '\n)'
 
 
 def docstring(e):
     "The docstring of a function or class, the comment behind a constant"
-    if isinstance(e.node, (ast.Assign, ast.AnnAssign)): return e.code.splitlines()[e.node.end_lineno-1].partition(' # ')[2].strip()
+    if isinstance(e.node, (ast.Assign, ast.AnnAssign)):
+        return e.code.splitlines()[e.node.end_lineno-1].partition(' # ')[2].strip()
     return inspect.cleandoc(ast.get_docstring(e.node) or (e.obj.__doc__ if callable(e.obj) else '') or '')
 
 
@@ -231,6 +271,7 @@ def source_line(e, py):
     tree = ast.parse(py)
     for part in (names if not e.owner or any(getattr(n, 'name', '') == names[0] for n in tree.body) else names[-1:]):
         hits = [n for n in tree.body if getattr(n, 'name', None) == part or part in assigned(n)]
-        if not hits: return next((n.lineno for n in ast.walk(ast.parse(py)) if getattr(n, 'name', None) == names[-1]), 1)
+        if not hits:
+            return next((n.lineno for n in ast.walk(ast.parse(py)) if getattr(n, 'name', None) == names[-1]), 1)
         tree = hits[-1]
     return tree.lineno

@@ -16,29 +16,45 @@ _math = re.compile(r'\$\$(.+?)\$\$|(?<![\\$\w])\$(?![\s$])([^$\n]+?)(?<![\s\\])\
 _heading = re.compile(r'^#{1,6} ')
 
 
-class PageError(Exception): "Something in a notebook that would be broken on the site"
+class PageError(Exception):
+    "Something in a notebook that would be broken on the site"
 
 
 def page_name(path, home='nbs/home.ipynb'):
     "Where the site has a file of the project: `tune.unfreezing.md` for nbs/415_tune.unfreezing.ipynb; nothing for what is not on it"
     path = PurePosixPath(path)
-    if str(path) == home: return 'index.md'
+    if str(path) == home:
+        return 'index.md'
     if path.suffix == '.ipynb' and path.parts[0] == 'nbs':
         return str(PurePosixPath(*path.parts[1:-1], (module_name(path) or path.stem) + '.md'))
     if path.suffix == '.md' and path.parts[0] in ('benchmarks', 'CHANGELOG.md', 'CONTRIBUTING.md'):
-        return 'benchmarks.md' if path.name == 'README.md' else f'{path.stem.lower()}.md'
+        if path.parts[0] != 'benchmarks':
+            return f'{path.stem.lower()}.md'
+        if len(path.parts) == 2:
+            return 'benchmarks.md'
+        return f'benchmarks/{path.parts[1]}.md' if path.name == 'README.md' else f'benchmarks/{path.parts[1]}_{path.stem}.md'
 
 
 def outside_fences(txt, f):
     "`txt` with `f` applied to what stands between fenced blocks"
     parts,buf,fence = [],[],None
     def flush():
-        if buf: parts.append('\n'.join(buf) if fence else f('\n'.join(buf)))
+        if buf:
+            parts.append('\n'.join(buf) if fence else f('\n'.join(buf)))
         buf.clear()
     for line in txt.split('\n'):
         if m := _fence.match(line):
-            if fence is None: flush(); fence = m[1]; buf.append(line); continue
-            if m[1] == fence: buf.append(line); parts.append('\n'.join(buf)); buf.clear(); fence = None; continue
+            if fence is None:
+                flush()
+                fence = m[1]
+                buf.append(line)
+                continue
+            if m[1] == fence:
+                buf.append(line)
+                parts.append('\n'.join(buf))
+                buf.clear()
+                fence = None
+                continue
         buf.append(line)
     flush()
     return '\n'.join(parts)
@@ -47,7 +63,9 @@ def outside_fences(txt, f):
 def outside_code(s, f):
     "`s` with `f` applied to it while its pieces of code are hidden"
     held = []
-    def hold(m): held.append(m[0]); return f'\x00{len(held)-1}\x00'
+    def hold(m):
+        held.append(m[0])
+        return f'\x00{len(held)-1}\x00'
     return re.sub('\x00(\\d+)\x00', lambda m: held[int(m[1])], f(_code.sub(hold, s)))
 
 
@@ -65,14 +83,17 @@ class Site:
         "The link from `page` to another page"
         return os.path.relpath(target, PurePosixPath(page).parent) + anchor if target != page or not anchor else anchor
 
-    def entry_href(self, page, e): return self.href(page, f'{e.module}.md', f'#{e.id}')
+    def entry_href(self, page, e):
+        return self.href(page, f'{e.module}.md', f'#{e.id}')
 
     def file_href(self, page, src, link, anchor):
         "The link from `page`, made from the file `src`, to what the relative link `link` names"
         target = os.path.normpath(PurePosixPath(src).parent/link)
         target = re.sub(r'^nbs/index(\.[\w-]+)?\.ipynb$', lambda m: f'README{m[1] or ""}.md', target)
-        if target in self.pages: return self.href(page, self.pages[target], anchor)
-        if not (ROOT/target).exists(): raise PageError(f'{src}: a link to {link}, which does not exist')
+        if target in self.pages:
+            return self.href(page, self.pages[target], anchor)
+        if not (ROOT/target).exists():
+            raise PageError(f'{src}: a link to {link}, which does not exist')
         return f'{self.git_url}/blob/main/{target}{anchor}'
 
 
@@ -98,10 +119,13 @@ class Page:
         "One line with its backticked names linked, unless they are links already"
         def link(m):
             before = line[:m.start()]
-            if before.count('[') - before.count(']') > 0: return m[0]
+            if before.count('[') - before.count(']') > 0:
+                return m[0]
             name = m[2].strip()
-            if e := self.site.ref.find(name): return f'[{m[0]}]({self.site.entry_href(self.out, e)})'
-            if name in self.site.ref.modules: return f'[{m[0]}]({self.site.href(self.out, name + ".md")})'
+            if e := self.site.ref.find(name):
+                return f'[{m[0]}]({self.site.entry_href(self.out, e)})'
+            if name in self.site.ref.modules:
+                return f'[{m[0]}]({self.site.href(self.out, name + ".md")})'
             return m[0]
         return _code.sub(link, line)
 
@@ -109,18 +133,24 @@ class Page:
         "The title, and below it the line after `>` as the lead; the rest of the cell"
         lines = txt.strip().split('\n')
         self.title = lines.pop(0).lstrip('# ').strip()
-        while lines and not lines[0].strip(): lines.pop(0)
+        while lines and not lines[0].strip():
+            lines.pop(0)
         lead = []
-        while lines and lines[0].startswith('>'): lead.append(lines.pop(0).lstrip('> '))
+        while lines and lines[0].startswith('>'):
+            lead.append(lines.pop(0).lstrip('> '))
         self.lead = ' '.join(lead)
         res = f'# {self.title}'
-        if lead: res += f'\n\n{self.prose(self.lead)}\n{{ .lead }}'
+        if lead:
+            res += f'\n\n{self.prose(self.lead)}\n{{ .lead }}'
         return res + '\n\n' + self.prose('\n'.join(lines).strip('\n'))
 
     def markdown(self, txt):
-        if not self.title and txt.lstrip().startswith('# '): return self.opening(txt)
+        if not self.title and txt.lstrip().startswith('# '):
+            return self.opening(txt)
         for line in txt.split('\n'):
-            if _heading.match(line): self.heading = line.lstrip('# '); self.has_h2 = True
+            if _heading.match(line):
+                self.heading = line.lstrip('# ')
+                self.has_h2 = True
         return self.prose(txt)
 
     def figure(self, data, key):
@@ -129,10 +159,13 @@ class Page:
         return f'![{html.escape(self.heading or self.title)}]({name}){{ .figure loading=lazy }}'
 
     def output(self, o, key):
-        if o['output_type'] == 'stream': return block(plain(text_of(o['text'])), 'text { .out }') if o.get('name') != 'stderr' else ''
+        if o['output_type'] == 'stream':
+            return block(plain(text_of(o['text'])), 'text { .out }') if o.get('name') != 'stderr' else ''
         data = {k: text_of(v) for k,v in o.get('data', {}).items()}
-        if 'image/png' in data: return self.figure(data['image/png'], key)
-        if 'text/markdown' in data: return self.prose(data['text/markdown'])
+        if 'image/png' in data:
+            return self.figure(data['image/png'], key)
+        if 'text/markdown' in data:
+            return self.prose(data['text/markdown'])
         if 'text/html' in data:
             body = re.sub(r'<style.*?</style>', '', data['text/html'], flags=re.S)
             body = '\n'.join(l for l in body.split('\n') if l.strip())
@@ -143,14 +176,18 @@ class Page:
     def code(self, cell, i):
         "A cell of code: shown with what it gives, or, where it makes the package, as the entries of what it defines"
         dirs,code = split_cell(cell)
-        if not code or {'hide', 'default_exp'} & set(dirs): return []
-        if {'export', 'exporti', 'exports'} & set(dirs): return self.exported(cell, code)
+        if not code or {'hide', 'default_exp'} & set(dirs):
+            return []
+        if {'export', 'exporti', 'exports'} & set(dirs):
+            return self.exported(cell, code)
         res = [] if is_off(dirs, 'echo') or 'hide_input' in dirs else [block(code, 'python')]
-        if is_off(dirs, 'output'): return res
+        if is_off(dirs, 'output'):
+            return res
         return res + [self.output(o, f'{i}_{j}') for j,o in enumerate(cell.get('outputs', []))]
 
     def exported(self, cell, code):
-        if all(re.match(r'(import|from|#|\s|\)|$)', l) for l in code.split('\n')): return []
+        if all(re.match(r'(import|from|#|\s|\)|$)', l) for l in code.split('\n')):
+            return []
         entries = self.site.ref.entries(self.module, cell)
         names = re.findall(r'^(?:def|class) (\w+)', code, re.M) or re.findall(r'^(\w+) *=', code, re.M)
         label = 'Source' if entries else 'Source of ' + ', '.join(f'<code>{o}</code>' for o in names) if names else 'Source'
@@ -164,16 +201,19 @@ class Page:
         line = source_line(e, (ROOT/py).read_text(encoding='utf-8'))
         params,returns = parameters(e)
         doc = self.prose(docstring(e))
-        if e.aliases: doc += '\n\nAlso on ' + ', '.join(f'`{o}`' for o in e.aliases) + '.'
+        if e.aliases:
+            doc += '\n\nAlso on ' + ', '.join(f'`{o}`' for o in e.aliases) + '.'
         head = f'{"#"*(level if self.has_h2 else level-1)} {e.name} {{ #{e.id} .api }}'
         link = f'[source]({self.site.git_url}/blob/main/{py}#L{line}){{ .api-source data-search-exclude }}'
         return '\n\n'.join(o for o in (head, link, block(signature_text(e), 'python'), doc, self.table(params, returns)) if o)
 
     def table(self, params, returns):
         "Parameters and result as a table, without the columns that are empty"
-        if not params and not returns: return ''
+        if not params and not returns:
+            return ''
         rows = [*params, *([returns] if returns else [])]
-        def meaning(p): return self.prose(outside_code(p.meaning.replace('\n', ' '), lambda s: s.replace('|', '&#124;')))
+        def meaning(p):
+            return self.prose(outside_code(p.meaning.replace('\n', ' '), lambda s: s.replace('|', '&#124;')))
         cols = [('Parameter', lambda p: f'`{p.name}`' if p.name else '*returns*'), ('Type', lambda p: quoted(p.type)), ('Default', lambda p: quoted(p.default)), ('Meaning', meaning)]
         cols = [(h, f) for h,f in cols if any(f(p) for p in rows)]
         return '\n'.join(['| ' + ' | '.join(h for h,_ in cols) + ' |', '|' + '---|'*len(cols)] + ['| ' + ' | '.join(f(p) for _,f in cols) + ' |' for p in rows])
@@ -182,14 +222,18 @@ class Page:
         "The whole page"
         parts = []
         for i,c in enumerate(self.nb['cells']):
-            if c['cell_type'] == 'markdown': parts.append(self.markdown(text_of(c['source'])))
-            elif c['cell_type'] == 'code': parts += self.code(c, i)
+            if c['cell_type'] == 'markdown':
+                parts.append(self.markdown(text_of(c['source'])))
+            elif c['cell_type'] == 'code':
+                parts += self.code(c, i)
         return '\n\n'.join(o.strip('\n') for o in parts if o.strip()) + '\n'
 
 
 class MarkdownPage(Page):
     "A Markdown file of the project as a page"
-    def text(self): return self.markdown((ROOT/self.src).read_text(encoding='utf-8')) + '\n'
+    def text(self):
+        return self.markdown((ROOT/self.src).read_text(encoding='utf-8')) + '\n'
 
 
-def quoted(s): return f'`{s}`' if s else ''
+def quoted(s):
+    return f'`{s}`' if s else ''

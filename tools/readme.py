@@ -17,19 +17,23 @@ _ansi = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
 _fence = re.compile(r'^\s*(```|~~~)')
 
 
-def text_of(src): return src if isinstance(src, str) else ''.join(src or [])
+def text_of(src):
+    return src if isinstance(src, str) else ''.join(src or [])
 
 
 def split_cell(cell):
     "The directives of a code cell as a dict, and its code without them"
     dirs,lines = {},text_of(cell['source']).splitlines()
     while lines and (not lines[0].strip() or _directive.match(lines[0])):
-        if m := _directive.match(lines.pop(0)): dirs[m[1]] = m[2].strip().lower()
-    for k,v in (cell.get('metadata', {}).get('nbdev') or {}).items(): dirs.setdefault(k, str(v or '').lower())
+        if m := _directive.match(lines.pop(0)):
+            dirs[m[1]] = m[2].strip().lower()
+    for k,v in (cell.get('metadata', {}).get('nbdev') or {}).items():
+        dirs.setdefault(k, str(v or '').lower())
     return dirs,'\n'.join(lines).rstrip()
 
 
-def is_off(dirs, name): return dirs.get(name) in ('false', 'no')
+def is_off(dirs, name):
+    return dirs.get(name) in ('false', 'no')
 
 
 def plain(txt):
@@ -40,16 +44,19 @@ def plain(txt):
 
 def output_md(out):
     "One output of a cell as Markdown; empty for what has no text (figures, progress bars) and for stderr"
-    if out['output_type'] == 'stream': return block(plain(text_of(out['text'])), 'text') if out.get('name') != 'stderr' else ''
+    if out['output_type'] == 'stream':
+        return block(plain(text_of(out['text'])), 'text') if out.get('name') != 'stderr' else ''
     data = out.get('data', {})
-    if 'text/markdown' in data: return text_of(data['text/markdown']).strip()
+    if 'text/markdown' in data:
+        return text_of(data['text/markdown']).strip()
     txt = plain(text_of(data.get('text/plain', '')))
     return '' if re.match(r'<(IPython|Figure|matplotlib)', txt) else block(txt, 'text')
 
 
 def block(txt, lang):
     "`txt` in a fence longer than any fence inside it"
-    if not txt.strip(): return ''
+    if not txt.strip():
+        return ''
     fence = '`'*max([3, *(len(o)+1 for o in re.findall(r'`{3,}', txt))])
     return f'{fence}{lang}\n{txt}\n{fence}'
 
@@ -58,8 +65,10 @@ def markdown(src, folder='nbs'):
     "A Markdown cell with its relative links leading from the project's root"
     res,fenced = [],False
     for line in src.strip().split('\n'):
-        if _fence.match(line): fenced = not fenced
-        if not fenced: line = _link.sub(lambda m: m[1] + os.path.normpath(f'{folder}/{m[2]}').replace(os.sep, '/'), line)
+        if _fence.match(line):
+            fenced = not fenced
+        if not fenced:
+            line = _link.sub(lambda m: m[1] + os.path.normpath(f'{folder}/{m[2]}').replace(os.sep, '/'), line)
         res.append(line)
     return '\n'.join(res)
 
@@ -68,22 +77,29 @@ def code_blocks(nb, fast=True):
     "The code of every cell that the README shows; with `fast`, without `#| slow`, `#| notest` and `#| eval: false`"
     res = []
     for c in nb['cells']:
-        if c['cell_type'] != 'code': continue
+        if c['cell_type'] != 'code':
+            continue
         dirs,code = split_cell(c)
-        if not code or 'hide' in dirs or is_off(dirs, 'echo'): continue
-        if fast and ({'slow', 'notest'} & set(dirs) or is_off(dirs, 'eval')): continue
+        if not code or 'hide' in dirs or is_off(dirs, 'echo'):
+            continue
+        if fast and ({'slow', 'notest'} & set(dirs) or is_off(dirs, 'eval')):
+            continue
         res.append(code)
     return res
 
 
 def cell_md(cell):
     "One cell as a list of Markdown paragraphs"
-    if cell['cell_type'] == 'markdown': return [markdown(text_of(cell['source']))]
-    if cell['cell_type'] != 'code': return []
+    if cell['cell_type'] == 'markdown':
+        return [markdown(text_of(cell['source']))]
+    if cell['cell_type'] != 'code':
+        return []
     dirs,code = split_cell(cell)
-    if 'hide' in dirs: return []
+    if 'hide' in dirs:
+        return []
     res = [] if is_off(dirs, 'echo') or 'hide_input' in dirs else [block(code, 'python')]
-    if not is_off(dirs, 'output'): res += [output_md(o) for o in cell.get('outputs', [])]
+    if not is_off(dirs, 'output'):
+        res += [output_md(o) for o in cell.get('outputs', [])]
     return res
 
 
@@ -93,7 +109,8 @@ def readme(nb, name='index.ipynb'):
     return f'<!-- Made from nbs/{name} by tools/readme.py: edit the notebook. -->\n\n' + '\n\n'.join(parts) + '\n'
 
 
-def load(path): return json.loads(Path(path).read_text(encoding='utf-8'))
+def load(path):
+    return json.loads(Path(path).read_text(encoding='utf-8'))
 
 
 def main(argv=None):
@@ -102,15 +119,18 @@ def main(argv=None):
     p.add_argument('--nb', type=Path, help='the notebook; all of them if left out')
     p.add_argument('--out', type=Path, default=ROOT/'README.md', help='the file to write for --nb')
     args = p.parse_args(argv)
-    for nb,out in [(args.nb, args.out)] if args.nb else READMES: one(nb, out, args.check)
+    for nb,out in [(args.nb, args.out)] if args.nb else READMES:
+        one(nb, out, args.check)
 
 
 def one(nb, out, check):
     "Write one README, or say how it differs"
-    if not nb.exists(): sys.exit(f'{nb} does not exist: the README is made from it.')
+    if not nb.exists():
+        sys.exit(f'{nb} does not exist: the README is made from it.')
     new = readme(load(nb), nb.name)
     old = out.read_text(encoding='utf-8') if out.exists() else ''
-    if new == old: return
+    if new == old:
+        return
     if not check:
         out.write_text(new, encoding='utf-8')
         return
@@ -118,4 +138,5 @@ def one(nb, out, check):
     sys.exit(f'{out.name} differs from {nb.name}: run `python tools/readme.py`.')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

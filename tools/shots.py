@@ -13,7 +13,8 @@ WIDTHS = dict(desktop=(1280, 900), phone=(390, 844))
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 def serve(folder):
@@ -69,7 +70,9 @@ def main(argv=None):
         browser = play.chromium.launch(executable_path=args.chromium, args=['--no-sandbox'])
         wrong = shoot(browser, serve(args.site), args.out, args.pages, args.query)
         browser.close()
-    if wrong: sys.exit('\n'.join(wrong))
+    if wrong:
+        sys.exit('\n'.join(wrong))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,58 @@
+"""Write benchmarks/README.md: a table of all benchmarks, from the title and the one-line result at the top of each one's README.
+
+    python benchmarks/summary.py            write it
+    python benchmarks/summary.py --check    fail if it is not up to date"""
+
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+GROUPS = {
+    'Accuracy': ('transfer_gain', 'trec6_minilm', 'recipes', 'layer_rates', 'hotel_reviews', 'chinese_ner'),
+    'Speed and memory': ('training', 'mixed_precision', 'feature_cache', 'compilation', 'prediction', 'generation', 'evaluation',
+                         'chinese_tokenizers', 'chinese_million', 'import_time', 'gpu'),
+    'Coverage': ('architectures', 'blurr_flows'),
+}
+INTRO = '''# Benchmarks
+
+Each benchmark runs what it compares in turn in one process and reports ratios or paired differences, with their spread. None is a test,
+since machines are noisy. All figures are from two processor cores without a GPU; the page of each benchmark names the processor's instructions
+(bfloat16 and AMX make a large difference), the conditions, and what it does not show.
+
+A benchmark is a folder: `run.py` (its docstring says what it measures and how to call it), `README.md`, and `results/`.
+'''
+QUICKSTART = '''
+`fastai-tl quickstart` is a benchmark of its own: it prints what a majority vote, word counts and training from scratch reach on the same
+rows. Its table is in the [README](../README.md).
+'''
+
+
+def about(name):
+    "Title and result of a benchmark"
+    text = (HERE/name/'README.md').read_text(encoding='utf-8')
+    found = re.match(r'# (.+)\n\n> (.+)\n', text)
+    if not found:
+        sys.exit(f'benchmarks/{name}/README.md must begin with a title and a line `> result`')
+    return found[1], found[2]
+
+
+def page():
+    "The text of benchmarks/README.md"
+    grouped = {name for names in GROUPS.values() for name in names}
+    folders = {p.parent.name for p in HERE.glob('*/run.py')}
+    if grouped != folders:
+        sys.exit(f'GROUPS and the folders differ: {sorted(grouped ^ folders)}')
+    parts = [INTRO]
+    for group, names in GROUPS.items():
+        rows = [f'| [{title}]({name}/README.md) | {result} |' for name in names for title, result in [about(name)]]
+        parts.append('\n'.join([f'\n## {group}\n', '| benchmark | result |', '|---|---|', *rows, '']))
+    return ''.join([*parts, QUICKSTART])
+
+
+if __name__ == '__main__':
+    path = HERE/'README.md'
+    if '--check' not in sys.argv:
+        path.write_text(page(), encoding='utf-8')
+    elif path.read_text(encoding='utf-8') != page():
+        sys.exit('benchmarks/README.md is not up to date: python benchmarks/summary.py')
