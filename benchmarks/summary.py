@@ -1,7 +1,7 @@
 """Write benchmarks/README.md: a table of all benchmarks, from the title and the one-line result at the top of each one's README.
 
-    python benchmarks/summary.py            write it
-    python benchmarks/summary.py --check    fail if it is not up to date"""
+python benchmarks/summary.py            write it
+python benchmarks/summary.py --check    fail if it is not up to date"""
 
 import re
 import sys
@@ -10,8 +10,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 GROUPS = {
     'Accuracy': ('transfer_gain', 'trec6_minilm', 'recipes', 'layer_rates', 'hotel_reviews', 'chinese_ner'),
-    'Speed and memory': ('training', 'mixed_precision', 'feature_cache', 'compilation', 'prediction', 'generation', 'evaluation',
-                         'chinese_tokenizers', 'chinese_million', 'import_time', 'gpu'),
+    'Speed and memory': (
+        'training',
+        'mixed_precision',
+        'feature_cache',
+        'compilation',
+        'prediction',
+        'generation',
+        'evaluation',
+        'chinese_tokenizers',
+        'chinese_million',
+        'import_time',
+        'gpu',
+    ),
     'Coverage': ('architectures', 'blurr_flows'),
 }
 INTRO = '''# Benchmarks
@@ -30,7 +41,7 @@ rows. Its table is in the [README](../README.md).
 
 def about(name):
     "Title and result of a benchmark"
-    text = (HERE/name/'README.md').read_text(encoding='utf-8')
+    text = (HERE / name / 'README.md').read_text(encoding='utf-8')
     found = re.match(r'# (.+)\n\n> (.+)\n', text)
     if not found:
         sys.exit(f'benchmarks/{name}/README.md must begin with a title and a line `> result`')
@@ -51,7 +62,7 @@ def page():
 
 
 if __name__ == '__main__':
-    path = HERE/'README.md'
+    path = HERE / 'README.md'
     if '--check' not in sys.argv:
         path.write_text(page(), encoding='utf-8')
     elif path.read_text(encoding='utf-8') != page():

@@ -46,7 +46,7 @@ def torch_threads():
 @pytest.fixture(scope='session')
 def shared_data():
     "The folder of data sets next to the project, which the package works without; `FASTAI_TL_DATA` names another one"
-    folder = Path(os.environ.get('FASTAI_TL_DATA') or ROOT.parent/'shared'/'data')
+    folder = Path(os.environ.get('FASTAI_TL_DATA') or ROOT.parent / 'shared' / 'data')
     if not folder.is_dir():
         pytest.skip(f'no data sets at {folder} (set FASTAI_TL_DATA to their folder)')
     return folder
@@ -54,24 +54,27 @@ def shared_data():
 
 class NotebookRunner:
     "Runs notebooks of a copy of the project, each in a process forked from one that has imported fastai and transformers"
+
     def __init__(self, root):
         from repo import clean_env
+
         self.root = root
         program = [sys.executable, '-W', 'ignore', str(Path(__file__).with_name('notebook_run.py')), str(root)]
-        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=clean_env(PYTHONPATH=str(root)))
+        self.process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_env(PYTHONPATH=str(root))
+        )
         assert self.process.stdout.readline() == 'ready\n'
 
     def __call__(self, path):
         "Run a notebook of the project; `finished` and `output`"
-        self.process.stdin.write(f'{self.root/Path(path).relative_to(ROOT)}\n')
+        self.process.stdin.write(f'{self.root / Path(path).relative_to(ROOT)}\n')
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
     def of_code(self, code):
         "Run a notebook of one cell"
         cell = dict(cell_type='code', id='made-up', metadata={}, source=code, outputs=[], execution_count=None)
-        path = self.root/'nbs'/'made_up.ipynb'
+        path = self.root / 'nbs' / 'made_up.ipynb'
         path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)), encoding='utf-8')
         self.process.stdin.write(f'{path}\n')
         self.process.stdin.flush()
@@ -89,6 +92,7 @@ def notebook_runner(tmp_path_factory):
     if not hasattr(os, 'fork'):
         pytest.skip('needs a system that can fork')
     from repo import copy_project
-    runner = NotebookRunner(copy_project(tmp_path_factory.mktemp('project')/'fastai_tl'))
+
+    runner = NotebookRunner(copy_project(tmp_path_factory.mktemp('project') / 'fastai_tl'))
     yield runner
     runner.close()

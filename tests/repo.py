@@ -1,33 +1,51 @@
 """What the tests of the law read: the notebooks, their exported cells, and the modules made from them."""
 
-import ast,os,re,shutil,subprocess,sys
+import ast, os, re, shutil, subprocess, sys
 from dataclasses import dataclass
-from functools import cached_property,lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS,PACKAGE = ROOT/'nbs',ROOT/'fastai_tl'
+NBS, PACKAGE = ROOT / 'nbs', ROOT / 'fastai_tl'
 PKG = PACKAGE.name
 HAND_WRITTEN = {'__init__.py', 'all.py'}
-NOT_PROJECT = ('.git', '.venv', 'venv', 'build', 'dist', '*.egg-info', '__pycache__', '.ipynb_checkpoints', '.pytest_cache', '.hypothesis',
-               '_docs', '_proc', 'site', 'quickstart', 'runs')
+NOT_PROJECT = (
+    '.git',
+    '.venv',
+    'venv',
+    'build',
+    'dist',
+    '*.egg-info',
+    '__pycache__',
+    '.ipynb_checkpoints',
+    '.pytest_cache',
+    '.hypothesis',
+    '_docs',
+    '_proc',
+    'site',
+    'quickstart',
+    'runs',
+)
 _name = re.compile(r'^(?P<number>\d\d\d)_(?:(?P<folder>[a-z0-9]+)\.)?(?P<module>[a-z0-9_]+)\.ipynb$')
 
 
 @dataclass(frozen=True)
 class Cell:
     "An exported cell: its id, its code without directives, and the module it goes to (None: the notebook's own)"
+
     id: str
     code: str
-    to: str|None
+    to: str | None
 
     @cached_property
-    def tree(self): return ast.parse(self.code)
+    def tree(self):
+        return ast.parse(self.code)
 
     @property
-    def lines(self): return len(self.code.strip('\n').splitlines())
+    def lines(self):
+        return len(self.code.strip('\n').splitlines())
 
     @property
     def title(self):
@@ -39,16 +57,20 @@ class Cell:
 @dataclass(frozen=True)
 class Notebook:
     "A numbered notebook, from which one module is made"
+
     path: Path
 
     @cached_property
-    def match(self): return _name.match(self.path.name)
+    def match(self):
+        return _name.match(self.path.name)
 
     @property
-    def number(self): return int(self.match['number'])
+    def number(self):
+        return int(self.match['number'])
 
     @property
-    def folder(self): return self.match['folder']
+    def folder(self):
+        return self.match['folder']
 
     @property
     def module(self):
@@ -56,10 +78,12 @@ class Notebook:
         return '.'.join(filter(None, (self.folder, self.match['module'])))
 
     @property
-    def py(self): return PACKAGE/(self.module.replace('.', '/') + '.py')
+    def py(self):
+        return PACKAGE / (self.module.replace('.', '/') + '.py')
 
     @cached_property
-    def _cells(self): return read_nb(self.path).cells
+    def _cells(self):
+        return read_nb(self.path).cells
 
     @cached_property
     def default_exp(self):
@@ -73,9 +97,11 @@ class Notebook:
         "The cells that go into a module, in order"
         res = []
         for c in self._cells:
-            if c.cell_type != 'code': continue
+            if c.cell_type != 'code':
+                continue
             kinds = [k for k in ('export', 'exports', 'exporti') if k in c.directives]
-            if kinds: res.append(Cell(c.get('id', '?'), ''.join(c._partition()[1]), c.directives[kinds[0]] or None))
+            if kinds:
+                res.append(Cell(c.get('id', '?'), ''.join(c._partition()[1]), c.directives[kinds[0]] or None))
         return res
 
 
@@ -88,15 +114,20 @@ def notebook_files(nbs=NBS):
 @lru_cache
 def notebooks():
     "The numbered notebooks, in the order of their numbers"
-    return sorted((n for n in map(Notebook, notebook_files()) if n.path.parent == NBS and n.match), key=lambda n: (n.number, n.module))
+    return sorted(
+        (n for n in map(Notebook, notebook_files()) if n.path.parent == NBS and n.match),
+        key=lambda n: (n.number, n.module),
+    )
 
 
-def ids(o): return o.path.name if isinstance(o, Notebook) else o.name
+def ids(o):
+    return o.path.name if isinstance(o, Notebook) else o.name
 
 
 def calls_import(node):
     "The module that `import_module('…')` or `__import__('…')` names, else None"
-    if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)): return
+    if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
+        return
     name = getattr(node.func, 'attr', getattr(node.func, 'id', None))
     return node.args[0].value if name in ('import_module', '__import__') else None
 
@@ -106,19 +137,25 @@ def package_imports(tree, package, modules):
     `package` is the importing module's own package, such as `fastai_tl.data`, from which relative imports count."""
     res = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): targets = [(a.name, None) for a in node.names]
+        if isinstance(node, ast.Import):
+            targets = [(a.name, None) for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package.split('.')
-            base = base[:len(base)-node.level+1] if node.level else []
+            base = base[: len(base) - node.level + 1] if node.level else []
             targets = [('.'.join(filter(None, base + [node.module])), a.name) for a in node.names]
-        elif (name := calls_import(node)) and isinstance(name, str): targets = [(name, None)]
-        else: continue
-        for name,attr in targets:
-            if name != PKG and not name.startswith(PKG + '.'): continue
-            name = name[len(PKG)+1:]
+        elif (name := calls_import(node)) and isinstance(name, str):
+            targets = [(name, None)]
+        else:
+            continue
+        for name, attr in targets:
+            if name != PKG and not name.startswith(PKG + '.'):
+                continue
+            name = name[len(PKG) + 1 :]
             whole = '.'.join(filter(None, (name, attr)))
-            if whole in modules: res.add(whole)                             # from fastai_tl.data import corpus
-            elif not (name == '' and attr == '__version__'): res.add(name)  # a name out of a module
+            if whole in modules:
+                res.add(whole)  # from fastai_tl.data import corpus
+            elif not (name == '' and attr == '__version__'):
+                res.add(name)  # a name out of a module
     return res
 
 
@@ -130,19 +167,30 @@ def copy_project(dest):
 
 def clean_env(**kwargs):
     "The environment for a fresh process that must find this project's package, or the copy named by PYTHONPATH"
-    env = {k:v for k,v in os.environ.items() if k != 'IN_TEST'}
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
     return {**env, 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', **kwargs}
 
 
 def run(*args, cwd=ROOT, timeout=300, env=None):
     "Run a program to its end; its output and its exit status"
-    return subprocess.run([str(o) for o in args], cwd=cwd, env=clean_env(**(env or {})), timeout=timeout, text=True,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(
+        [str(o) for o in args],
+        cwd=cwd,
+        env=clean_env(**(env or {})),
+        timeout=timeout,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
-def python(code, **kwargs): return run(sys.executable, '-W', 'ignore', '-c', code, **kwargs)
+def python(code, **kwargs):
+    return run(sys.executable, '-W', 'ignore', '-c', code, **kwargs)
 
 
 def script(name):
     "The path of a console script of the running environment"
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])) or name
+    return (
+        shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])) or name
+    )

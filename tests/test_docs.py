@@ -1,13 +1,15 @@
 "The documentation site: it builds, nothing in it is broken, every public name is in it, and the code it shows runs."
 
-import importlib.util,json,re
+import importlib.util, json, re
 
 import pytest
 
 from repo import *
 
-sys.path.append(str(ROOT/'tools'))
-zensical = pytest.mark.skipif(any(importlib.util.find_spec(o) is None for o in ('zensical', 'latex2mathml')), reason='pip install -e ".[docs]"')
+sys.path.append(str(ROOT / 'tools'))
+zensical = pytest.mark.skipif(
+    any(importlib.util.find_spec(o) is None for o in ('zensical', 'latex2mathml')), reason='pip install -e ".[docs]"'
+)
 
 
 @pytest.fixture(scope='module')
@@ -17,34 +19,53 @@ def docs():
 
 
 @pytest.fixture(scope='module')
-def made(docs): return docs.make_pages(docs.sources(), docs.project()['urls']['Repository'])
+def made(docs):
+    return docs.make_pages(docs.sources(), docs.project()['urls']['Repository'])
 
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "The site as the command builds it, in a process of its own"
     pytest.importorskip('zensical', reason='pip install -e ".[docs]"')
-    out = tmp_path_factory.mktemp('docs')/'site'
-    res = run(sys.executable, '-W', 'ignore', ROOT/'tools'/'docs.py', '--out', out)
+    out = tmp_path_factory.mktemp('docs') / 'site'
+    res = run(sys.executable, '-W', 'ignore', ROOT / 'tools' / 'docs.py', '--out', out)
     assert res.returncode == 0, res.stdout
     return out
 
 
 # --- The tool ---
 
+
 def page(docs, *cells, src='nbs/90_x.y.ipynb', by_name=None):
     "A page of made-up cells, on a site whose reference knows `by_name`"
     from docs_page import Page, Site
+
     class Names:
-        modules,by_name = {'tune.unfreezing': None},{}
-        def find(self, name): return (by_name or {}).get(name)
-        def entries(self, module, cell): return []
-    return Page(src, Site(['nbs/415_tune.unfreezing.ipynb', 'nbs/tutorials/t.ipynb', src], Names(), 'https://x.y/z'), dict(cells=list(cells)))
+        modules, by_name = {'tune.unfreezing': None}, {}
+
+        def find(self, name):
+            return (by_name or {}).get(name)
+
+        def entries(self, module, cell):
+            return []
+
+    return Page(
+        src,
+        Site(['nbs/415_tune.unfreezing.ipynb', 'nbs/tutorials/t.ipynb', src], Names(), 'https://x.y/z'),
+        dict(cells=list(cells)),
+    )
 
 
-def md(s): return dict(cell_type='markdown', source=s, metadata={})
-def code(s, *outputs): return dict(cell_type='code', source=s, metadata={}, outputs=list(outputs))
-def shown(**data): return dict(output_type='execute_result', data={k.replace('_', '/'): v for k,v in data.items()}, metadata={})
+def md(s):
+    return dict(cell_type='markdown', source=s, metadata={})
+
+
+def code(s, *outputs):
+    return dict(cell_type='code', source=s, metadata={}, outputs=list(outputs))
+
+
+def shown(**data):
+    return dict(output_type='execute_result', data={k.replace('_', '/'): v for k, v in data.items()}, metadata={})
 
 
 def test_title_and_lead(docs):
@@ -53,9 +74,20 @@ def test_title_and_lead(docs):
 
 
 def test_links_lead_to_pages(docs):
-    p = page(docs, md('[a](415_tune.unfreezing.ipynb#x) [b](tutorials/t.ipynb) [c](../setup.cfg) [d](#e) [f](https://g.h) `[a](b)`'))
-    assert p.text() == '[a](tune.unfreezing.md#x) [b](tutorials/t.md) [c](https://x.y/z/blob/main/setup.cfg) [d](#e) [f](https://g.h) `[a](b)`\n'
-    assert page(docs, md('[a](../415_tune.unfreezing.ipynb)'), src='nbs/tutorials/u.ipynb').text() == '[a](../tune.unfreezing.md)\n'
+    p = page(
+        docs,
+        md(
+            '[a](415_tune.unfreezing.ipynb#x) [b](tutorials/t.ipynb) [c](../setup.cfg) [d](#e) [f](https://g.h) `[a](b)`'
+        ),
+    )
+    assert (
+        p.text()
+        == '[a](tune.unfreezing.md#x) [b](tutorials/t.md) [c](https://x.y/z/blob/main/setup.cfg) [d](#e) [f](https://g.h) `[a](b)`\n'
+    )
+    assert (
+        page(docs, md('[a](../415_tune.unfreezing.ipynb)'), src='nbs/tutorials/u.ipynb').text()
+        == '[a](../tune.unfreezing.md)\n'
+    )
 
 
 def test_readmes_are_no_pages(docs):
@@ -65,16 +97,21 @@ def test_readmes_are_no_pages(docs):
 
 def test_link_to_nothing(docs):
     from docs_page import PageError
-    with pytest.raises(PageError, match='no_such.ipynb'): page(docs, md('[a](no_such.ipynb)')).text()
+
+    with pytest.raises(PageError, match='no_such.ipynb'):
+        page(docs, md('[a](no_such.ipynb)')).text()
 
 
 def test_names_become_links(docs):
     "In prose, once; not in headings, code, or links that are there already"
     from types import SimpleNamespace as Entry
+
     names = {'f': Entry(module='tune.unfreezing', id='f')}
     txt = '## `f`\n\n`f` and [`f`](https://a.b) and `g` and `tune.unfreezing`\n\n```python\n`f`\n```'
-    assert page(docs, md(txt), by_name=names).text() == \
-        '## `f`\n\n[`f`](tune.unfreezing.md#f) and [`f`](https://a.b) and `g` and [`tune.unfreezing`](tune.unfreezing.md)\n\n```python\n`f`\n```\n'
+    assert (
+        page(docs, md(txt), by_name=names).text()
+        == '## `f`\n\n[`f`](tune.unfreezing.md#f) and [`f`](https://a.b) and `g` and [`tune.unfreezing`](tune.unfreezing.md)\n\n```python\n`f`\n```\n'
+    )
 
 
 def test_formulas(docs):
@@ -84,9 +121,18 @@ def test_formulas(docs):
 
 
 def test_directives_and_outputs(docs):
-    s = page(docs, code('#| hide\nh'), code('#| echo: false\ne', shown(text_plain='1')), code('#| output: false\no', shown(text_plain='2')),
-             code('t', shown(text_html='<style>x</style>\n<table>\n\n</table>', text_plain='3')), code('#| export\nimport os')).text()
-    assert s == '```text { .out }\n1\n```\n\n```python\no\n```\n\n```python\nt\n```\n\n<div class="output">\n<table>\n</table>\n</div>\n'
+    s = page(
+        docs,
+        code('#| hide\nh'),
+        code('#| echo: false\ne', shown(text_plain='1')),
+        code('#| output: false\no', shown(text_plain='2')),
+        code('t', shown(text_html='<style>x</style>\n<table>\n\n</table>', text_plain='3')),
+        code('#| export\nimport os'),
+    ).text()
+    assert (
+        s
+        == '```text { .out }\n1\n```\n\n```python\no\n```\n\n```python\nt\n```\n\n<div class="output">\n<table>\n</table>\n</div>\n'
+    )
 
 
 def test_figures_become_files(docs):
@@ -96,66 +142,101 @@ def test_figures_become_files(docs):
 
 def test_crawler_finds_what_is_broken(docs, tmp_path):
     from docs_crawl import crawl
-    (tmp_path/'a.html').write_text('<p id="x"><a href="b.html#y">1</a><a href="#x">2</a><a href="c.html">3</a><img src="d.png"><script src="https://e.f/g.js"></script>'
-                                   '<a href="https://h.i/base/b.html">4</a><a href="/base/b.html#z">5</a><a href="https://else.where/x">6</a>')
-    (tmp_path/'b.html').write_text('<h2 id="y">')
-    assert crawl(tmp_path, 'https://h.i/base') == ['a.html: c.html leads nowhere', 'a.html: /base/b.html#z names no anchor', 'a.html: d.png leads nowhere',
-                                                   'a.html loads https://e.f/g.js from elsewhere']
+
+    (tmp_path / 'a.html').write_text(
+        '<p id="x"><a href="b.html#y">1</a><a href="#x">2</a><a href="c.html">3</a><img src="d.png"><script src="https://e.f/g.js"></script>'
+        '<a href="https://h.i/base/b.html">4</a><a href="/base/b.html#z">5</a><a href="https://else.where/x">6</a>'
+    )
+    (tmp_path / 'b.html').write_text('<h2 id="y">')
+    assert crawl(tmp_path, 'https://h.i/base') == [
+        'a.html: c.html leads nowhere',
+        'a.html: /base/b.html#z names no anchor',
+        'a.html: d.png leads nowhere',
+        'a.html loads https://e.f/g.js from elsewhere',
+    ]
 
 
 # --- The reference ---
 
+
 def test_every_public_name_has_an_entry(made):
     "With an anchor where nbdev's index says it is"
-    pages,texts = made
-    ids = {p.out.removesuffix('.md'): set(re.findall(r'\{ #(\S+) \.api', texts[o])) for o,p in pages.items()}
+    pages, texts = made
+    ids = {p.out.removesuffix('.md'): set(re.findall(r'\{ #(\S+) \.api', texts[o])) for o, p in pages.items()}
     from test_api import exported, module
-    lacking = [f'{nb.module}.{n}' for nb in exported for n in module(nb).__all__ if n.lower() not in ids[nb.module]
-               and (getattr(getattr(module(nb), n), '__module__', None) or f'{PKG}.{nb.module}') == f'{PKG}.{nb.module}']
+
+    lacking = [
+        f'{nb.module}.{n}'
+        for nb in exported
+        for n in module(nb).__all__
+        if n.lower() not in ids[nb.module]
+        and (getattr(getattr(module(nb), n), '__module__', None) or f'{PKG}.{nb.module}') == f'{PKG}.{nb.module}'
+    ]
     assert not lacking, lacking
 
 
 def test_patched_methods_have_entries(made):
-    pages,texts = made
+    pages, texts = made
     from test_law import all_patches
+
     whole = '\n'.join(texts.values())
-    lacking = {f'{c}.{m}' for _,c,m in all_patches() if not m.startswith('_')} - set(re.findall(r'^#+ (\S+) \{ #', whole, re.M))
-    lacking = {o for o in lacking if not re.search(rf'^#+ \w+\.{o.split(".")[1]} \{{ #.*?Also on [^\n]*`{o.split(".")[0]}`', whole, re.M | re.S)}
+    lacking = {f'{c}.{m}' for _, c, m in all_patches() if not m.startswith('_')} - set(
+        re.findall(r'^#+ (\S+) \{ #', whole, re.M)
+    )
+    lacking = {
+        o
+        for o in lacking
+        if not re.search(rf'^#+ \w+\.{o.split(".")[1]} \{{ #.*?Also on [^\n]*`{o.split(".")[0]}`', whole, re.M | re.S)
+    }
     assert not lacking, lacking
 
 
 def test_names_of_an_assignment(docs):
     import ast
     from docs_api import assigned
-    assert [assigned(ast.parse(o).body[0]) for o in ('a = 1', 'a,b = 1,2', 'a = b = 1', 'a:int = 1', 'f()')] == [['a'], ['a','b'], ['a','b'], ['a'], []]
+
+    assert [assigned(ast.parse(o).body[0]) for o in ('a = 1', 'a,b = 1,2', 'a = b = 1', 'a:int = 1', 'f()')] == [
+        ['a'],
+        ['a', 'b'],
+        ['a', 'b'],
+        ['a'],
+        [],
+    ]
 
 
 def test_signature_and_table(made):
     "As the code has them, without `self`, with meaning and default"
-    _,texts = made
-    text = next(t for o,t in texts.items() if o.endswith('_tune.recipes.ipynb'))
+    _, texts = made
+    text = next(t for o, t in texts.items() if o.endswith('_tune.recipes.ipynb'))
     s = text.split('### Learner.fit_gradual { #learner.fit_gradual .api }', 1)[1].split('\n### ')[0]
-    assert 'spread=2.6**4' in s and '| `spread` | `float` | `2.6**4` | Ratio of the top group\'s rate to the bottom\'s |' in s
+    assert (
+        'spread=2.6**4' in s
+        and '| `spread` | `float` | `2.6**4` | Ratio of the top group\'s rate to the bottom\'s |' in s
+    )
     assert '`self`' not in s.split('<details')[0] and '| *returns* |' in s
     assert re.search(r'\[source\]\(https://\S+/fastai_tl/tune/recipes\.py#L(\d+)\)', s)
     line = int(re.search(r'#L(\d+)\)', s)[1])
-    assert 'def fit_gradual(' in '\n'.join((PACKAGE/'tune'/'recipes.py').read_text().splitlines()[line-1:line+1])
+    assert 'def fit_gradual(' in '\n'.join(
+        (PACKAGE / 'tune' / 'recipes.py').read_text().splitlines()[line - 1 : line + 1]
+    )
 
 
 # --- The site ---
 
+
 @zensical
 def test_site_is_whole(site):
     "The command has followed every link; the figures, the search and llms.txt are there"
-    assert (site/'index.html').exists() and (site/'llms.txt').read_text().startswith('# fastai_tl\n\n> ')
+    assert (site / 'index.html').exists() and (site / 'llms.txt').read_text().startswith('# fastai_tl\n\n> ')
     assert len(list(site.rglob('*.html'))) >= len(notebooks()) + 5 and list(site.rglob('*_files/*.png'))
-    assert 'GradualUnfreezing' in (site/'search.json').read_text()
+    assert 'GradualUnfreezing' in (site / 'search.json').read_text()
 
 
 @zensical
 def test_needs_no_network(site):
     "No font, script or style from elsewhere"
     from docs_crawl import read
+
     urls = {u for p in site.rglob('*.html') for u in read(p).loads if u.startswith(('http', '//'))}
     assert not urls
     assert not [p.name for p in site.rglob('*.css') if re.search(r'url\(["\']?(https?:)?//', p.read_text())]
@@ -165,10 +246,14 @@ def test_needs_no_network(site):
 def test_a_broken_anchor_fails(docs, site, tmp_path):
     "The crawler of the command, on a copy in which one anchor is gone"
     from docs_crawl import crawl
-    shutil.copytree(site, tmp_path/'site')
-    p = tmp_path/'site'/'tune.unfreezing.html'
+
+    shutil.copytree(site, tmp_path / 'site')
+    p = tmp_path / 'site' / 'tune.unfreezing.html'
     p.write_text(p.read_text().replace('id="gradualunfreezing"', 'id="gone"'))
-    assert any('#gradualunfreezing names no anchor' in o for o in crawl(tmp_path/'site', docs.project()['urls']['Documentation']))
+    assert any(
+        '#gradualunfreezing names no anchor' in o
+        for o in crawl(tmp_path / 'site', docs.project()['urls']['Documentation'])
+    )
 
 
 # --- The code of README and home page ---
@@ -189,37 +274,62 @@ defaults.callbacks = [TrainEvalCallback, Recorder, CastToTensor]
 def fenced(path):
     "The Python blocks in the Markdown cells of a notebook"
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    return [b for c in cells if c['cell_type'] == 'markdown' for b in re.findall(r'^```python\n(.*?)^```', ''.join(c['source']), re.M | re.S)]
+    return [
+        b
+        for c in cells
+        if c['cell_type'] == 'markdown'
+        for b in re.findall(r'^```python\n(.*?)^```', ''.join(c['source']), re.M | re.S)
+    ]
 
 
 @pytest.mark.parametrize('name', ['index', 'home'])
 def test_blocks_in_prose_run(name, tmp_path):
     "With a small model of random weights in the folder that the pre-trained one is named for; cells run in test_notebooks.py"
-    blocks = fenced(NBS/f'{name}.ipynb')
-    if not blocks: pytest.skip('no code but its cells')
-    res = python(STAND_INS + '\n'.join(blocks).replace('Learner(dls, model,', 'model = learn.model\nLearner(dls, model,'), cwd=tmp_path, timeout=300)
+    blocks = fenced(NBS / f'{name}.ipynb')
+    if not blocks:
+        pytest.skip('no code but its cells')
+    res = python(
+        STAND_INS + '\n'.join(blocks).replace('Learner(dls, model,', 'model = learn.model\nLearner(dls, model,'),
+        cwd=tmp_path,
+        timeout=300,
+    )
     assert res.returncode == 0, res.stdout
 
 
 # --- Who types off what a page shows ---
 
-pages_that_teach = sorted([*(NBS/'howto').glob('*.ipynb'), *(NBS/'tutorials').glob('*.ipynb'), *(NBS/f'{o}.ipynb' for o in ('home', 'concepts'))])
+pages_that_teach = sorted(
+    [
+        *(NBS / 'howto').glob('*.ipynb'),
+        *(NBS / 'tutorials').glob('*.ipynb'),
+        *(NBS / f'{o}.ipynb' for o in ('home', 'concepts')),
+    ]
+)
 
 
 def names_in(tree):
     "Names that code binds, and names that it reads"
     import ast
+
     nodes = list(ast.walk(tree))
-    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    bound |= {(a.asname or a.name).split('.')[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {
+        n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+    }
+    bound |= {
+        (a.asname or a.name).split('.')[0]
+        for n in nodes
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for a in n.names
+    } | {n.arg for n in nodes if isinstance(n, ast.arg)}
     bound |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
-    return bound,{n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return bound, {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
 @pytest.fixture(scope='module')
 def stars():
     "What the two star imports give"
     import builtins
+
     res = set(dir(builtins)) | {'get_ipython', 'display'}
     for name in ('fastai.text.all', 'fastai_tl.all'):
         mod = importlib.import_module(name)
@@ -230,13 +340,16 @@ def stars():
 @pytest.mark.parametrize('path', pages_that_teach, ids=lambda p: p.stem)
 def test_shown_code_needs_nothing_hidden(path, stars):
     "No visible cell reads a name that only a hidden one, or none, has bound"
-    import ast,readme
-    known,lost = set(stars),{}
+    import ast, readme
+
+    known, lost = set(stars), {}
     for c in readme.load(path)['cells']:
-        if c['cell_type'] != 'code': continue
-        dirs,code = readme.split_cell(c)
-        if not code or 'hide' in dirs or readme.is_off(dirs, 'echo') or 'hide_input' in dirs: continue
-        bound,read = names_in(ast.parse(re.sub(r'^([!%].*)$', 'pass', code, flags=re.M)))
+        if c['cell_type'] != 'code':
+            continue
+        dirs, code = readme.split_cell(c)
+        if not code or 'hide' in dirs or readme.is_off(dirs, 'echo') or 'hide_input' in dirs:
+            continue
+        bound, read = names_in(ast.parse(re.sub(r'^([!%].*)$', 'pass', code, flags=re.M)))
         known |= bound
         lost |= {n: code.splitlines()[0] for n in read - known}
     assert not lost, lost

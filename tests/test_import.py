@@ -46,9 +46,9 @@ print(json.dumps(dict(changed={k: [before[k], after[k]] for k in before if befor
 
 @pytest.fixture(scope='module')
 def probe(tmp_path_factory):
-    home,here = tmp_path_factory.mktemp('home'),tmp_path_factory.mktemp('here')
-    env = dict(HOME=str(home), XDG_CACHE_HOME=str(home/'.cache'), XDG_CONFIG_HOME=str(home/'.config'))
-    for _ in range(2):   # the first import writes fastai's and Matplotlib's own caches
+    home, here = tmp_path_factory.mktemp('home'), tmp_path_factory.mktemp('here')
+    env = dict(HOME=str(home), XDG_CACHE_HOME=str(home / '.cache'), XDG_CONFIG_HOME=str(home / '.config'))
+    for _ in range(2):  # the first import writes fastai's and Matplotlib's own caches
         res = python(PROBE, cwd=here, env=env)
         assert res.returncode == 0, res.stdout
     return json.loads(res.stdout.strip().splitlines()[-1])
@@ -64,7 +64,9 @@ def test_replaces_nothing_of_fastai(probe):
     assert probe['replaced'] == [] and probe['names'] == []
 
 
-@pytest.mark.parametrize('name', ['transformers', 'tokenizers', 'seaborn', 'sklearn', 'spacy', 'datasets', 'peft', 'nbdev', 'IPython'])
+@pytest.mark.parametrize(
+    'name', ['transformers', 'tokenizers', 'seaborn', 'sklearn', 'spacy', 'datasets', 'peft', 'nbdev', 'IPython']
+)
 def test_does_not_load(probe, name):
     "What is heavy is imported where it is used, beyond what fastai has loaded itself"
     assert [m for m in probe['loaded'] if m == name or m.startswith(name + '.')] == []
@@ -72,5 +74,7 @@ def test_does_not_load(probe, name):
 
 def test_version_needs_no_import():
     "`fastai_tl.__version__` is there without fastai and torch"
-    res = python('import sys, fastai_tl; print(fastai_tl.__version__, [m for m in ("torch", "fastai", "fastai_tl.all") if m in sys.modules])')
+    res = python(
+        'import sys, fastai_tl; print(fastai_tl.__version__, [m for m in ("torch", "fastai", "fastai_tl.all") if m in sys.modules])'
+    )
     assert res.returncode == 0 and res.stdout.strip().endswith('[]'), res.stdout

@@ -16,13 +16,13 @@ def modules(package):
 @pytest.fixture(scope='module')
 def exported(tmp_path_factory):
     "The package as nbdev-export makes it from nothing but the notebooks and the files written by hand"
-    root = copy_project(tmp_path_factory.mktemp('exported')/'fastai_tl')
-    for name, p in modules(root/PKG).items():
+    root = copy_project(tmp_path_factory.mktemp('exported') / 'fastai_tl')
+    for name, p in modules(root / PKG).items():
         if name not in HAND_WRITTEN:
             p.unlink()
     res = run(script('nbdev-export'), cwd=root, env=dict(PYTHONPATH=''))
     assert res.returncode == 0, res.stdout
-    return modules(root/PKG)
+    return modules(root / PKG)
 
 
 def test_same_modules(exported):
@@ -34,13 +34,13 @@ def test_same_modules(exported):
 def test_same_text(exported):
     "Byte by byte, the index `_modidx.py` included"
     both = [name for name in modules(PACKAGE) if name in exported]
-    differ = [name for name in both if (PACKAGE/name).read_bytes() != exported[name].read_bytes()]
+    differ = [name for name in both if (PACKAGE / name).read_bytes() != exported[name].read_bytes()]
     assert not differ, f'run nbdev-export (and never edit these by hand): {differ}'
 
 
 @pytest.fixture(scope='module')
 def cleaned(tmp_path_factory):
-    root = copy_project(tmp_path_factory.mktemp('cleaned')/'fastai_tl')
+    root = copy_project(tmp_path_factory.mktemp('cleaned') / 'fastai_tl')
     res = run(script('nbdev-clean'), cwd=root, env=dict(PYTHONPATH=''))
     assert res.returncode == 0, res.stdout
     return root
@@ -48,7 +48,7 @@ def cleaned(tmp_path_factory):
 
 @each_file
 def test_is_clean(path, cleaned):
-    assert path.read_bytes() == (cleaned/path.relative_to(ROOT)).read_bytes(), f'run nbdev-clean on {path.name}'
+    assert path.read_bytes() == (cleaned / path.relative_to(ROOT)).read_bytes(), f'run nbdev-clean on {path.name}'
 
 
 def code_cells(path):
@@ -80,7 +80,9 @@ def test_shows_no_place(path):
     "No output names a folder of the machine on which it ran"
     places = (str(ROOT), 'site-packages', f'{Path.home()}/')
     told = [line.strip() for c in code_cells(path) for line in strings(c['outputs']) if any(p in line for p in places)]
-    assert not told, f'{path.name} shows paths (if in a warning, run it with PYTHONWARNINGS=ignore::FutureWarning): {told}'
+    assert not told, (
+        f'{path.name} shows paths (if in a warning, run it with PYTHONWARNINGS=ignore::FutureWarning): {told}'
+    )
 
 
 def runs(path, notebook_runner):

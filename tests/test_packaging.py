@@ -1,7 +1,7 @@
 "What `pip install` gets: the package's files, and metadata that agree with it."
 
-import configparser,email,zipfile
-from importlib.metadata import PackageNotFoundError,version
+import configparser, email, zipfile
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
@@ -13,21 +13,38 @@ EXTRAS = {'dev', 'docs', 'zh', 'minilm', 'peft', 'seq2seq', 'blurr'}
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     "A wheel built from a copy of the project"
-    for name,least in dict(build=1, setuptools=77).items():
-        try: found = int(version(name).split('.')[0])
-        except PackageNotFoundError: found = 0
-        if found < least: pytest.skip(f'needs {name}>={least}: pip install -e ".[dev]"')
-    root = copy_project(tmp_path_factory.mktemp('wheel')/'fastai_tl')
-    res = run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', root/'dist', root, cwd=root, env=dict(PYTHONPATH=''))
+    for name, least in dict(build=1, setuptools=77).items():
+        try:
+            found = int(version(name).split('.')[0])
+        except PackageNotFoundError:
+            found = 0
+        if found < least:
+            pytest.skip(f'needs {name}>={least}: pip install -e ".[dev]"')
+    root = copy_project(tmp_path_factory.mktemp('wheel') / 'fastai_tl')
+    res = run(
+        sys.executable,
+        '-m',
+        'build',
+        '--wheel',
+        '--no-isolation',
+        '--outdir',
+        root / 'dist',
+        root,
+        cwd=root,
+        env=dict(PYTHONPATH=''),
+    )
     assert res.returncode == 0, res.stdout
-    with zipfile.ZipFile(next((root/'dist').glob('*.whl'))) as z: return {n: z.read(n) for n in z.namelist()}
+    with zipfile.ZipFile(next((root / 'dist').glob('*.whl'))) as z:
+        return {n: z.read(n) for n in z.namelist()}
 
 
-def dist_info(wheel, name): return next(v.decode() for k,v in wheel.items() if k.endswith(f'.dist-info/{name}'))
+def dist_info(wheel, name):
+    return next(v.decode() for k, v in wheel.items() if k.endswith(f'.dist-info/{name}'))
 
 
 @pytest.fixture(scope='module')
-def metadata(wheel): return email.message_from_string(dist_info(wheel, 'METADATA'))
+def metadata(wheel):
+    return email.message_from_string(dist_info(wheel, 'METADATA'))
 
 
 def test_holds_the_package_alone(wheel):
@@ -48,9 +65,13 @@ def test_version(metadata):
 
 
 def test_metadata(metadata):
-    assert metadata['Name'] == PKG and metadata['License-Expression'] == 'Apache-2.0' and metadata['Requires-Python'] == '>=3.11'
+    assert (
+        metadata['Name'] == PKG
+        and metadata['License-Expression'] == 'Apache-2.0'
+        and metadata['Requires-Python'] == '>=3.11'
+    )
     assert metadata['Description-Content-Type'] == 'text/markdown'
-    readme = ROOT/'README.md'
+    readme = ROOT / 'README.md'
     assert metadata.get_payload().strip() == (readme.read_text(encoding='utf-8').strip() if readme.exists() else '')
 
 
@@ -71,21 +92,31 @@ def test_entry_points(wheel):
 
 
 def test_changelog_knows_the_version(metadata):
-    assert f"## [{metadata['Version']}]" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    assert f"## [{metadata['Version']}]" in (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
 
 
 def test_settings_are_no_nbdev_config():
     "nbdev takes its configuration from pyproject.toml, although a settings.ini lies beside it"
-    res = python('from nbdev.config import get_config; c = get_config(); print(c.config_file.name, c.lib_path.name, c.git_url, c.doc_host, c.doc_baseurl)')
-    assert res.stdout.split() == ['pyproject.toml', PKG, 'https://github.com/fastai-tl/fastai_tl', 'https://fastai-tl.github.io', '/fastai_tl']
+    res = python(
+        'from nbdev.config import get_config; c = get_config(); print(c.config_file.name, c.lib_path.name, c.git_url, c.doc_host, c.doc_baseurl)'
+    )
+    assert res.stdout.split() == [
+        'pyproject.toml',
+        PKG,
+        'https://github.com/fastai-tl/fastai_tl',
+        'https://fastai-tl.github.io',
+        '/fastai_tl',
+    ]
 
 
 def test_settings_are_read():
     "The command reads the file, whose one section is its own and changes nothing of the built-in defaults; a run's main settings are in it"
     from fastai_tl.cli import SETTINGS, read_settings
+
     cfg = configparser.ConfigParser()
-    cfg.read(ROOT/'settings.ini', encoding='utf-8')
+    cfg.read(ROOT / 'settings.ini', encoding='utf-8')
     assert cfg.sections() == ['fastai_tl'] and not cfg.defaults() and set(cfg['fastai_tl']) == set(SETTINGS)
     assert {'bs', 'text_col', 'label_col', 'seed', 'epochs', 'font'} <= set(SETTINGS)
-    assert read_settings(ROOT/'settings.ini') == dict(text_col='text', label_col='label', seed=42, bidirectional=False, full=False)
-
+    assert read_settings(ROOT / 'settings.ini') == dict(
+        text_col='text', label_col='label', seed=42, bidirectional=False, full=False
+    )

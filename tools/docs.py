@@ -6,10 +6,13 @@
 
 Needs `pip install -e ".[dev,docs]"`, no network and no Quarto. A page, an anchor or a figure that is missing fails. To look at it: `python -m http.server -d site`."""
 
-import argparse,shutil,subprocess,sys,tempfile,tomllib
-from pathlib import Path,PurePosixPath
+import argparse, shutil, subprocess, sys, tempfile, tomllib
+from pathlib import Path, PurePosixPath
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]     # the tools, and this checkout's package
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).resolve().parents[1]),
+]  # the tools, and this checkout's package
 
 import yaml
 
@@ -18,45 +21,79 @@ from docs_api import Reference
 from docs_crawl import crawl
 from docs_page import ROOT, MarkdownPage, Page, PageError, Site
 
-FOLDERS = dict(data='Data', datasets='Datasets', models='Models', efficiency='Efficiency', tune='Training', learners='Learners',
-               generation='Generation', evaluation='Evaluation', interpretation='Interpretation', deploy='Deployment',
-               interop='Other libraries', quickstart='Quickstart and command line', cli='Quickstart and command line')
+FOLDERS = dict(
+    data='Data',
+    datasets='Datasets',
+    models='Models',
+    efficiency='Efficiency',
+    tune='Training',
+    learners='Learners',
+    generation='Generation',
+    evaluation='Evaluation',
+    interpretation='Interpretation',
+    deploy='Deployment',
+    interop='Other libraries',
+    quickstart='Quickstart and command line',
+    cli='Quickstart and command line',
+)
 # Modules whose page is not named by their own words
-TITLES = {'awd_lstm': 'AWD_LSTM', 'blurr': 'blurr', 'blurr_compat': 'blurr: compatibility', 'cli': 'Command line', 'hf': 'Hugging Face models',
-          'hf_tokenizer': 'Hugging Face tokenizers', 'html_report': 'HTML report', 'lstm_bf16': 'LSTM in bfloat16', 'pytorch_loop': 'PyTorch loop',
-          'qa': 'Question answering', 'seq2seq': 'Sequence to sequence', 'ulmfit': 'ULMFiT', 'chinese': 'Traditional Chinese',
-          'auto': 'Any task', 'spec': 'Data spec', 'base': 'All Hugging Face Learners'}
+TITLES = {
+    'awd_lstm': 'AWD_LSTM',
+    'blurr': 'blurr',
+    'blurr_compat': 'blurr: compatibility',
+    'cli': 'Command line',
+    'hf': 'Hugging Face models',
+    'hf_tokenizer': 'Hugging Face tokenizers',
+    'html_report': 'HTML report',
+    'lstm_bf16': 'LSTM in bfloat16',
+    'pytorch_loop': 'PyTorch loop',
+    'qa': 'Question answering',
+    'seq2seq': 'Sequence to sequence',
+    'ulmfit': 'ULMFiT',
+    'chinese': 'Traditional Chinese',
+    'auto': 'Any task',
+    'spec': 'Data spec',
+    'base': 'All Hugging Face Learners',
+}
 
 
 def project():
     "Name, description and addresses, from pyproject.toml"
-    return tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']
+    return tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
 
 
 def config():
-    return yaml.safe_load((ROOT/'mkdocs.yml').read_text(encoding='utf-8'))
+    return yaml.safe_load((ROOT / 'mkdocs.yml').read_text(encoding='utf-8'))
 
 
 def sources():
     "Every file of the project that is a page: notebooks in the order of their names, then the Markdown files"
-    nbs = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(ROOT).parts)]
-    nbs = [p.relative_to(ROOT).as_posix() for p in nbs if p.parent != ROOT/'nbs' or p.name.split('.')[0] != 'index']     # those are the READMEs
-    return nbs + [p.relative_to(ROOT).as_posix() for p in (ROOT/'CHANGELOG.md', ROOT/'CONTRIBUTING.md', *benchmark_pages()) if p.exists()]
+    nbs = [
+        p for p in sorted((ROOT / 'nbs').rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(ROOT).parts)
+    ]
+    nbs = [
+        p.relative_to(ROOT).as_posix() for p in nbs if p.parent != ROOT / 'nbs' or p.name.split('.')[0] != 'index'
+    ]  # those are the READMEs
+    return nbs + [
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / 'CHANGELOG.md', ROOT / 'CONTRIBUTING.md', *benchmark_pages())
+        if p.exists()
+    ]
 
 
 def benchmark_pages():
     "The summary of the benchmarks, then the page of each and the tables that it links to"
-    folder = ROOT/'benchmarks'
-    return [folder/'README.md', *sorted(folder.glob('*/README.md')), *sorted(folder.glob('*/results/*.md'))]
+    folder = ROOT / 'benchmarks'
+    return [folder / 'README.md', *sorted(folder.glob('*/README.md')), *sorted(folder.glob('*/results/*.md'))]
 
 
 def make_pages(files, git_url):
     "The pages by the file that each is made from, and their Markdown"
-    nbs = {o: readme.load(ROOT/o) for o in files if o.endswith('.ipynb')}
-    ref = Reference([(PurePosixPath(o), nb) for o,nb in nbs.items()])
+    nbs = {o: readme.load(ROOT / o) for o in files if o.endswith('.ipynb')}
+    ref = Reference([(PurePosixPath(o), nb) for o, nb in nbs.items()])
     site = Site(files, ref, git_url)
     pages = {o: Page(o, site, nbs[o]) if o in nbs else MarkdownPage(o, site) for o in files}
-    return pages,{o: p.text() for o,p in pages.items()}
+    return pages, {o: p.text() for o, p in pages.items()}
 
 
 def module_title(page):
@@ -72,21 +109,23 @@ def reference_nav(pages):
         if p.module:
             folder = FOLDERS.get(p.module.split('.')[0], 'Core')
             res.setdefault(folder, []).append({module_title(p): p.out})
-    return [{k: v} for k,v in res.items()]
+    return [{k: v} for k, v in res.items()]
 
 
 def nav(outline, pages):
     "The sidebar: the outline of mkdocs.yml with files as pages; `folder/` stands for the rest of a folder, `reference` for the modules"
     named = {o for sec in outline for v in sec.values() for o in v}
+
     def items(o):
         if o == 'reference':
             return reference_nav(pages)
         if o.endswith('/'):
-            return [{p.title: p.out} for k,p in pages.items() if k.startswith(o) and k not in named]
+            return [{p.title: p.out} for k, p in pages.items() if k.startswith(o) and k not in named]
         if o not in pages:
             raise PageError(f'mkdocs.yml names {o}, which is no page')
         return [{pages[o].title: pages[o].out}]
-    res = [{k: side} for sec in outline for k,v in sec.items() if (side := [x for o in v for x in items(o)])]
+
+    res = [{k: side} for sec in outline for k, v in sec.items() if (side := [x for o in v for x in items(o)])]
     left = set(o.out for o in pages.values()) - set(flat(res))
     if left:
         raise PageError(f'pages without a place in the sidebar (see `nav` in mkdocs.yml): {sorted(left)}')
@@ -105,35 +144,59 @@ def llms(cfg, side, pages, url):
     by_out = {p.out: p for p in pages.values()}
     lines = [f'# {cfg["site_name"]}', '', f'> {cfg["site_description"]}', '']
     for sec in side:
-        for k,v in sec.items():
-            lines += [f'## {k}', '', *(f'- [{by_out[o].title}]({url}/{o})' + (f': {by_out[o].lead}' if by_out[o].lead else '') for o in flat(v)), '']
+        for k, v in sec.items():
+            lines += [
+                f'## {k}',
+                '',
+                *(
+                    f'- [{by_out[o].title}]({url}/{o})' + (f': {by_out[o].lead}' if by_out[o].lead else '')
+                    for o in flat(v)
+                ),
+                '',
+            ]
     return '\n'.join(lines)
 
 
 def build(out):
     "Write the pages, let zensical make the site of them, check its links; what is wrong, as lines"
-    proj,cfg = project(),config()
+    proj, cfg = project(), config()
     url = proj['urls']['Documentation'].rstrip('/')
-    pages,texts = make_pages(sources(), proj['urls']['Repository'])
+    pages, texts = make_pages(sources(), proj['urls']['Repository'])
     side = nav(cfg['nav'], pages)
-    cfg |= dict(site_name=proj['name'], site_description=proj['description'], site_url=url + '/', docs_dir='pages', site_dir='site', nav=side,
-                extra=dict(generator=False, social=[dict(icon='fontawesome/brands/github', link=proj['urls']['Repository'], name='Source on GitHub')]))
+    cfg |= dict(
+        site_name=proj['name'],
+        site_description=proj['description'],
+        site_url=url + '/',
+        docs_dir='pages',
+        site_dir='site',
+        nav=side,
+        extra=dict(
+            generator=False,
+            social=[dict(icon='fontawesome/brands/github', link=proj['urls']['Repository'], name='Source on GitHub')],
+        ),
+    )
     with tempfile.TemporaryDirectory() as tmp:
         work = Path(tmp)
-        shutil.copytree(ROOT/'tools'/'assets', work/'pages'/'assets')
-        for o,p in pages.items():
-            write(work/'pages'/p.out, texts[o].encode())
-            for name,data in p.figures.items():
-                write(work/'pages'/name, data)
-        (work/'mkdocs.yml').write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True), encoding='utf-8')
-        res = subprocess.run([sys.executable, '-m', 'zensical', 'build', '--strict', '-f', 'mkdocs.yml'], cwd=work, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        shutil.copytree(ROOT / 'tools' / 'assets', work / 'pages' / 'assets')
+        for o, p in pages.items():
+            write(work / 'pages' / p.out, texts[o].encode())
+            for name, data in p.figures.items():
+                write(work / 'pages' / name, data)
+        (work / 'mkdocs.yml').write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True), encoding='utf-8')
+        res = subprocess.run(
+            [sys.executable, '-m', 'zensical', 'build', '--strict', '-f', 'mkdocs.yml'],
+            cwd=work,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         if res.returncode:
             return [res.stdout]
-        for o,p in pages.items():
-            write(work/'site'/p.out, texts[o].encode())
-        (work/'site'/'llms.txt').write_text(llms(cfg, side, pages, url), encoding='utf-8')
+        for o, p in pages.items():
+            write(work / 'site' / p.out, texts[o].encode())
+        (work / 'site' / 'llms.txt').write_text(llms(cfg, side, pages, url), encoding='utf-8')
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(work/'site', out)
+        shutil.copytree(work / 'site', out)
     return crawl(out, url)
 
 
@@ -148,7 +211,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.out:
         readme.main([])
-    out = args.out or ROOT/'site'
+    out = args.out or ROOT / 'site'
     try:
         wrong = build(out)
     except PageError as e:

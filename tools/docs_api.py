@@ -2,9 +2,9 @@
 
 Names come from the exported cells of the numbered notebooks, signatures and docments from the imported package."""
 
-import ast,importlib,inspect,re,textwrap
+import ast, importlib, inspect, re, textwrap
 from collections import namedtuple
-from dataclasses import dataclass,field
+from dataclasses import dataclass, field
 
 from fastcore.docments import docments
 from fasttransform import Transform
@@ -20,13 +20,14 @@ Param = namedtuple('Param', 'name type default meaning')
 @dataclass
 class Entry:
     "A public function, class, method or constant"
-    name:str            # as it is shown, such as `Learner.fit_gradual`
-    obj:object          # what it is, unwrapped
-    node:ast.AST        # its definition in the cell
-    code:str            # the code of the cell
-    module:str          # the module inside the package, such as `tune.gradual`
-    owner:object = None # the class of a method
-    aliases:list = field(default_factory=list) # the same method on other classes
+
+    name: str  # as it is shown, such as `Learner.fit_gradual`
+    obj: object  # what it is, unwrapped
+    node: ast.AST  # its definition in the cell
+    code: str  # the code of the cell
+    module: str  # the module inside the package, such as `tune.gradual`
+    owner: object = None  # the class of a method
+    aliases: list = field(default_factory=list)  # the same method on other classes
 
     @property
     def id(self):
@@ -38,8 +39,10 @@ class Entry:
 
     @property
     def is_property(self):
-        return bool(self.owner) and any(getattr(d, 'id', getattr(d, 'attr', '')) in ('property', 'cached_property', 'setter')
-                                                           for d in getattr(self.node, 'decorator_list', []))
+        return bool(self.owner) and any(
+            getattr(d, 'id', getattr(d, 'attr', '')) in ('property', 'cached_property', 'setter')
+            for d in getattr(self.node, 'decorator_list', [])
+        )
 
 
 def module_name(path):
@@ -50,7 +53,13 @@ def module_name(path):
 
 def unwrapped(o):
     "The plain function behind a property, a class method, a patch"
-    return inspect.unwrap(getattr(o, 'func', None) or getattr(o, 'fget', None) or getattr(o, '__func__', None) or getattr(o, 'f', None) or o)
+    return inspect.unwrap(
+        getattr(o, 'func', None)
+        or getattr(o, 'fget', None)
+        or getattr(o, '__func__', None)
+        or getattr(o, 'f', None)
+        or o
+    )
 
 
 def class_names(node):
@@ -68,7 +77,7 @@ def patched_classes(f):
     "The classes on which `f` is patched"
     for d in f.decorator_list:
         func = getattr(d, 'func', d)
-        name,args = getattr(func, 'attr', getattr(func, 'id', '')),f.args.posonlyargs + f.args.args
+        name, args = getattr(func, 'attr', getattr(func, 'id', '')), f.args.posonlyargs + f.args.args
         if name == 'patch' and args and args[0].annotation:
             return class_names(args[0].annotation)
         if name == 'patch_to' and isinstance(d, ast.Call) and d.args:
@@ -84,20 +93,23 @@ def assigned(node):
 
 def inherited(cls, name):
     "A method that is documented where it comes from, such as an event of a Callback"
-    return any(name in vars(b) for b in cls.__mro__[1:]) or (issubclass(cls, Transform) and name in ('encodes', 'decodes', 'setups'))
+    return any(name in vars(b) for b in cls.__mro__[1:]) or (
+        issubclass(cls, Transform) and name in ('encodes', 'decodes', 'setups')
+    )
 
 
 class Reference:
     "The entries of every module of the package, by cell and by name"
+
     def __init__(self, nbs):
         self.fastai = vars(importlib.import_module('fastai.text.all'))
-        self.by_name,self.modules,self.public = {},{},{}
-        for path,nb in nbs:
+        self.by_name, self.modules, self.public = {}, {}, {}
+        for path, nb in nbs:
             name = module_name(path)
             if not name:
                 continue
             mod = importlib.import_module(f'{PKG}.{name}')
-            self.modules[name],self.public[name] = mod,set(getattr(mod, '__all__', ()))
+            self.modules[name], self.public[name] = mod, set(getattr(mod, '__all__', ()))
             for c in nb['cells']:
                 for e in self.entries(name, c):
                     self.by_name.setdefault(e.name, e)
@@ -105,13 +117,13 @@ class Reference:
 
     def entries(self, module, cell):
         "The entries of one cell, in its order"
-        dirs,code = split_cell(cell)
+        dirs, code = split_cell(cell)
         if cell['cell_type'] != 'code' or not {'export', 'exports'} & set(dirs):
             return []
         return [e for node in ast.parse(code).body for e in self._of(node, module, code)]
 
     def _of(self, node, module, code):
-        mod,public = self.modules[module],self.public[module]
+        mod, public = self.modules[module], self.public[module]
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             return [Entry(n, getattr(mod, n), node, code, module) for n in assigned(node) if n in public]
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -120,7 +132,17 @@ class Reference:
             if node.name.startswith('_'):
                 return []
             cls = {**self.fastai, **vars(mod)}[classes[0]]
-            return [Entry(f'{classes[0]}.{node.name}', unwrapped(inspect.getattr_static(cls, node.name)), node, code, module, cls, classes[1:])]
+            return [
+                Entry(
+                    f'{classes[0]}.{node.name}',
+                    unwrapped(inspect.getattr_static(cls, node.name)),
+                    node,
+                    code,
+                    module,
+                    cls,
+                    classes[1:],
+                )
+            ]
         if node.name not in public:
             return []
         obj = getattr(mod, node.name)
@@ -131,7 +153,7 @@ class Reference:
         "The public methods that the class of an entry defines itself"
         own = [n for n in e.node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith('_')]
         fs = {n.name: n for n in own if not inherited(e.obj, n.name) and not is_event(e.obj, n.name)}
-        return [Entry(f'{e.name}.{k}', unwrapped(vars(e.obj)[k]), n, e.code, e.module, e.obj) for k,n in fs.items()]
+        return [Entry(f'{e.name}.{k}', unwrapped(vars(e.obj)[k]), n, e.code, e.module, e.obj) for k, n in fs.items()]
 
     def shorthands(self):
         "What prose calls things: `learn.evaluate` for `Learner.evaluate`, `fit_stlr` for `Learner.fit_stlr`, `ev.report` for `Evaluation.report`"
@@ -139,7 +161,7 @@ class Reference:
         for e in self.by_name.values():
             if not e.owner:
                 continue
-            cls,method = e.name.split('.')
+            cls, method = e.name.split('.')
             names = [cls, *e.aliases]
             if any(o.endswith('Learner') for o in names):
                 res.setdefault(f'learn.{method}', e)
@@ -161,10 +183,12 @@ class Reference:
 def is_event(cls, name):
     "Is it a method that fastai calls during a fit, such as `before_epoch`?"
     from fastai.callback.core import Callback, event
+
     return issubclass(cls, Callback) and hasattr(event, name)
 
 
 # --- Signatures and parameters ---
+
 
 def own_function(e):
     "The definition that the parameters of an entry are written in"
@@ -182,11 +206,18 @@ def as_written(e):
     if (f := own_function(e)) is None:
         if not e.is_class:
             return {}
-        return {n.target.id: (written(n.annotation, e.code), written(n.value, e.code)) for n in e.node.body if isinstance(n, ast.AnnAssign)}
+        return {
+            n.target.id: (written(n.annotation, e.code), written(n.value, e.code))
+            for n in e.node.body
+            if isinstance(n, ast.AnnAssign)
+        }
     a = f.args
     pos = a.posonlyargs + a.args
-    defaults = [None]*(len(pos)-len(a.defaults)) + a.defaults
-    res = {o.arg: (written(o.annotation, e.code), written(d, e.code)) for o,d in zip(pos + a.kwonlyargs, defaults + a.kw_defaults)}
+    defaults = [None] * (len(pos) - len(a.defaults)) + a.defaults
+    res = {
+        o.arg: (written(o.annotation, e.code), written(d, e.code))
+        for o, d in zip(pos + a.kwonlyargs, defaults + a.kw_defaults)
+    }
     return res | {o.arg: (written(o.annotation, e.code), '') for o in (a.vararg, a.kwarg) if o}
 
 
@@ -220,23 +251,38 @@ def signature(e):
 def field_comments(e):
     "What the fields of a dataclass are, from the comments behind them"
     lines = e.code.splitlines()
-    return {n.target.id: lines[n.end_lineno-1].partition('#')[2].strip() for n in e.node.body if isinstance(n, ast.AnnAssign)} if e.is_class else {}
+    return (
+        {
+            n.target.id: lines[n.end_lineno - 1].partition('#')[2].strip()
+            for n in e.node.body
+            if isinstance(n, ast.AnnAssign)
+        }
+        if e.is_class
+        else {}
+    )
 
 
 def parameters(e):
     "The parameters of an entry, and what it returns, each with type, default and meaning"
-    ps,own = signature(e),as_written(e)
+    ps, own = signature(e), as_written(e)
     docs = docments(e.obj, full=True, returns=True, args_kwargs=True) if callable(e.obj) else {}
-    fields,res = field_comments(e),[]
+    fields, res = field_comments(e), []
     for p in ps or ():
-        d,(anno,default) = docs.get(p.name) or {},own.get(p.name, (None, None))
+        d, (anno, default) = docs.get(p.name) or {}, own.get(p.name, (None, None))
         star = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
         meaning = (d.get('docment') if d else '') or fields.get(p.name, '')
-        res.append(Param(star + p.name, named(p.annotation, 'type') if anno is None else anno, named(p.default, 'default') if default is None else default, meaning))
+        res.append(
+            Param(
+                star + p.name,
+                named(p.annotation, 'type') if anno is None else anno,
+                named(p.default, 'default') if default is None else default,
+                meaning,
+            )
+        )
     f = own_function(e)
     returns = written(getattr(f, 'returns', None), e.code) if not e.is_class else ''
     meaning = (docs.get('return') or {}).get('docment') if not e.is_class else ''
-    return res,Param('', returns, '', meaning or '') if (returns and returns != 'None') or meaning else None
+    return res, Param('', returns, '', meaning or '') if (returns and returns != 'None') or meaning else None
 
 
 def signature_text(e):
@@ -245,9 +291,9 @@ def signature_text(e):
         return textwrap.shorten(written(e.node, e.code), 160, placeholder=' …')
     if (ps := signature(e)) is None:
         return e.name
-    params,_ = parameters(e)
-    shown,bare = [],False
-    for p,o in zip(ps, params):
+    params, _ = parameters(e)
+    shown, bare = [], False
+    for p, o in zip(ps, params):
         if p.kind is p.KEYWORD_ONLY and not bare and not any(q.kind is q.VAR_POSITIONAL for q in ps):
             shown.append('*')
         bare = bare or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
@@ -255,13 +301,24 @@ def signature_text(e):
     line = f'{e.name}({", ".join(shown)})'
     if len(line) <= 84:
         return line
-    return f'{e.name}(\n' + textwrap.fill(', '.join(shown), 84, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False) + '\n)'
+    return (
+        f'{e.name}(\n'
+        + textwrap.fill(
+            ', '.join(shown),
+            84,
+            initial_indent='    ',
+            subsequent_indent='    ',
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        + '\n)'
+    )
 
 
 def docstring(e):
     "The docstring of a function or class, the comment behind a constant"
     if isinstance(e.node, (ast.Assign, ast.AnnAssign)):
-        return e.code.splitlines()[e.node.end_lineno-1].partition(' # ')[2].strip()
+        return e.code.splitlines()[e.node.end_lineno - 1].partition(' # ')[2].strip()
     return inspect.cleandoc(ast.get_docstring(e.node) or (e.obj.__doc__ if callable(e.obj) else '') or '')
 
 
@@ -269,7 +326,7 @@ def source_line(e, py):
     "The line of the module's file where an entry begins"
     names = e.name.split('.')
     tree = ast.parse(py)
-    for part in (names if not e.owner or any(getattr(n, 'name', '') == names[0] for n in tree.body) else names[-1:]):
+    for part in names if not e.owner or any(getattr(n, 'name', '') == names[0] for n in tree.body) else names[-1:]:
         hits = [n for n in tree.body if getattr(n, 'name', None) == part or part in assigned(n)]
         if not hits:
             return next((n.lineno for n in ast.walk(ast.parse(py)) if getattr(n, 'name', None) == names[-1]), 1)

@@ -1,7 +1,7 @@
 "A notebook or a Markdown file of the project as a page of the site"
 
-import base64,html,os,re
-from pathlib import Path,PurePosixPath
+import base64, html, os, re
+from pathlib import Path, PurePosixPath
 
 from latex2mathml.converter import convert
 
@@ -32,16 +32,22 @@ def page_name(path, home='nbs/home.ipynb'):
             return f'{path.stem.lower()}.md'
         if len(path.parts) == 2:
             return 'benchmarks.md'
-        return f'benchmarks/{path.parts[1]}.md' if path.name == 'README.md' else f'benchmarks/{path.parts[1]}_{path.stem}.md'
+        return (
+            f'benchmarks/{path.parts[1]}.md'
+            if path.name == 'README.md'
+            else f'benchmarks/{path.parts[1]}_{path.stem}.md'
+        )
 
 
 def outside_fences(txt, f):
     "`txt` with `f` applied to what stands between fenced blocks"
-    parts,buf,fence = [],[],None
+    parts, buf, fence = [], [], None
+
     def flush():
         if buf:
             parts.append('\n'.join(buf) if fence else f('\n'.join(buf)))
         buf.clear()
+
     for line in txt.split('\n'):
         if m := _fence.match(line):
             if fence is None:
@@ -63,9 +69,11 @@ def outside_fences(txt, f):
 def outside_code(s, f):
     "`s` with `f` applied to it while its pieces of code are hidden"
     held = []
+
     def hold(m):
         held.append(m[0])
-        return f'\x00{len(held)-1}\x00'
+        return f'\x00{len(held) - 1}\x00'
+
     return re.sub('\x00(\\d+)\x00', lambda m: held[int(m[1])], f(_code.sub(hold, s)))
 
 
@@ -76,8 +84,9 @@ def mathml(s, display):
 
 class Site:
     "What the pages link to: the files that are pages, and the entries of the reference"
+
     def __init__(self, pages, ref, git_url):
-        self.pages,self.ref,self.git_url = {o: page_name(o) for o in pages},ref,git_url.rstrip('/')
+        self.pages, self.ref, self.git_url = {o: page_name(o) for o in pages}, ref, git_url.rstrip('/')
 
     def href(self, page, target, anchor=''):
         "The link from `page` to another page"
@@ -88,27 +97,30 @@ class Site:
 
     def file_href(self, page, src, link, anchor):
         "The link from `page`, made from the file `src`, to what the relative link `link` names"
-        target = os.path.normpath(PurePosixPath(src).parent/link)
+        target = os.path.normpath(PurePosixPath(src).parent / link)
         target = re.sub(r'^nbs/index(\.[\w-]+)?\.ipynb$', lambda m: f'README{m[1] or ""}.md', target)
         if target in self.pages:
             return self.href(page, self.pages[target], anchor)
-        if not (ROOT/target).exists():
+        if not (ROOT / target).exists():
             raise PageError(f'{src}: a link to {link}, which does not exist')
         return f'{self.git_url}/blob/main/{target}{anchor}'
 
 
 class Page:
     "One page: its Markdown, and the figures that belong to it"
+
     def __init__(self, src, site, nb=None):
-        self.src,self.site,self.nb = src,site,nb
-        self.out,self.module = page_name(src),module_name(PurePosixPath(src))
-        self.title,self.lead,self.heading,self.figures,self.has_h2 = '','','',{},False
+        self.src, self.site, self.nb = src, site, nb
+        self.out, self.module = page_name(src), module_name(PurePosixPath(src))
+        self.title, self.lead, self.heading, self.figures, self.has_h2 = '', '', '', {}, False
 
     def prose(self, txt):
         "Markdown with links that lead to pages, names that link to their entries, and formulas as MathML"
+
         def text(s):
             s = outside_code(s, self.links_and_maths)
             return '\n'.join(o if _heading.match(o) else self.names(o) for o in s.split('\n'))
+
         return outside_fences(txt, text)
 
     def links_and_maths(self, s):
@@ -117,8 +129,9 @@ class Page:
 
     def names(self, line):
         "One line with its backticked names linked, unless they are links already"
+
         def link(m):
-            before = line[:m.start()]
+            before = line[: m.start()]
             if before.count('[') - before.count(']') > 0:
                 return m[0]
             name = m[2].strip()
@@ -127,6 +140,7 @@ class Page:
             if name in self.site.ref.modules:
                 return f'[{m[0]}]({self.site.href(self.out, name + ".md")})'
             return m[0]
+
         return _code.sub(link, line)
 
     def opening(self, txt):
@@ -155,13 +169,13 @@ class Page:
 
     def figure(self, data, key):
         name = f'{PurePosixPath(self.out).stem}_files/{key}.png'
-        self.figures[str(PurePosixPath(self.out).parent/name)] = base64.b64decode(data)
+        self.figures[str(PurePosixPath(self.out).parent / name)] = base64.b64decode(data)
         return f'![{html.escape(self.heading or self.title)}]({name}){{ .figure loading=lazy }}'
 
     def output(self, o, key):
         if o['output_type'] == 'stream':
             return block(plain(text_of(o['text'])), 'text { .out }') if o.get('name') != 'stderr' else ''
-        data = {k: text_of(v) for k,v in o.get('data', {}).items()}
+        data = {k: text_of(v) for k, v in o.get('data', {}).items()}
         if 'image/png' in data:
             return self.figure(data['image/png'], key)
         if 'text/markdown' in data:
@@ -175,7 +189,7 @@ class Page:
 
     def code(self, cell, i):
         "A cell of code: shown with what it gives, or, where it makes the package, as the entries of what it defines"
-        dirs,code = split_cell(cell)
+        dirs, code = split_cell(cell)
         if not code or {'hide', 'default_exp'} & set(dirs):
             return []
         if {'export', 'exporti', 'exports'} & set(dirs):
@@ -183,14 +197,16 @@ class Page:
         res = [] if is_off(dirs, 'echo') or 'hide_input' in dirs else [block(code, 'python')]
         if is_off(dirs, 'output'):
             return res
-        return res + [self.output(o, f'{i}_{j}') for j,o in enumerate(cell.get('outputs', []))]
+        return res + [self.output(o, f'{i}_{j}') for j, o in enumerate(cell.get('outputs', []))]
 
     def exported(self, cell, code):
         if all(re.match(r'(import|from|#|\s|\)|$)', l) for l in code.split('\n')):
             return []
         entries = self.site.ref.entries(self.module, cell)
         names = re.findall(r'^(?:def|class) (\w+)', code, re.M) or re.findall(r'^(\w+) *=', code, re.M)
-        label = 'Source' if entries else 'Source of ' + ', '.join(f'<code>{o}</code>' for o in names) if names else 'Source'
+        label = (
+            'Source' if entries else 'Source of ' + ', '.join(f'<code>{o}</code>' for o in names) if names else 'Source'
+        )
         source = f'<details class="source" markdown data-search-exclude>\n<summary>{label}</summary>\n\n{block(code, "python")}\n\n</details>'
         return [self.entry(e) for e in entries] + [source]
 
@@ -198,30 +214,42 @@ class Page:
         "Heading, signature, docstring, parameters and source of a public name"
         level = 4 if e.owner and not patched_classes(e.node) else 3
         py = f'fastai_tl/{e.module.replace(".", "/")}.py'
-        line = source_line(e, (ROOT/py).read_text(encoding='utf-8'))
-        params,returns = parameters(e)
+        line = source_line(e, (ROOT / py).read_text(encoding='utf-8'))
+        params, returns = parameters(e)
         doc = self.prose(docstring(e))
         if e.aliases:
             doc += '\n\nAlso on ' + ', '.join(f'`{o}`' for o in e.aliases) + '.'
-        head = f'{"#"*(level if self.has_h2 else level-1)} {e.name} {{ #{e.id} .api }}'
+        head = f'{"#" * (level if self.has_h2 else level - 1)} {e.name} {{ #{e.id} .api }}'
         link = f'[source]({self.site.git_url}/blob/main/{py}#L{line}){{ .api-source data-search-exclude }}'
-        return '\n\n'.join(o for o in (head, link, block(signature_text(e), 'python'), doc, self.table(params, returns)) if o)
+        return '\n\n'.join(
+            o for o in (head, link, block(signature_text(e), 'python'), doc, self.table(params, returns)) if o
+        )
 
     def table(self, params, returns):
         "Parameters and result as a table, without the columns that are empty"
         if not params and not returns:
             return ''
         rows = [*params, *([returns] if returns else [])]
+
         def meaning(p):
             return self.prose(outside_code(p.meaning.replace('\n', ' '), lambda s: s.replace('|', '&#124;')))
-        cols = [('Parameter', lambda p: f'`{p.name}`' if p.name else '*returns*'), ('Type', lambda p: quoted(p.type)), ('Default', lambda p: quoted(p.default)), ('Meaning', meaning)]
-        cols = [(h, f) for h,f in cols if any(f(p) for p in rows)]
-        return '\n'.join(['| ' + ' | '.join(h for h,_ in cols) + ' |', '|' + '---|'*len(cols)] + ['| ' + ' | '.join(f(p) for _,f in cols) + ' |' for p in rows])
+
+        cols = [
+            ('Parameter', lambda p: f'`{p.name}`' if p.name else '*returns*'),
+            ('Type', lambda p: quoted(p.type)),
+            ('Default', lambda p: quoted(p.default)),
+            ('Meaning', meaning),
+        ]
+        cols = [(h, f) for h, f in cols if any(f(p) for p in rows)]
+        return '\n'.join(
+            ['| ' + ' | '.join(h for h, _ in cols) + ' |', '|' + '---|' * len(cols)]
+            + ['| ' + ' | '.join(f(p) for _, f in cols) + ' |' for p in rows]
+        )
 
     def text(self):
         "The whole page"
         parts = []
-        for i,c in enumerate(self.nb['cells']):
+        for i, c in enumerate(self.nb['cells']):
             if c['cell_type'] == 'markdown':
                 parts.append(self.markdown(text_of(c['source'])))
             elif c['cell_type'] == 'code':
@@ -231,8 +259,9 @@ class Page:
 
 class MarkdownPage(Page):
     "A Markdown file of the project as a page"
+
     def text(self):
-        return self.markdown((ROOT/self.src).read_text(encoding='utf-8')) + '\n'
+        return self.markdown((ROOT / self.src).read_text(encoding='utf-8')) + '\n'
 
 
 def quoted(s):

@@ -6,11 +6,14 @@
 
 A cell with `#| hide` is left out, one with `#| echo: false` shows its output alone, one with `#| output: false` its code alone."""
 
-import argparse,difflib,json,os,re,sys
+import argparse, difflib, json, os, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = [(ROOT/'nbs'/'index.ipynb', ROOT/'README.md'), (ROOT/'nbs'/'index.zh-TW.ipynb', ROOT/'README.zh-TW.md')]
+READMES = [
+    (ROOT / 'nbs' / 'index.ipynb', ROOT / 'README.md'),
+    (ROOT / 'nbs' / 'index.zh-TW.ipynb', ROOT / 'README.zh-TW.md'),
+]
 _directive = re.compile(r'^\s*#\s*\|\s*([\w-]+)[ \t]*:?[ \t]*(.*)$')
 _link = re.compile(r'(\]\()(?![a-z][a-z+.-]*:|#|/)([^)\s]+)')
 _ansi = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
@@ -23,13 +26,13 @@ def text_of(src):
 
 def split_cell(cell):
     "The directives of a code cell as a dict, and its code without them"
-    dirs,lines = {},text_of(cell['source']).splitlines()
+    dirs, lines = {}, text_of(cell['source']).splitlines()
     while lines and (not lines[0].strip() or _directive.match(lines[0])):
         if m := _directive.match(lines.pop(0)):
             dirs[m[1]] = m[2].strip().lower()
-    for k,v in (cell.get('metadata', {}).get('nbdev') or {}).items():
+    for k, v in (cell.get('metadata', {}).get('nbdev') or {}).items():
         dirs.setdefault(k, str(v or '').lower())
-    return dirs,'\n'.join(lines).rstrip()
+    return dirs, '\n'.join(lines).rstrip()
 
 
 def is_off(dirs, name):
@@ -57,13 +60,13 @@ def block(txt, lang):
     "`txt` in a fence longer than any fence inside it"
     if not txt.strip():
         return ''
-    fence = '`'*max([3, *(len(o)+1 for o in re.findall(r'`{3,}', txt))])
+    fence = '`' * max([3, *(len(o) + 1 for o in re.findall(r'`{3,}', txt))])
     return f'{fence}{lang}\n{txt}\n{fence}'
 
 
 def markdown(src, folder='nbs'):
     "A Markdown cell with its relative links leading from the project's root"
-    res,fenced = [],False
+    res, fenced = [], False
     for line in src.strip().split('\n'):
         if _fence.match(line):
             fenced = not fenced
@@ -79,7 +82,7 @@ def code_blocks(nb, fast=True):
     for c in nb['cells']:
         if c['cell_type'] != 'code':
             continue
-        dirs,code = split_cell(c)
+        dirs, code = split_cell(c)
         if not code or 'hide' in dirs or is_off(dirs, 'echo'):
             continue
         if fast and ({'slow', 'notest'} & set(dirs) or is_off(dirs, 'eval')):
@@ -94,7 +97,7 @@ def cell_md(cell):
         return [markdown(text_of(cell['source']))]
     if cell['cell_type'] != 'code':
         return []
-    dirs,code = split_cell(cell)
+    dirs, code = split_cell(cell)
     if 'hide' in dirs:
         return []
     res = [] if is_off(dirs, 'echo') or 'hide_input' in dirs else [block(code, 'python')]
@@ -117,9 +120,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description='Make README.md from nbs/index.ipynb.')
     p.add_argument('--check', action='store_true', help='write nothing; exit 1 on a difference')
     p.add_argument('--nb', type=Path, help='the notebook; all of them if left out')
-    p.add_argument('--out', type=Path, default=ROOT/'README.md', help='the file to write for --nb')
+    p.add_argument('--out', type=Path, default=ROOT / 'README.md', help='the file to write for --nb')
     args = p.parse_args(argv)
-    for nb,out in [(args.nb, args.out)] if args.nb else READMES:
+    for nb, out in [(args.nb, args.out)] if args.nb else READMES:
         one(nb, out, args.check)
 
 
@@ -134,7 +137,9 @@ def one(nb, out, check):
     if not check:
         out.write_text(new, encoding='utf-8')
         return
-    sys.stderr.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), out.name, 'made from the notebook'))
+    sys.stderr.writelines(
+        difflib.unified_diff(old.splitlines(True), new.splitlines(True), out.name, 'made from the notebook')
+    )
     sys.exit(f'{out.name} differs from {nb.name}: run `python tools/readme.py`.')
 
 

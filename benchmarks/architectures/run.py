@@ -22,38 +22,79 @@ from pathlib import Path
 import torch
 from torch import nn
 
-LIMIT_S, LIMIT_BYTES, MAX_PARAMS = 90, 4 << 30, 4_000_000   # time and memory of one class, and the size of its model
+LIMIT_S, LIMIT_BYTES, MAX_PARAMS = 90, 4 << 30, 4_000_000  # time and memory of one class, and the size of its model
 
 # attribute of a configuration -> small value; the first pattern that matches counts, None keeps the default
-SMALL = [(re.compile(f'(?:{p})$'), v) for p, v in (
-    (r'.*(dropout|_token_id|_index|eps|theta|factor|scaling|_std|_range|period|offset|ratio|temperature|wavelength).*', None),
-    (r'.*layers_per.*|.*(skip|shared|nextn|dense|window)_.*layers|max_window_layers', None),
-    (r'(encoder|decoder|num_hidden|hidden|num|n|num_encoder|num_decoder)_layers?|num_blocks|depth|num_layers_per_stack|num_self_attends_per_block', 3),
-    (r'.*vocab_size(_.*)?|.*group_vocab|num_hash_buckets', 120),
-    (r'.*(kv|key_value|key|value|query)_(heads|groups)', 2),
-    (r'rotary_dim', 4),
-    (r'.*heads?', 4),
-    (r'.*head_dim|.*head_size|dim_head|d_head|d_kv|kv_channels|mamba_(d_head|headdim)', 8),
-    (r'adapter_(in|out)_dim|.*hidden_size.*|.*(d_model|n_embd|d_latents|lru_width)|(emb|embed|embedding|word_embed_proj)_dim|dim|.*embed(ding)?_(size|dim)|.*emb_size|dim_model_base', 32),
-    (r'.*(intermediate|ffn|inner|feed_forward|ff)_?(hidden_|inner_)?(size|dim)(_mlp)?|d_ff|d_inner|dff|dim_ff|hidden_dim|n_inner|adapter_.*dim|prompt_mid_dim', 48),
-    (r'intra_bottleneck_size', 16),
-    (r'.*max_.*positions?.*|n_positions|n_ctx|max_seq_len|max_sequence_length|context_length|model_max_length|.*max_length|max_.*embeddings', 64),
-    (r'.*experts?_per_tok(en)?|moe_topk|moe_k|moe_top_?k|top_k_experts|.*index_topk', 2),
-    (r'.*n(um)?_.*experts', 4),
-    (r'n_groups?|topk_group|num_expert_group|mamba_n_?groups', 1),
-    (r'.*_rank', 8))]
+SMALL = [
+    (re.compile(f'(?:{p})$'), v)
+    for p, v in (
+        (
+            r'.*(dropout|_token_id|_index|eps|theta|factor|scaling|_std|_range|period|offset|ratio|temperature|wavelength).*',
+            None,
+        ),
+        (r'.*layers_per.*|.*(skip|shared|nextn|dense|window)_.*layers|max_window_layers', None),
+        (
+            r'(encoder|decoder|num_hidden|hidden|num|n|num_encoder|num_decoder)_layers?|num_blocks|depth|num_layers_per_stack|num_self_attends_per_block',
+            3,
+        ),
+        (r'.*vocab_size(_.*)?|.*group_vocab|num_hash_buckets', 120),
+        (r'.*(kv|key_value|key|value|query)_(heads|groups)', 2),
+        (r'rotary_dim', 4),
+        (r'.*heads?', 4),
+        (r'.*head_dim|.*head_size|dim_head|d_head|d_kv|kv_channels|mamba_(d_head|headdim)', 8),
+        (
+            r'adapter_(in|out)_dim|.*hidden_size.*|.*(d_model|n_embd|d_latents|lru_width)|(emb|embed|embedding|word_embed_proj)_dim|dim|.*embed(ding)?_(size|dim)|.*emb_size|dim_model_base',
+            32,
+        ),
+        (
+            r'.*(intermediate|ffn|inner|feed_forward|ff)_?(hidden_|inner_)?(size|dim)(_mlp)?|d_ff|d_inner|dff|dim_ff|hidden_dim|n_inner|adapter_.*dim|prompt_mid_dim',
+            48,
+        ),
+        (r'intra_bottleneck_size', 16),
+        (
+            r'.*max_.*positions?.*|n_positions|n_ctx|max_seq_len|max_sequence_length|context_length|model_max_length|.*max_length|max_.*embeddings',
+            64,
+        ),
+        (r'.*experts?_per_tok(en)?|moe_topk|moe_k|moe_top_?k|top_k_experts|.*index_topk', 2),
+        (r'.*n(um)?_.*experts', 4),
+        (r'n_groups?|topk_group|num_expert_group|mamba_n_?groups', 1),
+        (r'.*_rank', 8),
+    )
+]
 
 # what the defaults leave open or contradict once they are shrunk: model type -> values
 MEND = dict(
-    bamba=dict(mamba_d_head=16), falcon_h1=dict(mamba_d_ssm=32, mamba_d_head=8), granitemoehybrid=dict(mamba_d_head=16, layer_types=['mamba', 'full_attention', 'mamba']), mamba2=dict(head_dim=16), zaya=dict(num_experts_per_tok=1), xlnet=dict(d_head=8),
-    deepseek_v2=dict(num_experts_per_tok=2), longcat_flash=dict(head_dim=8, qk_head_dim=16), esm=dict(vocab_size=33, pad_token_id=1), esmc=dict(num_key_value_heads=4), gpt_neo=dict(attention_types=[[['global', 'local', 'global'], 1]]),
-    layoutlmv3=dict(coordinate_size=6, shape_size=4), lilt=dict(hidden_size=48), markuplm=dict(max_xpath_tag_unit_embeddings=256, max_xpath_subs_unit_embeddings=1024),
-    xmod=dict(default_language='en_XX'), zamba=dict(attention_hidden_size=64, attention_head_dim=16, layers_block_type=['hybrid', 'linear_attention', 'hybrid']), zamba2=dict(layers_block_type=['hybrid', 'linear_attention', 'hybrid']),
-    cohere_compass_text=dict(rope_parameters={'full_attention': dict(rope_type='default', rope_theta=1e4)}), lfm2_moe=dict(layer_types=['conv', 'full_attention', 'conv']),
-    dbrx=dict(attn_config=dict(rope_theta=1e4, clip_qkv=8), ffn_config=dict(ffn_hidden_size=48)), dots1=dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2), gemma3n_text=dict(num_kv_shared_layers=0, intermediate_size=48, activation_sparsity_pattern=[.5, 0., 0.]),
-    qwen4_exp_text=dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=4),
-    gemma4_text=dict(global_head_dim=8, num_kv_shared_layers=0), gemma4_unified_text=dict(global_head_dim=8, num_kv_shared_layers=0),
-    reformer=dict(axial_pos_embds_dim=(16, 16), axial_pos_shape=(8, 8), is_decoder=True))
+    bamba=dict(mamba_d_head=16),
+    falcon_h1=dict(mamba_d_ssm=32, mamba_d_head=8),
+    granitemoehybrid=dict(mamba_d_head=16, layer_types=['mamba', 'full_attention', 'mamba']),
+    mamba2=dict(head_dim=16),
+    zaya=dict(num_experts_per_tok=1),
+    xlnet=dict(d_head=8),
+    deepseek_v2=dict(num_experts_per_tok=2),
+    longcat_flash=dict(head_dim=8, qk_head_dim=16),
+    esm=dict(vocab_size=33, pad_token_id=1),
+    esmc=dict(num_key_value_heads=4),
+    gpt_neo=dict(attention_types=[[['global', 'local', 'global'], 1]]),
+    layoutlmv3=dict(coordinate_size=6, shape_size=4),
+    lilt=dict(hidden_size=48),
+    markuplm=dict(max_xpath_tag_unit_embeddings=256, max_xpath_subs_unit_embeddings=1024),
+    xmod=dict(default_language='en_XX'),
+    zamba=dict(
+        attention_hidden_size=64, attention_head_dim=16, layers_block_type=['hybrid', 'linear_attention', 'hybrid']
+    ),
+    zamba2=dict(layers_block_type=['hybrid', 'linear_attention', 'hybrid']),
+    cohere_compass_text=dict(rope_parameters={'full_attention': dict(rope_type='default', rope_theta=1e4)}),
+    lfm2_moe=dict(layer_types=['conv', 'full_attention', 'conv']),
+    dbrx=dict(attn_config=dict(rope_theta=1e4, clip_qkv=8), ffn_config=dict(ffn_hidden_size=48)),
+    dots1=dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
+    gemma3n_text=dict(num_kv_shared_layers=0, intermediate_size=48, activation_sparsity_pattern=[0.5, 0.0, 0.0]),
+    qwen4_exp_text=dict(
+        indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=4
+    ),
+    gemma4_text=dict(global_head_dim=8, num_kv_shared_layers=0),
+    gemma4_unified_text=dict(global_head_dim=8, num_kv_shared_layers=0),
+    reformer=dict(axial_pos_embds_dim=(16, 16), axial_pos_shape=(8, 8), is_decoder=True),
+)
 
 
 def small_values(cls):
@@ -68,23 +109,27 @@ def small_values(cls):
         try:
             now = getattr(default, f.name, None)
         except Exception:
-            now = f.default   # it differs from layer to layer
+            now = f.default  # it differs from layer to layer
         if f.name in subs:
             c = subs[f.name].config_class
             if not getattr(c, 'model_type', None):
                 c = subs[f.name].get_config_class(subs[f.name].model_type)
             if default is None or now is not None:
                 res[f.name] = {**subs[f.name].init_kwargs, **small_values(c), 'model_type': c.model_type}
-        elif isinstance(now, (list, tuple)) and len(now) == n > 3:   # an entry a layer: one of each type
+        elif isinstance(now, (list, tuple)) and len(now) == n > 3:  # an entry a layer: one of each type
             res[f.name] = (list({repr(o): o for o in now}.values()) + list(now))[:3]
         elif f.name.endswith(('_token_id', '_token_index')):
             if isinstance(now, int) and now >= 100:
-                res[f.name] = dict(pad=0, bos=1, eos=2).get(f.name.split('_')[0], 110 + len(res)%9)
+                res[f.name] = dict(pad=0, bos=1, eos=2).get(f.name.split('_')[0], 110 + len(res) % 9)
         elif f.name in ('head_dim', 'qk_head_dim') and 'qk_rope_head_dim' in names:
-            pass   # follows from others
+            pass  # follows from others
         elif f.name == 'num_key_value_heads' and 'kv_lora_rank' in names:
-            res[f.name] = 4   # one for each head
-        elif 'int' in str(f.type) and not isinstance(now, bool) and (isinstance(now, int) or f.name in ('head_dim', 'num_key_value_heads')):
+            res[f.name] = 4  # one for each head
+        elif (
+            'int' in str(f.type)
+            and not isinstance(now, bool)
+            and (isinstance(now, int) or f.name in ('head_dim', 'num_key_value_heads'))
+        ):
             value = next((v for p, v in SMALL if p.match(f.name)), None)
             if value is not None:
                 res[f.name] = value
@@ -95,9 +140,16 @@ def small_values(cls):
 
 def classes():
     "`(task, configuration class, model class)` of both mappings, each model class once"
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
+
     seen = set()
-    for task, mapping in (('classification', MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING), ('causal LM', MODEL_FOR_CAUSAL_LM_MAPPING)):
+    for task, mapping in (
+        ('classification', MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+        ('causal LM', MODEL_FOR_CAUSAL_LM_MAPPING),
+    ):
         for cfg in mapping.keys():
             for cls in mapping[cfg] if isinstance(mapping[cfg], tuple) else (mapping[cfg],):
                 if cls not in seen:
@@ -109,7 +161,9 @@ def build(cfg_class, cls):
     "A small model of `cls`, on the CPU"
     cfg = cfg_class(**small_values(cfg_class))
     if cls.config_class is not cfg_class:
-        cfg = next((c for c in map(partial(getattr, cfg), cfg.sub_configs) if type(c) is cls.config_class), cfg)   # as the Auto classes do
+        cfg = next(
+            (c for c in map(partial(getattr, cfg), cfg.sub_configs) if type(c) is cls.config_class), cfg
+        )  # as the Auto classes do
     with torch.device('meta'):
         n = sum(p.numel() for p in cls(deepcopy(cfg)).parameters())
     if n > MAX_PARAMS:
@@ -119,20 +173,37 @@ def build(cfg_class, cls):
 
 # --- what can be known about a model without `layer_groups` ---
 
+
 def expected_layers(cfg):
     "How many layers the configuration `cfg` of a model promises, those of its parts included"
     if cfg.model_type in LAYERS:
         return LAYERS[cfg.model_type](cfg)
     parts = [c for c in (getattr(cfg, k, None) for k in cfg.sub_configs) if c is not None]
-    both = [getattr(cfg, a, getattr(cfg, b, None)) for a, b in (('encoder_layers', 'num_layers'), ('decoder_layers', 'num_decoder_layers'))]
-    own = sum(both) if getattr(cfg, 'is_encoder_decoder', False) and all(both) else both[1] or getattr(cfg, 'num_hidden_layers', None) or getattr(cfg, 'depth', 0)
+    both = [
+        getattr(cfg, a, getattr(cfg, b, None))
+        for a, b in (('encoder_layers', 'num_layers'), ('decoder_layers', 'num_decoder_layers'))
+    ]
+    own = (
+        sum(both)
+        if getattr(cfg, 'is_encoder_decoder', False) and all(both)
+        else both[1] or getattr(cfg, 'num_hidden_layers', None) or getattr(cfg, 'depth', 0)
+    )
     return (own if isinstance(own, int) and not getattr(cfg, 'encoder', None) else 0) + sum(map(expected_layers, parts))
 
 
-LAYERS = dict(   # where the number of blocks has another name
-    blt=lambda c: c.encoder_config.num_hidden_layers + 1 + c.global_config.num_hidden_layers + c.decoder_config.num_hidden_layers,   # its patcher is fixed
-    moshi=lambda c: c.num_hidden_layers, phi4_multimodal_audio=lambda c: c.num_blocks, albert=lambda c: c.num_hidden_groups, canine=lambda c: c.num_hidden_layers + 2, funnel=lambda c: sum(c.block_sizes), hrm_text=lambda c: 2*c.num_layers_per_stack,
-    longcat_flash=lambda c: c.num_layers, perceiver=lambda c: c.num_self_attends_per_block)
+LAYERS = dict(  # where the number of blocks has another name
+    blt=lambda c: (
+        c.encoder_config.num_hidden_layers + 1 + c.global_config.num_hidden_layers + c.decoder_config.num_hidden_layers
+    ),  # its patcher is fixed
+    moshi=lambda c: c.num_hidden_layers,
+    phi4_multimodal_audio=lambda c: c.num_blocks,
+    albert=lambda c: c.num_hidden_groups,
+    canine=lambda c: c.num_hidden_layers + 2,
+    funnel=lambda c: sum(c.block_sizes),
+    hrm_text=lambda c: 2 * c.num_layers_per_stack,
+    longcat_flash=lambda c: c.num_layers,
+    perceiver=lambda c: c.num_self_attends_per_block,
+)
 
 
 def in_list(model, name):
@@ -151,12 +222,14 @@ def in_list(model, name):
 
 class Recorder:
     "Run `model` on one text, and keep what the modules at `paths` take and give in their first call"
+
     def __init__(self, model, paths, inputs):
         self.model, self.inputs, self.mods = model, inputs, {p: model.get_submodule(p) for p in paths}
+
     def __call__(self):
         self.got = {}
         for p, m in self.mods.items():
-            m.forward = partial(self.call, p, m.forward)   # a hook would miss `m.forward(x)`
+            m.forward = partial(self.call, p, m.forward)  # a hook would miss `m.forward(x)`
         torch.manual_seed(0)
         try:
             with torch.no_grad():
@@ -166,6 +239,7 @@ class Recorder:
                 del m.forward
         self.got['', 'out'] = floats(out[0] if isinstance(out, tuple) else out.logits)
         return self.got
+
     def call(self, path, forward, *args, **kwargs):
         first = (path, 'in') not in self.got
         if first:
@@ -186,7 +260,12 @@ def floats(o):
 
 def changed(a, b):
     "The keys under which two records differ"
-    return {k for k in a if len(a[k]) != len(b.get(k, ())) or any(x.shape != y.shape or not torch.equal(x, y) for x, y in zip(a[k], b[k]))}
+    return {
+        k
+        for k in a
+        if len(a[k]) != len(b.get(k, ()))
+        or any(x.shape != y.shape or not torch.equal(x, y) for x, y in zip(a[k], b[k]))
+    }
 
 
 def disturbed(rec, params):
@@ -194,7 +273,7 @@ def disturbed(rec, params):
     before = [p.detach().clone() for p in params]
     with torch.no_grad():
         for p in params:
-            p.add_(torch.randn_like(p)*.5)
+            p.add_(torch.randn_like(p) * 0.5)
     res = rec()
     with torch.no_grad():
         for p, b in zip(params, before):
@@ -235,7 +314,7 @@ def check_flow(model, groups, inputs, fixed):
     torch.manual_seed(1)
     with torch.no_grad():
         for n, p in model.named_parameters():
-            p.add_(torch.randn_like(p)*.05)
+            p.add_(torch.randn_like(p) * 0.05)
     where = {n: i for i, g in enumerate(groups) for n in g.names}
     item = {n: in_list(model, n) for n in where}
     inner = [i for i, g in enumerate(groups) if g.name not in ('embeddings', 'head')]
@@ -245,7 +324,7 @@ def check_flow(model, groups, inputs, fixed):
     count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     rec = Recorder(model, set(blocks) | {owners[n] for n in loose}, inputs)
     base, by_id = rec(), dict(model.named_parameters())
-    up = defaultdict(set)      # owner of a loose parameter -> the groups that feed it
+    up = defaultdict(set)  # owner of a loose parameter -> the groups that feed it
     for i in inner:
         own = [p for n, p in by_id.items() if where.get(n) == i and item[n] in blocks]
         diff = changed(base, disturbed(rec, own))
@@ -258,7 +337,7 @@ def check_flow(model, groups, inputs, fixed):
     for n in loose:
         diff = changed(base, disturbed(rec, [by_id[n]]))
         hit, i = {blocks[p] for p, k in diff if p in blocks and k == 'out'}, where[n]
-        last = groups[i].name == 'head' or i == len(groups)-1
+        last = groups[i].name == 'head' or i == len(groups) - 1
         if hit and min(hit) < i:
             yield f'{n} in {groups[i].name} changes {groups[min(hit)].name}'
         if not hit and ('', 'out') in diff and not last:
@@ -275,6 +354,7 @@ def check_flow(model, groups, inputs, fixed):
 
 def check_top(model, inputs):
     from fastai_tl.models.layer_groups import LayerFreezer, layer_groups
+
     freezer = LayerFreezer(model)
     freezer.freeze_to(-1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -290,13 +370,14 @@ def check_top(model, inputs):
     if not moved:
         yield 'the head does not learn'
     if moved - head:
-        yield f'freeze_to(-1) trains {sorted(moved-head)[0]}'
+        yield f'freeze_to(-1) trains {sorted(moved - head)[0]}'
 
 
 def check(cfg_class, cls):
     "A row of the table"
     from fastai_tl.models.layer_groups import layer_groups
     from fastai_tl.models.execution_order import dummy_inputs, execution_order, hf_models
+
     try:
         model = build(cfg_class, cls).eval()
     except Exception as e:
@@ -340,7 +421,7 @@ def in_child(f, *args):
         except BaseException as e:
             res = dict(built=True, traced=False, problems=[f'{type(e).__name__}: {e}'[:300]])
             traceback.print_exc()
-        os.write(w, json.dumps(dict(res, seconds=round(time.perf_counter()-t, 2))).encode())
+        os.write(w, json.dumps(dict(res, seconds=round(time.perf_counter() - t, 2))).encode())
         os._exit(0)
     os.close(w)
     with os.fdopen(r, 'rb') as fh:
@@ -359,20 +440,35 @@ def verdict(row):
 def summary(rows):
     built = [r for r in rows if r['built']]
     right, run = [r for r in built if not r['problems']], [r for r in built if r.get('traced')]
-    return (f'{len(rows)} classes, {len(built)} could be built, {len(right)} of these are grouped rightly ({len(right)/max(1, len(built)):.1%}); '
-            f'{len(run)} could be run on a text and passed through all checks, the rest through those without running')
+    return (
+        f'{len(rows)} classes, {len(built)} could be built, {len(right)} of these are grouped rightly ({len(right) / max(1, len(built)):.1%}); '
+        f'{len(run)} could be run on a text and passed through all checks, the rest through those without running'
+    )
 
 
 def markdown(rows):
     "The page of the documentation"
     from importlib.metadata import version
+
     table = ['| class | groups | layers | result |', '|---|---|---|---|']
     for r in sorted(rows, key=lambda r: (r['task'], r['cls'].lower())):
         names = [o for o in r.get('layers', []) if o not in ('embeddings', 'head')]
         table.append(f"| `{r['cls']}` | {r.get('groups', '')} | {len(names) or ''} | {verdict(r)} |")
     checks = __doc__.split('\n\n')
-    return '\n\n'.join(['# Layer groups of every architecture', f"transformers {version('transformers')}, torch {version('torch').split('+')[0]}. **{summary(rows)}.**", checks[2], checks[3] if len(checks) > 3 else '',
-                        '\n'.join(table)]).replace('\n\n\n', '\n\n').rstrip() + '\n'
+    return (
+        '\n\n'.join(
+            [
+                '# Layer groups of every architecture',
+                f"transformers {version('transformers')}, torch {version('torch').split('+')[0]}. **{summary(rows)}.**",
+                checks[2],
+                checks[3] if len(checks) > 3 else '',
+                '\n'.join(table),
+            ]
+        )
+        .replace('\n\n\n', '\n\n')
+        .rstrip()
+        + '\n'
+    )
 
 
 def main():
@@ -384,7 +480,8 @@ def main():
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    import fastai_tl.models.layer_groups   # once, before the children are made
+    import fastai_tl.models.layer_groups  # once, before the children are made
+
     rows = []
     for task, cfg, cls in classes():
         if a.only and not {cfg.model_type, cls.__name__} & set(a.only):

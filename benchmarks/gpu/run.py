@@ -24,12 +24,39 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
 warnings.filterwarnings('ignore')
 
-FULL = dict(bert=dict(), vocab=30_000, texts=2048, bs=64, lm=dict(emb_sz=400, n_hid=1152, n_layers=3), lm_bs=64, lm_batches=20, seq_len=72, gemm=8192, copy=2**30, few=16, pipe=(8, 32, 128))
-TINY = dict(bert=dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64), vocab=200, texts=32, bs=8, lm=dict(emb_sz=16, n_hid=24, n_layers=2), lm_bs=4, lm_batches=2, seq_len=12, gemm=128, copy=2**20, few=2, pipe=(4, 8))
+FULL = dict(
+    bert=dict(),
+    vocab=30_000,
+    texts=2048,
+    bs=64,
+    lm=dict(emb_sz=400, n_hid=1152, n_layers=3),
+    lm_bs=64,
+    lm_batches=20,
+    seq_len=72,
+    gemm=8192,
+    copy=2**30,
+    few=16,
+    pipe=(8, 32, 128),
+)
+TINY = dict(
+    bert=dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64),
+    vocab=200,
+    texts=32,
+    bs=8,
+    lm=dict(emb_sz=16, n_hid=24, n_layers=2),
+    lm_bs=4,
+    lm_batches=2,
+    seq_len=12,
+    gemm=128,
+    copy=2**20,
+    few=2,
+    pipe=(4, 8),
+)
 
 
 def sync(a):
     import torch
+
     if a.device != 'cpu':
         torch.accelerator.synchronize()
 
@@ -39,14 +66,14 @@ def seconds(f, a):
     t = time.perf_counter()
     f()
     sync(a)
-    return time.perf_counter()-t
+    return time.perf_counter() - t
 
 
 def interleave(variants, a):
     "Seconds of each variant in each round; a first round is not counted"
     names, res = list(variants), {n: [] for n in variants}
-    for r in range(a.rounds+1):
-        for n in names[r % len(names):]+names[:r % len(names)]:
+    for r in range(a.rounds + 1):
+        for n in names[r % len(names) :] + names[: r % len(names)]:
             t = seconds(variants[n], a)
             if r:
                 res[n].append(t)
@@ -56,22 +83,27 @@ def interleave(variants, a):
 def ceilings(a):
     "Operations a second of a large matrix product in float32 and bfloat16, and bytes a second of a copy (read and written): the best of ten"
     import torch
+
     n, res = a.size['gemm'], {}
     for name, dtype in (('float32', torch.float32), ('bfloat16', torch.bfloat16)):
         x, y = (torch.randn(n, n, device=a.device).to(dtype) for _ in range(2))
-        x@y
-        res[name] = 2*n**3/min(seconds(lambda: x@y, a) for _ in range(10))
+        x @ y
+        res[name] = 2 * n**3 / min(seconds(lambda: x @ y, a) for _ in range(10))
     src = torch.zeros(a.size['copy'], dtype=torch.uint8, device=a.device)
     dst = torch.empty_like(src)
     dst.copy_(src)
-    res['bytes'] = 2*len(src)/min(seconds(lambda: dst.copy_(src), a) for _ in range(10))
-    print(f"products: {res['float32']/1e12:.2f} (float32) and {res['bfloat16']/1e12:.2f} (bfloat16) million million operations a second; copying: {res['bytes']/1e9:.0f} GB a second", flush=True)
+    res['bytes'] = 2 * len(src) / min(seconds(lambda: dst.copy_(src), a) for _ in range(10))
+    print(
+        f"products: {res['float32'] / 1e12:.2f} (float32) and {res['bfloat16'] / 1e12:.2f} (bfloat16) million million operations a second; copying: {res['bytes'] / 1e9:.0f} GB a second",
+        flush=True,
+    )
     return res
 
 
 def counted(f):
     "Operations of the matrix products while `f` runs"
     from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as c:
         f()
     return c.get_total_flops()
@@ -79,8 +111,10 @@ def counted(f):
 
 def numbers(params):
     return sum(p.numel() for p in params)
+
+
 def training_bytes(model):
-    return 4*sum((2 + (1+7 if p.requires_grad else 0))*p.numel() for p in model.parameters())
+    return 4 * sum((2 + (1 + 7 if p.requires_grad else 0)) * p.numel() for p in model.parameters())
 
 
 def texts_of(a):
@@ -88,23 +122,42 @@ def texts_of(a):
     import numpy as np, pandas as pd
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', *[f'w{i}' for i in range(a.size['vocab']-4)]]
+
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', *[f'w{i}' for i in range(a.size['vocab'] - 4)]]
     t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
-    t.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
-    tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', model_max_length=128)
+    t.post_processor = processors.TemplateProcessing(
+        single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)]
+    )
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        pad_token='[PAD]',
+        unk_token='[UNK]',
+        cls_token='[CLS]',
+        sep_token='[SEP]',
+        model_max_length=128,
+    )
     rng = np.random.default_rng(0)
     n = a.size['texts']
-    lens = np.clip(rng.lognormal(4, .8, n+n//8).astype(int), 2, 126)
+    lens = np.clip(rng.lognormal(4, 0.8, n + n // 8).astype(int), 2, 126)
     ids = [rng.integers(4, a.size['vocab'], k) for k in lens]
-    return tok, pd.DataFrame(dict(text=[' '.join(words[i] for i in o) for o in ids], label=['even' if o[0] % 2 else 'odd' for o in ids], valid=[i >= n for i in range(len(ids))]))
+    return tok, pd.DataFrame(
+        dict(
+            text=[' '.join(words[i] for i in o) for o in ids],
+            label=['even' if o[0] % 2 else 'odd' for o in ids],
+            valid=[i >= n for i in range(len(ids))],
+        )
+    )
 
 
 def classifier(a, tok, df, half=False, single=False):
     from fastai_tl.all import HFTextDataLoaders, hf_classifier_learner, seed_everything
     from transformers import BertConfig
+
     seed_everything(0)
-    dls = HFTextDataLoaders.from_df(df, tok, valid_col='valid', max_length=128, bs=a.size['bs'], verbose=False).to(a.device)
+    dls = HFTextDataLoaders.from_df(df, tok, valid_col='valid', max_length=128, bs=a.size['bs'], verbose=False).to(
+        a.device
+    )
     learn = hf_classifier_learner(dls, BertConfig(vocab_size=len(tok), pad_token_id=0, **a.size['bert']), metrics=[])
     learn.model.to(a.device)
     if half:
@@ -117,7 +170,7 @@ def classifier(a, tok, df, half=False, single=False):
 def quiet(learn):
     learn.remove_cb(learn.progress)
     learn.logger = lambda *o: None
-    learn._do_epoch_validate = lambda *o, **k: None # training alone is timed, on both sides
+    learn._do_epoch_validate = lambda *o, **k: None  # training alone is timed, on both sides
     return learn
 
 
@@ -125,52 +178,100 @@ def batch_operations(learn):
     "Operations of a training step on each batch, as PyTorch counts them"
     from fastai_tl.efficiency.pooled_top_layer import SinglePosition, SinglePositionTop
     from contextlib import nullcontext
+
     single = any(isinstance(c, SinglePositionTop) for c in learn.cbs)
+
     def run():
         learn.model.train()
         with SinglePosition(learn.model) if single else nullcontext():
             for x, y in learn.dls.train:
                 learn.loss_func(learn.model(x), y).backward()
                 learn.model.zero_grad()
+
     return counted(run)
 
 
 def row(name, secs, base, per_round, ops, moved, kind, ceil, unit):
     "One line of a table"
-    rs = [b/s for b, s in zip(secs[base], secs[name])]
-    least = max(ops/ceil[kind], moved/ceil['bytes'])
-    return dict(variant=name, rate=per_round/st.median(secs[name]), unit=unit, against=base, ratio=st.median(rs), low=min(rs), high=max(rs), best=min(secs[base])/min(secs[name]), operations=ops, bytes=moved, computed_in=kind,
-                bound='products' if ops/ceil[kind] > moved/ceil['bytes'] else 'copying', least_seconds=least, share=least/min(secs[name]))
+    rs = [b / s for b, s in zip(secs[base], secs[name])]
+    least = max(ops / ceil[kind], moved / ceil['bytes'])
+    return dict(
+        variant=name,
+        rate=per_round / st.median(secs[name]),
+        unit=unit,
+        against=base,
+        ratio=st.median(rs),
+        low=min(rs),
+        high=max(rs),
+        best=min(secs[base]) / min(secs[name]),
+        operations=ops,
+        bytes=moved,
+        computed_in=kind,
+        bound='products' if ops / ceil[kind] > moved / ceil['bytes'] else 'copying',
+        least_seconds=least,
+        share=least / min(secs[name]),
+    )
 
 
 def finetune(a, ceil):
     import torch
-    from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+    )
     from fastai_tl.all import seed_everything
+
     tok, df = texts_of(a)
     train = df[~df.valid]
     ids = tok(list(train.text), truncation=True, max_length=128)['input_ids']
-    ds = [dict(input_ids=i, attention_mask=[1]*len(i), label=int(l == 'odd')) for i, l in zip(ids, train.label)]
+    ds = [dict(input_ids=i, attention_mask=[1] * len(i), label=int(l == 'odd')) for i, l in zip(ids, train.label)]
     made = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, kw in {'Trainer': {}, 'Trainer, grouped, bf16': dict(train_sampling_strategy='group_by_length', bf16=True)}.items():
+        for name, kw in {
+            'Trainer': {},
+            'Trainer, grouped, bf16': dict(train_sampling_strategy='group_by_length', bf16=True),
+        }.items():
             seed_everything(0)
             model = BertForSequenceClassification(BertConfig(vocab_size=len(tok), pad_token_id=0, **a.size['bert']))
-            args = TrainingArguments(output_dir=folder, use_cpu=a.device == 'cpu', per_device_train_batch_size=a.size['bs'], num_train_epochs=1, report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True, **kw)
-            made[name] = Trainer(model=model, args=args, train_dataset=ds, data_collator=DataCollatorWithPadding(tok)).train
-        learners = {'ours, float32': classifier(a, tok, df), 'ours, bfloat16': classifier(a, tok, df, True), 'ours, bfloat16, single position': classifier(a, tok, df, True, True)}
+            args = TrainingArguments(
+                output_dir=folder,
+                use_cpu=a.device == 'cpu',
+                per_device_train_batch_size=a.size['bs'],
+                num_train_epochs=1,
+                report_to='none',
+                save_strategy='no',
+                logging_strategy='no',
+                disable_tqdm=True,
+                **kw,
+            )
+            made[name] = Trainer(
+                model=model, args=args, train_dataset=ds, data_collator=DataCollatorWithPadding(tok)
+            ).train
+        learners = {
+            'ours, float32': classifier(a, tok, df),
+            'ours, bfloat16': classifier(a, tok, df, True),
+            'ours, bfloat16, single position': classifier(a, tok, df, True, True),
+        }
         made |= {k: (lambda l=l: l.fit(1, 5e-5)) for k, l in learners.items()}
         secs = interleave(made, a)
     rows = []
     for k, l in learners.items():
-        ops, moved = batch_operations(l), training_bytes(l.model)*len(l.dls.train)
-        rows += [row(k, secs, base, len(train), ops, moved, 'bfloat16' if 'bf' in k else 'float32', ceil, 'samples') for base in ('Trainer', 'Trainer, grouped, bf16')]
+        ops, moved = batch_operations(l), training_bytes(l.model) * len(l.dls.train)
+        rows += [
+            row(k, secs, base, len(train), ops, moved, 'bfloat16' if 'bf' in k else 'float32', ceil, 'samples')
+            for base in ('Trainer', 'Trainer, grouped, bf16')
+        ]
     return rows
 
 
 def cache(a, ceil):
     from fastai_tl.all import CachedPrefix
+
     tok, df = texts_of(a)
+
     def make(half=False, one=None):
         learn = classifier(a, tok, df, half)
         learn.create_opt()
@@ -178,15 +279,24 @@ def cache(a, ceil):
         if one is not None:
             learn.add_cb(CachedPrefix(one_position=one, verbose=False))
         return learn
-    learners = {'naive, float32': make(), 'cached, float32': make(one=False), 'cached, bfloat16, single position': make(True, True)}
+
+    learners = {
+        'naive, float32': make(),
+        'cached, float32': make(one=False),
+        'cached, bfloat16, single position': make(True, True),
+    }
     secs = interleave({k: (lambda l=l: l.fit(1, 1e-5)) for k, l in learners.items()}, a)
     base, n = learners['naive, float32'], a.size['texts']
     whole = counted(lambda: [base.model(x) for x, _ in base.dls.train])
     layers = base.model.hf.config.num_hidden_layers
-    top = batch_operations(base)-whole*(layers-1)/layers # what is left of a step without the frozen layers' forward pass
-    moved = training_bytes(base.model.hf.bert.encoder.layer[-1])*len(base.dls.train)
-    return [row('cached, float32', secs, 'naive, float32', n, top, moved, 'float32', ceil, 'samples'),
-            row('cached, bfloat16, single position', secs, 'naive, float32', n, 0, moved, 'bfloat16', ceil, 'samples')] # keys and values of all tokens apart, hardly any operations are left: the weights count
+    top = (
+        batch_operations(base) - whole * (layers - 1) / layers
+    )  # what is left of a step without the frozen layers' forward pass
+    moved = training_bytes(base.model.hf.bert.encoder.layer[-1]) * len(base.dls.train)
+    return [
+        row('cached, float32', secs, 'naive, float32', n, top, moved, 'float32', ceil, 'samples'),
+        row('cached, bfloat16, single position', secs, 'naive, float32', n, 0, moved, 'bfloat16', ceil, 'samples'),
+    ]  # keys and values of all tokens apart, hardly any operations are left: the weights count
 
 
 def lm(a, ceil):
@@ -194,22 +304,47 @@ def lm(a, ceil):
     from fastai.data.core import DataLoaders
     from fastai.text.all import AWD_LSTM, Adam, CrossEntropyLossFlat, LMLearner, awd_lstm_lm_config, get_language_model
     from fastai_tl.all import LayerwiseOptimizer, layer_splitter, seed_everything
+
     s, g = a.size, torch.Generator().manual_seed(0)
-    xs = [torch.randint(0, s['vocab'], (s['lm_bs'], s['seq_len']+1), generator=g).to(a.device) for _ in range(s['lm_batches'])]
+    xs = [
+        torch.randint(0, s['vocab'], (s['lm_bs'], s['seq_len'] + 1), generator=g).to(a.device)
+        for _ in range(s['lm_batches'])
+    ]
     batches = [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in xs]
+
     def make(ours):
         seed_everything(0)
         data = DataLoaders(batches, batches[:1])
         data.vocab = list(range(s['vocab']))
         model = get_language_model(AWD_LSTM, s['vocab'], config={**awd_lstm_lm_config, **s['lm']}).to(a.device)
-        kw = dict(opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False) if ours else dict(opt_func=Adam)
+        kw = (
+            dict(opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False)
+            if ours
+            else dict(opt_func=Adam)
+        )
         return quiet(LMLearner(data, model, loss_func=CrossEntropyLossFlat(), metrics=[], **kw))
-    learners = {"fastai's Learner": make(False), 'ours, bfloat16, chunked loss': make(True).to_mixed_precision('bf16', force=True).chunked_loss()}
+
+    learners = {
+        "fastai's Learner": make(False),
+        'ours, bfloat16, chunked loss': make(True).to_mixed_precision('bf16', force=True).chunked_loss(),
+    }
     secs = interleave({k: (lambda l=l: l.fit(1, 1e-3)) for k, l in learners.items()}, a)
-    sizes = [s['lm']['emb_sz'], *[s['lm']['n_hid']]*(s['lm']['n_layers']-1), s['lm']['emb_sz']]
-    weights = sum(4*o*(i+o) for i, o in zip(sizes, sizes[1:])) + s['vocab']*s['lm']['emb_sz']
-    tokens = s['lm_bs']*s['seq_len']*s['lm_batches']
-    return [row('ours, bfloat16, chunked loss', secs, "fastai's Learner", tokens, 6*weights*tokens, training_bytes(learners["fastai's Learner"].model)*s['lm_batches'], 'bfloat16', ceil, 'tokens')]
+    sizes = [s['lm']['emb_sz'], *[s['lm']['n_hid']] * (s['lm']['n_layers'] - 1), s['lm']['emb_sz']]
+    weights = sum(4 * o * (i + o) for i, o in zip(sizes, sizes[1:])) + s['vocab'] * s['lm']['emb_sz']
+    tokens = s['lm_bs'] * s['seq_len'] * s['lm_batches']
+    return [
+        row(
+            'ours, bfloat16, chunked loss',
+            secs,
+            "fastai's Learner",
+            tokens,
+            6 * weights * tokens,
+            training_bytes(learners["fastai's Learner"].model) * s['lm_batches'],
+            'bfloat16',
+            ceil,
+            'tokens',
+        )
+    ]
 
 
 def predict(a, ceil):
@@ -217,22 +352,45 @@ def predict(a, ceil):
     from transformers import pipeline
     from transformers.utils import logging
     from fastai_tl.all import Predictor
+
     logging.set_verbosity_error()
     tok, df = texts_of(a)
     learn = classifier(a, tok, df)
     del learn._do_epoch_validate
     ts = df.text.tolist()
-    few = sorted(ts, key=len)[::len(ts)//a.size['few']][:a.size['few']]
+    few = sorted(ts, key=len)[:: len(ts) // a.size['few']][: a.size['few']]
     ps = {f'Predictor, {n}': Predictor(learn, p) for n, p in (('float32', 'fp32'), ('bfloat16', 'bf16'))}
-    pipe = pipeline('text-classification', model=copy.deepcopy(learn.model.hf).eval(), tokenizer=tok, device=a.device, top_k=None)
+    pipe = pipeline(
+        'text-classification', model=copy.deepcopy(learn.model.hf).eval(), tokenizer=tok, device=a.device, top_k=None
+    )
     through = lambda bs: lambda: pipe(ts, batch_size=bs, truncation=True, max_length=128)
     best = min(a.size['pipe'], key=lambda bs: min(seconds(through(bs), a) for _ in range(2)))
-    secs = interleave({'learn.predict': lambda: [learn.predict(t) for t in few], f'pipeline, batches of {best}': through(best), **{k: (lambda p=p: p.predict(ts)) for k, p in ps.items()}}, a)
-    secs['learn.predict'] = [t*len(ts)/len(few) for t in secs['learn.predict']]
+    secs = interleave(
+        {
+            'learn.predict': lambda: [learn.predict(t) for t in few],
+            f'pipeline, batches of {best}': through(best),
+            **{k: (lambda p=p: p.predict(ts)) for k, p in ps.items()},
+        },
+        a,
+    )
+    secs['learn.predict'] = [t * len(ts) / len(few) for t in secs['learn.predict']]
     rows = []
     for k, p in ps.items():
         ops, width = counted(lambda: p.predict(ts)), 4 if p.precision == 'fp32' else 2
-        rows += [row(k, secs, base, len(ts), ops, width*numbers(p.engine.model.parameters()), 'float32' if width == 4 else 'bfloat16', ceil, 'texts') for base in list(secs)[:2]]
+        rows += [
+            row(
+                k,
+                secs,
+                base,
+                len(ts),
+                ops,
+                width * numbers(p.engine.model.parameters()),
+                'float32' if width == 4 else 'bfloat16',
+                ceil,
+                'texts',
+            )
+            for base in list(secs)[:2]
+        ]
     return rows
 
 
@@ -242,12 +400,18 @@ EXPERIMENTS = dict(finetune=finetune, cache=cache, lm=lm, predict=predict)
 def table(res):
     "Markdown"
     a, c = res['about'], res['ceilings']
-    lines = [f"{a['device_name']}, PyTorch {a['versions']['torch']}, {a['rounds']} rounds{', sizes of a try: these figures mean nothing' if a['tiny'] else ''}. Measured ceilings: products {c['float32']/1e12:.3g} (float32) and {c['bfloat16']/1e12:.3g} (bfloat16) TFLOP/s, copying {c['bytes']/1e9:.3g} GB/s.", '',
-             '| | variant | a second | against | median ratio (range) | best to best | operations | least bytes | bound by | share of the ceiling |', '|---|---|---:|---|---|---:|---:|---:|---|---:|']
+    lines = [
+        f"{a['device_name']}, PyTorch {a['versions']['torch']}, {a['rounds']} rounds{', sizes of a try: these figures mean nothing' if a['tiny'] else ''}. Measured ceilings: products {c['float32'] / 1e12:.3g} (float32) and {c['bfloat16'] / 1e12:.3g} (bfloat16) TFLOP/s, copying {c['bytes'] / 1e9:.3g} GB/s.",
+        '',
+        '| | variant | a second | against | median ratio (range) | best to best | operations | least bytes | bound by | share of the ceiling |',
+        '|---|---|---:|---|---|---:|---:|---:|---|---:|',
+    ]
     for e, rows in res['results'].items():
         for r in rows:
-            lines.append(f"| {e} | {r['variant']} | {r['rate']:,.1f} {r['unit']} | {r['against']} | {r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f}) | {r['best']:.2f} | {r['operations']/1e9:,.3g} G | {r['bytes']/1e9:,.3g} GB | {r['bound']} | {r['share']:.1%} |")
-    return '\n'.join(lines)+'\n'
+            lines.append(
+                f"| {e} | {r['variant']} | {r['rate']:,.1f} {r['unit']} | {r['against']} | {r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f}) | {r['best']:.2f} | {r['operations'] / 1e9:,.3g} G | {r['bytes'] / 1e9:,.3g} GB | {r['bound']} | {r['share']:.1%} |"
+            )
+    return '\n'.join(lines) + '\n'
 
 
 def main(args=None):
@@ -260,6 +424,7 @@ def main(args=None):
     p.add_argument('--md', type=Path)
     a = p.parse_args(args)
     import torch, transformers
+
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if a.tiny:
@@ -268,11 +433,22 @@ def main(args=None):
         p.error('There is no GPU here: nothing is run. `--tiny` tries the script on a CPU.')
     a.size = TINY if a.tiny else FULL
     name = torch.cuda.get_device_name() if a.device == 'cuda' else a.device
-    res = dict(about=dict(device=a.device, device_name=name, rounds=a.rounds, tiny=a.tiny, python=platform.python_version(), versions={o: version(o) for o in ('torch', 'fastai', 'transformers')}), ceilings=ceilings(a), results={})
+    res = dict(
+        about=dict(
+            device=a.device,
+            device_name=name,
+            rounds=a.rounds,
+            tiny=a.tiny,
+            python=platform.python_version(),
+            versions={o: version(o) for o in ('torch', 'fastai', 'transformers')},
+        ),
+        ceilings=ceilings(a),
+        results={},
+    )
     for e in a.only:
         res['results'][e] = EXPERIMENTS[e](a, res['ceilings'])
         if a.json:
-            a.json.write_text(json.dumps(res, indent=1)+'\n', encoding='utf-8')
+            a.json.write_text(json.dumps(res, indent=1) + '\n', encoding='utf-8')
         if a.md:
             a.md.write_text(table(res), encoding='utf-8')
     print(table(res))

@@ -6,13 +6,14 @@
 `--reviews` shopping reviews (those of hotels first, the rest drawn; those that are also test reviews left out); the same classifier from nothing, all layers at one rate from the start; TF-IDF of character 1- to 3-grams with
 logistic regression. A tenth of the training rows validate; with the first seed they choose each way's rate (ULMFiT) and strength (TF-IDF), and no test row decides anything. One language model serves all seeds; it trains in
 bfloat16 where the machine has it. Whatever is finished in --out is not done again, and an epoch that was begun is begun anew. Prints a Markdown table and writes results.json."""
+
 import argparse, json, os, time
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import numpy as np, pandas as pd
 
-WAYS = ('TF-IDF','from scratch','stages 2 and 3')
+WAYS = ('TF-IDF', 'from scratch', 'stages 2 and 3')
 RATES = {'from scratch': (3e-3, 1e-2), 'stages 2 and 3': (1e-2, 3e-2)}
 
 
@@ -21,10 +22,22 @@ def parse():
     ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data'))
     ap.add_argument('--out', default='hotel_reviews')
     ap.add_argument('--seeds', type=int, default=3)
-    ap.add_argument('--size', type=int, nargs=3, default=(160, 256, 1), help='width of the embedding, of the layers, number of layers')
+    ap.add_argument(
+        '--size',
+        type=int,
+        nargs=3,
+        default=(160, 256, 1),
+        help='width of the embedding, of the layers, number of layers',
+    )
     ap.add_argument('--reviews', type=int, default=20_000, help='shopping reviews that the language model reads')
     ap.add_argument('--lm-epochs', type=int, default=4)
-    ap.add_argument('--epochs', type=int, nargs='+', default=[1, 1, 4], help='epochs of each stage of unfreezing; the classifier from scratch has their sum')
+    ap.add_argument(
+        '--epochs',
+        type=int,
+        nargs='+',
+        default=[1, 1, 4],
+        help='epochs of each stage of unfreezing; the classifier from scratch has their sum',
+    )
     ap.add_argument('--chars', type=int, default=240, help='characters of a review that the ULMFiT classifiers read')
     ap.add_argument('--rows', type=int, help='only so many reviews of each kind, to try the script')
     ap.add_argument('--threads', type=int)
@@ -34,112 +47,165 @@ def parse():
 def load(a):
     "Hotel reviews with a validation split, and shopping reviews without those that are among the test reviews"
     from fastai_tl.all import normalize_chinese
-    hotel = pd.read_csv(Path(a.data)/'zh_tw'/'hotel_reviews.csv')
-    shop = pd.read_parquet(Path(a.data)/'zh_tw'/'shopping_reviews.parquet')
+
+    hotel = pd.read_csv(Path(a.data) / 'zh_tw' / 'hotel_reviews.csv')
+    shop = pd.read_parquet(Path(a.data) / 'zh_tw' / 'shopping_reviews.parquet')
     key = lambda t: ''.join(c for c in normalize_chinese(t) if c.isalnum())[:40]
-    tested = set(hotel[hotel.split=='test'].text.map(key))
+    tested = set(hotel[hotel.split == 'test'].text.map(key))
     same = shop.text.map(key).isin(tested)
-    train = hotel.index[hotel.split=='train']
-    hotel.loc[np.random.default_rng(0).permutation(train)[:len(train)//10], 'split'] = 'valid'
+    train = hotel.index[hotel.split == 'train']
+    hotel.loc[np.random.default_rng(0).permutation(train)[: len(train) // 10], 'split'] = 'valid'
     shop = shop[~same].sample(frac=1, random_state=0)
-    shop = pd.concat([shop[shop.category=='酒店'], shop[shop.category!='酒店']]).text.str[:a.chars][:a.rows or a.reviews]
+    shop = pd.concat([shop[shop.category == '酒店'], shop[shop.category != '酒店']]).text.str[: a.chars][
+        : a.rows or a.reviews
+    ]
     if a.rows:
         hotel = hotel.groupby('split').head(a.rows)
-    return hotel.reset_index(drop=True),list(shop),int(same.sum())
+    return hotel.reset_index(drop=True), list(shop), int(same.sum())
 
 
 def tfidf(hotel, chosen):
     "Predictions on the test rows; the strength of the prior is chosen on the validation rows"
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    train,valid,test = (hotel[hotel.split==s] for s in ('train','valid','test'))
-    vec = TfidfVectorizer(analyzer='char', ngram_range=(1,3), sublinear_tf=True, min_df=2)
+
+    train, valid, test = (hotel[hotel.split == s] for s in ('train', 'valid', 'test'))
+    vec = TfidfVectorizer(analyzer='char', ngram_range=(1, 3), sublinear_tf=True, min_df=2)
     x = vec.fit_transform(train.text)
     fit = lambda c: LogisticRegression(C=c, max_iter=2000).fit(x, train.label)
     if chosen is None:
         chosen = max((1, 3, 10, 30, 100), key=lambda c: fit(c).score(vec.transform(valid.text), valid.label))
-    return list(fit(chosen).predict(vec.transform(test.text))),chosen
+    return list(fit(chosen).predict(vec.transform(test.text))), chosen
 
 
 def ulmfit(a, hotel, shop, way, seed, lr):
     "Validation accuracy, and predictions on the test rows"
     from fastai_tl.all import AutocastPrecision, LazyLogitsCallback, ULMFiT
-    cfg = dict(zip(('emb_sz','n_hid','n_layers'), a.size))
-    enc,fit = None,dict(epochs=[sum(a.epochs)], groups=[a.size[2]+2], spread=1)
-    if way=='stages 2 and 3':
-        lm = ULMFiT(Path(a.out)/'runs'/'lm', config=cfg, lang='zh-tw', max_vocab=5000, progress=False)
-        lm.finetune_lm(shop, encoder=None, epochs=a.lm_epochs, lr=1e-2, drop_mult=.1, wd=.01, bs=32, valid_pct=.02, cbs=[AutocastPrecision(), LazyLogitsCallback()])
-        enc,fit = lm.encoder('domain'),dict(epochs=a.epochs, spread=10)
-    short = hotel.assign(text=hotel.text.str[:a.chars])
-    ulm = ULMFiT(Path(a.out)/'runs'/f'{way} {seed}', config=cfg, lang='zh-tw', max_vocab=5000, seed=seed, progress=False)
-    learn = ulm.classifier(short, valid_col='split', encoder=enc, lr=lr, drop_mult=.3, bs=32, name=f'lr {lr:g}', **fit)
+
+    cfg = dict(zip(('emb_sz', 'n_hid', 'n_layers'), a.size))
+    enc, fit = None, dict(epochs=[sum(a.epochs)], groups=[a.size[2] + 2], spread=1)
+    if way == 'stages 2 and 3':
+        lm = ULMFiT(Path(a.out) / 'runs' / 'lm', config=cfg, lang='zh-tw', max_vocab=5000, progress=False)
+        lm.finetune_lm(
+            shop,
+            encoder=None,
+            epochs=a.lm_epochs,
+            lr=1e-2,
+            drop_mult=0.1,
+            wd=0.01,
+            bs=32,
+            valid_pct=0.02,
+            cbs=[AutocastPrecision(), LazyLogitsCallback()],
+        )
+        enc, fit = lm.encoder('domain'), dict(epochs=a.epochs, spread=10)
+    short = hotel.assign(text=hotel.text.str[: a.chars])
+    ulm = ULMFiT(
+        Path(a.out) / 'runs' / f'{way} {seed}', config=cfg, lang='zh-tw', max_vocab=5000, seed=seed, progress=False
+    )
+    learn = ulm.classifier(short, valid_col='split', encoder=enc, lr=lr, drop_mult=0.3, bs=32, name=f'lr {lr:g}', **fit)
     with learn.no_bar():
         acc = float(learn.validate()[1])
-        p = learn.get_preds(dl=learn.dls.test_dl(list(short[short.split=='test'].text)))[0]
-    return acc,[learn.dls.vocab[1][i] for i in p.argmax(1)]
+        p = learn.get_preds(dl=learn.dls.test_dl(list(short[short.split == 'test'].text)))[0]
+    return acc, [learn.dls.vocab[1][i] for i in p.argmax(1)]
 
 
 def run(a, hotel, shop, way, seed, chosen):
-    if way=='TF-IDF':
+    if way == 'TF-IDF':
         return tfidf(hotel, chosen)
     res = {lr: ulmfit(a, hotel, shop, way, seed, lr) for lr in (RATES[way] if chosen is None else [chosen])}
-    print(way, 'validation accuracy by rate:', {k: round(v[0], 4) for k,v in res.items()}, flush=True)
+    print(way, 'validation accuracy by rate:', {k: round(v[0], 4) for k, v in res.items()}, flush=True)
     lr = max(res, key=lambda k: res[k][0])
-    return res[lr][1],lr
+    return res[lr][1], lr
 
 
 def scores(pred, true):
     "Accuracy and macro F1 in percent; rows along the last axis, two classes as booleans"
-    tp,tn,wrong = (pred&true).sum(-1),(~pred&~true).sum(-1),(pred!=true).sum(-1)
-    return 100*(pred==true).mean(-1),50*(2*tp/np.maximum(2*tp+wrong, 1)+2*tn/np.maximum(2*tn+wrong, 1))
+    tp, tn, wrong = (pred & true).sum(-1), (~pred & ~true).sum(-1), (pred != true).sum(-1)
+    return 100 * (pred == true).mean(-1), 50 * (
+        2 * tp / np.maximum(2 * tp + wrong, 1) + 2 * tn / np.maximum(2 * tn + wrong, 1)
+    )
 
 
 def paired(preds, true, a, b, n=2000):
     "Points of accuracy and of macro F1 of `a` over `b`, means of the seeds, and their 95 % intervals when seeds and rows are drawn anew"
-    rng,draws = np.random.default_rng(0),[]
-    gain = lambda rows,seeds: [float((x-y).mean()) for x,y in zip(*(scores(preds[w][seeds][:,rows], true[rows]) for w in (a, b)))]
+    rng, draws = np.random.default_rng(0), []
+    gain = lambda rows, seeds: [
+        float((x - y).mean()) for x, y in zip(*(scores(preds[w][seeds][:, rows], true[rows]) for w in (a, b)))
+    ]
     k = len(preds[a])
     for _ in range(n):
         draws.append(gain(rng.integers(0, len(true), len(true)), rng.integers(0, k, k)))
-    return [(m, *np.percentile(d, (2.5, 97.5))) for m,d in zip(gain(np.arange(len(true)), np.arange(k)), np.array(draws).T)]
+    return [
+        (m, *np.percentile(d, (2.5, 97.5))) for m, d in zip(gain(np.arange(len(true)), np.arange(k)), np.array(draws).T)
+    ]
 
 
 def report(rows, true):
-    preds = {w: np.array([r['positive'] for r in rows if r['way']==w], bool) for w in WAYS if any(r['way']==w for r in rows)}
+    preds = {
+        w: np.array([r['positive'] for r in rows if r['way'] == w], bool)
+        for w in WAYS
+        if any(r['way'] == w for r in rows)
+    }
     k = min(map(len, preds.values()))
-    preds = {w: p[:k] for w,p in preds.items()}
+    preds = {w: p[:k] for w, p in preds.items()}
     said = lambda d: '{:+.1f} ({:+.1f} to {:+.1f})'.format(*d)
-    print(f'\n| hotel reviews, {len(true):,} test rows, {k} seed(s) | accuracy %, mean ± sd | macro F1 %, mean ± sd | accuracy against TF-IDF, points (95 % interval) | macro F1 against TF-IDF |\n|---|---:|---:|---:|---:|')
-    for w,p in preds.items():
-        acc,f1 = scores(p, true)
-        against = ('','') if w=='TF-IDF' else map(said, paired(preds, true, w, 'TF-IDF'))
-        print(f'| {w} | '+' | '.join([f'{v.mean():.1f} ± {v.std(ddof=1) if k>1 else 0:.1f}' for v in (acc, f1)]+list(against))+' |')
-    if {*WAYS[1:]}<=set(preds):
-        print('\nStage 2 against none: {} points of accuracy, {} of macro F1'.format(*map(said, paired(preds, true, *WAYS[:0:-1]))))
+    print(
+        f'\n| hotel reviews, {len(true):,} test rows, {k} seed(s) | accuracy %, mean ± sd | macro F1 %, mean ± sd | accuracy against TF-IDF, points (95 % interval) | macro F1 against TF-IDF |\n|---|---:|---:|---:|---:|'
+    )
+    for w, p in preds.items():
+        acc, f1 = scores(p, true)
+        against = ('', '') if w == 'TF-IDF' else map(said, paired(preds, true, w, 'TF-IDF'))
+        print(
+            f'| {w} | '
+            + ' | '.join([f'{v.mean():.1f} ± {v.std(ddof=1) if k > 1 else 0:.1f}' for v in (acc, f1)] + list(against))
+            + ' |'
+        )
+    if {*WAYS[1:]} <= set(preds):
+        print(
+            '\nStage 2 against none: {} points of accuracy, {} of macro F1'.format(
+                *map(said, paired(preds, true, *WAYS[:0:-1]))
+            )
+        )
 
 
 def main():
     a = parse()
     import torch
+
     if a.threads:
         torch.set_num_threads(a.threads)
-    hotel,shop,same = load(a)
-    file = Path(a.out)/'results.json'
+    hotel, shop, same = load(a)
+    file = Path(a.out) / 'results.json'
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(file.read_text(encoding='utf-8'))['runs'] if file.exists() else []
-    true = (hotel[hotel.split=='test'].label=='正面').to_numpy()
-    print(f'{len(hotel):,} hotel reviews; {len(shop):,} shopping reviews; {same:,} were left out that are among the test reviews', flush=True)
+    true = (hotel[hotel.split == 'test'].label == '正面').to_numpy()
+    print(
+        f'{len(hotel):,} hotel reviews; {len(shop):,} shopping reviews; {same:,} were left out that are among the test reviews',
+        flush=True,
+    )
     for seed in range(a.seeds):
         for way in WAYS:
-            if any(r['way']==way and r['seed']==seed for r in rows):
+            if any(r['way'] == way and r['seed'] == seed for r in rows):
                 continue
-            chosen,t = next((r['chosen'] for r in rows if r['way']==way), None),time.perf_counter()
-            pred,chosen = run(a, hotel, shop, way, seed, chosen)
-            positive = np.array(pred)=='正面'
-            acc,f1 = scores(positive, true)
-            rows.append(dict(way=way, seed=seed, chosen=chosen, accuracy=float(acc), macro_f1=float(f1), seconds=time.perf_counter()-t, positive=positive.astype(int).tolist()))
-            print({k: v for k,v in rows[-1].items() if k!='positive'}, flush=True)
-            file.write_text(json.dumps(dict(settings=vars(a), left_out=same, runs=rows), ensure_ascii=False), encoding='utf-8')
+            chosen, t = next((r['chosen'] for r in rows if r['way'] == way), None), time.perf_counter()
+            pred, chosen = run(a, hotel, shop, way, seed, chosen)
+            positive = np.array(pred) == '正面'
+            acc, f1 = scores(positive, true)
+            rows.append(
+                dict(
+                    way=way,
+                    seed=seed,
+                    chosen=chosen,
+                    accuracy=float(acc),
+                    macro_f1=float(f1),
+                    seconds=time.perf_counter() - t,
+                    positive=positive.astype(int).tolist(),
+                )
+            )
+            print({k: v for k, v in rows[-1].items() if k != 'positive'}, flush=True)
+            file.write_text(
+                json.dumps(dict(settings=vars(a), left_out=same, runs=rows), ensure_ascii=False), encoding='utf-8'
+            )
     report(rows, true)
 
 

@@ -6,6 +6,7 @@
 The task needs no download: which part of its documentation a passage is from (four classes, 60 labels each), MiniLM, 5 epochs, batches of 16, at most 48 tokens, 1,000 test passages. A seed
 decides which passages are labelled, the new head, the order and the dropout; every way of a seed starts from the same weights. Nothing is chosen on the test passages: all ways are printed.
 A run that is finished is kept in --out, and the same command goes on. Prints Markdown tables and writes results.json."""
+
 import argparse, json, os, time
 from pathlib import Path
 
@@ -14,24 +15,36 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 import numpy as np
 import pandas as pd
 
-EPOCHS,RATES = 5,(1e-4, 5e-4, 2e-3)
-SPREADS = {'one rate for all': 1., 'spread of 10': 10., 'factor of 2.6': 2.6**7}   # eight groups
+EPOCHS, RATES = 5, (1e-4, 5e-4, 2e-3)
+SPREADS = {'one rate for all': 1.0, 'spread of 10': 10.0, 'factor of 2.6': 2.6**7}  # eight groups
 SCHEDULES = {'one_cycle': 'one-cycle', 'stlr': 'slanted triangle', 'constant': 'constant'}
-TABLES = {'Factor': [(f'{k}, {lr:.0e} at the top'.replace('e-0', 'e-'), ('one_cycle', lr, s)) for lr in RATES for k,s in SPREADS.items()],
-          'Schedule': [(f'{v}, {lr:.0e} at the top'.replace('e-0', 'e-'), (k, lr, 10.)) for lr in RATES[1:] for k,v in SCHEDULES.items()]}
+TABLES = {
+    'Factor': [
+        (f'{k}, {lr:.0e} at the top'.replace('e-0', 'e-'), ('one_cycle', lr, s))
+        for lr in RATES
+        for k, s in SPREADS.items()
+    ],
+    'Schedule': [
+        (f'{v}, {lr:.0e} at the top'.replace('e-0', 'e-'), (k, lr, 10.0))
+        for lr in RATES[1:]
+        for k, v in SCHEDULES.items()
+    ],
+}
 
 
 def data(seed):
     "The labelled passages of a seed with a few to validate, and the test passages of all seeds"
     from fastai_tl.all import docstring_corpus, label_budget
+
     df = docstring_corpus()
-    train,test = label_budget(df, 60, seed=seed, n_eval=4),label_budget(df, 60, seed=0, n_eval=250)
-    train = train[train.label.notna()&(train.split!='test')]
-    return train.assign(valid=train.split=='valid'),test[test.label.notna()&(test.split=='test')]
+    train, test = label_budget(df, 60, seed=seed, n_eval=4), label_budget(df, 60, seed=0, n_eval=250)
+    train = train[train.label.notna() & (train.split != 'test')]
+    return train.assign(valid=train.split == 'valid'), test[test.label.notna() & (test.split == 'test')]
 
 
 def fit(learn, how, rate, spread):
     from fastai_tl.all import discriminative_lrs
+
     lrs = discriminative_lrs(rate, 8, spread=spread)
     {'one_cycle': learn.fit_one_cycle, 'stlr': learn.fit_stlr, 'constant': learn.fit}[how](EPOCHS, lrs)
 
@@ -40,7 +53,8 @@ def one(seed, how, rate, spread, a):
     "Probabilities of the test passages, and their classes"
     import fastai.callback.schedule  # fit_one_cycle
     from fastai_tl.all import HFTextDataLoaders, hf_classifier_learner, minilm_folder, seed_everything
-    train,test = data(seed)
+
+    train, test = data(seed)
     dls = HFTextDataLoaders.from_df(train, minilm_folder(), valid_col='valid', max_length=48, bs=16, verbose=False)
     seed_everything(seed)
     learn = hf_classifier_learner(dls, minilm_folder(), metrics=[])
@@ -50,29 +64,38 @@ def one(seed, how, rate, spread, a):
     t = time.perf_counter()
     with learn.no_bar(), learn.no_logging():
         fit(learn, how, rate, spread)
-    t = time.perf_counter()-t
+    t = time.perf_counter() - t
     with learn.no_bar():
-        p,_ = learn.get_preds(dl=learn.dls.test_dl(list(test.text)))
+        p, _ = learn.get_preds(dl=learn.dls.test_dl(list(test.text)))
     classes = list(dls.vocab)
-    return p.double().numpy(),np.array([classes.index(l) for l in test.label]),t
+    return p.double().numpy(), np.array([classes.index(l) for l in test.label]), t
 
 
 def table(name, runs, n_seeds):
     "Error and NLL of each way, and the paired difference to the first one of the table, over seeds and passages"
     rng = np.random.default_rng(0)
-    seeds = sorted({s for s,_ in runs if s<=n_seeds})
-    ways = [(k, w) for k,w in TABLES[name] if all((s, json.dumps(w)) in runs for s in seeds)]
-    wrong = {k: np.array([runs[s, json.dumps(w)]['wrong'] for s in seeds], dtype=float) for k,w in ways}
+    seeds = sorted({s for s, _ in runs if s <= n_seeds})
+    ways = [(k, w) for k, w in TABLES[name] if all((s, json.dumps(w)) in runs for s in seeds)]
+    wrong = {k: np.array([runs[s, json.dumps(w)]['wrong'] for s in seeds], dtype=float) for k, w in ways}
     ref = wrong[ways[0][0]]
-    n,k = ref.shape[1],len(seeds)
-    draws = [(rng.integers(k, size=k)[:,None], rng.integers(n, size=n)) for _ in range(2000)]
-    lines = [f'| {k} seed{"s" if k>1 else ""}, {n:,} test passages | error %{" (mean ± sd)" if k>1 else ""} | NLL | points above the first line (95 % interval) |', '|---|---:|---:|---|']
-    for name_,w in ways:
-        e,nll = wrong[name_],np.mean([runs[s, json.dumps(w)]['nll'] for s in seeds])
-        d = [100*(e-ref)[i].mean() for i in draws]
-        diff = '' if e is ref else f'{100*(e-ref).mean():.1f} ({np.percentile(d, 2.5):.1f} to {np.percentile(d, 97.5):.1f})'
-        sd = f' ± {100*e.mean(1).std(ddof=1):.1f}' if k>1 else ''
-        lines.append(f'| {name_} | {100*e.mean():.1f}{sd} | {nll:.3f} | {diff} |'.replace('(-', '(−').replace(' -', ' −'))
+    n, k = ref.shape[1], len(seeds)
+    draws = [(rng.integers(k, size=k)[:, None], rng.integers(n, size=n)) for _ in range(2000)]
+    lines = [
+        f'| {k} seed{"s" if k > 1 else ""}, {n:,} test passages | error %{" (mean ± sd)" if k > 1 else ""} | NLL | points above the first line (95 % interval) |',
+        '|---|---:|---:|---|',
+    ]
+    for name_, w in ways:
+        e, nll = wrong[name_], np.mean([runs[s, json.dumps(w)]['nll'] for s in seeds])
+        d = [100 * (e - ref)[i].mean() for i in draws]
+        diff = (
+            ''
+            if e is ref
+            else f'{100 * (e - ref).mean():.1f} ({np.percentile(d, 2.5):.1f} to {np.percentile(d, 97.5):.1f})'
+        )
+        sd = f' ± {100 * e.mean(1).std(ddof=1):.1f}' if k > 1 else ''
+        lines.append(
+            f'| {name_} | {100 * e.mean():.1f}{sd} | {nll:.3f} | {diff} |'.replace('(-', '(−').replace(' -', ' −')
+        )
     return '\n'.join(lines)
 
 
@@ -84,19 +107,26 @@ def main():
     ap.add_argument('--bf16', action='store_true', help='mixed precision, where the processor is fast with it')
     a = ap.parse_args()
     import torch
+
     if a.threads:
         torch.set_num_threads(a.threads)
-    file = Path(a.out)/'results.json'
+    file = Path(a.out) / 'results.json'
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(file.read_text()) if file.exists() else []
     runs = {(r['seed'], json.dumps(r['way'])): r for r in kept}
-    ways = {json.dumps(w): w for t in TABLES.values() for _,w in t}
-    for seed in range(1, a.seeds+1):
-        for key,w in ways.items():
+    ways = {json.dumps(w): w for t in TABLES.values() for _, w in t}
+    for seed in range(1, a.seeds + 1):
+        for key, w in ways.items():
             if (seed, key) in runs:
                 continue
-            p,y,t = one(seed, *w, a)
-            r = dict(seed=seed, way=w, nll=float(-np.log(np.maximum(p[range(len(y)), y], 1e-12)).mean()), wrong=(p.argmax(1)!=y).astype(int).tolist(), seconds=t)
+            p, y, t = one(seed, *w, a)
+            r = dict(
+                seed=seed,
+                way=w,
+                nll=float(-np.log(np.maximum(p[range(len(y)), y], 1e-12)).mean()),
+                wrong=(p.argmax(1) != y).astype(int).tolist(),
+                seconds=t,
+            )
             runs[seed, key] = r
             kept.append(r)
             file.write_text(json.dumps(kept))

