@@ -49,6 +49,7 @@ from .tune.regularizers import *
 from .tune.resume import *
 from .tune.gradual import *
 from .tune.recipes import *
+from .tune.transfer_plan import *
 from .tune.pytorch_loop import *
 from .learners.base import *
 from .learners.classification import *

@@ -371,7 +371,7 @@ def markdown(t, split):
 
 
 def summary(a):
-    "Write results/summary.csv, fill the tables of README.md and the one that the package ships, and print them"
+    "Write results/summary.csv, fill the tables of README.md, write the figures that the package ships, and print them"
     t = summarise(a)
     t.to_csv(a.csv.with_name('summary.csv'), index=False, float_format='%.5g')
     readme = HERE/'README.md'
@@ -395,31 +395,29 @@ OWN = {'full 2e-4 stlr': 'full', 'discriminative 2e-4 stlr': 'discriminative', '
 OWN_TAGS = {'discriminative 8e-4 stlr clip': 'discriminative', 'head_then_full 8e-4 stlr clip': 'head_then_full'}
 def own(r): return (OWN_TAGS if r.set.startswith('CoNLL') else OWN).get(r.recipe)
 
-def awd_lines(file):
-    "What the recipes of an AWD_LSTM with a trained encoder came to, at the rate that `fit_transfer` takes"
+def set_name(r): return f'{r.set} {r.size:,}' + (' (validation)' if r.split == 'valid' else '')
+
+
+def awd_figures(file):
+    "What the recipes came to for an AWD_LSTM with a trained encoder, at the rate that `fit_transfer` takes"
     df = pd.read_csv(file)
     df = df[(df.study == 'awd') & df.way.isin([f'language model, {n}, 0.01' for n in ('full', 'discriminative', 'head_then_full', 'ulmfit')])]
-    for (name,size,way),g in df.groupby(['set', 'size', 'way'], sort=False): yield way.split(', ')[1], f'AWD_LSTM: {name} {size:,} (validation)', f'{g.error.mean():.1f} % ± {g.error.std():.1f}'
+    for (name, size, way), g in df.groupby(['set', 'size', 'way'], sort=False):
+        yield dict(recipe=way.split(', ')[1], set=f'AWD_LSTM: {name} {size:,} (validation)', error=round(g.error.mean(), 1), sd=round(g.error.std(), 1))
 
 
-def ship(t, notebook=HERE.parent.parent/'nbs'/'440_tune.recipes.ipynb'):
-    "Put the figures into the notebook's cell `_MEASURED`"
-    lines = []
-    for r in (r for r in t.itertuples(index=False) if own(r)):
-        what = f'{r.error:.1f} % ({r.low:.1f} to {r.high:.1f})' + ('' if np.isnan(r.against_tuned) else f', {r.against_tuned:.2f} of the time')
-        lines.append((own(r), f'{r.set} {r.size:,}' + (' (validation)' if r.split == 'valid' else ''), what))
-    for r in t[t.recipe == TUNED].itertuples(index=False): lines.append((TUNED, f'{r.set} {r.size:,}' + (' (validation)' if r.split == 'valid' else ''), f'{r.error:.1f} % ({r.low:.1f} to {r.high:.1f})'))
-    lines += awd_lines(HERE/'results'/'more.csv')
-    by = {}
-    for n,s,w in lines: by.setdefault(n, {})[s] = w
-    nb = json.loads(notebook.read_text(encoding='utf-8'))
-    cell = next(c for c in nb['cells'] if any(l.startswith('_MEASURED = ') for l in c['source']))
-    src = ''.join(cell['source'])
-    head,rest = src.split('_MEASURED = ', 1)
-    rest = rest[rest.index('\n\n'):]
-    body = '{' + ',\n             '.join(f'{k!r}: {v!r}' for k,v in by.items()) + '}'
-    cell['source'] = (head+'_MEASURED = '+body+rest).splitlines(True)
-    notebook.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+def ship(t, file=HERE.parents[1]/'fastai_tl'/'resources'/'recipes.csv'):
+    "Write the figures that the package shows in `recipes()`"
+    rows = []
+    for r in t.itertuples(index=False):
+        name = TUNED if r.recipe == TUNED else own(r)
+        if name is None: continue
+        time_share = None if name == TUNED else round(r.against_tuned, 2)
+        rows.append(dict(recipe=name, set=set_name(r), error=round(r.error, 1), low=round(r.low, 1), high=round(r.high, 1), time=time_share))
+    rows += awd_figures(HERE/'results'/'more.csv')
+    order = list(dict.fromkeys(r['recipe'] for r in rows))
+    table = pd.DataFrame(rows, columns=['recipe', 'set', 'error', 'low', 'high', 'sd', 'time'])
+    table.sort_values('recipe', key=lambda c: c.map(order.index), kind='stable').to_csv(file, index=False)
 
 
 def parse():

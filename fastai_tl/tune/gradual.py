@@ -1,4 +1,4 @@
-"""Whole recipes in one call: gradual unfreezing with discriminative rates, for a Learner and for a plain PyTorch loop
+"""Gradual unfreezing with discriminative learning rates in one call: `learn.fit_gradual`
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.gradual.html.md"""
 
@@ -7,77 +7,102 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.gradual.html.md"""
 # %% auto #0
 __all__ = ['recipe_stages', 'recipe_lrs']
 
-# %% ../../nbs/435_tune.gradual.ipynb #e9d58e9c
+# %% ../../nbs/435_tune.gradual.ipynb #aac58380
+from collections import namedtuple
 import numpy as np
-from fastcore.all import L, patch
+from fastcore.all import L, delegates, patch
 from fastai.learner import Learner
 from fastai.torch_core import trainable_params
 from fastai.callback.schedule import *
-from fastai.text.models.awdlstm import AWD_LSTM
 from ..core import FastaiTLError, unknown_option
 from ..models.third_party import coarse_splitter
 from ..models.layer_groups import layer_splitter
-from .learning_rates import discriminative_lrs
+from .learning_rates import default_lr, discriminative_lrs
 from .schedules import *
 from .unfreezing import GradualUnfreezing, stage_groups
 
-# %% ../../nbs/435_tune.gradual.ipynb #6cecfa0a
-_SHAPE = (1., .5, .25, .05) # 2e-2, 1e-2, 5e-3, 1e-3
+# %% ../../nbs/435_tune.gradual.ipynb #89bd1fb0
+_RECIPE_RATES = (1., .5, .25, .05) # relative to the first stage: 2e-2, 1e-2, 5e-3, 1e-3
 
 def recipe_stages(
-    n:int, # Number of parameter groups
-    block:int|None=None # How many groups more a stage; a third of those below the head if `None`
+    n:int, # Number of layer groups
+    block:int|None=None # Groups added at each stage; `None`: a third of the groups below the head
 ) -> list: # For each stage, how many groups train, counted from the top
-    "Four stages for any depth: the head, two blocks more, then all"
-    if block is not None: return stage_groups(n, block)
-    if n<=3: return list(range(1, n+1))
-    b = (n-1)//3
-    return [1, 1+b, 1+2*b, n]
+    "List four stages for a model of any depth: the head, two more blocks, everything"
+    if block is not None:
+        return stage_groups(n, block)
+    if n <= 3:
+        return list(range(1, n+1))
+    third = (n-1)//3
+    return [1, 1+third, 1+2*third, n]
 
 def recipe_lrs(
-    lr:float, # Rate of the first stage
+    lr:float, # Learning rate of the first stage
     n_stages:int # Number of stages
 ) -> np.ndarray: # Top rate of each stage
-    "Falling rates, one a stage: the four of the recipe, or points on the line through them"
-    at = np.linspace(0, len(_SHAPE)-1, n_stages) if n_stages>1 else [0]
-    return lr*np.exp(np.interp(at, range(len(_SHAPE)), np.log(_SHAPE)))
+    "Compute the rates of the stages: the four of ULMFiT, or as many points on the line through them"
+    last = len(_RECIPE_RATES) - 1
+    points = np.linspace(0, last, n_stages) if n_stages > 1 else [0]
+    return lr * np.exp(np.interp(points, range(last+1), np.log(_RECIPE_RATES)))
 
-# %% ../../nbs/435_tune.gradual.ipynb #b7243faf
-def _default_lr(learn):
-    "The recipe's 2e-2 for AWD_LSTM, the Learner's own rate for anything else"
-    return 2e-2 if any(isinstance(m, AWD_LSTM) for m in learn.model.modules()) else learn.lr
+# %% ../../nbs/435_tune.gradual.ipynb #289eb643
+StageSchedule = namedtuple('StageSchedule', 'what warmup fit warmup_name')
 
-def _needs_split(learn):
-    "fastai's default splitter makes one group of everything, blurr's one of an encoder: give such a Learner the layer groups"
-    if learn.splitter is not trainable_params and not coarse_splitter(learn.splitter): return
-    learn.splitter = layer_splitter()
-    learn.opt = None
+STAGE_SCHEDULES = {
+    'stlr': StageSchedule('a slanted triangle', .1, 'fit_stlr', 'cut_frac'),
+    'one_cycle': StageSchedule('one cycle', .25, 'fit_one_cycle', 'pct_start')}
 
-# %% ../../nbs/435_tune.gradual.ipynb #77710604
+# %% ../../nbs/435_tune.gradual.ipynb #9641e265
+def lacks_layer_groups(learn):
+    "Whether a Learner's splitter is fastai's default or puts a whole encoder into one group"
+    return learn.splitter is trainable_params or coarse_splitter(learn.splitter)
+
+def ensure_layer_groups(learn):
+    "Give a Learner that lacks layer groups the package's splitter, and any Learner an optimizer"
+    if lacks_layer_groups(learn):
+        learn.splitter = layer_splitter()
+        learn.opt = None
+    if learn.opt is None:
+        learn.create_opt()
+
+# %% ../../nbs/435_tune.gradual.ipynb #17d59bf4
+def _stage_lrs(learn, lr, lrs, n_stages):
+    "Top rate of each stage, checked"
+    if lrs is None:
+        if lr is None:
+            lr = default_lr(learn.model, fit='fit_gradual') or learn.lr
+        lrs = recipe_lrs(lr, n_stages)
+    lrs = np.asarray(lrs, dtype=float)
+    if len(lrs) != n_stages:
+        raise FastaiTLError(f'`lrs` needs one rate for each of the {n_stages} stages', f'{len(lrs)} rates')
+    return lrs
+
+# %% ../../nbs/435_tune.gradual.ipynb #a26f9895
+_SET_BY_FIT_GRADUAL = 'every when epochs groups block factor patience min_delta monitor restart'.split()
+
 @patch
+@delegates(GradualUnfreezing, but=_SET_BY_FIT_GRADUAL)
 def fit_gradual(self:Learner,
-    epochs:list|None=None, # Epochs of each stage; 1 each and 2 for the last if `None`
-    lr:float|None=None, # Top rate of the first stage; 2e-2 for AWD_LSTM, else the Learner's `lr`
+    epochs:list|None=None, # Epochs of each stage; `None`: 1 each, and 2 for the last
+    lr:float|None=None, # Top rate of the first stage; `None`: 2e-2 for AWD_LSTM, otherwise the Learner's `lr`
     lrs:list|None=None, # Top rate of each stage, instead of `lr`
-    spread:float=2.6**4, # Ratio of the top group's rate to the bottom's
+    spread:float=2.6**4, # Ratio of the top group's rate to the bottom group's
     groups:list|None=None, # How many groups train in each stage, counted from the top
-    block:int|None=None, # How many groups more a stage, if `groups` is `None`
-    schedule:str='one_cycle', # Within each stage: `one_cycle` or `stlr`
+    block:int|None=None, # Groups added at each stage, if `groups` is `None`
+    schedule:str='one_cycle', # Schedule within each stage: `one_cycle` or `stlr`
     wd:float|None=None, # Weight decay
-    frozen_eval:bool=False, # Put frozen layers into eval mode
-    cache=False, # Compute the frozen layers once a stage: `True`, or a `CachedPrefix`; see efficiency.feature_cache
-    cbs=None # More Callbacks
+    cbs=None, # More Callbacks
+    **kwargs # More for `GradualUnfreezing`: `frozen_eval` and `cache`
 ) -> GradualUnfreezing: # With `table()` and `plot()`
-    "Gradual unfreezing with discriminative rates (ULMFiT, section 3.3): the head, then more at each stage, then all"
-    if schedule not in ('one_cycle','stlr'): raise unknown_option('schedule', schedule, ('one_cycle','stlr'))
-    _needs_split(self)
-    if self.opt is None: self.create_opt()
+    "Train the head first, then more groups at each stage, then all (gradual unfreezing, ULMFiT section 3.3)"
+    if schedule not in STAGE_SCHEDULES:
+        raise unknown_option('schedule', schedule, STAGE_SCHEDULES)
+    ensure_layer_groups(self)
     n = len(self.opt.param_lists)
-    groups = list(groups) if groups is not None else recipe_stages(n, block)
-    epochs = list(epochs) if epochs is not None else [1]*(len(groups)-1) + [2]
-    lrs = np.asarray(lrs if lrs is not None else recipe_lrs(_default_lr(self) if lr is None else lr, len(groups)), dtype=float)
-    if len(lrs)!=len(groups): raise FastaiTLError(f'`lrs` needs one rate for each of the {len(groups)} stages', f'{len(lrs)} rates')
-    gu = GradualUnfreezing(groups=groups, epochs=epochs, factor=list(lrs/lrs[0]), restart=True, frozen_eval=frozen_eval, cache=cache)
-    fit = self.fit_one_cycle if schedule=='one_cycle' else self.fit_stlr
-    fit(sum(epochs), discriminative_lrs(lrs[0], n, spread=spread), wd=wd, cbs=L(gu)+L(cbs))
-    return gu
+    groups = recipe_stages(n, block) if groups is None else list(groups)
+    epochs = [1]*(len(groups)-1) + [2] if epochs is None else list(epochs)
+    lrs = _stage_lrs(self, lr, lrs, len(groups))
+    unfreezing = GradualUnfreezing(groups=groups, epochs=epochs, factor=list(lrs/lrs[0]), restart=True, **kwargs)
+    fit = getattr(self, STAGE_SCHEDULES[schedule].fit)
+    fit(sum(epochs), discriminative_lrs(lrs[0], n, spread=spread), wd=wd, cbs=L(unfreezing)+L(cbs))
+    return unfreezing
