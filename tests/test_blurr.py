@@ -400,8 +400,8 @@ from fasttransform import Pipeline
 from fastai.learner import Learner
 from fastai_tl.interop.blurr import enable_blurr, disable_blurr
 import fastai.text.all
-from fastai_tl.interop import shims
-shims._there = lambda name: False     # as if seqeval were not installed
+from fastai_tl.interop import blurr_compat
+blurr_compat.is_available = lambda name: False     # as if seqeval were not installed
 owners = [fastcore.all, pd.DataFrame, tf.PreTrainedConfig, tf.PreTrainedTokenizerBase, datasets, nltk, nltk.tokenize, Pipeline, Learner]
 def state(): return [{k: id(v) for k,v in vars(o).items() if not k.startswith('__')} for o in owners]
 before = state()

@@ -26,7 +26,7 @@ from ..learners.bidirectional import BidirectionalLearner
 from ..models.encoder import find_encoder
 from ..models.hf import HFModel
 from ..efficiency.pooled_top_layer import one_position
-from .quantization import LSTMCell8, PRECISIONS, Int8Linear, int8_linears, usable_precision
+from .quantization import Int8LSTMLayer, PRECISIONS, Int8Linear, int8_linears, usable_precision
 
 # %% ../../nbs/805_deploy.engines.ipynb #1caed5fe
 class LSTMCell:
@@ -143,13 +143,13 @@ def to_precision(self:AWDEngine,
     if self.precision!='fp32': raise FastaiTLError('Another precision is made from float32', f'an engine in {self.precision}')
     res,p = copy.copy(self),usable_precision(precision, self.emb.device)
     res.precision,dtype = p,PRECISIONS[p] if p!='int8' else torch.float32
-    res.emb,res.cells = self.emb.to(dtype),[LSTMCell8(*c.weights) if p=='int8' else LSTMCell(*(w.to(dtype) for w in c.weights)) for c in self.cells]
+    res.emb,res.cells = self.emb.to(dtype),[Int8LSTMLayer(*c.weights) if p=='int8' else LSTMCell(*(w.to(dtype) for w in c.weights)) for c in self.cells]
     return res
 
 @patch(as_prop=True)
 def n_bytes(self:AWDEngine) -> int:
     "Bytes of the embedding and the LSTM layers"
-    lstm = sum((c.n_bytes if isinstance(c, LSTMCell8) else sum(w.numel()*w.element_size() for w in c.weights)) for c in self.cells)
+    lstm = sum((c.n_bytes if isinstance(c, Int8LSTMLayer) else sum(w.numel()*w.element_size() for w in c.weights)) for c in self.cells)
     return self.emb.numel()*self.emb.element_size()+lstm
 
 # %% ../../nbs/805_deploy.engines.ipynb #5f49c1a2

@@ -1,4 +1,4 @@
-"""A folder that says what is in it: written whole or not at all, checked before it is read, and never code
+"""A bundle's list of files with sizes and checksums: written atomically, checked before anything is loaded
 
 Docs: https://fastai-tl.github.io/fastai_tl/deploy.manifest.html.md"""
 
@@ -7,98 +7,162 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.manifest.html.md"""
 # %% auto #0
 __all__ = ['BUNDLE', 'FORMAT', 'FORMAT_VERSION', 'bundle_folder', 'check_bundle']
 
-# %% ../../nbs/815_deploy.manifest.ipynb #fe20e53f
+# %% ../../nbs/815_deploy.manifest.ipynb #4f3ea28a
 import contextlib, hashlib, os, platform, shutil, tempfile
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from .. import __version__
-from ..core import FastaiTLError, RunError, shorten
-from ..files import digest, read_json, write_json
+from ..core import RunError, shorten
+from ..files import current_umask, digest, read_json, write_json
 
-# %% ../../nbs/815_deploy.manifest.ipynb #c4922e69
-BUNDLE,FORMAT,FORMAT_VERSION = 'bundle.json','fastai_tl.bundle',1
-_allowed = {'.json','.safetensors','.txt','.model','.jinja'} # text, numbers, and SentencePiece's protocol buffers
+# %% ../../nbs/815_deploy.manifest.ipynb #e5601e6f
+BUNDLE = 'bundle.json'
+FORMAT = 'fastai_tl.bundle'
+FORMAT_VERSION = 2
+_ALLOWED_SUFFIXES = {'.json', '.safetensors', '.txt', '.model', '.jinja'} # `.model` is SentencePiece's protocol buffer
 
-def _versions(): return dict(fastai_tl=__version__, python=platform.python_version(), **{o: version(o) for o in ('torch','fastai','transformers','safetensors')})
+def _versions():
+    libraries = ('torch', 'fastai', 'transformers', 'safetensors')
+    return dict(fastai_tl=__version__, python=platform.python_version(), **{name: version(name) for name in libraries})
 
 def _checksum(path):
-    h = hashlib.blake2b(digest_size=16)
-    with open(path, 'rb') as f:
-        while block := f.read(1<<20): h.update(block)
-    return h.hexdigest()
+    checksum = hashlib.blake2b(digest_size=16)
+    with open(path, 'rb') as file:
+        while block := file.read(1<<20):
+            checksum.update(block)
+    return checksum.hexdigest()
 
-# %% ../../nbs/815_deploy.manifest.ipynb #b9212394
+def _facts(path):
+    return dict(size=path.stat().st_size, checksum=_checksum(path))
+
+# %% ../../nbs/815_deploy.manifest.ipynb #bede1b77
 @contextlib.contextmanager
 def bundle_folder(
     path:str|Path, # Where the bundle will be
-    settings:dict # What `bundle.json` holds beside the files; may be filled in the block
+    settings:dict # What `bundle.json` contains besides the list of files; the block may add to it
 ):
-    "A temporary folder that becomes a bundle when the block ends without an error"
+    "Give a temporary folder that becomes a bundle when the block ends without an error"
     path = Path(path)
-    if path.exists() and not (path.is_dir() and ((path/BUNDLE).is_file() or not any(path.iterdir()))): raise RunError(f'{path} must be a new folder, an empty one, or a bundle to be replaced', 'something else', 'Choose another folder')
+    if path.exists() and not _may_be_replaced(path):
+        raise RunError(f'{path} must be a new folder, an empty one, or a bundle to be replaced', 'something else',
+                       'Choose another folder')
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent))
     try:
-        yield tmp
-        _seal(tmp, settings)
-        os.chmod(tmp, 0o777 & ~_umask())
-        _swap(tmp, path)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        yield folder
+        _seal(folder, settings)
+        os.chmod(folder, 0o777 & ~current_umask())
+        _swap(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
-def _umask():
-    m = os.umask(0); os.umask(m)
-    return m
+def _may_be_replaced(path):
+    return path.is_dir() and ((path/BUNDLE).is_file() or not any(path.iterdir()))
 
-# %% ../../nbs/815_deploy.manifest.ipynb #ca3134fa
+# %% ../../nbs/815_deploy.manifest.ipynb #cc0cf215
 def _seal(folder, settings):
-    "Write `bundle.json`, and see that everything is on the disk"
+    "Write `bundle.json`, and make sure that all files are on the disk"
     files = sorted(p for p in folder.rglob('*') if p.is_file())
-    for p in files:
-        with open(p, 'rb') as f: os.fsync(f.fileno())
-    m = dict(format=FORMAT, version=FORMAT_VERSION, versions=_versions(), **settings, files={p.relative_to(folder).as_posix(): dict(size=p.stat().st_size, checksum=_checksum(p)) for p in files})
-    write_json(folder/BUNDLE, dict(m, checksum=digest(m)))
+    for path in files:
+        os.chmod(path, 0o666 & ~current_umask()) # safetensors writes files that only their owner can read
+        with open(path, 'rb') as file:
+            os.fsync(file.fileno())
+    listed = {path.relative_to(folder).as_posix(): _facts(path) for path in files}
+    manifest = dict(format=FORMAT, version=FORMAT_VERSION, versions=_versions(), **settings, files=listed)
+    write_json(folder/BUNDLE, dict(manifest, checksum=digest(manifest)))
 
-def _swap(tmp, path):
-    "Give `tmp` the name `path`; what was there is kept until that is done"
+def _swap(folder, path):
+    "Rename `folder` to `path`; an existing bundle is deleted only after that has worked"
     old = None
-    if path.exists(): old = path.with_name(f'.{path.name}.{os.getpid()}.old'); os.replace(path, old)
-    try: os.replace(tmp, path)
+    if path.exists():
+        old = path.with_name(f'.{path.name}.{os.getpid()}.old')
+        os.replace(path, old)
+    try:
+        os.replace(folder, path)
     except BaseException:
-        if old: os.replace(old, path)
+        if old:
+            os.replace(old, path)
         raise
-    if old: shutil.rmtree(old)
+    if old:
+        shutil.rmtree(old)
 
-# %% ../../nbs/815_deploy.manifest.ipynb #0ccc9535
+# %% ../../nbs/815_deploy.manifest.ipynb #65b8983a
 def check_bundle(
     path:str|Path # A folder that `save_bundle` wrote
-) -> dict: # What its `bundle.json` says
+) -> dict: # Contents of its `bundle.json`
     "Check a bundle and all its files; runs no code"
     path = Path(path)
-    if not (path/BUNDLE).is_file(): raise RunError(f'{path} must be a bundle', f"{'a folder without' if path.is_dir() else 'no folder with'} {BUNDLE}", _lost(path) or 'Write one with `learn.save_bundle(folder)`')
-    m = read_json(path/BUNDLE)
-    if not isinstance(m, dict) or m.get('format')!=FORMAT or not isinstance(m.get('files'), dict): raise RunError(f'{path/BUNDLE} must be that of a bundle', 'another JSON file')
-    if not isinstance(m.get('version'), int) or m['version']>FORMAT_VERSION: raise RunError(f'A bundle of version {FORMAT_VERSION} at most can be read', f"version {m.get('version')!r}, written by fastai_tl {m.get('versions', {}).get('fastai_tl')}", 'Upgrade fastai_tl')
-    if m.get('checksum')!=digest({k: v for k,v in m.items() if k!='checksum'}): raise _damaged(path, BUNDLE, 'its checksum is another')
-    for name,facts in m['files'].items(): _check_file(path, name, facts)
-    extra = [n for n in _files(path) if n not in m['files'] and n!=BUNDLE]
-    if extra: raise RunError(f'{path} must hold what its {BUNDLE} lists and nothing else', shorten(extra), 'Take it out (files that begin with a dot and .md files may stay)')
-    return m
+    manifest = _read_manifest(path)
+    for name, facts in manifest['files'].items():
+        _check_file(path, name, facts)
+    if extra := [name for name in _loadable_files(path) if name not in manifest['files'] and name != BUNDLE]:
+        raise RunError(f'{path} must contain the files that its {BUNDLE} lists and nothing else', shorten(extra),
+                       'Move them out of the folder (files that begin with a dot and .md files may stay)')
+    return manifest
 
-def _files(path): return sorted(n for p in path.rglob('*') if (p.is_symlink() or p.is_file()) and not (n := p.relative_to(path).as_posix()).endswith('.md') and not any(o.startswith('.') for o in n.split('/')))
+def _loadable_files(path):
+    "Names of all files and links, except for hidden and Markdown files"
+    paths = [p for p in path.rglob('*') if p.is_symlink() or p.is_file()]
+    names = sorted(p.relative_to(path).as_posix() for p in paths)
+    return [name for name in names if not name.endswith('.md') and not any(o.startswith('.') for o in name.split('/'))]
 
-def _lost(path):
+# %% ../../nbs/815_deploy.manifest.ipynb #e18910cc
+def _read_manifest(path):
+    if not (path/BUNDLE).is_file():
+        got = f'a folder without {BUNDLE}' if path.is_dir() else f'no folder with {BUNDLE}'
+        todo = _old_bundle(path) or 'Write one with `learn.save_bundle(folder)`'
+        raise RunError(f'{path} must be a bundle', got, todo)
+    manifest = read_json(path/BUNDLE)
+    has_files = isinstance(manifest, dict) and isinstance(manifest.get('files'), dict)
+    if not has_files or manifest.get('format') != FORMAT:
+        raise RunError(f'{path/BUNDLE} must be the list of a bundle', 'another JSON file')
+    number = manifest.get('version')
+    if not isinstance(number, int) or number > FORMAT_VERSION:
+        writer = manifest.get('versions', {}).get('fastai_tl')
+        raise RunError(f'The version of a bundle must be at most {FORMAT_VERSION}',
+                       f'version {number!r}, written by fastai_tl {writer}', 'Upgrade fastai_tl')
+    if manifest.get('checksum') != digest({k: v for k, v in manifest.items() if k != 'checksum'}):
+        raise _damaged(path, BUNDLE, 'its checksum differs')
+    return manifest
+
+def _old_bundle(path):
+    "Advice for a folder whose bundle was lost while it was being replaced"
     old = sorted(path.parent.glob(f'.{path.name}.*.old'))
-    return f'Writing one was broken off; the one before is {old[-1]}' if old else ''
+    return f'Replacing it was interrupted; the previous bundle is {old[-1]}' if old else ''
 
-# %% ../../nbs/815_deploy.manifest.ipynb #9d074cb7
-def _damaged(path, name, how): return RunError(f'{path} must be a whole bundle', f'{name}: {how}', 'Copy it again, or write it again with `learn.save_bundle`')
+# %% ../../nbs/815_deploy.manifest.ipynb #d01a1c0d
+def _damaged(path, name, what):
+    return RunError(f'{path} must be a complete bundle', f'{name}: {what}',
+                    'Copy it again, or write it again with `learn.save_bundle`')
+
+def _unsafe(expected, got, todo='Do not use this bundle'):
+    return RunError(expected, got, todo)
 
 def _check_file(path, name, facts):
-    p,parts = path/name,PurePosixPath(name)
-    if parts.is_absolute() or '..' in parts.parts or '\\' in name or ':' in name or name!=parts.as_posix(): raise RunError('The files of a bundle must lie inside its folder', repr(name), 'Do not use this bundle')
-    if p.is_symlink() or not p.resolve().is_relative_to(path.resolve()): raise RunError('The files of a bundle must lie inside its folder', f'{name!r}, a link', 'Do not use this bundle')
-    if parts.suffix not in _allowed or parts.name.startswith('adapter_'): raise RunError(f'A bundle holds files of the kinds {shorten(sorted(_allowed), 9)}', repr(name), 'Do not use this bundle: such a file can hold code, or point to it')
-    if not p.is_file(): raise _damaged(path, name, 'missing')
-    if p.stat().st_size!=facts.get('size'): raise _damaged(path, name, f"{p.stat().st_size:,} bytes instead of {facts.get('size')}")
-    if _checksum(p)!=facts.get('checksum'): raise _damaged(path, name, 'its checksum is another')
-    if parts.suffix=='.json' and isinstance(o := read_json(p), dict) and 'auto_map' in o: raise RunError('The files of a bundle name no code', f"{name!r}, with 'auto_map'", 'Do not use this bundle')
+    "Raise an error unless a listed file is safe to load and unchanged"
+    file = path/name
+    _check_name(path, name)
+    if not file.is_file():
+        raise _damaged(path, name, 'missing')
+    if file.stat().st_size != facts.get('size'):
+        raise _damaged(path, name, f"{file.stat().st_size:,} bytes instead of {facts.get('size')}")
+    if _checksum(file) != facts.get('checksum'):
+        raise _damaged(path, name, 'its checksum differs')
+    if file.suffix == '.json':
+        contents = read_json(file)
+        if isinstance(contents, dict) and 'auto_map' in contents:
+            raise _unsafe('The files of a bundle must not name code', f"{name!r}, with 'auto_map'")
+
+# %% ../../nbs/815_deploy.manifest.ipynb #9b09c6b5
+def _check_name(path, name):
+    "Raise an error for a name outside the folder, a link, or a type of file that can contain code"
+    inside = 'The files of a bundle must be inside its folder'
+    parts = PurePosixPath(name)
+    leaves = parts.is_absolute() or '..' in parts.parts or '\\' in name or ':' in name
+    if leaves or name != parts.as_posix():
+        raise _unsafe(inside, repr(name))
+    if (path/name).is_symlink() or not (path/name).resolve().is_relative_to(path.resolve()):
+        raise _unsafe(inside, f'{name!r}, a link')
+    if parts.suffix not in _ALLOWED_SUFFIXES or parts.name.startswith('adapter_'):
+        raise _unsafe(f'The files of a bundle must end in {shorten(sorted(_ALLOWED_SUFFIXES), 9)}', repr(name),
+                      'Do not use this bundle: such a file can hold code, or point to it')

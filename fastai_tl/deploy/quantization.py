@@ -1,4 +1,4 @@
-"""Smaller numbers for prediction: bfloat16 where the processor has it, and weights of 8 bits
+"""Lower precision for prediction: bfloat16 where the processor supports it, and weights of 8 bits
 
 Docs: https://fastai-tl.github.io/fastai_tl/deploy.quantization.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.quantization.html.md"""
 # %% auto #0
 __all__ = ['PRECISIONS', 'usable_precision', 'Int8Linear', 'int8_linears']
 
-# %% ../../nbs/800_deploy.quantization.ipynb #0f98d828
+# %% ../../nbs/800_deploy.quantization.ipynb #2db5ee8d
 import warnings
 import torch
 from torch import nn
@@ -15,67 +15,88 @@ from ..core import FastaiTLError, unknown_option
 from ..models.layer_groups import layer_groups
 from ..efficiency.mixed_precision import has_bf16
 
-# %% ../../nbs/800_deploy.quantization.ipynb #5d491032
+# %% ../../nbs/800_deploy.quantization.ipynb #fa521bfc
 PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16, int8=torch.int8)
 
 def usable_precision(
     precision:str, # A key of `PRECISIONS`
-    device='cpu' # Where it is to be used
-) -> str: # The same, or `fp32`
-    "Refuse a precision that does not exist or cannot be had, and fall back to `fp32` where it would be slow"
-    kind = torch.device(device).type
-    if precision not in PRECISIONS: raise unknown_option('precision', precision, PRECISIONS)
-    if precision=='int8' and kind!='cpu': raise FastaiTLError('int8 is for models on a CPU', f'a model on {kind!r}', "Use 'bf16' or 'fp16' there")
-    if precision=='int8' and torch.backends.quantized.engine=='none': raise FastaiTLError('int8 needs a PyTorch with quantized operators', 'one without')
-    slow = (precision=='bf16' and not has_bf16(device)) or (precision=='fp16' and kind=='cpu')
-    if slow: warnings.warn(f'This {kind} device has no instructions for {precision}: computing in float32')
-    return 'fp32' if slow else precision
+    device='cpu' # Device that the model predicts on
+) -> str: # `precision`, or `fp32`
+    "Return the precision, or `fp32` with a warning where the device would emulate it"
+    device_type = torch.device(device).type
+    if precision not in PRECISIONS:
+        raise unknown_option('precision', precision, PRECISIONS)
+    if precision == 'int8' and device_type != 'cpu':
+        raise FastaiTLError('int8 is for models on a CPU', f'a model on {device_type!r}', "Use 'bf16' or 'fp16' there")
+    if precision == 'int8' and torch.backends.quantized.engine == 'none':
+        raise FastaiTLError('int8 needs a PyTorch with quantized operators', 'one without')
+    emulated = (precision == 'bf16' and not has_bf16(device)) or (precision == 'fp16' and device_type == 'cpu')
+    if not emulated:
+        return precision
+    warnings.warn(f'This {device_type} device has no instructions for {precision}: computing in float32')
+    return 'fp32'
 
-# %% ../../nbs/800_deploy.quantization.ipynb #1a5493f4
-def _packed(w, bias=None):
-    "A weight matrix (outputs, inputs) as 8-bit numbers with a scale for each output"
-    w = w.detach().float()
-    scale = w.abs().amax(1).clamp(min=1e-12).double()/127
+# %% ../../nbs/800_deploy.quantization.ipynb #3eec39e6
+def _pack(weight, bias=None):
+    "Quantize a weight matrix (outputs, inputs) to 8-bit integers with a scale for each output"
+    weight = weight.detach().float()
+    scales = weight.abs().amax(1).clamp(min=1e-12).double() / 127
+    zero_points = torch.zeros(len(weight), dtype=torch.long)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'torch.quantize_per_tensor', UserWarning) # PyTorch deprecates these from 2.14 on
-        q = torch.quantize_per_channel(w, scale, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(q, None if bias is None else bias.detach().float())
+        warnings.filterwarnings('ignore', 'torch.quantize_per_tensor', UserWarning) # deprecated since PyTorch 2.14
+        quantized = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.detach().float())
 
-def _one_bit_less():
-    flags = getattr(torch.cpu, 'get_capabilities', dict)()
-    return flags.get('architecture', 'x86_64') in ('x86_64','AMD64') and not any(v and ('vnni' in k or 'amx_int8' in k) for k,v in flags.items())
+def _reduce_range():
+    "Whether the processor is an x86 without VNNI or AMX, where 8-bit products can overflow"
+    features = getattr(torch.cpu, 'get_capabilities', dict)()
+    is_x86 = features.get('architecture', 'x86_64') in ('x86_64', 'AMD64')
+    return is_x86 and not any(has for name, has in features.items() if 'vnni' in name or 'amx_int8' in name)
 
-# %% ../../nbs/800_deploy.quantization.ipynb #08317153
+# %% ../../nbs/800_deploy.quantization.ipynb #8c8dbee3
 class Int8Linear(nn.Module):
-    "A linear layer with weights of 8 bits, on a CPU"
+    "Linear layer with weights of 8 bits, on a CPU"
     def __init__(self,
         weight:torch.Tensor, # (outputs, inputs)
         bias:torch.Tensor|None=None # (outputs,)
     ):
         super().__init__()
-        self.packed,self.less,self.n_bytes = _packed(weight, bias),_one_bit_less(),weight.numel()
-    @property
-    def weight(self): "The weights that it computes with, as floats"; return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
-    def forward(self, x): return torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.less)
+        self.packed = _pack(weight, bias)
+        self.reduce_range = _reduce_range()
+        self.n_bytes = weight.numel()
 
-# %% ../../nbs/800_deploy.quantization.ipynb #acc7c1b6
+    @property
+    def weight(self):
+        "The quantized weights as floats, (outputs, inputs)"
+        return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.reduce_range)
+
+# %% ../../nbs/800_deploy.quantization.ipynb #81ab5e48
 def int8_linears(
     model:nn.Module # Changed in place
-) -> nn.Module: # The same
-    "Give all linear layers below the head weights of 8 bits"
+) -> nn.Module: # `model`
+    "Replace all linear layers below the head by layers with weights of 8 bits"
     head = {id(p) for p in layer_groups(model)[-1].params}
-    for name,m in list(model.named_modules()):
-        conv = type(m).__name__=='Conv1D' and hasattr(m, 'nf')
-        if not (isinstance(m, nn.Linear) or conv) or id(m.weight) in head: continue
-        parent = model.get_submodule(name.rpartition('.')[0])
-        setattr(parent, name.rpartition('.')[2], Int8Linear(m.weight.T if conv else m.weight, m.bias))
+    for name, module in list(model.named_modules()):
+        is_conv1d = type(module).__name__ == 'Conv1D' and hasattr(module, 'nf')
+        if not (isinstance(module, nn.Linear) or is_conv1d) or id(module.weight) in head:
+            continue
+        weight = module.weight.T if is_conv1d else module.weight
+        parent_name, _, attribute = name.rpartition('.')
+        setattr(model.get_submodule(parent_name), attribute, Int8Linear(weight, module.bias))
     return model
 
-# %% ../../nbs/800_deploy.quantization.ipynb #96e12c18
-class LSTMCell8:
-    "An LSTM layer with weights of 8 bits"
+# %% ../../nbs/800_deploy.quantization.ipynb #af1dddb6
+class Int8LSTMLayer:
+    "LSTM layer with weights of 8 bits, as a function of inputs and state"
     def __init__(self, w_ih, w_hh, b_ih, b_hh):
-        make = torch.ops.quantized.make_quantized_cell_params_dynamic
-        self.hidden,self.n_bytes = w_hh.shape[1],w_ih.numel()+w_hh.numel()
-        self.params = make(_packed(w_ih, b_ih), _packed(w_hh, b_hh), b_ih.float(), b_hh.float(), _one_bit_less())
-    def __call__(self, x, h, c): return torch.quantized_lstm(x, (h, c), [self.params], True, 1, 0., False, False, True, dtype=torch.qint8, use_dynamic=True)
+        make_params = torch.ops.quantized.make_quantized_cell_params_dynamic
+        self.hidden = w_hh.shape[1]
+        self.n_bytes = w_ih.numel() + w_hh.numel()
+        self.params = make_params(_pack(w_ih, b_ih), _pack(w_hh, b_hh), b_ih.float(), b_hh.float(), _reduce_range())
+
+    def __call__(self, x, h, c):
+        options = (True, 1, 0., False, False, True) # biases, layers, dropout, train, bidirectional, batch first
+        return torch.quantized_lstm(x, (h, c), [self.params], *options, dtype=torch.qint8, use_dynamic=True)

@@ -1,4 +1,4 @@
-"""What blurr 1.0.5 expects of its dependencies and what has gone from them since, put back while it is needed
+"""Restores what blurr 1.0.5 needs and its dependencies have removed since
 
 Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr_compat.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr_compat.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #d531072c
+# %% ../../nbs/900_interop.blurr_compat.ipynb #d71d0dba
 import importlib.util, inspect, re, sys
 from contextlib import contextmanager
 from functools import wraps
@@ -20,152 +20,228 @@ from ..core import FastaiTLError, optional
 from ..learners.qa import answer_scores
 from ..learners.tagging import entity_counts, entity_scores
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #b93b1e0e
-_absent = object()
+# %% ../../nbs/900_interop.blurr_compat.ipynb #4b229c82
+_ABSENT = object()
 
 class Patches:
-    "Attributes set on other libraries, with the way back"
-    def __init__(self): self.rows,self.undo = [],[]
+    "Attributes set on other libraries, recorded so that they can be undone"
+    def __init__(self):
+        self.rows = [] # (what, why), as `enable_blurr` shows them
+        self.undo = []
+
     def set(self, owner, name, value, why):
-        "Set an attribute of a module or class, or a key of a dictionary, remember what was there and what it is for"
-        d,label = (owner, 'sys.modules') if isinstance(owner, dict) else (vars(owner), owner.__qualname__ if isinstance(owner, type) else owner.__name__)
-        put = owner.__setitem__ if isinstance(owner, dict) else lambda k,v: setattr(owner, k, v)
-        drop = owner.pop if isinstance(owner, dict) else lambda k: delattr(owner, k)
-        before = d.get(name, _absent)
+        "Set an attribute of a module or class, or a key of a dictionary, and record it"
+        if isinstance(owner, dict):
+            before = owner.get(name, _ABSENT)
+            put, drop = owner.__setitem__, owner.pop
+            label = 'sys.modules'
+        else:
+            before = vars(owner).get(name, _ABSENT)
+            put = lambda k, v: setattr(owner, k, v)
+            drop = lambda k: delattr(owner, k)
+            label = owner.__qualname__ if isinstance(owner, type) else owner.__name__
         put(name, value)
-        self.undo.append(lambda: drop(name) if before is _absent else put(name, before))
-        if why: self.rows.append((f'{label}.{name}', why))
-    def put_back(self, owner, name, value, why):
-        "Set an attribute if it is missing"
-        if name not in (owner if isinstance(owner, dict) else dir(owner)): self.set(owner, name, value, why)
+        self.undo.append(lambda: drop(name) if before is _ABSENT else put(name, before))
+        if why:
+            self.rows.append((f'{label}.{name}', why))
+
+    def set_if_missing(self, owner, name, value, why):
+        "Set an attribute that does not exist"
+        names = owner if isinstance(owner, dict) else dir(owner)
+        if name not in names:
+            self.set(owner, name, value, why)
+
     def restore(self):
-        while self.undo: self.undo.pop()() # the last first
+        "Undo all changes, the last first"
+        while self.undo:
+            self.undo.pop()()
         self.rows.clear()
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #81c2e6a9
+# %% ../../nbs/900_interop.blurr_compat.ipynb #e7c17fc3
 def typedispatch(
-    f # A function whose first arguments have types
+    f # A function with types on its first arguments
 ): # plum's function of that name
     "Register `f` by the types of its first two arguments, as fastcore 1 did"
-    ps = [p for p in inspect.signature(f).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-    types = [object if p.annotation is p.empty else p.annotation for p in ps[:2]]
-    known = dispatch.functions.get(f.__name__)
-    n = min((len(m.signature.types) for m in known.methods), default=len(ps)) if known is not None else len(ps)
-    types = tuple(types + [object]*(n-len(types)))
-    def called(*args, **kwargs): return f(*args, **kwargs)
-    called.__name__,called.__qualname__,called.__module__,called.__doc__ = f.__name__,f.__name__,f.__module__,f.__doc__
-    return dispatch.multi(types)(called)
+    required = [p for p in inspect.signature(f).parameters.values()
+                if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    types = [object if p.annotation is p.empty else p.annotation for p in required[:2]]
+    n_args = _n_dispatched(f.__name__, len(required))
+    types = types + [object]*(n_args-len(types))
+    def called(*args, **kwargs):
+        return f(*args, **kwargs)
+    called.__name__ = f.__name__
+    called.__qualname__ = f.__name__
+    called.__module__ = f.__module__
+    called.__doc__ = f.__doc__
+    return dispatch.multi(tuple(types))(called)
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #175a291f
+def _n_dispatched(name, default):
+    "Number of arguments that plum's function of this name looks at"
+    known = dispatch.functions.get(name)
+    return default if known is None else min((len(m.signature.types) for m in known.methods), default=default)
+
+# %% ../../nbs/900_interop.blurr_compat.ipynb #31707215
 def _squad(predictions, references):
     texts = {p['id']: p['prediction_text'] for p in predictions}
     scores = [answer_scores(texts.get(r['id'], ''), list(r['answers']['text']) or ['']) for r in references]
-    return dict(zip(('exact_match','f1'), (100*sum(s)/max(len(scores), 1) for s in zip(*scores))))
+    n_scores = max(len(scores), 1)
+    return dict(zip(('exact_match', 'f1'), (100*sum(s)/n_scores for s in zip(*scores))))
 
-def _rouge(predictions, references, rouge_types=('rouge1','rouge2','rougeL','rougeLsum'), use_stemmer=False, **kwargs):
-    scorer = optional('rouge_score.rouge_scorer', 'seq2seq', "The metric 'rouge'").RougeScorer(list(rouge_types), use_stemmer=use_stemmer)
-    total = optional('rouge_score.scoring', 'seq2seq', "The metric 'rouge'").BootstrapAggregator()
-    for p,r in zip(predictions, references): total.add_scores(scorer.score(r, p))
+_ROUGE_TYPES = ('rouge1', 'rouge2', 'rougeL', 'rougeLsum')
+
+def _rouge(predictions, references, rouge_types=_ROUGE_TYPES, use_stemmer=False, **kwargs):
+    what = "The metric 'rouge'"
+    scorer = optional('rouge_score.rouge_scorer', 'seq2seq', what).RougeScorer(list(rouge_types), use_stemmer=use_stemmer)
+    total = optional('rouge_score.scoring', 'seq2seq', what).BootstrapAggregator()
+    for prediction, reference in zip(predictions, references):
+        total.add_scores(scorer.score(reference, prediction))
     return total.aggregate()
 
-def _bleu(predictions, references, words=False, **kwargs):
-    sacre = optional('sacrebleu', 'seq2seq', "BLEU")
-    refs = [[r[i] for r in references] for i in range(len(references[0]))]
-    if words: predictions,refs,kwargs = [' '.join(p) for p in predictions],[[' '.join(r) for r in rs] for rs in refs],dict(tokenize='none', smooth_method='none', force=True)
-    return sacre.corpus_bleu(predictions, refs, **kwargs).score
+def _sacrebleu(predictions, references, **kwargs):
+    sacrebleu = optional('sacrebleu', 'seq2seq', 'BLEU')
+    by_position = [[r[i] for r in references] for i in range(len(references[0]))]
+    return dict(score=sacrebleu.corpus_bleu(predictions, by_position, **kwargs).score)
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #9bcbce02
-_METRICS = dict(squad=_squad, rouge=_rouge, sacrebleu=lambda predictions, references, **kw: dict(score=_bleu(predictions, references, **kw)),
-                bleu=lambda predictions, references, **kw: dict(bleu=_bleu(predictions, references, words=True)/100))
+def _bleu(predictions, references, **kwargs):
+    "BLEU of lists of words, between 0 and 1"
+    texts = [' '.join(p) for p in predictions]
+    joined = [[' '.join(r) for r in rs] for rs in references]
+    return dict(bleu=_sacrebleu(texts, joined, tokenize='none', smooth_method='none', force=True)['score']/100)
+
+# %% ../../nbs/900_interop.blurr_compat.ipynb #93dcb4d4
+_METRICS = dict(squad=_squad, rouge=_rouge, sacrebleu=_sacrebleu, bleu=_bleu)
 
 class OldMetric:
-    "A metric under the name and with the `compute` that `datasets` gave it"
-    def __init__(self, name): self.name = name
-    def compute(self, predictions, references, **kwargs): "The score of some predictions"; return _METRICS[self.name](predictions, references, **kwargs)
+    "Metric with the name and the `compute` method that `datasets` gave it"
+    def __init__(self, name):
+        self.name = name
+    def compute(self, predictions, references, **kwargs):
+        "Compute the metric of some predictions"
+        return _METRICS[self.name](predictions, references, **kwargs)
 
 def load_metric(name, *args, **kwargs):
-    "A metric by its name, as `datasets.load_metric` gave it"
-    if name in _METRICS: return OldMetric(name)
-    try: import evaluate
-    except ImportError as e: raise FastaiTLError(f"`load_metric` computes {', '.join(_METRICS)} without a download", repr(name), 'Install `evaluate`, which loads the others with a network, or leave the metric out') from e
+    "Load a metric by its name, as `datasets.load_metric` did"
+    if name in _METRICS:
+        return OldMetric(name)
+    try:
+        import evaluate
+    except ImportError as e:
+        raise FastaiTLError(f"`load_metric` computes {', '.join(_METRICS)} without a download", repr(name),
+                            'Install `evaluate`, which downloads other metrics, or leave the metric out') from e
     return evaluate.load(name, *args, **kwargs)
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #9e24ffa6
-def _report(y_true, y_pred):
-    "A table of the entities, a line for each type"
-    rows = [(k, right/max(pred, 1), right/max(true, 1), 2*right/max(pred+true, 1), true) for k,(right,pred,true) in sorted(entity_counts(y_pred, y_true).items())]
-    df = pd.DataFrame(rows, columns=['type','precision','recall','f1-score','support']).set_index('type')
-    for avg in ('micro','macro'): df.loc[f'{avg} avg'] = [*entity_scores(y_pred, y_true, avg).values(), sum(r[-1] for r in rows)]
+# %% ../../nbs/900_interop.blurr_compat.ipynb #4c6ef086
+def _report(y_true, y_pred, **kwargs):
+    "Table of the entities, a line for each type"
+    rows = []
+    for entity_type, (n_right, n_predicted, n_true) in sorted(entity_counts(y_pred, y_true).items()):
+        f1 = 2*n_right/max(n_predicted+n_true, 1)
+        rows.append((entity_type, n_right/max(n_predicted, 1), n_right/max(n_true, 1), f1, n_true))
+    df = pd.DataFrame(rows, columns=['type', 'precision', 'recall', 'f1-score', 'support']).set_index('type')
+    support = sum(row[-1] for row in rows)
+    for average in ('micro', 'macro'):
+        df.loc[f'{average} avg'] = [*entity_scores(y_pred, y_true, average).values(), support]
     return df.to_string(float_format=lambda v: f'{v:.2f}')
 
 def _accuracy(y_true, y_pred):
-    same = [p==t for a,b in zip(y_pred, y_true) for p,t in zip(a, b)]
+    same = [p == t for row_pred, row_true in zip(y_pred, y_true) for p, t in zip(row_pred, row_true)]
     return sum(same)/max(len(same), 1)
 
-def seqeval_modules():
-    "Stand-ins for `seqeval` and `seqeval.metrics`"
-    top,metrics = ModuleType('seqeval'),ModuleType('seqeval.metrics')
-    metrics.accuracy_score,metrics.classification_report = _accuracy,lambda y_true, y_pred, **kw: _report(y_true, y_pred)
-    for k,name in dict(precision='precision_score', recall='recall_score', f1='f1_score').items():
-        setattr(metrics, name, lambda y_true, y_pred, k=k, **kw: entity_scores(y_pred, y_true)[k])
-    top.metrics,top.__path__ = metrics,[]
-    return {'seqeval': top, 'seqeval.metrics': metrics}
+# %% ../../nbs/900_interop.blurr_compat.ipynb #622184b4
+def _entity_score(key):
+    def score(y_true, y_pred, **kwargs):
+        return entity_scores(y_pred, y_true)[key]
+    return score
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #9c36a2f3
+def seqeval_modules():
+    "Make replacements for `seqeval` and `seqeval.metrics`"
+    package, metrics = ModuleType('seqeval'), ModuleType('seqeval.metrics')
+    metrics.accuracy_score = _accuracy
+    metrics.classification_report = _report
+    metrics.precision_score = _entity_score('precision')
+    metrics.recall_score = _entity_score('recall')
+    metrics.f1_score = _entity_score('f1')
+    package.metrics = metrics
+    package.__path__ = []
+    return {'seqeval': package, 'seqeval.metrics': metrics}
+
+# %% ../../nbs/900_interop.blurr_compat.ipynb #6cbd79a1
+def _as_frame(o):
+    if isinstance(o, pd.Series):
+        return o.to_frame().T
+    return pd.DataFrame([o]) if isinstance(o, dict) else o
+
 def append(self, other, ignore_index=False, **kwargs):
     "`DataFrame.append` of pandas 1"
-    other = other if is_listy(other) else [other]
-    return pd.concat([self, *[o.to_frame().T if isinstance(o, pd.Series) else pd.DataFrame([o]) if isinstance(o, dict) else o for o in other]], ignore_index=ignore_index)
+    others = other if is_listy(other) else [other]
+    return pd.concat([self, *map(_as_frame, others)], ignore_index=ignore_index)
 
-def get(self, key, default=None): "A setting of a config, as of a dictionary"; return getattr(self, key, default)
+def get(self, key, default=None):
+    "Get a setting of a config, as of a dictionary"
+    return getattr(self, key, default)
 
 @contextmanager
 def as_target_tokenizer(self):
-    "Texts are targets inside, as in transformers 4"
+    "Tokenize texts as targets inside the block, as in transformers 4"
     getattr(self, '_switch_to_target_mode', lambda: None)()
     self._in_target_context_manager = True
-    try: yield
+    try:
+        yield
     finally:
         self._in_target_context_manager = False
         getattr(self, '_switch_to_input_mode', lambda: None)()
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #21e23f9f
+# %% ../../nbs/900_interop.blurr_compat.ipynb #2cad06c5
 def adding(add):
-    "`Pipeline.add` that makes a Transform of a plain function"
+    "Make a `Pipeline.add` that accepts plain functions"
     @wraps(add)
-    def res(self, ts, items=None, train_setup=False): return add(self, [mk_transform(t) for t in (ts if is_listy(ts) else [ts])], items, train_setup)
-    return res
+    def add_any(self, ts, items=None, train_setup=False):
+        ts = ts if is_listy(ts) else [ts]
+        return add(self, [mk_transform(t) for t in ts], items, train_setup)
+    return add_any
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #cbb48749
+# %% ../../nbs/900_interop.blurr_compat.ipynb #a566d245
+_SENTENCE_END = re.compile(r'(?<=[.!?])\s+|(?<=[。！？])')
+
 def sentences_of(tokenize):
-    "nltk's sentences, or those that end in a stop where its data are missing"
+    "Make a `sent_tokenize` that splits after full stops where nltk's data are missing"
     @wraps(tokenize)
     def sent_tokenize(text, *args, **kwargs):
-        try: return tokenize(text, *args, **kwargs)
-        except LookupError: return [s for s in re.split(r'(?<=[.!?])\s+|(?<=[。！？])', text) if s]
+        try:
+            return tokenize(text, *args, **kwargs)
+        except LookupError:
+            return [s for s in _SENTENCE_END.split(text) if s]
     return sent_tokenize
 
 def download_later(download):
-    "`nltk.download` without the one that blurr asks for when it is imported"
+    "Make an `nltk.download` that skips wordnet, which blurr requests when it is imported"
     @wraps(download)
-    def res(info_or_id=None, *args, **kwargs): return True if info_or_id=='wordnet' else download(info_or_id, *args, **kwargs)
-    return res
+    def download_unless_wordnet(info_or_id=None, *args, **kwargs):
+        return True if info_or_id == 'wordnet' else download(info_or_id, *args, **kwargs)
+    return download_unless_wordnet
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #54e85a27
-def _there(name): return name in sys.modules or importlib.util.find_spec(name) is not None
+# %% ../../nbs/900_interop.blurr_compat.ipynb #7b999135
+def is_available(name):
+    "Whether a module is imported or can be"
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
-def put_in_place(p):
-    "Put back what blurr 1.0.5 needs, where it is missing"
+def put_in_place(patches):
+    "Restore what blurr 1.0.5 needs, where it is missing"
     import fastcore.all, fastcore.dispatch, fasttransform.transform as ft
-    datasets,nltk = (optional(o, 'blurr', 'blurr') for o in ('datasets','nltk'))
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-    for m in (fastcore.all, fastcore.dispatch): p.put_back(m, 'typedispatch', typedispatch, 'dispatch by the first two types, for the show methods')
-    p.put_back(datasets, 'load_metric', load_metric, 'metrics, without a download')
-    p.put_back(pd.DataFrame, 'append', append, 'preprocessors join their batches with it')
-    p.put_back(PreTrainedConfig, 'get', get, 'settings of a config')
-    p.put_back(PreTrainedTokenizerBase, 'as_target_tokenizer', as_target_tokenizer, 'targets of sequence-to-sequence models')
-    p.set(ft.Pipeline, 'add', adding(ft.Pipeline.add), 'takes a plain function too: the prefix of T5')
-    p.set(nltk, 'download', download_later(nltk.download), 'no download while blurr is imported')
-    p.set(nltk.tokenize, 'sent_tokenize', sentences_of(nltk.tokenize.sent_tokenize), 'sentences for ROUGE without nltk\'s data')
-    if not _there('seqeval'):
-        for name,m in seqeval_modules().items(): p.put_back(sys.modules, name, m, 'entity scores, where seqeval is not installed')
+    datasets, nltk = (optional(o, 'blurr', 'blurr') for o in ('datasets', 'nltk'))
+    for module in (fastcore.all, fastcore.dispatch):
+        patches.set_if_missing(module, 'typedispatch', typedispatch,
+                               'dispatch by the first two types, for the show methods')
+    patches.set_if_missing(datasets, 'load_metric', load_metric, 'metrics, without a download')
+    patches.set_if_missing(pd.DataFrame, 'append', append, 'preprocessors join their batches with it')
+    patches.set_if_missing(PreTrainedConfig, 'get', get, 'settings of a config')
+    patches.set_if_missing(PreTrainedTokenizerBase, 'as_target_tokenizer', as_target_tokenizer,
+                           'targets of sequence-to-sequence models')
+    patches.set(ft.Pipeline, 'add', adding(ft.Pipeline.add), 'accepts a plain function too: the prefix of T5')
+    patches.set(nltk, 'download', download_later(nltk.download), 'no download while blurr is imported')
+    patches.set(nltk.tokenize, 'sent_tokenize', sentences_of(nltk.tokenize.sent_tokenize),
+                "sentences for ROUGE without nltk's data")
+    if not is_available('seqeval'):
+        for name, module in seqeval_modules().items():
+            patches.set_if_missing(sys.modules, name, module, 'entity scores, where seqeval is not installed')
