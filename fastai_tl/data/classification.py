@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.classification.html.md"""
 # %% auto #0
 __all__ = ['HFTableDataLoaders', 'HFTextDataLoaders', 'hf_classifier_dls', 'text_windows', 'pool_windows']
 
-# %% ../../nbs/130_data.classification.ipynb #2e9d3b84
+# %% ../../nbs/130_data.classification.ipynb #dc6198ca
 from collections import Counter, UserList
 from operator import itemgetter
 from pathlib import Path
@@ -18,12 +18,13 @@ from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, did_you_mean, lang_code, shorten
 from .labels import check_labels, target_tfms
 from .splits import check_split, split_rows
-from .chinese import CHINESE_RULES
-from .hf_tokenizer import HFTokenize, PadTokens, TokensDL
+from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, language_rules, rule_names, set_batch_types, text_rules
+from .spec import TextSpec
+from .hf_tokenizer import HFTokenize, PadTokens, TensorTokens, TokensDL
 from .tables import check_texts, column, read_folder, read_table
 
-# %% ../../nbs/130_data.classification.ipynb #4f291780
-class HFTableDataLoaders(DataLoaders):
+# %% ../../nbs/130_data.classification.ipynb #9c23ef16
+class HFTableDataLoaders(SpecDataLoaders):
     "DataLoaders that can be made from a table on disk, by their own `from_df`"
     @classmethod
     def from_csv(cls,
@@ -34,7 +35,7 @@ class HFTableDataLoaders(DataLoaders):
         "From a table on disk"
         return cls.from_df(read_table(path), tokenizer, **kwargs)
 
-# %% ../../nbs/130_data.classification.ipynb #5a1d0c31
+# %% ../../nbs/130_data.classification.ipynb #faf35c94
 class HFTextDataLoaders(HFTableDataLoaders):
     "DataLoaders of texts and labels for a Hugging Face model"
     columns = 'text','label',None # of the table that they were made from: texts, labels, and what separates several labels
@@ -48,17 +49,31 @@ class HFTextDataLoaders(HFTableDataLoaders):
         items = _items_of(test_items, self.columns, with_labels)
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/130_data.classification.ipynb #db639794
+    @classmethod
+    def from_spec(cls,
+        spec:TextSpec, # Of the data that the model was trained with
+        tokenizer, # A name, a folder, or a tokenizer of transformers
+        bs:int=32 # Texts of a batch
+    ): # DataLoaders of this class
+        "Make DataLoaders without rows, for a model that predicts new texts"
+        tok = HFTokenize(tokenizer, spec.max_length, spec.truncation, verbose=False, rules=text_rules(spec.rules))
+        tfms = [[itemgetter(0), tok], [itemgetter(1), *target_tfms(spec.task, spec.classes)]]
+        types = [[LabelledText, list if spec.pairs else str, TensorTokens], [LabelledText]]
+        dls = loaders_of(cls, empty_datasets(tfms, types), tok.tokenizer.padding_side, bs)
+        set_batch_types(dls, TensorTokens, TARGET_TYPES[spec.task])
+        dls.window_stride = spec.windows
+        dls.columns = spec.columns.get('text', 'text'),spec.columns.get('label', 'label'),spec.label_delim
+        return dls.with_spec(spec, tok.tokenizer, tok.rules)
+
+# %% ../../nbs/130_data.classification.ipynb #18b6d413
 class LabelledText(UserList): "A text (or a pair) and its label: no tuple, over whose members fastai maps transforms, and no `list`, which a pair is"
 
-# %% ../../nbs/130_data.classification.ipynb #a202c506
+# %% ../../nbs/130_data.classification.ipynb #86158dfb
 def draw_weights(labels, task):
     "For each of `labels`, how often it is to be drawn so that all classes come equally often"
     if task!='classification': raise FastaiTLError('Drawing by class needs one label a text', f'a {task} task', 'Leave out `weighted`')
     n = Counter(labels)
     return [1/n[l] for l in labels]
-
-def language_rules(lang): "What is done to texts of a language before a tokenizer of transformers cuts them"; return CHINESE_RULES if lang_code(lang)=='zh-tw' else ()
 
 def data_rules(dls):
     "What is done to each text of some DataLoaders before a tokenizer of transformers cuts it"
@@ -72,14 +87,22 @@ def rules_language(rules):
     if found is None: raise FastaiTLError('Rules must be those of a language', f'others: {shorten([getattr(r, "__name__", r) for r in rules])}', 'Apply your own rules to the texts before')
     return found
 
-# %% ../../nbs/130_data.classification.ipynb #0166f337
+# %% ../../nbs/130_data.classification.ipynb #28f0efa7
 def tokens_dls(cls, items, n, tfms, side, bs, val_bs, path, weights=None):
     "DataLoaders of class `cls` of items, of which the first `n` train; a last batch of one is left out"
     dsets = Datasets(items, tfms, splits=[list(range(n)), list(range(n, len(items)))], n_inp=1)
-    kw,bs = dict(before_batch=[PadTokens(side)], num_workers=0),min(bs, n)
-    return cls(TokensDL(dsets.train, bs=bs, shuffle=True, drop_last=n%bs==1 and n>1, weights=weights, **kw), TokensDL(dsets.valid, bs=val_bs or 2*bs, **kw), path=path, device=default_device())
+    return loaders_of(cls, dsets, side, bs, val_bs, path, weights)
 
-# %% ../../nbs/130_data.classification.ipynb #b38dcf43
+def loaders_of(cls, dsets, side, bs, val_bs=None, path='.', weights=None):
+    "DataLoaders of class `cls` of Datasets of tokens; a last training batch of one is left out, since batch normalization cannot train on it"
+    n = len(dsets.train)
+    bs = min(bs, n) if n else bs
+    common = dict(before_batch=[PadTokens(side)], num_workers=0)
+    train = TokensDL(dsets.train, bs=bs, shuffle=True, drop_last=n%bs==1 and n>1, weights=weights, **common)
+    valid = TokensDL(dsets.valid, bs=val_bs or 2*bs, **common)
+    return cls(train, valid, path=path, device=default_device())
+
+# %% ../../nbs/130_data.classification.ipynb #2682445d
 def hf_classifier_dls(
     texts:list, # Texts, or pairs of texts as lists of two
     labels:list, # One a text, as `check_labels` returns them
@@ -102,9 +125,12 @@ def hf_classifier_dls(
     tok,n = HFTokenize(tokenizer, max_length, truncation, verbose, language_rules(lang)),len(train)
     tfms = [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(task, classes)]
     weights = draw_weights([labels[i] for i in train], task) if weighted else None
-    return tokens_dls(HFTextDataLoaders, items, n, tfms, tok.tokenizer.padding_side, bs, val_bs, path, weights)
+    dls = tokens_dls(HFTextDataLoaders, items, n, tfms, tok.tokenizer.padding_side, bs, val_bs, path, weights)
+    spec = TextSpec(task, classes=classes, lang=lang, rules=rule_names(tok.rules), max_length=tok.max_length, truncation=truncation,
+                    pairs=not isinstance(texts[0], str), columns=dict(text='text', label='label'))
+    return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
-# %% ../../nbs/130_data.classification.ipynb #1d3e02c3
+# %% ../../nbs/130_data.classification.ipynb #f21b75a6
 def _texts_of(df, text_col):
     "Texts of one column, or pairs of two"
     if isinstance(text_col, str) or not isinstance(text_col, (list,tuple,L)): return check_texts(column(df, text_col), df.index)
@@ -124,7 +150,7 @@ def _items_of(items, columns, with_labels):
         raise DataError('With labels each item must be a text and its label', f'{shorten(items[bad[0]])} in row {shorten(bad)}')
     return [o if isinstance(o, LabelledText) else LabelledText(list(o)) for o in items]
 
-# %% ../../nbs/130_data.classification.ipynb #33dd3df7
+# %% ../../nbs/130_data.classification.ipynb #840d3d9f
 @patch(cls_method=True)
 def from_df(cls:HFTextDataLoaders,
     df:pd.DataFrame, # A row a text
@@ -146,9 +172,11 @@ def from_df(cls:HFTextDataLoaders,
     args = texts,labels,task,train,valid,tokenizer
     dls = hf_classifier_dls(*args, **kwargs) if windows is None else _windowed(*args, windows, kwargs)
     dls.columns = text_col,label_col,label_delim
+    columns = dict(text=text_col if isinstance(text_col, (str,int)) else list(text_col), label=label_col)
+    dls.spec = dls.spec.replace(columns=columns, label_delim=label_delim, windows=windows)
     return dls
 
-# %% ../../nbs/130_data.classification.ipynb #38cc6c1b
+# %% ../../nbs/130_data.classification.ipynb #c692e20d
 def text_windows(
     texts:list, # Texts
     tokenizer, # A name, a folder, or a fast tokenizer of transformers
@@ -167,7 +195,7 @@ def text_windows(
             res.append(t[at[a][0]:at[min(a+room, len(at))-1][1]] if at else t); rows.append(i)
     return res,rows
 
-# %% ../../nbs/130_data.classification.ipynb #7aba3718
+# %% ../../nbs/130_data.classification.ipynb #b5596516
 def pool_windows(
     preds, # Predictions, one a window: a tensor or an array
     rows # For each window the index of its text, as `dls.window_rows` has it
@@ -178,7 +206,7 @@ def pool_windows(
     total = p.new_zeros(int(rows.max())+1, *p.shape[1:]).index_add_(0, rows, p)
     return total/torch.bincount(rows).view(-1, *[1]*(p.ndim-1))
 
-# %% ../../nbs/130_data.classification.ipynb #b4bad276
+# %% ../../nbs/130_data.classification.ipynb #5d435e23
 def _windowed(texts, labels, task, train, valid, tokenizer, stride, kwargs):
     "DataLoaders of windows; `window_rows` has, for each side, the text of each window"
     if texts and not isinstance(texts[0], str): raise DataError('Windows are cut from single texts', 'pairs')
@@ -189,7 +217,7 @@ def _windowed(texts, labels, task, train, valid, tokenizer, stride, kwargs):
     dls.window_rows,dls.window_stride = [rows for _,rows in parts],stride
     return dls
 
-# %% ../../nbs/130_data.classification.ipynb #a7a2c9a2
+# %% ../../nbs/130_data.classification.ipynb #110978b0
 @patch(cls_method=True)
 def from_lists(cls:HFTextDataLoaders,
     texts:list, # Texts, or pairs of texts
@@ -206,7 +234,7 @@ def from_lists(cls:HFTextDataLoaders,
     if valid is not None: df['valid'] = list(valid)
     return cls.from_df(df, tokenizer, ['text','pair'] if pair else 'text', valid_col=None if valid is None else 'valid', **kwargs)
 
-# %% ../../nbs/130_data.classification.ipynb #28c4544a
+# %% ../../nbs/130_data.classification.ipynb #a3f0c164
 @patch(cls_method=True)
 def from_folder(cls:HFTextDataLoaders,
     path:str|Path, # A folder with a subfolder a class, or with `train` and `valid` (or `test`) that have them
@@ -222,7 +250,7 @@ def from_folder(cls:HFTextDataLoaders,
     df['valid'] = top
     return cls.from_df(df[df.valid.isin(('train','valid'))], tokenizer, valid_col='valid', **kwargs)
 
-# %% ../../nbs/130_data.classification.ipynb #29075f47
+# %% ../../nbs/130_data.classification.ipynb #2b4ac857
 def two_splits(dataset, valid=None, frame=lambda ds: ds.to_pandas()):
     "The training and the validating split of a `DatasetDict` as one table; `split_` says which"
     valid = valid or next((o for o in ('validation','valid','dev','test') if o in dataset), None)
@@ -230,7 +258,7 @@ def two_splits(dataset, valid=None, frame=lambda ds: ds.to_pandas()):
         raise DataError("The dataset must have the splits 'train' and one to validate", shorten(dataset), 'Name the split with `valid`' if valid is None else did_you_mean(valid, dataset))
     return pd.concat([frame(dataset[o]).assign(split_=k) for o,k in (('train','train'),(valid,'valid'))], ignore_index=True)
 
-# %% ../../nbs/130_data.classification.ipynb #baafe752
+# %% ../../nbs/130_data.classification.ipynb #dc2deadc
 @patch(cls_method=True)
 def from_dataset(cls:HFTextDataLoaders,
     dataset, # A `Dataset` or `DatasetDict` of Hugging Face's datasets

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.hf_tokenizer.html.md"""
 __all__ = ['TensorTokens', 'TensorTargets', 'load_tokenizer', 'train_tokenizer', 'HFTokenize', 'encodes', 'decodes', 'PadTokens',
            'n_tokens', 'TokensDL', 'packs', 'show_batch', 'show_results', 'plot_top_losses', 'HFTextBlock']
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #18bb7724
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #2a224055
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.all import L, patch
@@ -21,9 +21,9 @@ from fastai.text.core import TitledStr
 from fastai.text.data import SortedDL, TensorText
 from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory, display_df
 from ..core import DataError, FastaiTLError, unknown_option
-from .tokenizers import _ruled
+from .tokenizers import apply_rules
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #1f7d73d9
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #351e5970
 class TensorTokens(TensorText):
     "Token numbers (and token types, and places) of a text, (fields, tokens), or of a batch, (texts, fields, tokens); -1 is padding"
     def _field(self, i): return self.as_subclass(torch.Tensor).select(-2, i) if self.shape[-2]>i else None
@@ -39,7 +39,7 @@ class TensorTokens(TensorText):
 class TensorTargets(TensorBase):
     "A target for each token of a text, (tokens,), or of a batch; -100 is none, and padding"
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #d7ca959c
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #7c57909b
 def hub_error(what, name, e):
     "The error for a name or folder that transformers cannot load"
     offline = 'offline' in str(e).lower() or 'connect' in str(e).lower()
@@ -47,7 +47,7 @@ def hub_error(what, name, e):
             else 'Check the spelling on https://huggingface.co/models, or pass a folder that holds it')
     return FastaiTLError(f'{what} must be a name on the Hugging Face hub or a local folder', f'{str(name)!r}, which cannot be loaded ({str(e).splitlines()[0][:200]})', todo)
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #c8951219
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #3c462a44
 def load_tokenizer(
     tokenizer, # A name on the hub, a folder, or a tokenizer of transformers
     **kwargs # More for `AutoTokenizer.from_pretrained`
@@ -61,12 +61,12 @@ def load_tokenizer(
         raise FastaiTLError('A tokenizer must be a name, a folder, or a tokenizer of transformers', f'a {type(tokenizer).__name__}', 'Wrap a tokenizer of the `tokenizers` library in `PreTrainedTokenizerFast(tokenizer_object=…)`')
     return tokenizer
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #06184258
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #afa5ef4d
 _SPECIAL = dict(encoder=['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]'], decoder=['<|endoftext|>'], seq2seq=['<pad>','<unk>','</s>'])
 _NAMED = dict(encoder=dict(zip(('pad_token','unk_token','cls_token','sep_token','mask_token'), _SPECIAL['encoder'])), decoder=dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>'),
               seq2seq=dict(pad_token='<pad>', unk_token='<unk>', eos_token='</s>'))
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #13e68d43
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #7ba8bf3b
 def train_tokenizer(
     texts, # Strings to learn from
     vocab_size:int=8000, # At most so many tokens, at least the 256 bytes and the special ones
@@ -87,7 +87,7 @@ def train_tokenizer(
     names = ['input_ids','token_type_ids','attention_mask'] if kind=='encoder' else ['input_ids','attention_mask']
     return PreTrainedTokenizerFast(tokenizer_object=t, model_max_length=max_length, model_input_names=names, **_NAMED[kind])
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #756a9b39
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #90d24877
 class HFTokenize(DisplayedTransform):
     "Texts, or pairs of texts as lists of two, to `TensorTokens`; each text is cut once"
     def __init__(self,
@@ -108,14 +108,14 @@ class HFTokenize(DisplayedTransform):
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('_rows','_data','_ends','_later')}
     def __setstate__(self, d): self.__dict__.update(d); n = self.n_cut; self.forget(); self.n_cut = n
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #25e1bf00
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #a26b48f5
 def _key(x): return x if isinstance(x, str) else tuple(x)
 
 @patch
 def _cut(self:HFTokenize, texts):
     "Arrays of shape (fields, tokens) of some texts, and how many were longer than `max_length`"
     args = [texts] if isinstance(texts[0], str) else [list(o) for o in zip(*texts)]
-    args = [list(_ruled(self.rules, a)) for a in args]
+    args = [list(apply_rules(self.rules, a)) for a in args]
     enc = self.tokenizer(*args, truncation=self.truncation, max_length=self.max_length if self.truncation else None, verbose=False)
     rows = zip(enc['input_ids'], enc['token_type_ids']) if self.has_types else ([i] for i in enc['input_ids'])
     if not self.truncation: n = 0
@@ -123,7 +123,7 @@ def _cut(self:HFTokenize, texts):
     else: n = sum(len(i)>self.max_length for i in self.tokenizer(*args, verbose=False)['input_ids']) # one written in Python does not say what it cut
     return [np.asarray(r, dtype=np.int32) for r in rows],n
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #4ab87008
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #17b0b0fb
 @patch
 def remember(self:HFTokenize,
     texts # Texts, or pairs of texts
@@ -138,7 +138,7 @@ def remember(self:HFTokenize,
     self._data,self._ends = np.concatenate(data, axis=1),np.concatenate([self._ends, self._ends[-1]+np.cumsum(lens, dtype=np.int64)])
     return self
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #53b417fc
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #13de518b
 @patch
 def tokens(self:HFTokenize,
     x # A text, or a pair of texts
@@ -154,7 +154,7 @@ def tokens(self:HFTokenize,
     if not self._later[k].shape[1]: raise DataError('A text must have at least one token', f'none in {x!r}', 'Leave out empty texts')
     return self._later[k]
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #430a09bf
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #6d971570
 @HFTokenize
 def encodes(self, x:str|list|L): return self.tokens(x)
 
@@ -164,7 +164,7 @@ def decodes(self, x:TensorTokens):
     texts = [self.tokenizer.decode(p[p>=0].tolist(), skip_special_tokens=True) for p in parts]
     return TitledStr(' ‖ '.join(t for t in texts if t))
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #7b0747bb
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #628252d9
 @patch
 def setup(self:HFTokenize,
     items=None, # The dataset's texts; all of them are cut, those for validation too
@@ -177,17 +177,24 @@ def setup(self:HFTokenize,
     new,cut = len(self._rows)-before,self.n_cut-n
     if cut and self.verbose: print(f'{cut/new:.0%} of texts were cut at {self.max_length} tokens' if cut/new>=.005 else f'{cut:,} of {new:,} texts were cut at {self.max_length} tokens')
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #c6c9df8f
-def _pad_stack(ts, value, left=False):
-    "One tensor of tensors whose last dimensions differ"
-    n = max(t.shape[-1] for t in ts)
-    res = ts[0].new_full((len(ts), *ts[0].shape[:-1], n), value)
-    for r,t in zip(res, ts):
-        k = t.shape[-1]
-        r[..., slice(n-k, n) if left else slice(k)] = t
-    return list(res)
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #61d92745
+def pad_rows(
+    rows:list, # Tensors (…, tokens) whose last dimensions differ
+    value, # What padding is
+    left:bool=False # Put it in front
+): # A tensor (rows, …, longest row)
+    "Pad rows to the longest of them and stack them"
+    n_longest = max(row.shape[-1] for row in rows)
+    padded = rows[0].new_full((len(rows), *rows[0].shape[:-1], n_longest), value)
+    for out, row in zip(padded, rows):
+        n = row.shape[-1]
+        place = slice(n_longest-n, n_longest) if left else slice(n)
+        out[..., place] = row
+    return padded
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #b7e4c56c
+def _pad_stack(ts, value, left=False): return list(pad_rows(ts, value, left))
+
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #5be7d9bf
 class PadTokens(Transform):
     "Pad the token tensors of some samples to the longest of them"
     def __init__(self,
@@ -204,14 +211,14 @@ class PadTokens(Transform):
     def decodes(self, x:TensorTokens): return x[:, x.ids>=0]
     def decodes(self, x:TensorTargets): return x
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #6ec4426e
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #d0acb2e7
 def n_tokens(
     sample # `(TensorTokens, …)`
 ) -> int:
     "Tokens of a sample's first text"
     return sample[0].shape[-1]
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #0c6b5499
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #88d64d89
 class TokensDL(SortedDL):
     "A `SortedDL` that measures texts in tokens, and can draw them by weight"
     def __init__(self,
@@ -232,7 +239,7 @@ class TokensDL(SortedDL):
         batches = [order[i:i+self.bs] for i in range(0, len(order), self.bs)]
         return iter(np.concatenate([batches[i] for i in np.random.permutation(len(batches)-1)] + batches[-1:]))
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #4c71d81f
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #5bc44e90
 def packs(
     lens, # Tokens of each row
     max_tokens:int # Of a batch, padding included
@@ -244,7 +251,7 @@ def packs(
         res.append(order[:k]); order = order[k:]
     return res
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #c51cd3f8
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #937ef63c
 def _shown(o, trunc_at):
     "An item as a person reads it"
     if isinstance(o, (list,tuple,L)) and not isinstance(o, str): return ';'.join(map(str, o))
@@ -260,7 +267,7 @@ def show_rows(columns, max_n, trunc_at=150):
     display_df(df)
     return df
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #a3a99afa
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #a1e3cf16
 @dispatch
 def show_batch(x:TensorTokens, y, samples, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     names = ['text','target'] if len(samples[0])==2 else ['text'] if len(samples[0])==1 else ['text',*[f'target {i}' for i in range(1, len(samples[0]))]]
@@ -270,13 +277,13 @@ def show_batch(x:TensorTokens, y, samples, ctxs=None, max_n=9, trunc_at=150, **k
 def show_results(x:TensorTokens, y, samples, outs, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     return show_rows({'text': samples.itemgot(0), 'target': samples.itemgot(1), 'predicted': outs.itemgot(0)}, max_n, trunc_at)
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #ab47fe46
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #1fc317c0
 def _show_top_losses(x, y, samples, outs, raws, losses, trunc_at=150, **kwargs):
     columns = {'text': samples.itemgot(0), 'target': samples.itemgot(1), 'predicted': outs.itemgot(0)}
     if isinstance(y, TensorCategory): columns['probability'] = raws.max(-1).values
     show_rows({**columns, 'loss': losses}, len(samples), trunc_at)
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #c2180238
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #cd7f2a07
 @dispatch
 def plot_top_losses(x:TensorTokens, y:TensorCategory, *args, **kwargs): _show_top_losses(x, y, *args, **kwargs)
 @dispatch
@@ -284,7 +291,7 @@ def plot_top_losses(x:TensorTokens, y:TensorMultiCategory, *args, **kwargs): _sh
 @dispatch
 def plot_top_losses(x:TensorTokens, y:torch.Tensor, *args, **kwargs): _show_top_losses(x, y, *args, **kwargs)
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #b29d9248
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #51822549
 class HFTextBlock(TransformBlock):
     "Texts for a Hugging Face model, in fastai's DataBlock API"
     def __init__(self,

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.language_modeling.html.md"""
 __all__ = ['CausalBlocks', 'TokenMasker', 'MaskedBlocks', 'TokenTargetsDL', 'HFLMDataLoaders', 'HFCausalLMDataLoaders',
            'HFMaskedLMDataLoaders']
 
-# %% ../../nbs/139_data.language_modeling.ipynb #0aa80217
+# %% ../../nbs/139_data.language_modeling.ipynb #6d65e98b
 import re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -17,14 +17,16 @@ from fastai.data.core import DataLoaders
 from fastai.text.core import TitledStr
 from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, VocabError, derive_seed, shorten
+from .loaders import language_rules, rule_names, set_batch_types, text_rules
+from .spec import TextSpec
 from .splits import split_rows
 from .awd_lstm import split_stream
-from .classification import HFTableDataLoaders, language_rules
+from .classification import HFTableDataLoaders
 from .hf_tokenizer import PadTokens, TensorTargets, TensorTokens, TokensDL, load_tokenizer
-from .tokenizers import _ruled
+from .tokenizers import apply_rules
 from .tables import check_texts, column, read_folder
 
-# %% ../../nbs/139_data.language_modeling.ipynb #13710263
+# %% ../../nbs/139_data.language_modeling.ipynb #2ba5b639
 def frame(tokenizer):
     "The special tokens that a tokenizer puts before and after a text"
     bare,full = (list(tokenizer('a', add_special_tokens=o, verbose=False)['input_ids']) for o in (False, True))
@@ -37,7 +39,7 @@ def end_of_text(tokenizer):
 
 def block_length(tokenizer, max_length): return max_length or min(tokenizer.model_max_length, 512)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #3e5486d3
+# %% ../../nbs/139_data.language_modeling.ipynb #7b7809b6
 def _word_starts(enc, i, tokenizer):
     "For each token of text `i`, whether a word begins with it"
     if enc.encodings is not None:
@@ -51,14 +53,14 @@ def cut_texts(texts, tokenizer, words=False, rules=()):
     "Arrays of token numbers of some texts, to which `rules` are applied, without special tokens, and (with `words`) of where words begin"
     ids,starts = [],[]
     for a in range(0, len(texts), 1000):
-        enc = tokenizer(list(_ruled(rules, texts[a:a+1000])), add_special_tokens=False, verbose=False)
+        enc = tokenizer(list(apply_rules(rules, texts[a:a+1000])), add_special_tokens=False, verbose=False)
         ids += [np.asarray(o, dtype=np.int32) for o in enc['input_ids']]
         if words: starts += [_word_starts(enc, i, tokenizer) for i in range(len(enc['input_ids']))]
     empty = [i for i,o in enumerate(ids) if not len(o)]
     if empty: raise DataError('Each text must have at least one token', f'none in text {shorten(empty)}', 'Leave those texts out')
     return ids,starts if words else None
 
-# %% ../../nbs/139_data.language_modeling.ipynb #d669dfea
+# %% ../../nbs/139_data.language_modeling.ipynb #a6f3c435
 class CausalBlocks:
     "Texts in blocks of equal length: `(TensorTokens, TensorTargets)`, the targets being the next tokens"
     n_inp,task = 1,'causal_lm'
@@ -80,7 +82,7 @@ class CausalBlocks:
         s = torch.from_numpy(self.stream[i*self.max_length:(i+1)*self.max_length+1].astype(np.int64))
         return TensorTokens(s[None,:-1]),TensorTargets(s[1:])
 
-# %% ../../nbs/139_data.language_modeling.ipynb #d271c1fd
+# %% ../../nbs/139_data.language_modeling.ipynb #335f0990
 @patch
 def arrange(self:CausalBlocks,
     order=None, # Indexes of the texts; as they came if `None`
@@ -93,7 +95,7 @@ def arrange(self:CausalBlocks,
 @patch
 def reshuffle(self:CausalBlocks): "Put the texts into a random order and turn the ring at random"; self.arrange(np.random.permutation(len(self.docs)), np.random.randint(len(self.stream)))
 
-# %% ../../nbs/139_data.language_modeling.ipynb #8d20e0a8
+# %% ../../nbs/139_data.language_modeling.ipynb #6b0f4fef
 @patch
 def decode(self:CausalBlocks,
     o, # `(TensorTokens, …)`, with targets or predictions
@@ -112,7 +114,7 @@ def of_texts(self:CausalBlocks,
     "Other texts in blocks"
     return type(self)(cut_texts(texts, self.tokenizer, rules=self.rules)[0], self.tokenizer, self.max_length, self.rules)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #1202ed2e
+# %% ../../nbs/139_data.language_modeling.ipynb #848bf570
 class TokenMasker:
     "Choose tokens to be predicted, and hide them"
     def __init__(self,
@@ -128,7 +130,7 @@ class TokenMasker:
         self.special = np.array(sorted(tokenizer.all_special_ids))
         self.ordinary = np.setdiff1d(np.arange(len(tokenizer)), self.special)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #8ac50201
+# %% ../../nbs/139_data.language_modeling.ipynb #299704f4
 @patch
 def __call__(self:TokenMasker,
     ids:np.ndarray, # Token numbers of a text
@@ -145,7 +147,7 @@ def __call__(self:TokenMasker,
     x = np.where(r<self.p_mask, self.mask_id, np.where(r<self.p_mask+self.p_random, rng.choice(self.ordinary, len(ids)), ids))
     return np.where(hit, x, ids),np.where(hit, ids, -100)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #a420d2d4
+# %% ../../nbs/139_data.language_modeling.ipynb #56c97211
 def _frame_blocks(ids, starts, tokenizer, max_length, pack):
     "Arrays of at most `max_length` tokens with their special tokens, and where words begin in them"
     before,after = frame(tokenizer)
@@ -159,7 +161,7 @@ def _frame_blocks(ids, starts, tokenizer, max_length, pack):
     cut = [(d[a:a+room],s[a:a+room]) for d,s in zip(ids, starts) for a in range(0, len(d), room)]
     return [np.concatenate([before, d, after]).astype(np.int32) for d,_ in cut],[np.concatenate([[True]*len(before), s, [True]*len(after)]).astype(bool) for _,s in cut]
 
-# %% ../../nbs/139_data.language_modeling.ipynb #5ac56c92
+# %% ../../nbs/139_data.language_modeling.ipynb #93da8de1
 class MaskedBlocks:
     "Texts with tokens hidden: `(TensorTokens, TensorTargets)`, or without a `masker` the texts as they are"
     n_inp,task = 1,'masked_lm'
@@ -179,7 +181,7 @@ class MaskedBlocks:
     def __len__(self): return len(self.blocks)
     def _tokens(self, ids): ids = torch.from_numpy(ids.astype(np.int64)); return TensorTokens(torch.stack([ids, torch.zeros_like(ids)] if self.has_types else [ids]))
 
-# %% ../../nbs/139_data.language_modeling.ipynb #8da92d7e
+# %% ../../nbs/139_data.language_modeling.ipynb #7a47fcde
 @patch
 def __getitem__(self:MaskedBlocks, i):
     if self.masker is None: return (self._tokens(self.blocks[i]),)
@@ -200,7 +202,7 @@ def decode(self:MaskedBlocks,
     text,mask = self.tokenizer.decode([i for i in x.ids.tolist() if i>=0 and i not in hidden]),self.tokenizer.mask_token
     return tuple(map(TitledStr, [re.sub(f' *{re.escape(mask)} *', f' {mask} ', text).strip(), *words]))
 
-# %% ../../nbs/139_data.language_modeling.ipynb #e16fb500
+# %% ../../nbs/139_data.language_modeling.ipynb #ed853a6a
 @patch
 def new_empty(self:MaskedBlocks): "The same without texts"; return type(self)([], [], self.tokenizer, self.max_length, self.masker, self.pack, self.seed, self.rules)
 @patch
@@ -211,7 +213,7 @@ def of_texts(self:MaskedBlocks,
     "Other texts in blocks"
     return type(self)(*cut_texts(texts, self.tokenizer, True, self.rules), self.tokenizer, self.max_length, self.masker if with_labels else None, self.pack and with_labels, self.seed, self.rules)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #6b7650ae
+# %% ../../nbs/139_data.language_modeling.ipynb #c450d688
 class TokenTargetsDL(TokensDL):
     "A `TokensDL` with a target for each token; predictions are shown where there is one"
     def show_results(self,
@@ -225,7 +227,7 @@ class TokenTargetsDL(TokensDL):
         if getattr(self.dataset, 'anew', False): self.dataset.reshuffle()
         return super().shuffle_fn(idxs)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #c93d8a70
+# %% ../../nbs/139_data.language_modeling.ipynb #185ef75c
 class HFLMDataLoaders(HFTableDataLoaders):
     "DataLoaders of texts for a language model of Hugging Face"
     def test_dl(self,
@@ -237,10 +239,29 @@ class HFLMDataLoaders(HFTableDataLoaders):
         "Other texts, prepared as those for validation"
         return self.valid.new(self.valid_ds.of_texts(check_texts(test_items), with_labels), **kwargs)
 
-class HFCausalLMDataLoaders(HFLMDataLoaders): "Texts packed into blocks; the targets are the next tokens"
-class HFMaskedLMDataLoaders(HFLMDataLoaders): "Texts with hidden tokens, which are the targets"
+    @classmethod
+    def from_spec(cls,
+        spec:TextSpec, # Of the data that the model was trained with
+        tokenizer, # A name, a folder, or a tokenizer of transformers
+        bs:int=16 # Blocks of a batch
+    ): # DataLoaders of this class
+        "Make DataLoaders without rows, for a model that reads new texts"
+        tokenizer = load_tokenizer(tokenizer)
+        blocks = cls._blocks(spec.replace(max_length=block_length(tokenizer, spec.max_length)), tokenizer)
+        dls = set_batch_types(_lm_dls(cls, blocks, blocks, bs, None, '.'), TensorTokens, TensorTargets)
+        return dls.with_spec(spec, tokenizer, blocks.rules)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #a306edb7
+class HFCausalLMDataLoaders(HFLMDataLoaders):
+    "Texts packed into blocks; the targets are the next tokens"
+    @staticmethod
+    def _blocks(spec, tokenizer): return CausalBlocks([], tokenizer, spec.max_length, text_rules(spec.rules))
+
+class HFMaskedLMDataLoaders(HFLMDataLoaders):
+    "Texts with hidden tokens, which are the targets"
+    @staticmethod
+    def _blocks(spec, tokenizer): return MaskedBlocks([], [], tokenizer, spec.max_length, TokenMasker(tokenizer), rules=text_rules(spec.rules))
+
+# %% ../../nbs/139_data.language_modeling.ipynb #a744f946
 def _split(texts, lens, valid, valid_pct, seed):
     "`(text, first token, end)` for training and for validation"
     if valid is None: parts = split_stream(lens, valid_pct, seed)
@@ -251,13 +272,16 @@ def _split(texts, lens, valid, valid_pct, seed):
 
 def _lm_dls(cls, train, valid, bs, val_bs, path):
     kw = dict(before_batch=[PadTokens('right')], num_workers=0)
-    bs = max(1, min(bs, len(train)))
+    bs = min(bs, len(train)) if len(train) else bs
     dls = [TokenTargetsDL(ds, bs=b, shuffle=s, res=_lens(ds), **kw) for ds,b,s in ((train,bs,True),(valid,val_bs or bs,False))]
     return cls(*dls, path=path, device=default_device())
 
-def _lens(ds): return [len(b) for b in ds.blocks] if isinstance(ds, MaskedBlocks) else [ds.max_length]*(len(ds)-1)+[len(ds.stream)-1-(len(ds)-1)*ds.max_length]
+def _lm_spec(task, tokenizer, lang, rules, max_length):
+    return TextSpec(task, lang=lang, rules=rule_names(rules), max_length=max_length, truncation=False, columns=dict(text='text'))
 
-# %% ../../nbs/139_data.language_modeling.ipynb #81bbd05c
+def _lens(ds): return [] if not len(ds) else [len(b) for b in ds.blocks] if isinstance(ds, MaskedBlocks) else [ds.max_length]*(len(ds)-1)+[len(ds.stream)-1-(len(ds)-1)*ds.max_length]
+
+# %% ../../nbs/139_data.language_modeling.ipynb #1f12061e
 @patch(cls_method=True)
 def from_texts(cls:HFCausalLMDataLoaders,
     texts, # Strings
@@ -277,9 +301,9 @@ def from_texts(cls:HFCausalLMDataLoaders,
     ids,_ = cut_texts(texts, tokenizer, rules=rules)
     train,held = [CausalBlocks([ids[i][a:b] for i,a,b in p], tokenizer, block_length(tokenizer, max_length), rules) for p in _split(texts, [len(o) for o in ids], valid, valid_pct, seed)]
     train.anew = anew
-    return _lm_dls(cls, train, held, bs, val_bs, path)
+    return _lm_dls(cls, train, held, bs, val_bs, path).with_spec(_lm_spec('causal_lm', tokenizer, lang, rules, train.max_length), tokenizer, rules)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #1405038c
+# %% ../../nbs/139_data.language_modeling.ipynb #c1ec31c0
 @patch(cls_method=True)
 def from_texts(cls:HFMaskedLMDataLoaders,
     texts, # Strings
@@ -299,9 +323,9 @@ def from_texts(cls:HFMaskedLMDataLoaders,
     texts,tokenizer,rules = check_texts(texts),load_tokenizer(tokenizer),language_rules(lang)
     masker,(ids,starts) = TokenMasker(tokenizer, **kwargs),cut_texts(texts, tokenizer, True, rules)
     n,parts = block_length(tokenizer, max_length),_split(texts, [len(o) for o in ids], valid, valid_pct, seed)
-    return _lm_dls(cls, *[MaskedBlocks([ids[i][a:b] for i,a,b in p], [starts[i][a:b] for i,a,b in p], tokenizer, n, masker, pack, s, rules) for p,s in zip(parts, (None,seed))], bs, val_bs, path)
+    return _lm_dls(cls, *[MaskedBlocks([ids[i][a:b] for i,a,b in p], [starts[i][a:b] for i,a,b in p], tokenizer, n, masker, pack, s, rules) for p,s in zip(parts, (None,seed))], bs, val_bs, path).with_spec(_lm_spec('masked_lm', tokenizer, lang, rules, n), tokenizer, rules)
 
-# %% ../../nbs/139_data.language_modeling.ipynb #184bbb93
+# %% ../../nbs/139_data.language_modeling.ipynb #876072b5
 @patch(cls_method=True)
 def from_df(cls:HFLMDataLoaders,
     df:pd.DataFrame, # A row a text
@@ -311,9 +335,11 @@ def from_df(cls:HFLMDataLoaders,
     **kwargs # More for `from_texts`
 ) -> HFLMDataLoaders:
     "From a DataFrame"
-    return cls.from_texts(check_texts(column(df, text_col), df.index), tokenizer, valid=None if valid_col is None else column(df, valid_col), **kwargs)
+    dls = cls.from_texts(check_texts(column(df, text_col), df.index), tokenizer, valid=None if valid_col is None else column(df, valid_col), **kwargs)
+    dls.spec = dls.spec.replace(columns=dict(text=text_col))
+    return dls
 
-# %% ../../nbs/139_data.language_modeling.ipynb #2779d8d0
+# %% ../../nbs/139_data.language_modeling.ipynb #1e6905a0
 @patch(cls_method=True)
 def from_folder(cls:HFLMDataLoaders,
     folder:str|Path, # A folder of `.txt` files, at any depth; subfolders `train` and `valid` (or `test`) tell the split

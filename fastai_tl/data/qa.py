@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.qa.html.md"""
 __all__ = ['TensorSpan', 'QAExample', 'QAWindow', 'HFTokenizeQA', 'EncodeSpan', 'check_answers', 'HFQADataLoaders', 'hf_qa_dls',
            'show_batch', 'show_results', 'plot_top_losses']
 
-# %% ../../nbs/136_data.qa.ipynb #cec5d739
+# %% ../../nbs/136_data.qa.ipynb #76b761d6
 import html
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
@@ -19,14 +19,16 @@ from fastai.data.core import DataLoaders, show_batch, show_results
 from fastai.interpret import plot_top_losses
 from fastai.torch_core import TensorBase
 from ..core import DataError, FastaiTLError, shorten
+from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names, set_batch_types, text_rules
+from .spec import TextSpec
 from .splits import need_rows, split_rows
-from .classification import language_rules, tokens_dls, two_splits
+from .classification import loaders_of, tokens_dls, two_splits
 from .tagging import ShownWords, show_html
 from .hf_tokenizer import TensorTokens, load_tokenizer
-from .tokenizers import _ruled
+from .tokenizers import apply_rules
 from .tables import check_texts, column, is_missing
 
-# %% ../../nbs/136_data.qa.ipynb #f0df6cbe
+# %% ../../nbs/136_data.qa.ipynb #5d0d1790
 class TensorSpan(TensorBase):
     "First and last token of an answer in a window, and the number of its question, (3,), or of a batch"
 
@@ -39,7 +41,7 @@ class QAExample:
     starts:tuple=(-1,) # The character at which each begins
     number:int=-1 # In `examples`, -1 if it is only asked
 
-# %% ../../nbs/136_data.qa.ipynb #404cbb82
+# %% ../../nbs/136_data.qa.ipynb #14c88ab8
 @dataclass(eq=False)
 class QAWindow:
     "What a model reads of a question and its passage at a time"
@@ -48,7 +50,7 @@ class QAWindow:
     first:int=0 # First token of the answer; the one that stands for no answer, if this window does not have it
     last:int=0 # Last token of the answer
 
-# %% ../../nbs/136_data.qa.ipynb #e5bc2321
+# %% ../../nbs/136_data.qa.ipynb #e66c1e83
 def token_span(begin, end, a, b):
     "First and last token of characters `a` to `b`, of tokens that cover `begin` to `end` (-1: none); `None` if they do not have all of it"
     at = np.flatnonzero(begin>=0)
@@ -56,7 +58,7 @@ def token_span(begin, end, a, b):
     inside = at[(end[at]>a)&(begin[at]<b)&(end[at]>begin[at])]
     return (int(inside[0]),int(inside[-1])) if len(inside) else None
 
-# %% ../../nbs/136_data.qa.ipynb #fb576491
+# %% ../../nbs/136_data.qa.ipynb #3a479dc7
 class HFTokenizeQA(DisplayedTransform):
     "Windows of questions and their passages to `TensorTokens`"
     def __init__(self,
@@ -75,13 +77,13 @@ class HFTokenizeQA(DisplayedTransform):
     def encodes(self, x:QAWindow): return TensorTokens(torch.from_numpy(x.data.astype(np.int64)))
     def decodes(self, x:TensorTokens): return ShownPassage(x, self.tokenizer)
 
-# %% ../../nbs/136_data.qa.ipynb #904f00d5
+# %% ../../nbs/136_data.qa.ipynb #e46ec916
 class EncodeSpan(DisplayedTransform):
     "Windows to the first and last token of their answer"
     def encodes(self, x:QAWindow): return TensorSpan([x.first, x.last, x.example.number])
     def decodes(self, y:TensorSpan): return ShownWords(y.tolist())
 
-# %% ../../nbs/136_data.qa.ipynb #c36dcdec
+# %% ../../nbs/136_data.qa.ipynb #28cd9e59
 def _arrays(tok, enc, i):
     "The fields of one window"
     seq,offsets = enc.sequence_ids(i),enc['offset_mapping'][i]
@@ -95,7 +97,7 @@ def _arrays(tok, enc, i):
     res[2:,none] = 0
     return res,none
 
-# %% ../../nbs/136_data.qa.ipynb #8668b2fc
+# %% ../../nbs/136_data.qa.ipynb #2eb06be7
 @patch
 def windows(self:HFTokenizeQA,
     examples:list, # `QAExample` objects
@@ -109,14 +111,14 @@ def windows(self:HFTokenizeQA,
     if long: raise DataError(f'A question must leave room for its passage: fewer than {room} tokens, with windows of {self.max_length} that share {self.stride}', f'{max(sizes)} tokens in row {shorten(long)}', 'Use a larger `max_length` or a smaller `stride`')
     return [w for a in range(0, len(examples), 500) for w in self._windows(examples[a:a+500])]
 
-# %% ../../nbs/136_data.qa.ipynb #96f04209
+# %% ../../nbs/136_data.qa.ipynb #67e5a6ed
 def letter_by_letter(texts, rules):
     "Texts in which each letter is what `rules` make of it, if that is one letter"
-    at = {ord(c): r for c in sorted(set().union(*texts)) if len(r := next(_ruled(rules, [c])))==1 and r!=c}
+    at = {ord(c): r for c in sorted(set().union(*texts)) if len(r := next(apply_rules(rules, [c])))==1 and r!=c}
     return [t.translate(at) for t in texts]
 
 @patch
-def _questions(self:HFTokenizeQA, examples): return list(_ruled(self.rules, [e.question for e in examples]))
+def _questions(self:HFTokenizeQA, examples): return list(apply_rules(self.rules, [e.question for e in examples]))
 
 @patch
 def _windows(self:HFTokenizeQA, examples):
@@ -128,7 +130,7 @@ def _windows(self:HFTokenizeQA, examples):
         span = token_span(begin, data[3], e.starts[0], e.starts[0]+len(e.answers[0])) if e.answers[0] else None
         yield QAWindow(e, data, *(span or (none,none)))
 
-# %% ../../nbs/136_data.qa.ipynb #c6dc6482
+# %% ../../nbs/136_data.qa.ipynb #8c8f54e2
 def _answer_list(answers, starts):
     "Answers and starts of one question as two lists"
     if isinstance(answers, dict): answers,starts = answers['text'],answers['answer_start']
@@ -146,7 +148,7 @@ def _place(answer, start, context):
     start = int(start)+len(answer)-len(answer.lstrip())
     return (answer.strip(),start) if start>=0 and context[start:start+len(answer.strip())]==answer.strip() else None
 
-# %% ../../nbs/136_data.qa.ipynb #4cd931ee
+# %% ../../nbs/136_data.qa.ipynb #62854905
 def check_answers(
     questions:list, # Strings
     contexts:list, # The passage of each
@@ -166,8 +168,8 @@ def check_answers(
     if bad: raise DataError('Each answer must stand in its passage, at the character that is told', f'{bad[0][1]!r} in row {shorten(dict.fromkeys(r for r,_ in bad))}, which does not', 'Mend the starts, or leave them out to have the answers looked for')
     return res
 
-# %% ../../nbs/136_data.qa.ipynb #e0fd20f8
-class HFQADataLoaders(DataLoaders):
+# %% ../../nbs/136_data.qa.ipynb #2214485e
+class HFQADataLoaders(SpecDataLoaders):
     "DataLoaders of questions about passages, in windows, for a Hugging Face model"
     task = 'qa'
     @property
@@ -183,14 +185,28 @@ class HFQADataLoaders(DataLoaders):
         if items and not isinstance(items[0], QAWindow): items = self.tok.windows(number_examples(self.tok, [e if isinstance(e, QAExample) else QAExample(*e) for e in items], with_labels))
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/136_data.qa.ipynb #a135a186
+    @classmethod
+    def from_spec(cls,
+        spec:TextSpec, # Of the data that the model was trained with
+        tokenizer, # A name, a folder, or a fast tokenizer of transformers
+        bs:int=16 # Windows of a batch
+    ): # DataLoaders of this class
+        "Make DataLoaders without rows, for a model that answers new questions"
+        stride = 64 if spec.windows is None else spec.windows
+        tok = HFTokenizeQA(tokenizer, spec.max_length, stride, text_rules(spec.rules))
+        tok.may_be_none = spec.may_be_none
+        dsets = empty_datasets([[tok], [EncodeSpan()]], [[QAWindow, TensorTokens], [QAWindow, TensorSpan]])
+        dls = set_batch_types(loaders_of(cls, dsets, 'right', bs), TensorTokens, TensorSpan)
+        return dls.with_spec(spec, tok.tokenizer, tok.rules)
+
+# %% ../../nbs/136_data.qa.ipynb #fdb69d3b
 def number_examples(tok, examples, labelled=True):
     "Give the questions numbers, by which a metric finds them again"
     for e in examples if labelled else []:
         if e.number<0: e.number = len(tok.examples); tok.examples.append(e)
     return examples
 
-# %% ../../nbs/136_data.qa.ipynb #e3b8f1b7
+# %% ../../nbs/136_data.qa.ipynb #d7ba90cd
 def hf_qa_dls(
     examples:list, # `QAExample` objects, as `check_answers` returns them
     train:list, # Indexes of the training rows
@@ -212,9 +228,12 @@ def hf_qa_dls(
     parts = [tok.windows(number_examples(tok, [examples[i] for i in p]), [rows[i] for i in p]) for p in (train,valid)]
     if verbose: _say_windows(parts[0]+parts[1], tok)
     items,n = parts[0]+parts[1],len(parts[0])
-    return tokens_dls(HFQADataLoaders, items, n, [[tok], [EncodeSpan()]], 'right', bs, val_bs, path) # whatever the tokenizer wants: positions count from the left
+    dls = tokens_dls(HFQADataLoaders, items, n, [[tok], [EncodeSpan()]], 'right', bs, val_bs, path) # whatever the tokenizer wants: positions count from the left
+    spec = TextSpec('qa', lang=lang, rules=rule_names(tok.rules), max_length=tok.max_length, windows=stride, may_be_none=tok.may_be_none,
+                    columns=dict(question='question', context='context', answer='answer'))
+    return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
-# %% ../../nbs/136_data.qa.ipynb #89a387d0
+# %% ../../nbs/136_data.qa.ipynb #3e8f65c9
 def _say_windows(ws, tok):
     each,n = {},len(tok.examples)
     for w in ws: each.setdefault(w.example.number, []).append(w.data[2,w.first]>0)
@@ -223,7 +242,7 @@ def _say_windows(ws, tok):
     lost = [e for e in tok.examples if e.answers[0] and not any(each[e.number])]
     if lost: print(f'answers that are in no window, since they are longer than what windows share or give no token: {len(lost):,}, such as {lost[0].answers[0][:60]!r}; a larger `stride` helps against the first')
 
-# %% ../../nbs/136_data.qa.ipynb #898169b3
+# %% ../../nbs/136_data.qa.ipynb #ee582d5a
 @patch(cls_method=True)
 def from_lists(cls:HFQADataLoaders,
     questions:list, # Strings
@@ -242,7 +261,7 @@ def from_lists(cls:HFQADataLoaders,
     train,valid = split_rows(examples, 'multilabel', valid, valid_pct, seed)
     return hf_qa_dls(examples, train, valid, tokenizer, rows=index, **kwargs)
 
-# %% ../../nbs/136_data.qa.ipynb #15e5f8aa
+# %% ../../nbs/136_data.qa.ipynb #6c6aeba3
 @patch(cls_method=True)
 def from_df(cls:HFQADataLoaders,
     df:pd.DataFrame, # A row a question
@@ -256,9 +275,12 @@ def from_df(cls:HFQADataLoaders,
 ) -> HFQADataLoaders:
     "From a DataFrame"
     q,c,a,s,v = (None if o is None else list(column(df, o)) for o in (question_col, context_col, answer_col, start_col, valid_col))
-    return cls.from_lists(q, c, a, tokenizer, s, valid=v, index=df.index, **kwargs)
+    dls = cls.from_lists(q, c, a, tokenizer, s, valid=v, index=df.index, **kwargs)
+    columns = dict(question=question_col, context=context_col, answer=answer_col)
+    dls.spec = dls.spec.replace(columns=columns | (dict(start=start_col) if start_col is not None else {}))
+    return dls
 
-# %% ../../nbs/136_data.qa.ipynb #df0cc4b4
+# %% ../../nbs/136_data.qa.ipynb #04e46080
 @patch(cls_method=True)
 def from_dataset(cls:HFQADataLoaders,
     dataset, # A `Dataset` or `DatasetDict` of Hugging Face's datasets, with SQuAD's columns
@@ -271,7 +293,7 @@ def from_dataset(cls:HFQADataLoaders,
     if isinstance(dataset, dict): return cls.from_df(two_splits(dataset, valid), tokenizer, answer_col=answer_col, valid_col='split_', **kwargs)
     return cls.from_df(dataset.to_pandas(), tokenizer, answer_col=answer_col, **kwargs)
 
-# %% ../../nbs/136_data.qa.ipynb #d85ecb20
+# %% ../../nbs/136_data.qa.ipynb #97757182
 class ShownPassage:
     "A window as it is shown: its question, and its passage with an answer marked"
     def __init__(self, x, tokenizer):
@@ -287,7 +309,7 @@ class ShownPassage:
         parts = [html.escape(self._text(list(range(*o)))) for o in ((a,first),(first,last+1),(last+1,b+1))]
         return ('… ' if a>self.at[0] else '')+f'{parts[0]} <mark>{parts[1]}</mark> {parts[2]}'+(' …' if b<self.at[-1] else '')
 
-# %% ../../nbs/136_data.qa.ipynb #6106b6e4
+# %% ../../nbs/136_data.qa.ipynb #65b49751
 @dispatch
 def show_batch(x:TensorTokens, y:TensorSpan, samples, ctxs=None, max_n=9, trunc_at=40, **kwargs):
     show_html([[html.escape(p.question), p.marked(*s[:2], trunc_at)] for p,s in samples[:max_n]], ['question','passage'])

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.seq2seq.html.md"""
 # %% auto #0
 __all__ = ['TokenizeTargets', 'HFTargetTextBlock', 'HFSeq2SeqDataLoaders']
 
-# %% ../../nbs/142_data.seq2seq.ipynb #90e9dc5b
+# %% ../../nbs/142_data.seq2seq.ipynb #3296f494
 from operator import itemgetter
 import pandas as pd, torch
 from fastcore.all import L, patch
@@ -17,13 +17,15 @@ from fastai.data.core import DataLoaders, Datasets
 from fastai.text.core import TitledStr
 from fastai.torch_core import default_device
 from ..core import DataError
+from .loaders import empty_datasets, language_rules, rule_names, set_batch_types, text_rules
+from .spec import TextSpec
 from .splits import split_rows
 from .language_modeling import TokenTargetsDL
-from .classification import HFTableDataLoaders, LabelledText, language_rules
-from .hf_tokenizer import HFTokenize, PadTokens, TensorTargets, load_tokenizer
+from .classification import HFTableDataLoaders, LabelledText
+from .hf_tokenizer import HFTokenize, PadTokens, TensorTargets, TensorTokens, load_tokenizer
 from .tables import check_texts, column
 
-# %% ../../nbs/142_data.seq2seq.ipynb #43ee32bd
+# %% ../../nbs/142_data.seq2seq.ipynb #2df003b6
 class AsTarget:
     "A tokenizer that takes its texts as targets"
     def __init__(self, tokenizer): self.of = tokenizer
@@ -33,7 +35,7 @@ class AsTarget:
         return getattr(self.of, k)
     model_input_names = ('input_ids',) # no token types
 
-# %% ../../nbs/142_data.seq2seq.ipynb #1bad6af4
+# %% ../../nbs/142_data.seq2seq.ipynb #fbb547f5
 class TokenizeTargets(DisplayedTransform):
     "Target texts to `TensorTargets`; each is cut once"
     task = 'seq2seq'
@@ -51,7 +53,7 @@ class TokenizeTargets(DisplayedTransform):
     def encodes(self, x:str): return TensorTargets(self.target_tok.tokens(x).ids)
     def decodes(self, x:TensorTargets): return TitledStr(self.target_tok.tokenizer.decode(x[x>=0].tolist(), skip_special_tokens=True))
 
-# %% ../../nbs/142_data.seq2seq.ipynb #eaa1647a
+# %% ../../nbs/142_data.seq2seq.ipynb #3816937c
 class HFTargetTextBlock(TransformBlock):
     "Target texts for a sequence-to-sequence model, in fastai's DataBlock API"
     def __init__(self,
@@ -60,7 +62,7 @@ class HFTargetTextBlock(TransformBlock):
         verbose:bool=True # Say how many targets were cut short
     ): super().__init__(type_tfms=[TokenizeTargets(tokenizer, max_length, verbose)], dl_type=TokenTargetsDL, dls_kwargs=dict(before_batch=[PadTokens('right')], num_workers=0))
 
-# %% ../../nbs/142_data.seq2seq.ipynb #499421dd
+# %% ../../nbs/142_data.seq2seq.ipynb #076428c7
 class HFSeq2SeqDataLoaders(HFTableDataLoaders):
     "DataLoaders of source and target texts"
     def test_dl(self,
@@ -73,7 +75,22 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
         items = [LabelledText(check_texts(o)) for o in test_items] if with_labels else check_texts(test_items)
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/142_data.seq2seq.ipynb #f87fc09f
+    @classmethod
+    def from_spec(cls,
+        spec:TextSpec, # Of the data that the model was trained with
+        tokenizer, # A name, a folder, or a tokenizer of transformers
+        bs:int=16 # Pairs of a batch
+    ): # DataLoaders of this class
+        "Make DataLoaders without rows, for a model that reads new sources"
+        tokenizer, rules = load_tokenizer(tokenizer), text_rules(spec.rules)
+        source = HFTokenize(tokenizer, spec.max_length, verbose=False, rules=rules)
+        target = TokenizeTargets(tokenizer, spec.max_target_length or spec.max_length, False, rules)
+        types = [[LabelledText, str, TensorTokens], [LabelledText, str, TensorTargets]]
+        dsets = empty_datasets([[itemgetter(0), source], [itemgetter(1), target]], types)
+        dls = set_batch_types(_pair_loaders(cls, dsets, bs, 2*bs, '.'), TensorTokens, TensorTargets)
+        return dls.with_spec(spec, tokenizer, rules)
+
+# %% ../../nbs/142_data.seq2seq.ipynb #4a922c1e
 @patch(cls_method=True)
 def from_lists(cls:HFSeq2SeqDataLoaders,
     sources, # Strings
@@ -96,16 +113,24 @@ def from_lists(cls:HFSeq2SeqDataLoaders,
     train,held = split_rows(targets, 'regression', valid, valid_pct, seed)
     for p,what in ((train,'training'),(held,'validation')):
         if not p: raise DataError(f'At least one pair is needed for {what}', 'none', 'Give it more, or check `valid`')
-    return _pair_dls(cls, [LabelledText([sources[i], targets[i]]) for i in train+held], len(train), HFTokenize(tokenizer, max_length, verbose=verbose, rules=language_rules(lang)),
-                     TokenizeTargets(tokenizer, max_target_length or max_length, verbose, language_rules(lang)), min(bs, len(train)), val_bs or 2*bs, path)
+    rules = language_rules(lang)
+    source = HFTokenize(tokenizer, max_length, verbose=verbose, rules=rules)
+    target = TokenizeTargets(tokenizer, max_target_length or max_length, verbose, rules)
+    dls = _pair_dls(cls, [LabelledText([sources[i], targets[i]]) for i in train+held], len(train), source, target, min(bs, len(train)), val_bs or 2*bs, path)
+    spec = TextSpec('seq2seq', lang=lang, rules=rule_names(rules), max_length=source.max_length, max_target_length=target.max_target_length,
+                    columns=dict(source='source', target='target'))
+    return dls.with_spec(spec, tokenizer, rules)
 
-# %% ../../nbs/142_data.seq2seq.ipynb #0f60dee6
+# %% ../../nbs/142_data.seq2seq.ipynb #ec0f1650
 def _pair_dls(cls, items, n, source, target, bs, val_bs, path):
     dsets = Datasets(items, [[itemgetter(0), source], [itemgetter(1), target]], splits=[list(range(n)), list(range(n, len(items)))], n_inp=1)
+    return _pair_loaders(cls, dsets, bs, val_bs, path)
+
+def _pair_loaders(cls, dsets, bs, val_bs, path):
     kw = dict(before_batch=[PadTokens('right')], num_workers=0)
     return cls(TokenTargetsDL(dsets.train, bs=bs, shuffle=True, **kw), TokenTargetsDL(dsets.valid, bs=val_bs, **kw), path=path, device=default_device())
 
-# %% ../../nbs/142_data.seq2seq.ipynb #fa2bde4b
+# %% ../../nbs/142_data.seq2seq.ipynb #c5eb6b28
 @patch(cls_method=True)
 def from_df(cls:HFSeq2SeqDataLoaders,
     df:pd.DataFrame, # A row a pair
@@ -117,4 +142,6 @@ def from_df(cls:HFSeq2SeqDataLoaders,
 ) -> HFSeq2SeqDataLoaders:
     "From a DataFrame"
     pairs = [check_texts(column(df, c), df.index, w) for c,w in ((source_col,'source'),(target_col,'target'))]
-    return cls.from_lists(*pairs, tokenizer, valid=None if valid_col is None else column(df, valid_col), **kwargs)
+    dls = cls.from_lists(*pairs, tokenizer, valid=None if valid_col is None else column(df, valid_col), **kwargs)
+    dls.spec = dls.spec.replace(columns=dict(source=source_col, target=target_col))
+    return dls

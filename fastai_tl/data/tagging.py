@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tagging.html.md"""
 __all__ = ['TensorTags', 'split_tag', 'tag_spans', 'HFTokenizeWords', 'decodes', 'EncodeTags', 'check_tagged', 'HFTagDataLoaders',
            'hf_tagger_dls', 'show_batch', 'show_results', 'plot_top_losses']
 
-# %% ../../nbs/133_data.tagging.ipynb #971c65a2
+# %% ../../nbs/133_data.tagging.ipynb #db7720e0
 import copy, html, json, re
 from collections import Counter, UserList
 from operator import itemgetter
@@ -20,13 +20,15 @@ from fastai.data.core import DataLoaders, show_batch, show_results
 from fastai.data.transforms import CategoryMap
 from fastai.interpret import plot_top_losses
 from ..core import DataError, FastaiTLError, did_you_mean, shorten
+from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names, set_batch_types, text_rules
+from .spec import TextSpec
 from .splits import need_rows, split_rows
-from .classification import language_rules, tokens_dls, two_splits
+from .classification import loaders_of, tokens_dls, two_splits
 from .hf_tokenizer import HFTokenize, TensorTargets, TensorTokens
-from .tokenizers import _ruled
+from .tokenizers import apply_rules
 from .tables import column
 
-# %% ../../nbs/133_data.tagging.ipynb #53da1b04
+# %% ../../nbs/133_data.tagging.ipynb #8004850f
 class TensorTags(TensorTargets):
     "The number of a tag for each token of a sentence, (tokens,), or of a batch; -100 where there is none"
 
@@ -40,7 +42,7 @@ def split_tag(
     letter,_,kind = tag.partition('-')
     return (_LETTERS[letter],kind or '_') if letter in _LETTERS else ('I',tag)
 
-# %% ../../nbs/133_data.tagging.ipynb #5e1af96b
+# %% ../../nbs/133_data.tagging.ipynb #e62bff44
 def tag_spans(
     tags:list # A tag for each word of a sentence
 ) -> list: # `(type, first word, word after the last)` of each entity
@@ -53,12 +55,12 @@ def tag_spans(
         before = letter,kind
     return res
 
-# %% ../../nbs/133_data.tagging.ipynb #7e4b5593
+# %% ../../nbs/133_data.tagging.ipynb #af03db82
 def tag_vocab(tags): "All tags, `O` first, each type's together"; return sorted({t for ts in tags for t in ts}, key=lambda t: (t!='O', split_tag(t)[1], 'BIES'.find(split_tag(t)[0]), t))
 
 def has_entities(vocab): "Do the tags mean entities, or does each stand for itself, as parts of speech do?"; return any(t=='O' or t[1:2]=='-' for t in vocab) or set(vocab)<=set(_LETTERS)
 
-# %% ../../nbs/133_data.tagging.ipynb #4e54116d
+# %% ../../nbs/133_data.tagging.ipynb #4c6fd2ff
 CJK = '\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af\U00020000-\U0003ffff' # for a regex
 _one_cjk = re.compile(f'[{CJK}]')
 
@@ -77,12 +79,12 @@ def spaced(tokenizer):
     res._tokenizer = Tokenizer.from_str(json.dumps(spec))
     return res
 
-# %% ../../nbs/133_data.tagging.ipynb #c72cf68f
+# %% ../../nbs/133_data.tagging.ipynb #e8bd6ddc
 def cut_words(text, sep):
     "Words of a string, and where each begins and ends"
     return [(m.group(), *m.span()) for m in re.finditer(r'\w+(?:[.’\'-]\w+)*|[^\w\s]' if sep else r'[A-Za-z0-9]+|\S', text)]
 
-# %% ../../nbs/133_data.tagging.ipynb #d5ff2235
+# %% ../../nbs/133_data.tagging.ipynb #e55604bf
 class HFTokenizeWords(HFTokenize):
     "Lists of words to `TensorTokens` whose places are the words' indexes; each list is cut once"
     n_fields = 3
@@ -99,7 +101,7 @@ class HFTokenizeWords(HFTokenize):
         self.sep = sep
         if sep: self.tokenizer = spaced(self.tokenizer)
 
-# %% ../../nbs/133_data.tagging.ipynb #8615763c
+# %% ../../nbs/133_data.tagging.ipynb #0f50b9fc
 @patch
 def _cut(self:HFTokenizeWords, texts):
     "Arrays of shape (3, tokens) of some sentences, and how many were longer than `max_length`"
@@ -109,14 +111,14 @@ def _cut(self:HFTokenizeWords, texts):
     return [np.asarray(r, dtype=np.int32) for r in rows],sum(bool(e.overflowing) for e in enc.encodings)
 
 @patch
-def _read(self:HFTokenizeWords, words): return [r or w for r,w in zip(_ruled(self.rules, words), words)]
+def _read(self:HFTokenizeWords, words): return [r or w for r,w in zip(apply_rules(self.rules, words), words)]
 
 @HFTokenizeWords
 def decodes(self, x:TensorTokens):
     keep = [x.ids[x.places==w].tolist() for w in range(int(x.places.max())+1)]
     return ShownWords(self.tokenizer.decode(k).strip() for k in keep)
 
-# %% ../../nbs/133_data.tagging.ipynb #4aeb808b
+# %% ../../nbs/133_data.tagging.ipynb #579d38e4
 class ShownWords(list):
     "Words, or their tags, as they are shown"
     def show(self, ctx=None, **kwargs): print(' '.join(map(str, self))); return ctx
@@ -125,7 +127,7 @@ def first_tokens(places):
     "Where a word begins, (…, tokens): its first token stands for it"
     return (places>=0) & (places!=torch.cat([torch.full_like(places[...,:1], -1), places[...,:-1]], -1))
 
-# %% ../../nbs/133_data.tagging.ipynb #665dc187
+# %% ../../nbs/133_data.tagging.ipynb #acde6953
 class EncodeTags(DisplayedTransform):
     "Words and their tags to `TensorTags`, a tag for each first token, or for all"
     def __init__(self,
@@ -144,10 +146,10 @@ class EncodeTags(DisplayedTransform):
         return TensorTags(torch.where(first, nums[word], torch.where(places>=0, rest, -100)))
     def decodes(self, y:TensorTags): return ShownWords(self.vocab[i] if i>=0 else '' for i in y.tolist())
 
-# %% ../../nbs/133_data.tagging.ipynb #9d8135e0
+# %% ../../nbs/133_data.tagging.ipynb #08b9ae92
 class TaggedWords(UserList): "Words and their tags: no tuple, over whose members fastai maps transforms, and no `list`, which the words are"
 
-# %% ../../nbs/133_data.tagging.ipynb #006b60ee
+# %% ../../nbs/133_data.tagging.ipynb #991a9820
 def check_tagged(
     words, # A list of words for each sentence
     tags, # A list of tags for each
@@ -169,7 +171,7 @@ def check_tagged(
     bad('Tags must be strings', lambda w,t: repr(next(o for o in t if not isinstance(o, str))), lambda w,t: not all(isinstance(o, str) for o in t), 'Give names to numbers; a `ClassLabel` has them')
     return [list(w) for w in words],[list(map(str, t)) for t in tags]
 
-# %% ../../nbs/133_data.tagging.ipynb #87b49283
+# %% ../../nbs/133_data.tagging.ipynb #5431c5c9
 def _check_tags(tags, train, valid, vocab, rows):
     "The vocabulary, made of the training rows or given; each tag must be in it"
     need_rows(train, valid)
@@ -181,8 +183,8 @@ def _check_tags(tags, train, valid, vocab, rows):
     if len(known)<2: raise DataError('At least two tags are needed', f'only {shorten(known)}')
     return known
 
-# %% ../../nbs/133_data.tagging.ipynb #af7831bd
-class HFTagDataLoaders(DataLoaders):
+# %% ../../nbs/133_data.tagging.ipynb #bd0e0906
+class HFTagDataLoaders(SpecDataLoaders):
     "DataLoaders of sentences with a tag for each word, for a Hugging Face model"
     task = 'tagging'
     def test_dl(self,
@@ -195,7 +197,21 @@ class HFTagDataLoaders(DataLoaders):
         items = [[w for w,*_ in cut_words(o, self.sep)] if isinstance(o, str) else o for o in test_items]
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/133_data.tagging.ipynb #977bcb2b
+    @classmethod
+    def from_spec(cls,
+        spec:TextSpec, # Of the data that the model was trained with
+        tokenizer, # A name, a folder, or a fast tokenizer of transformers
+        bs:int=32 # Sentences of a batch
+    ): # DataLoaders of this class
+        "Make DataLoaders without rows, for a model that predicts new sentences"
+        sep = ' ' if spec.word_sep is None else spec.word_sep
+        tok = HFTokenizeWords(tokenizer, sep, spec.max_length, verbose=False, rules=text_rules(spec.rules))
+        types = [[TaggedWords, list, TensorTokens], [TaggedWords]]
+        dsets = empty_datasets([[itemgetter(0), tok], [EncodeTags(tok, spec.classes)]], types)
+        dls = set_batch_types(loaders_of(cls, dsets, tok.tokenizer.padding_side, bs), TensorTokens, TensorTags)
+        return dls.with_spec(spec, tok.tokenizer, tok.rules)
+
+# %% ../../nbs/133_data.tagging.ipynb #44413583
 def hf_tagger_dls(
     words:list, # A list of words for each sentence
     tags:list, # A list of tags for each
@@ -217,13 +233,14 @@ def hf_tagger_dls(
     items,n = [TaggedWords([words[i], tags[i]]) for i in train+valid],len(train)
     dls = tokens_dls(HFTagDataLoaders, items, n, [[itemgetter(0), tok], [EncodeTags(tok, vocab, label_all)]], tok.tokenizer.padding_side, bs, val_bs, path)
     if verbose: _say_lost(tok, items)
-    return dls
+    spec = TextSpec('tagging', classes=vocab, lang=lang, rules=rule_names(tok.rules), max_length=tok.max_length, word_sep=tok.sep, columns=dict(words='tokens', tags='tags'))
+    return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
 def _say_lost(tok, items):
     lost = [(i,w) for i,o in enumerate(items) for seen in [set(tok.tokens(o[0]).places.tolist())] for w in range(max(seen)) if w not in seen]
     if lost: print(f'{len(lost):,} words give no token, such as {items[lost[0][0]][0][lost[0][1]]!r}; their tags are not learnt')
 
-# %% ../../nbs/133_data.tagging.ipynb #f3e28e20
+# %% ../../nbs/133_data.tagging.ipynb #cba5f9e3
 @patch(cls_method=True)
 def from_lists(cls:HFTagDataLoaders,
     words:list, # A list of words for each sentence
@@ -241,7 +258,7 @@ def from_lists(cls:HFTagDataLoaders,
     train,valid = split_rows(tags, 'multilabel', valid, valid_pct, seed)
     return hf_tagger_dls(words, tags, train, valid, tokenizer, _check_tags(tags, train, valid, vocab, list(index) if index is not None else range(len(words))), **kwargs)
 
-# %% ../../nbs/133_data.tagging.ipynb #f77cb580
+# %% ../../nbs/133_data.tagging.ipynb #d1eaf5f9
 @patch(cls_method=True)
 def from_df(cls:HFTagDataLoaders,
     df:pd.DataFrame, # A row a sentence
@@ -252,9 +269,11 @@ def from_df(cls:HFTagDataLoaders,
     **kwargs # More for `from_lists` and `hf_tagger_dls`
 ) -> HFTagDataLoaders:
     "From a DataFrame"
-    return cls.from_lists(column(df, words_col), column(df, tags_col), tokenizer, valid=None if valid_col is None else column(df, valid_col), index=df.index, **kwargs)
+    dls = cls.from_lists(column(df, words_col), column(df, tags_col), tokenizer, valid=None if valid_col is None else column(df, valid_col), index=df.index, **kwargs)
+    dls.spec = dls.spec.replace(columns=dict(words=words_col, tags=tags_col))
+    return dls
 
-# %% ../../nbs/133_data.tagging.ipynb #cb08e459
+# %% ../../nbs/133_data.tagging.ipynb #8dc26710
 @patch(cls_method=True)
 def from_dataset(cls:HFTagDataLoaders,
     dataset, # A `Dataset` or `DatasetDict` of Hugging Face's datasets
@@ -272,7 +291,7 @@ def from_dataset(cls:HFTagDataLoaders,
     if names: df[tags_col],kwargs['vocab'] = [[names[i] for i in t] for t in df[tags_col]],kwargs.get('vocab') or names
     return cls.from_df(df, tokenizer, words_col, tags_col, **kwargs)
 
-# %% ../../nbs/133_data.tagging.ipynb #3f68ad3d
+# %% ../../nbs/133_data.tagging.ipynb #e3168edc
 _COLOURS = ['#cfe3f7','#fbdcc4','#d3efd3','#f6d0d8','#e4d8f3','#fff0b3','#cdeeee','#e7dccb','#dfe6c8','#e6e6e6']
 
 def tags_html(words, *rows, colours=None):
@@ -294,7 +313,7 @@ def show_html(rows, heads=None):
     head = '<tr>'+''.join(f'<th>{h}</th>' for h in heads)+'</tr>' if heads else ''
     display(HTML(f'<table style="text-align:left">{head}'+''.join('<tr>'+''.join(f'<td style="text-align:left">{c}</td>' for c in r)+'</tr>' for r in rows)+'</table>'))
 
-# %% ../../nbs/133_data.tagging.ipynb #74b12444
+# %% ../../nbs/133_data.tagging.ipynb #f51ac6fa
 def word_tags(x, decoded):
     "The tags of a sentence's words, of those of its tokens; '' for a word without"
     places,first = x.places.tolist(),first_tokens(x.places).tolist()
@@ -307,7 +326,7 @@ def _tag_rows(x, samples, outs=None, max_n=9, trunc_at=150):
         rows = [word_tags(TensorTokens(x[i]), o) for o in ([samples[i][1]] if outs is None else [samples[i][1], outs[i][0]])]
         yield tags_html(samples[i][0][:trunc_at], *rows, colours=colours)+(' …' if len(samples[i][0])>trunc_at else '')
 
-# %% ../../nbs/133_data.tagging.ipynb #021993db
+# %% ../../nbs/133_data.tagging.ipynb #0bfb28fd
 @dispatch
 def show_batch(x:TensorTokens, y:TensorTags, samples, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     show_html([[r] for r in _tag_rows(x, samples, None, max_n, trunc_at)])
