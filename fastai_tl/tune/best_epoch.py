@@ -11,7 +11,7 @@ __all__ = ['BestEpoch']
 import math
 from fastcore.all import patch
 from fastai.callback.core import Callback
-from .unfreezing import _recorded
+from .unfreezing import recorded_values
 
 # %% ../../nbs/420_tune.best_epoch.ipynb #9bc6b578
 class BestEpoch(Callback):
@@ -27,7 +27,7 @@ class BestEpoch(Callback):
     def before_train(self): "It is no epoch to be skipped"; self._trained = True
     def after_epoch(self):
         "Keep an epoch that is better than all before"
-        loss = _recorded(self.recorder).get('valid_loss') if self._trained else None # none if there was no validation, or the epoch was skipped
+        loss = recorded_values(self.recorder).get('valid_loss') if self._trained else None # none if there was no validation, or the epoch was skipped
         self._trained = False
         if loss is None or not loss<self.best_loss: return
         self.best_loss,self.best_at = float(loss),self.epoch
