@@ -6,7 +6,13 @@
 
 A cell with `#| hide` is left out, one with `#| echo: false` shows its output alone, one with `#| output: false` its code alone."""
 
-import argparse, difflib, json, os, re, sys
+import argparse
+import base64
+import difflib
+import json
+import os
+import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +24,7 @@ _directive = re.compile(r'^\s*#\s*\|\s*([\w-]+)[ \t]*:?[ \t]*(.*)$')
 _link = re.compile(r'(\]\()(?![a-z][a-z+.-]*:|#|/)([^)\s]+)')
 _ansi = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
 _fence = re.compile(r'^\s*(```|~~~)')
+_bar = re.compile(r'(Epoch \d+/\d+ : )?\|[█-]*\| +[\d.]+% \[[^\]]*\]( [\d.]+)?')
 
 
 def text_of(src):
@@ -40,16 +47,22 @@ def is_off(dirs, name):
 
 
 def plain(txt):
-    "`txt` as a terminal leaves it: no colours, and of an overwritten line its last state"
-    lines = [l.rstrip('\r').rsplit('\r', 1)[-1].rstrip() for l in _ansi.sub('', txt).split('\n')]
+    "`txt` as a terminal leaves it: no colours, no progress bars, and of an overwritten line its last state"
+    lines = [l.rstrip('\r').rsplit('\r', 1)[-1] for l in _ansi.sub('', txt).split('\n')]
+    lines = [_bar.sub('', l).rstrip() for l in lines if l.strip() == '' or _bar.sub('', l).strip()]
     return '\n'.join(lines).strip('\n')
 
 
-def output_md(out):
-    "One output of a cell as Markdown; empty for what has no text (figures, progress bars) and for stderr"
+def output_md(out, figures=None):
+    """One output of a cell as Markdown; empty for what has no text (progress bars) and for stderr.
+    A figure is kept in `figures`, a dict from file name to bytes, and shown from there; without `figures` it is left out."""
     if out['output_type'] == 'stream':
         return block(plain(text_of(out['text'])), 'text') if out.get('name') != 'stderr' else ''
     data = out.get('data', {})
+    if 'image/png' in data and figures is not None:
+        name = f'{figures["stem"]}_{len(figures) - 1}.png'
+        figures[name] = base64.b64decode(text_of(data['image/png']))
+        return f'![{figures["alt"]}](nbs/figures/{name})'
     if 'text/markdown' in data:
         return text_of(data['text/markdown']).strip()
     txt = plain(text_of(data.get('text/plain', '')))
@@ -91,7 +104,7 @@ def code_blocks(nb, fast=True):
     return res
 
 
-def cell_md(cell):
+def cell_md(cell, figures=None):
     "One cell as a list of Markdown paragraphs"
     if cell['cell_type'] == 'markdown':
         return [markdown(text_of(cell['source']))]
@@ -102,13 +115,15 @@ def cell_md(cell):
         return []
     res = [] if is_off(dirs, 'echo') or 'hide_input' in dirs else [block(code, 'python')]
     if not is_off(dirs, 'output'):
-        res += [output_md(o) for o in cell.get('outputs', [])]
+        if figures is not None:
+            figures['alt'] = dirs.get('alt', '')
+        res += [output_md(o, figures) for o in cell.get('outputs', [])]
     return res
 
 
-def readme(nb, name='index.ipynb'):
+def readme(nb, name='index.ipynb', figures=None):
     "The text of the README for the notebook `nb`, a dict, which is called `name`"
-    parts = [p for c in nb['cells'] for p in cell_md(c) if p.strip()]
+    parts = [p for c in nb['cells'] for p in cell_md(c, figures) if p.strip()]
     return f'<!-- Made from nbs/{name} by tools/readme.py: edit the notebook. -->\n\n' + '\n\n'.join(parts) + '\n'
 
 
@@ -130,12 +145,18 @@ def one(nb, out, check):
     "Write one README, or say how it differs"
     if not nb.exists():
         sys.exit(f'{nb} does not exist: the README is made from it.')
-    new = readme(load(nb), nb.name)
+    figures = dict(stem=nb.stem, alt='')
+    new = readme(load(nb), nb.name, figures)
+    images = {nb.parent / 'figures' / k: v for k, v in figures.items() if isinstance(v, bytes)}
     old = out.read_text(encoding='utf-8') if out.exists() else ''
-    if new == old:
+    same = all(path.exists() and path.read_bytes() == data for path, data in images.items())
+    if new == old and same:
         return
     if not check:
         out.write_text(new, encoding='utf-8')
+        for path, data in images.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
         return
     sys.stderr.writelines(
         difflib.unified_diff(old.splitlines(True), new.splitlines(True), out.name, 'made from the notebook')

@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Write the table "Where is …?" of CONTRIBUTING.md: for what people look for, the name that does it and the module that defines it.
+
+    python tools/where_is.py            write it
+    python tools/where_is.py --check    write nothing; exit 1 if it is not up to date
+
+The modules are read off the code, so the table cannot point to a place that something has left."""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / 'fastai_tl'
+START, END = '<!-- where is -->', '<!-- end -->'
+
+# what people look for -> the function or class that does it
+QUESTIONS = {
+    'what is known about the data (task, classes, tokenizer, columns)': 'TextSpec',
+    'the spec of a Learner that plain fastai or blurr made': 'spec_of',
+    'reading tables and folders': 'read_table',
+    'labels: one class, several, a value': 'check_labels',
+    'the random split': 'split_rows',
+    'near-duplicates': 'near_duplicates',
+    'padding': 'pad_rows',
+    '`HFTextBlock`': 'HFTextBlock',
+    'logits to probabilities': 'activate',
+    'layer groups, tied weights': 'layer_groups',
+    'the order in which a model uses its layers': 'execution_order',
+    'vocabulary-aware encoders': 'Encoder',
+    'frozen layers computed once': 'CachedPrefix',
+    'mixed precision': 'AutocastPrecision',
+    'the optimizer, weight decay of norms and biases': 'LayerwiseOptimizer',
+    'default learning rates': 'default_lr',
+    'discriminative learning rates': 'discriminative_lrs',
+    'slanted triangular rates': 'SchedSTLR',
+    'gradual unfreezing': 'GradualUnfreezing',
+    'the weights of the best epoch': 'BestEpoch',
+    'resuming a killed run': 'ResumableFit',
+    'the recipe that `fit_transfer` takes': 'choose_recipe',
+    'training loops for plain PyTorch': 'gradual_unfreezing_training',
+    'the three stages of ULMFiT': 'ULMFiT',
+    'text generation': 'generate',
+    'generation with an AWD_LSTM': 'stateful_model',
+    'perplexity': 'text_perplexity',
+    'the class `Evaluation`': 'Evaluation',
+    'evaluation during training': 'EvaluationCallback',
+    'calibration: temperature': 'TemperatureScaling',
+    'calibration: ECE': 'calibration_error',
+    'decision thresholds': 'best_thresholds',
+    'cross-validation': 'cross_validate',
+    'prediction of lists of texts': 'Predictor',
+    'int8 weights': 'Int8Linear',
+    'saving and loading a bundle': 'load_bundle',
+    'checks of a bundle': 'check_bundle',
+    'blurr on today\'s libraries': 'enable_blurr',
+    'fonts for Chinese figures': 'find_cjk_font',
+    'words of figures and reports in Chinese': 'in_words',
+    'seeds': 'derive_seed',
+    'errors': 'FastaiTLError',
+}
+
+
+def is_patch(node):
+    "Is it a method for a class of another library?"
+    return any('patch' in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def definitions():
+    "{name: module} of every function, class and constant that a module defines at its top level"
+    res = {}
+    for path in sorted(PACKAGE.rglob('*.py')):
+        module = '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+        if path.name.startswith('_') or module == 'all':
+            continue
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not is_patch(node):
+                res.setdefault(node.name, module)
+    return res
+
+
+def table():
+    "The table as Markdown"
+    where = definitions()
+    lost = [name for name in QUESTIONS.values() if name not in where]
+    if lost:
+        sys.exit(f'tools/where_is.py names what no module defines: {lost}')
+    rows = [f'| {question} | `{name}` | `{where[name]}` |' for question, name in QUESTIONS.items()]
+    return '\n'.join(['| what | name | module |', '|---|---|---|', *rows])
+
+
+def with_table(text):
+    "CONTRIBUTING.md with the table in its place"
+    before, rest = text.split(START, 1)
+    after = rest.split(END, 1)[1]
+    return f'{before}{START}\n{table()}\n{END}{after}'
+
+
+if __name__ == '__main__':
+    path = ROOT / 'CONTRIBUTING.md'
+    old = path.read_text(encoding='utf-8')
+    new = with_table(old)
+    if '--check' not in sys.argv:
+        path.write_text(new, encoding='utf-8')
+    elif new != old:
+        sys.exit('CONTRIBUTING.md is not up to date: python tools/where_is.py')
