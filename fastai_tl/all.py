@@ -13,6 +13,7 @@ from .data.splits import *
 from .data.near_duplicates import *
 from .data.tokenizers import *
 from .data.chinese import *
+from .data.display import *
 from .data.loaders import *
 from .data.hf_tokenizer import *
 from .data.awd_lstm import *

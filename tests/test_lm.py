@@ -251,7 +251,7 @@ def test_predict_goes_on_greedily(causal, tokenizers):
 def test_shown(learn, monkeypatch):
     "The text with its masks (or its ends of text), the targets and what is predicted in their places"
     shown,tok = [],learn.tokenizer
-    monkeypatch.setattr('fastai_tl.data.hf_tokenizer.display_df', shown.append)
+    monkeypatch.setattr('fastai_tl.data.display.display_df', shown.append)
     x,y = learn.dls.valid.one_batch()
     with evaluating(learn.model): best = learn.model(x).argmax(-1)
     learn.dls.valid.show_batch((x, y), max_n=2)

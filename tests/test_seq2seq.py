@@ -160,7 +160,7 @@ def test_fastai_on_it(learn, tmp_path, monkeypatch):
     assert quiet(learn, 'validate')[0] < a
     assert learn.layer_table().layers.tolist()[-1] == 'head' and len(learn.layer_table()) == 3   # a block of each stack; the embedding is tied to the head
     shown = []
-    monkeypatch.setattr('fastai_tl.data.hf_tokenizer.display_df', shown.append)
+    monkeypatch.setattr('fastai_tl.data.display.display_df', shown.append)
     with learn.no_bar(): learn.show_results(max_n=2, shuffle=False)
     assert shown[0].generated.tolist() == learn.generate_texts(shown[0].source) and shown[0].shape == (2, 3)
     learn.export()
