@@ -1,4 +1,4 @@
-"""What steadies fine-tuning on few texts: top layers that start anew, and the best epoch kept
+"""Keep the weights of the epoch with the lowest validation loss
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.best_epoch.html.md"""
 
@@ -7,50 +7,63 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.best_epoch.html.md"""
 # %% auto #0
 __all__ = ['BestEpoch']
 
-# %% ../../nbs/420_tune.best_epoch.ipynb #2c7e9546
+# %% ../../nbs/420_tune.best_epoch.ipynb #329c0373
 import math
-from fastcore.all import patch
 from fastai.callback.core import Callback
+from ..callbacks import is_real_fit
 from .unfreezing import recorded_values
 
-# %% ../../nbs/420_tune.best_epoch.ipynb #9bc6b578
+# %% ../../nbs/420_tune.best_epoch.ipynb #2744c2a2
 class BestEpoch(Callback):
-    "Keep the weights of the epoch with the lowest validation loss"
-    order = 60 # after the Recorder, which knows the loss
+    "Restore the weights of the epoch with the lowest validation loss at the end of a fit"
+    order = 60 # after the Recorder, which has the loss
+
     def __init__(self,
-        device='cpu' # Where the weights are kept
-    ): self.where,self.best_loss,self.best_at,self._kept = device,math.inf,None,None
+        device='cpu' # Device on which the weights are kept
+    ):
+        self.where = device
+        self._forget()
+
+    def _forget(self):
+        self.best_loss = math.inf
+        self.best_at = None # the epoch, counted from 0
+        self._kept = None # its weights
+        self._trained = False # whether the current epoch was trained, not skipped by a resumed fit
+
     def before_fit(self):
-        "Begin"
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        self.best_loss,self.best_at,self._kept,self._trained = math.inf,None,None,False
-    def before_train(self): "It is no epoch to be skipped"; self._trained = True
+        "Forget earlier fits"
+        self.run = is_real_fit(self.learn)
+        self._forget()
+
+    def before_train(self):
+        "Remember that this epoch is trained"
+        self._trained = True
+
     def after_epoch(self):
-        "Keep an epoch that is better than all before"
-        loss = recorded_values(self.recorder).get('valid_loss') if self._trained else None # none if there was no validation, or the epoch was skipped
+        "Keep the weights if the loss is the lowest so far"
+        loss = recorded_values(self.recorder).get('valid_loss') # `None` without a validation
+        if self._trained and loss is not None and loss < self.best_loss:
+            self.best_loss = float(loss)
+            self.best_at = self.epoch
+            self._kept = {name: w.detach().to(self.where, copy=True) for name, w in self.model.state_dict().items()}
         self._trained = False
-        if loss is None or not loss<self.best_loss: return
-        self.best_loss,self.best_at = float(loss),self.epoch
-        self._kept = {k: v.detach().to(self.where, copy=True) for k,v in self.model.state_dict().items()}
 
-# %% ../../nbs/420_tune.best_epoch.ipynb #82b2e3e2
-@patch
-def after_fit(self:BestEpoch):
-    "Put the best epoch's weights back"
-    if self._kept is not None and self.best_at!=self.n_epoch-1: self.model.load_state_dict(self._kept)
-    self._kept = None
+    def after_fit(self):
+        "Restore the best weights"
+        if self._kept is not None and self.best_at != self.n_epoch-1:
+            self.model.load_state_dict(self._kept)
+        self._kept = None
 
-# %% ../../nbs/420_tune.best_epoch.ipynb #dfa1fe19
-@patch
-def state_dict(self:BestEpoch) -> dict: # A number, the epoch, and weights
-    "What a resumed run needs to go on"
-    kept = dict(self.model.state_dict()) if self._kept is not None and self.best_at==self.epoch else self._kept
-    return dict(best_loss=self.best_loss, best_at=self.best_at, kept=kept)
+    def state_dict(self) -> dict: # Loss and number of the best epoch, and its weights
+        "Return what a resumed fit needs"
+        is_latest = self._kept is not None and self.best_at == self.epoch
+        kept = dict(self.model.state_dict()) if is_latest else self._kept
+        return dict(best_loss=self.best_loss, best_at=self.best_at, kept=kept)
 
-@patch
-def load_state_dict(self:BestEpoch,
-    sd:dict # From `state_dict`
-):
-    "Go on where `state_dict` was taken"
-    self.best_loss,self.best_at = sd['best_loss'],sd['best_at']
-    self._kept = sd['kept'] and {k: v.to(self.where) for k,v in sd['kept'].items()}
+    def load_state_dict(self,
+        sd:dict # From `state_dict`
+    ):
+        "Continue from a saved state"
+        self.best_loss = sd['best_loss']
+        self.best_at = sd['best_at']
+        self._kept = sd['kept'] and {name: w.to(self.where) for name, w in sd['kept'].items()}

@@ -1,4 +1,4 @@
-"""Training loops for plain PyTorch models
+"""Gradual unfreezing for plain PyTorch models, without fastai's Learner
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.pytorch_loop.html.md"""
 
@@ -7,91 +7,108 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.pytorch_loop.html.md"""
 # %% auto #0
 __all__ = ['train_epoch', 'validate_epoch', 'gradual_unfreezing_training']
 
-# %% ../../nbs/445_tune.pytorch_loop.ipynb #008a05a6
+# %% ../../nbs/445_tune.pytorch_loop.ipynb #ae6537dd
 import numpy as np, pandas as pd, torch
 from torch import nn
-from fastai.callback.schedule import *
 from ..core import FastaiTLError, TrainingError
-from ..models.layer_groups import LayerFreezer
+from ..models.layer_groups import LayerFreezer, layer_range
 from .learning_rates import create_discriminative_optimizer
-from .schedules import *
 
-# %% ../../nbs/445_tune.pytorch_loop.ipynb #a1131918
-def _loss(model, batch, loss_func, device):
-    "The loss of one batch, of either form"
-    to = lambda o: o.to(device) if isinstance(o, torch.Tensor) else o
-    if isinstance(batch, dict) or hasattr(batch, 'keys'): return model(**{k: to(v) for k,v in batch.items()}).loss
-    if loss_func is None: raise FastaiTLError('Batches must be dicts for a model that returns a loss, or come with a `loss_func`', f'a {type(batch).__name__} without one')
-    x,y = map(to, batch)
-    return loss_func(model(x), y)
+# %% ../../nbs/445_tune.pytorch_loop.ipynb #91ac7ed1
+def _to(x, device):
+    return x.to(device) if isinstance(x, torch.Tensor) else x
 
-# %% ../../nbs/445_tune.pytorch_loop.ipynb #834305ca
+def _batch_loss(model, batch, loss_func):
+    "Compute the loss of one batch of either form"
+    device = next(model.parameters()).device
+    if hasattr(batch, 'keys'):
+        return model(**{name: _to(x, device) for name, x in batch.items()}).loss
+    if loss_func is None:
+        raise FastaiTLError('Batches must be dicts for a model that returns a loss, or come with a `loss_func`',
+                            f'a {type(batch).__name__} without one')
+    x, y = batch
+    return loss_func(model(_to(x, device)), _to(y, device))
+
+# %% ../../nbs/445_tune.pytorch_loop.ipynb #84922765
 def train_epoch(
     model:nn.Module, # The model, trained in place
     loader, # Batches
     optimizer:torch.optim.Optimizer, # Stepped once a batch
-    loss_func=None # For `(x, y)` batches
+    loss_func=None # Loss of `(x, y)` batches
 ) -> float: # Mean training loss
-    "Train one epoch"
+    "Train a model for one epoch"
     model.train()
-    losses,device = [],next(model.parameters()).device
-    for i,batch in enumerate(loader):
+    losses = []
+    for i, batch in enumerate(loader):
         optimizer.zero_grad(set_to_none=True)
-        loss = _loss(model, batch, loss_func, device)
-        if not torch.isfinite(loss): raise TrainingError('The training loss must be a finite number', f'{loss.item()} at batch {i}', 'Lower the rate')
-        loss.backward(); optimizer.step()
+        loss = _batch_loss(model, batch, loss_func)
+        if not torch.isfinite(loss):
+            raise TrainingError('The training loss must be a finite number', f'{loss.item()} at batch {i}',
+                                'Lower the learning rate')
+        loss.backward()
+        optimizer.step()
         losses.append(loss.item())
     return float(np.mean(losses))
 
-# %% ../../nbs/445_tune.pytorch_loop.ipynb #27239e93
+# %% ../../nbs/445_tune.pytorch_loop.ipynb #46aac2a6
 @torch.no_grad()
 def validate_epoch(
     model:nn.Module, # The model
     loader, # Batches
-    loss_func=None # For `(x, y)` batches
+    loss_func=None # Loss of `(x, y)` batches
 ) -> float: # Mean validation loss
-    "Loss over a loader, in eval mode; the model's mode is put back"
-    was,device = model.training,next(model.parameters()).device
+    "Compute the loss over a loader in evaluation mode, then restore the model's mode"
+    was_training = model.training
     model.eval()
-    losses = [_loss(model, b, loss_func, device).item() for b in loader]
-    model.train(was)
+    losses = [_batch_loss(model, batch, loss_func).item() for batch in loader]
+    model.train(was_training)
     return float(np.mean(losses))
 
-# %% ../../nbs/445_tune.pytorch_loop.ipynb #92011a04
+# %% ../../nbs/445_tune.pytorch_loop.ipynb #546c472c
+def _run_stage(freezer, train_loader, val_loader, opt, epochs, loss_func):
+    "Train one stage, print its progress, and return its layers and last losses"
+    layers = layer_range([g for g in freezer.layers if any(p.requires_grad for p in g.params)])
+    print(layers)
+    freezer.print_trainable_params()
+    for _ in range(epochs):
+        train_loss = train_epoch(freezer.model, train_loader, opt, loss_func)
+        valid_loss = validate_epoch(freezer.model, val_loader, loss_func)
+        print(f'training loss: {train_loss:.4f}   validation loss: {valid_loss:.4f}')
+    trainable = sum(p.numel() for p in freezer.trainable_params())
+    return dict(layers=layers, trainable=trainable), dict(train_loss=train_loss, valid_loss=valid_loss)
+
+def _plan_stages(n, num_stages, epochs_per_stage, base_lr, final_lr):
+    "For each stage how many groups train, the top rate, and the epochs"
+    stages = [(1 + stage*(n//num_stages), base_lr/2**stage, epochs_per_stage) for stage in range(num_stages)]
+    return stages + [(n, final_lr, 2*epochs_per_stage)]
+
+# %% ../../nbs/445_tune.pytorch_loop.ipynb #71e5abdb
 def gradual_unfreezing_training(
     model:nn.Module, # Any PyTorch model, trained in place
     train_loader, # Training batches: dicts, or `(x, y)` with `loss_func`
     val_loader, # Validation batches
-    num_stages:int=4, # Stages before the final one
-    epochs_per_stage:int=3, # The final stage takes twice as many
-    base_lr:float=1e-3, # Top rate of the first stage, halved at each next
+    num_stages:int=4, # Number of stages before the final one
+    epochs_per_stage:int=3, # Epochs of each stage; the final one takes twice as many
+    base_lr:float=1e-3, # Top rate of the first stage, halved at each next stage
     final_lr:float=1e-4, # Top rate of the final stage
-    spread:float=2.6**4, # Ratio of the top group's rate to the bottom's
-    weight_decay:float=.01, # For all but norms and biases
-    loss_func=None # For `(x, y)` batches
+    spread:float=2.6**4, # Ratio of the top group's rate to the bottom group's
+    weight_decay:float=.01, # Weight decay, for all parameters but norms and biases
+    loss_func=None # Loss of `(x, y)` batches
 ) -> pd.DataFrame: # stage | layers | trainable | lr | epochs | train_loss | valid_loss
-    "Gradual unfreezing in a plain PyTorch loop, with one optimizer from start to end"
-    freezer,rows = LayerFreezer(model),[]
+    "Train a plain PyTorch model by gradual unfreezing with discriminative rates"
+    freezer = LayerFreezer(model)
     n = freezer.num_layers
-    if not 1<=num_stages<=n: raise FastaiTLError(f'`num_stages` must be between 1 and {n}, the number of layer groups', str(num_stages))
+    if not 1 <= num_stages <= n:
+        raise FastaiTLError(f'`num_stages` must be between 1 and {n}, the number of layer groups', str(num_stages))
     opt = create_discriminative_optimizer(model, 1., spread**(1/max(n-1, 1)), weight_decay, verbose=False)
-    share = [g['lr'] for g in opt.param_groups]
-    stages = [(1+s*(n//num_stages), base_lr/2**s, epochs_per_stage) for s in range(num_stages)] + [(n, final_lr, 2*epochs_per_stage)]
-    for s,(k,lr,epochs) in enumerate(stages):
-        for g,o in zip(opt.param_groups, share): g['lr'] = lr*o
-        freezer.freeze_to(-min(k, n))
-        rows.append(_run_stage(s+1, freezer, train_loader, val_loader, opt, epochs, loss_func, lr))
+    relative_lrs = [group['lr'] for group in opt.param_groups]
+    stages = _plan_stages(n, num_stages, epochs_per_stage, base_lr, final_lr)
+    rows = []
+    for stage, (n_trained, lr, epochs) in enumerate(stages, 1):
+        for group, relative_lr in zip(opt.param_groups, relative_lrs):
+            group['lr'] = lr*relative_lr
+        freezer.freeze_to(-min(n_trained, n))
+        print(f'\nstage {stage}: ', end='')
+        what, losses = _run_stage(freezer, train_loader, val_loader, opt, epochs, loss_func)
+        rows.append(dict(stage=stage, **what, lr=lr, epochs=epochs, **losses))
     return pd.DataFrame(rows).set_index('stage')
-
-# %% ../../nbs/445_tune.pytorch_loop.ipynb #0e8f24b2
-def _run_stage(stage, freezer, train_loader, val_loader, opt, epochs, loss_func, lr):
-    "Train one stage, print what happens, and return its row"
-    names = [g.name for g in freezer.layers if any(p.requires_grad for p in g.params)]
-    what = names[0] if len(names)==1 else f'{names[0]} – {names[-1]}'
-    print(f'\nstage {stage}: {what}')
-    freezer.print_trainable_params()
-    for _ in range(epochs):
-        tr = train_epoch(freezer.model, train_loader, opt, loss_func)
-        va = validate_epoch(freezer.model, val_loader, loss_func)
-        print(f'training loss: {tr:.4f}   validation loss: {va:.4f}')
-    return dict(stage=stage, layers=what, trainable=sum(p.numel() for p in freezer.trainable_params()), lr=lr, epochs=epochs, train_loss=tr, valid_loss=va)

@@ -1,4 +1,4 @@
-"""Regularisers of fine-tuning
+"""Fine-tuning on few texts with less variance: top layers that start from random weights
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.regularizers.html.md"""
 
@@ -7,25 +7,36 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.regularizers.html.md"""
 # %% auto #0
 __all__ = ['reinit_top_layers']
 
-# %% ../../nbs/425_tune.regularizers.ipynb #6ec9d286
+# %% ../../nbs/425_tune.regularizers.ipynb #3fed18c1
 from torch import nn
 from ..core import FastaiTLError
 from ..efficiency.frozen_features import find_blocks
 from ..models.execution_order import hf_models
 
-# %% ../../nbs/425_tune.regularizers.ipynb #8b23bcd7
-def _pooler(model): return [m for n,m in hf_models(model)[0].named_modules() if n.rpartition('.')[2]=='pooler']
+# %% ../../nbs/425_tune.regularizers.ipynb #62206057
+def _poolers(model):
+    return [m for name, m in model.named_modules() if name.rpartition('.')[2] == 'pooler']
+
+def _reinit(hf_model, module):
+    "Draw the weights of a module as its model does before training"
+    for m in module.modules():
+        for t in (m, *m.parameters(recurse=False), *m.buffers(recurse=False)):
+            t.__dict__.pop('_is_hf_initialized', None) # transformers skips what carries this mark
+        hf_model._init_weights(m)
 
 def reinit_top_layers(
-    model:nn.Module, # A Hugging Face model with one stack of layers, or a module with one in it
-    n:int, # How many layers, from the top
-    pooler:bool=True # The pooler too, where there is one
-) -> list: # The modules that have new weights
-    "Give the top `n` layers the weights that their model would start training with; head and all else stay"
+    model:nn.Module, # A Hugging Face model with one stack of layers, or a module that contains one
+    n:int, # Number of layers, counted from the top
+    pooler:bool=True # Whether the pooler, if there is one, gets new weights too
+) -> list: # The modules with new weights
+    "Give the top `n` layers the random weights that training from scratch starts with; the head stays as it is"
     blocks = find_blocks(model)
-    if not 0<=n<=len(blocks): raise FastaiTLError(f'`n` must be between 0 and {len(blocks)}, the number of layers', repr(n))
-    hf,res = hf_models(model)[0],blocks[len(blocks)-n:] + (_pooler(model) if pooler and n else [])
-    for m in (o for b in res for o in b.modules()):
-        for t in (m, *m.parameters(recurse=False), *m.buffers(recurse=False)): t.__dict__.pop('_is_hf_initialized', None)
-        hf._init_weights(m)
-    return res
+    if not 0 <= n <= len(blocks):
+        raise FastaiTLError(f'`n` must be between 0 and {len(blocks)}, the number of layers', repr(n))
+    hf_model = hf_models(model)[0]
+    renewed = blocks[len(blocks)-n:]
+    if pooler and n:
+        renewed = renewed + _poolers(hf_model)
+    for module in renewed:
+        _reinit(hf_model, module)
+    return renewed

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.transfer_plan.html.md"""
 # %% auto #0
 __all__ = ['TransferPlan']
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #87ecc273
+# %% ../../nbs/442_tune.transfer_plan.ipynb #be0c3f53
 import math, random
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +19,14 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from ..core import FastaiTLError, unknown_option
-from ..models.layer_groups import LayerGroup, layer_splitter
+from ..models.layer_groups import LayerGroup, layer_range, layer_splitter
+from ..models.third_party import spec_of
 from ..efficiency.pooled_top_layer import SinglePosition, SinglePositionTop
 from ..efficiency.frozen_features import Prefix, is_pooled
 from ..efficiency.feature_cache import check_same_each_time
 from ..efficiency.mixed_precision import AutocastPrecision, has_bf16
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #6d4f0c07
+# %% ../../nbs/442_tune.transfer_plan.ipynb #7333a849
 from .learning_rates import default_lr, discriminative_lrs
 from .schedules import *
 from .unfreezing import GradualUnfreezing, show_table
@@ -34,7 +35,7 @@ from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, model_family, predicts_tokens
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #eb9bf0b0
+# %% ../../nbs/442_tune.transfer_plan.ipynb #8484d4ef
 _MIN_STEPS = 150
 
 def _default_epochs(n_stages, family):
@@ -56,7 +57,7 @@ def _stage_epochs(epochs, n_stages, family, min_steps, n_batches):
     n_stages = min(n_stages, total)
     return [1]*(n_stages-1) + [total-n_stages+1]
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #a4998e7f
+# %% ../../nbs/442_tune.transfer_plan.ipynb #6ebec112
 def _schedule(family, schedule, warmup):
     "Schedule within each stage and its warm-up: what was measured for the family, or what is asked for"
     if schedule == 'auto':
@@ -82,10 +83,7 @@ def _clip(learn, family, task, clip):
         raise FastaiTLError("`clip` must be 'auto', a norm above 0, or `None`", repr(clip))
     return clip
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #14e7e67c
-def _layer_range(groups):
-    return groups[0].name if len(groups) == 1 else f'{groups[0].name} – {groups[-1].name}'
-
+# %% ../../nbs/442_tune.transfer_plan.ipynb #4e2b1148
 @dataclass
 class TransferPlan:
     "The stages, rates and schedule of a `fit_transfer`, and why"
@@ -116,7 +114,7 @@ class TransferPlan:
         trained = self.layers[n-groups:]
         lowest = discriminative_lrs(lr, n, spread=self.spread)[n-groups]
         frozen = 'computed once' if self.cache else 'computed each time'
-        return dict(layers=_layer_range(trained), groups=groups, params=sum(g.numel for g in trained), epochs=epochs,
+        return dict(layers=layer_range(trained), groups=groups, params=sum(g.numel for g in trained), epochs=epochs,
                     steps=epochs*self.n_batches, lr=float(lr), lowest_lr=float(lowest),
                     frozen='-' if groups == n else frozen)
 
@@ -154,7 +152,7 @@ class TransferPlan:
             cbs=L(cbs) + L(self.unfreezing), **{schedule.warmup_name: self.warmup})
         return self
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #620341b5
+# %% ../../nbs/442_tune.transfer_plan.ipynb #0b6a6163
 @contextmanager
 def unchanged_rng():
     "Restore the state of Python's, NumPy's and PyTorch's random generators at the end"
@@ -166,7 +164,7 @@ def unchanged_rng():
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #e2cee60e
+# %% ../../nbs/442_tune.transfer_plan.ipynb #fe2cecd0
 def _can_cache(learn):
     "Whether the model can be cut and its texts are the same in each epoch"
     try:
@@ -187,11 +185,13 @@ def _named_groups(learn):
     return [LayerGroup(name, list(params)) for name, params in zip(names, split)]
 
 def _task(learn):
-    "The task of a Learner's data, or `None` where nothing says it"
-    spec = getattr(learn.dls, 'spec', None)
-    return getattr(learn.dls, 'task', None) if spec is None else spec.task
+    "The task of a Learner's data; `classification` if nothing tells it, which is not special in any recipe"
+    try:
+        return spec_of(learn).task
+    except FastaiTLError:
+        return 'classification'
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #f6d1e25e
+# %% ../../nbs/442_tune.transfer_plan.ipynb #93e7154e
 def _deciding_steps(epochs, groups, task, family, min_steps, n_batches):
     "Steps of a fit in two stages, which decide whether the head gets one; `None` if stages are given, and for tags"
     if groups is not None or np.ndim(epochs) or task == 'tagging':
@@ -208,10 +208,10 @@ def _name_recipe(learn, recipe, family, n, steps):
 
 def _last_stage_lr(learn, task):
     "Default rate of the last stage for this model"
-    task = 'causal_lm' if predicts_tokens(learn.model) else task or 'classification'
+    task = 'causal_lm' if predicts_tokens(learn.model) else task
     return default_lr(learn.model, task, fit='fit_transfer') or learn.lr
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #f33251c6
+# %% ../../nbs/442_tune.transfer_plan.ipynb #fa8c47ab
 def _plan_stages(recipe, groups, n):
     "Groups that train in each stage, and rates relative to the last: the recipe's, or those for `groups`"
     recipe_groups, rates = recipe.stages_for(n)
@@ -233,7 +233,7 @@ def _plan_epochs(epochs, n_stages, family, min_steps, n_batches):
         return planned, ''
     return planned, f'; more epochs than usual, since one has {n_batches} steps'
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #75cf1fd4
+# %% ../../nbs/442_tune.transfer_plan.ipynb #3394eb82
 @patch
 def transfer_plan(self:Learner,
     epochs=None, # Number of all epochs, or a list with those of each stage; `None`: by the model's family
@@ -265,7 +265,7 @@ def transfer_plan(self:Learner,
     return TransferPlan(name, why + remark, family, groups, epochs, lrs, spread, cache, layers, n_batches,
                         clip=_clip(self, family, task, clip), **_schedule(family, schedule, warmup))
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #8bedfb54
+# %% ../../nbs/442_tune.transfer_plan.ipynb #a6e02e3a
 def _precision_cbs(learn, family, mixed_precision):
     "A Callback for bfloat16, unless the Learner has one for mixed precision"
     if mixed_precision == 'auto':
@@ -285,7 +285,7 @@ def _one_position_cbs(learn, one_position):
         return []
     return [SinglePositionTop()]
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #03f8d5ca
+# %% ../../nbs/442_tune.transfer_plan.ipynb #b8c29ae1
 @patch
 @delegates(Learner.transfer_plan)
 def fit_transfer(self:Learner,
