@@ -1,4 +1,4 @@
-"""From tokenised texts to DataLoaders for language models and classifiers, with targets checked before they cost an hour
+"""From tokenized texts to DataLoaders for language models and classifiers of an AWD_LSTM, with labels checked first
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.awd_lstm.html.md"""
 
@@ -7,120 +7,147 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.awd_lstm.html.md"""
 # %% auto #0
 __all__ = ['texts_vocab', 'split_stream', 'language_model_dls', 'classifier_dls', 'empty_dls']
 
-# %% ../../nbs/127_data.awd_lstm.ipynb #7117a14f
+# %% ../../nbs/127_data.awd_lstm.ipynb #075fd3ac
+from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 import numpy as np
-from fastcore.all import L
+from fastcore.all import L, delegates
 from fastai.data.core import Datasets
 from fastai.text.core import Tokenizer
+from fastai.text.data import LMDataLoader, LMTensorText, Numericalize, Pad_Chunk, SortedDL, TensorText
+from fastai.text.data import make_vocab, reverse_text
 from fastai.torch_core import default_device
-from fastai.text.data import LMDataLoader, LMTensorText, Numericalize, Pad_Chunk, SortedDL, TensorText, make_vocab, reverse_text
 from ..core import DataError, derive_seed
 from .chinese import ChineseTokenizer
-from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names, set_batch_types, text_rules
-from .spec import TextSpec
-from .tokenizers import TextTokenizer, TokenizedTexts, WordLevelTokenizer, tokenizer_settings
 from .labels import target_tfms
+from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
+from .loaders import set_batch_types, text_rules
+from .spec import TextSpec
 from .splits import check_split
+from .tokenizers import TextTokenizer, TokenizedTexts, WordLevelTokenizer, tokenizer_settings
 
-# %% ../../nbs/127_data.awd_lstm.ipynb #2b43c4cb
+# %% ../../nbs/127_data.awd_lstm.ipynb #f8ab6faa
 def texts_vocab(
-    texts:TokenizedTexts, # Tokenised texts
+    texts:TokenizedTexts, # Tokenized texts
     min_freq:int=3, # Rarer tokens are unknown
     max_vocab:int=60_000, # Largest number of tokens
     idxs=None # Count only these texts
-) -> list: # Token of each number, the special ones first
-    "The vocabulary of some texts"
+) -> list: # Token of each id, the special ones first
+    "Make the vocabulary of some texts"
     return make_vocab(texts.counter(idxs), min_freq=min_freq, max_vocab=max_vocab)
 
-# %% ../../nbs/127_data.awd_lstm.ipynb #ab13e72e
+# %% ../../nbs/127_data.awd_lstm.ipynb #64924e9a
 def split_stream(
     lens, # Number of tokens of each text
     valid_pct:float=.1, # Share to hold out
-    seed:int=42 # Which texts
-) -> tuple: # Lists of `(text, first token, end)` for training and validation
-    "Hold out whole texts, or the ends of texts where there are fewer than ten"
-    n,rng = len(lens),np.random.default_rng(derive_seed(seed, 'valid'))
-    whole = [(i, 0, int(l)) for i,l in enumerate(lens)]
-    if n<10: return [(i, 0, e-int(e*valid_pct)) for i,_,e in whole],[(i, e-int(e*valid_pct), e) for i,_,e in whole if int(e*valid_pct)]
+    seed:int=42 # Seed of the random choice of texts
+) -> tuple: # Lists of `(text, first token, end)` for training and for validation
+    "Hold out whole texts, or the ends of texts if there are fewer than ten"
+    n = len(lens)
+    rng = np.random.default_rng(derive_seed(seed, 'valid'))
+    whole = [(i, 0, int(length)) for i, length in enumerate(lens)]
+    if n < 10:
+        ends = [(i, length-int(length*valid_pct), length) for i, _, length in whole]
+        return [(i, 0, start) for i, start, _ in ends], [end for end in ends if end[1] < end[2]]
     held = set(rng.permutation(n)[:max(1, round(n*valid_pct))].tolist())
-    return [w for w in whole if w[0] not in held],[w for w in whole if w[0] in held]
+    return [text for text in whole if text[0] not in held], [text for text in whole if text[0] in held]
 
-def _fit_bs(bs, tokens, what):
-    if tokens<4: raise DataError(f'A language model needs some tokens for {what}', str(tokens), 'Give it more text')
-    return max(1, min(bs, tokens//16))
+def _fitting_bs(bs, n_tokens, what):
+    "The batch size, reduced so that each row of a batch has sixteen tokens or more"
+    if n_tokens < 4:
+        raise DataError(f'A language model needs some tokens for {what}', str(n_tokens), 'Give it more text')
+    return max(1, min(bs, n_tokens//16))
 
-# %% ../../nbs/127_data.awd_lstm.ipynb #0a249e28
+# %% ../../nbs/127_data.awd_lstm.ipynb #ca7f9666
 def text_tfms(reader, vocab, backwards=False):
-    "The transforms of a text: tokens, then their numbers, reversed for a model that reads backwards"
+    "The transforms of a text: tokens, then their ids, reversed for a model that reads backwards"
     return [reader, Numericalize(list(vocab)), *([reverse_text] if backwards else [])]
 
-def _awd_spec(task, reader, seq_len, backwards, classes=None):
+def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
+    "The spec of texts that a fastai tokenizer reads"
     settings = tokenizer_settings(reader.tok, reader.rules)
     del settings['rules']
-    lang = 'zh-tw' if isinstance(reader.tok, ChineseTokenizer) else 'en'
     columns = dict(text='text') if task == 'causal_lm' else dict(text='text', label='label')
-    return TextSpec(task, family='fastai', classes=classes, lang=lang, rules=rule_names(reader.rules), tokenizer=settings, truncation=False,
-                    seq_len=seq_len, backwards=backwards, columns=columns)
+    return TextSpec(task, family='fastai', classes=classes, rules=rule_names(reader.rules), tokenizer=settings,
+                    lang='zh-tw' if isinstance(reader.tok, ChineseTokenizer) else 'en',
+                    truncation=False, seq_len=seq_len, backwards=backwards, columns=columns)
 
-# %% ../../nbs/127_data.awd_lstm.ipynb #e5e76892
+# %% ../../nbs/127_data.awd_lstm.ipynb #d093736f
 def language_model_dls(
-    texts:TokenizedTexts, # Tokenised texts
-    vocab:list, # Token of each number
-    tok=None, # Tokenizer for texts to come; `WordLevelTokenizer` if `None`
-    rules=None, # Rules applied to them before; fastai's if `None`
+    texts:TokenizedTexts, # Tokenized texts
+    vocab:list, # Token of each id
+    tok=None, # Tokenizer for new texts; `WordLevelTokenizer` if `None`
+    rules=None, # Rules applied to new texts first; fastai's if `None`
     valid_pct:float=.1, # Share of the texts to hold out
     bs:int=64, # Rows of a batch
-    seq_len:int=72, # Tokens a row
+    seq_len:int=72, # Tokens of a row
     backwards:bool=False, # Read from right to left
-    seed:int=42, # Which texts are held out
+    seed:int=42, # Seed of the random choice of held-out texts
     path='.' # Folder of the DataLoaders
 ) -> SpecDataLoaders:
-    "DataLoaders for a language model"
+    "Make DataLoaders for a language model"
     parts = split_stream(texts.lens, valid_pct, seed)
-    items = [texts[i][a:b] for part in parts for i,a,b in part]
-    lens = [[b-a for _,a,b in part] for part in parts]
+    items = [texts[i][start:end] for part in parts for i, start, end in part]
     reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
-    tfms = text_tfms(reader, vocab, backwards)
-    n = len(parts[0])
-    dsets = Datasets(items, [tfms], splits=[list(range(n)), list(range(n, len(items)))], dl_type=LMDataLoader)
-    train_bs,valid_bs = (_fit_bs(bs, sum(l), w) for l,w in zip(lens, ('training','validation')))
-    dls = [LMDataLoader(ds, lens=l, bs=b, seq_len=seq_len, shuffle=i==0) for i,(ds,l,b) in enumerate(zip((dsets.train, dsets.valid), lens, (train_bs, valid_bs)))]
-    spec = _awd_spec('causal_lm', reader, seq_len, backwards)
-    return SpecDataLoaders(*dls, path=path, device=default_device()).with_spec(spec, reader, reader.rules)
+    n_train = len(parts[0])
+    splits = [list(range(n_train)), list(range(n_train, len(items)))]
+    dsets = Datasets(items, [text_tfms(reader, vocab, backwards)], splits=splits, dl_type=LMDataLoader)
+    loaders = []
+    for ds, part, what in zip((dsets.train, dsets.valid), parts, ('training', 'validation')):
+        lens = [end-start for _, start, end in part]
+        loaders.append(LMDataLoader(ds, lens=lens, bs=_fitting_bs(bs, sum(lens), what), seq_len=seq_len,
+                                    shuffle=what == 'training'))
+    spec = awd_lstm_spec('causal_lm', reader, seq_len, backwards)
+    return SpecDataLoaders(*loaders, path=path, device=default_device()).with_spec(spec, reader, reader.rules)
 
-# %% ../../nbs/127_data.awd_lstm.ipynb #ef371c34
+# %% ../../nbs/127_data.awd_lstm.ipynb #7118545a
+@dataclass
+class ReadingOptions:
+    "How the DataLoaders of a classifier read texts, and where they are"
+    backwards:bool=False # Read from right to left
+    path:str|Path='.' # Folder of the DataLoaders
+
+def _sorted_loaders(dsets, lens, bs, seq_len):
+    "A training and a validation `SortedDL`"
+    n = len(dsets.train)
+    bs = min(bs, n) if n else bs
+    options = dict(before_batch=Pad_Chunk(seq_len=seq_len), num_workers=0)
+    train = SortedDL(dsets.train, res=lens[0], bs=bs, shuffle=True, drop_last=n%bs == 1 and n > 1, **options)
+    return train, SortedDL(dsets.valid, res=lens[1], bs=bs*2, **options)
+
+# %% ../../nbs/127_data.awd_lstm.ipynb #694afda4
+@delegates(ReadingOptions)
 def classifier_dls(
-    texts:TokenizedTexts, # Tokenised texts
+    texts:TokenizedTexts, # Tokenized texts
     labels:list, # One a text, as `check_labels` returns them
     task:str, # `classification`, `multilabel` or `regression`
     train:list, # Indexes of the training rows
     valid:list, # Indexes of the validation rows
-    vocab:list, # Token of each number, the language model's
-    tok=None, # Tokenizer for texts to come; `WordLevelTokenizer` if `None`
-    rules=None, # Rules applied to them before; fastai's if `None`
-    bs:int=64, # Texts a batch
+    vocab:list, # Token of each id, the language model's
+    tok=None, # Tokenizer for new texts; `WordLevelTokenizer` if `None`
+    rules=None, # Rules applied to new texts first; fastai's if `None`
+    bs:int=64, # Texts of a batch
     seq_len:int=72, # Chunk of the padding, the classifier's `seq_len`
-    backwards:bool=False, # Read from right to left
-    path='.' # Folder of the DataLoaders
+    **kwargs # `backwards`, and `path`
 ) -> SpecDataLoaders:
-    "DataLoaders for a classifier"
+    "Make DataLoaders for a classifier"
+    options = ReadingOptions(**kwargs)
     classes = check_split(labels, task, train, valid)
-    idxs = train+valid
-    items = [[texts[i], labels[i]] for i in idxs] # lists, since fastai maps transforms over the members of a tuple
+    # lists, since fastai maps transforms over the members of a tuple
+    items = [[texts[i], labels[i]] for i in train+valid]
     reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
-    x = [itemgetter(0), *text_tfms(reader, vocab, backwards)]
-    n = len(train)
-    dsets = Datasets(items, [x, [itemgetter(1)]+target_tfms(task, classes)], splits=[list(range(n)), list(range(n, len(items)))], dl_type=SortedDL, n_inp=1)
-    kw,bs = dict(before_batch=Pad_Chunk(seq_len=seq_len), num_workers=0),min(bs, n)
-    dls = SpecDataLoaders(SortedDL(dsets.train, res=texts.lens[train].tolist(), bs=bs, shuffle=True, drop_last=n%bs==1 and n>1, **kw),
-                       SortedDL(dsets.valid, res=texts.lens[valid].tolist(), bs=bs*2, **kw), path=path, device=default_device())
-    return dls.with_spec(_awd_spec(task, reader, seq_len, backwards, classes), reader, reader.rules)
+    tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)], [itemgetter(1), *target_tfms(task, classes)]]
+    splits = [list(range(len(train))), list(range(len(train), len(items)))]
+    dsets = Datasets(items, tfms, splits=splits, dl_type=SortedDL, n_inp=1)
+    loaders = _sorted_loaders(dsets, [texts.lens[train].tolist(), texts.lens[valid].tolist()], bs, seq_len)
+    dls = SpecDataLoaders(*loaders, path=options.path, device=default_device())
+    return dls.with_spec(awd_lstm_spec(task, reader, seq_len, options.backwards, classes), reader, reader.rules)
 
-# %% ../../nbs/127_data.awd_lstm.ipynb #cd523f66
+# %% ../../nbs/127_data.awd_lstm.ipynb #1a57e605
 def empty_dls(
-    spec:TextSpec, # Of the data that the model was trained with
-    vocab:list, # Token of each number
+    spec:TextSpec, # The spec of the data that the model was trained with
+    vocab:list, # Token of each id
     tokenizer, # Turns texts into lists of tokens, such as `WordLevelTokenizer()`; or `dls.tokenizer`
     bs:int=64 # Texts, or rows, of a batch
 ) -> SpecDataLoaders:
@@ -129,15 +156,15 @@ def empty_dls(
     reader = TextTokenizer(tok, text_rules(spec.rules))
     tfms = text_tfms(reader, vocab, spec.backwards)
     types = [Tokenizer.input_types, L, TensorText]
+    seq_len = spec.seq_len or 72
     if spec.is_language_model:
-        batch = (LMTensorText, TensorText)
         dsets = empty_datasets([tfms], [types])
-        loaders = [LMDataLoader(ds, lens=[], bs=bs, seq_len=spec.seq_len or 72) for ds in (dsets.train, dsets.valid)]
+        loaders = [LMDataLoader(ds, lens=[], bs=bs, seq_len=seq_len) for ds in (dsets.train, dsets.valid)]
+        batch_types = (LMTensorText, TensorText)
     else:
-        batch = (TensorText, TARGET_TYPES[spec.task])
         targets = [itemgetter(1), *target_tfms(spec.task, spec.classes)]
         dsets = empty_datasets([[itemgetter(0), *tfms], targets], [[list, *types], [list]])
-        padding = dict(before_batch=Pad_Chunk(seq_len=spec.seq_len or 72), num_workers=0)
-        loaders = [SortedDL(ds, res=[], bs=bs, shuffle=i == 0, **padding) for i, ds in enumerate((dsets.train, dsets.valid))]
-    dls = set_batch_types(SpecDataLoaders(*loaders, device=default_device()), *batch)
+        loaders = _sorted_loaders(dsets, [[], []], bs, seq_len)
+        batch_types = (TensorText, TARGET_TYPES[spec.task])
+    dls = set_batch_types(SpecDataLoaders(*loaders, device=default_device()), *batch_types)
     return dls.with_spec(spec, reader, reader.rules)

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.hf_tokenizer.html.md"""
 __all__ = ['TensorTokens', 'TensorTargets', 'load_tokenizer', 'model_max_length', 'train_tokenizer', 'HFTokenize', 'PadTokens',
            'n_tokens', 'TokensDL', 'packs', 'HFTextBlock']
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #56ef5eaa
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #29fd9a06
 from pathlib import Path
 import numpy as np, torch
 from fastcore.all import L
@@ -25,7 +25,7 @@ from .display import show_rows
 from .loaders import language_rules
 from .tokenizers import apply_rules
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #dca1cc6b
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #de71e77b
 class TensorTokens(TensorText):
     "Token ids, types and places of a text, (fields, tokens), or of a batch, (texts, fields, tokens); -1 is padding"
     def _field(self, i):
@@ -53,7 +53,7 @@ class TensorTokens(TensorText):
 class TensorTargets(TensorBase):
     "A target for each token of a text, (tokens,), or of a batch; -100 for no target, and for padding"
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #f5959f33
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #0c62b125
 def hub_error(what, name, error):
     "The error for a name or folder that transformers cannot load"
     reason = str(error)
@@ -65,7 +65,7 @@ def hub_error(what, name, error):
     return FastaiTLError(f'{what} must be a name on the Hugging Face hub or a local folder',
                          f'{str(name)!r}, which cannot be loaded ({reason.splitlines()[0][:200]})', todo)
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #8c89c803
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #36e48b9e
 def load_tokenizer(
     tokenizer, # A name on the hub, a folder, or a tokenizer of transformers
     **kwargs # More for `AutoTokenizer.from_pretrained`
@@ -80,14 +80,14 @@ def load_tokenizer(
     if not (callable(tokenizer) and hasattr(tokenizer, 'model_input_names')):
         raise FastaiTLError('A tokenizer must be a name, a folder, or a tokenizer of transformers',
                             f'a {type(tokenizer).__name__}',
-                            'Wrap a tokenizer of the `tokenizers` library: `PreTrainedTokenizerFast(tokenizer_object=…)`')
+                            'Wrap a tokenizer of `tokenizers` in `PreTrainedTokenizerFast(tokenizer_object=…)`')
     return tokenizer
 
 def model_max_length(tokenizer, default=512):
     "The tokenizer's own limit of tokens, or `default` if it has none"
     return tokenizer.model_max_length if tokenizer.model_max_length < 1e6 else default
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #fcc99a04
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #f023b203
 _encoder_names = dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')
 SPECIAL_TOKENS = dict(
     encoder=_encoder_names,
@@ -105,7 +105,7 @@ def _post_processor(kind, special):
     ids = [(token, special.index(token)) for token in tokens]
     return TemplateProcessing(single=single, pair=pair, special_tokens=ids)
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #be49ccb8
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #c2b1ee7c
 def train_tokenizer(
     texts, # Strings to learn from
     vocab_size:int=8000, # Largest number of tokens, among them the 256 bytes and the special tokens
@@ -133,7 +133,7 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=max_length, model_input_names=inputs,
                                    **SPECIAL_TOKENS[kind])
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #1caed40b
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #501746dc
 def text_key(text):
     "A text, or a pair of texts, as a key of a dictionary"
     return text if isinstance(text, str) else tuple(text)
@@ -150,7 +150,7 @@ def truncation_message(n_cut, n, max_length):
     share = f'{n_cut/n:.0%} of' if n_cut/n >= .005 else f'{n_cut:,} of {n:,}'
     return f'{share} texts were cut at {max_length} tokens'
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #91aaeee1
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #37564e4b
 class HFTokenize(DisplayedTransform):
     "Turn texts, or pairs of texts as lists of two, into `TensorTokens`; each text is tokenized once"
     def __init__(self,
@@ -257,7 +257,7 @@ class HFTokenize(DisplayedTransform):
         texts = [self.tokenizer.decode(part[part >= 0].tolist(), skip_special_tokens=True) for part in parts]
         return TitledStr(' ‖ '.join(text for text in texts if text))
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #8e7ac3da
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #f0f9ac1a
 def hf_tokenize(
     tokenizer, # A name, a folder, or a tokenizer of transformers
     max_length:int|None=None, # Tokens of a text with its special ones; the tokenizer's own limit if `None`
@@ -268,7 +268,7 @@ def hf_tokenize(
     "An `HFTokenize` with the text rules of a language"
     return HFTokenize(tokenizer, max_length, truncation, verbose, language_rules(lang))
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #38b7a3d0
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #3e065861
 def pad_rows(
     rows:list, # Tensors (…, tokens) whose last dimensions differ
     value, # The value of padding
@@ -285,7 +285,7 @@ def pad_rows(
 
 def _pad_stack(ts, value, left=False): return list(pad_rows(ts, value, left))
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #f5cd13b4
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #714dd2f6
 class PadTokens(Transform):
     "Pad the token tensors of some samples to the longest of them"
     def __init__(self,
@@ -307,7 +307,7 @@ class PadTokens(Transform):
     def decodes(self, x:TensorTargets):
         return x
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #295a3259
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #82a47f55
 def n_tokens(
     sample # `(TensorTokens, …)`
 ) -> int:
@@ -338,7 +338,7 @@ class TokensDL(SortedDL):
         shuffled = [batches[i] for i in np.random.permutation(len(batches)-1)]
         return iter(np.concatenate(shuffled + batches[-1:])) # the last batch may be a small one and stays last
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #62464f24
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #a21406ed
 def packs(
     lens, # Tokens of each row
     max_tokens:int # Largest number of tokens of a batch, padding included
@@ -352,7 +352,7 @@ def packs(
         order = order[n:]
     return batches
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #8e06cad2
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #ba7f795c
 @dispatch
 def show_batch(x:TensorTokens, y, samples, ctxs=None, max_n=9, trunc_at=150, **kwargs):
     "Show texts and their targets"
@@ -367,7 +367,7 @@ def show_results(x:TensorTokens, y, samples, outs, ctxs=None, max_n=9, trunc_at=
     columns = {'text': samples.itemgot(0), 'target': samples.itemgot(1), 'predicted': outs.itemgot(0)}
     return show_rows(columns, max_n, trunc_at)
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #9f40e0f5
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #d4b2daa2
 def _show_top_losses(x, y, samples, outs, raws, losses, trunc_at=150, **kwargs):
     columns = {'text': samples.itemgot(0), 'target': samples.itemgot(1), 'predicted': outs.itemgot(0)}
     if isinstance(y, TensorCategory):
@@ -384,7 +384,7 @@ def plot_top_losses(x:TensorTokens, y:TensorMultiCategory, *args, **kwargs):
 def plot_top_losses(x:TensorTokens, y:torch.Tensor, *args, **kwargs):
     _show_top_losses(x, y, *args, **kwargs)
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #411f1478
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #e0a3079a
 class HFTextBlock(TransformBlock):
     "Texts for a Hugging Face model, in fastai's DataBlock API"
     def __init__(self,

@@ -112,7 +112,7 @@ def _blank_awd(s, m, tok, rules):
     if m['kind']=='language_model': return language_model_dls(TokenizedTexts(['xxbos'], [0]*80, [40,40]), s['vocab'], tok, rules, valid_pct=.5, bs=1, backwards=s['backwards'])
     labels = {'classification': m['classes'], 'multilabel': [[c] for c in m['classes'] or []], 'regression': [0., 1.]}[m['task']]
     n = list(range(len(labels)))
-    return classifier_dls(TokenizedTexts(['xxbos'], [0]*(2*len(n)), [1]*(2*len(n))), labels*2, m['task'], n, [o+len(n) for o in n], s['vocab'], tok, rules, 64, s['head']['seq_len'], s['backwards'])
+    return classifier_dls(TokenizedTexts(['xxbos'], [0]*(2*len(n)), [1]*(2*len(n))), labels*2, m['task'], n, [o+len(n) for o in n], s['vocab'], tok, rules, 64, s['head']['seq_len'], backwards=s['backwards'])
 
 def _blank_hf(m, tok):
     "DataLoaders for a task of Hugging Face's"

@@ -273,7 +273,7 @@ def _clas_dls(self:ULMFiT, source, direction, start, bs):
         return source,target_of(source),digest(text_vocab(source), len(source.train_ds), len(source.valid_ds))
     texts,labels,task,train,valid = source
     vocab = start.vocab if start is not None else texts_vocab(texts, self.min_freq, self.max_vocab, train)
-    dls = classifier_dls(texts, labels, task, train, valid, vocab, self.tok, self.rules, bs, self.seq_len, direction=='backward')
+    dls = classifier_dls(texts, labels, task, train, valid, vocab, self.tok, self.rules, bs, self.seq_len, backwards=direction=='backward')
     return dls,task,digest(texts.words, texts.ids.tobytes(), labels, train, valid)
 
 # %% ../../nbs/535_learners.ulmfit.ipynb #f5c1fe1f
@@ -340,7 +340,7 @@ def _load_one(self:ULMFiT, name, direction):
     labels = {'classification': t['classes'], 'multilabel': [[c] for c in t['classes'] or []], 'regression': [0., 1.]}[t['task']]
     blank = TokenizedTexts(['xxbos'], [0]*(2*len(labels)), [1]*(2*len(labels)))
     n = list(range(len(labels)))
-    dls = classifier_dls(blank, labels*2, t['task'], n, [o+len(n) for o in n], t['vocab'], self.tok, self.rules, t['options']['bs'], self.seq_len, direction=='backward')
+    dls = classifier_dls(blank, labels*2, t['task'], n, [o+len(n) for o in n], t['vocab'], self.tok, self.rules, t['options']['bs'], self.seq_len, backwards=direction=='backward')
     learn = awd_classifier_learner(dls, t['task'], 1 if t['classes'] is None else len(t['classes']), t['config'], self.seq_len, t['options']['drop_mult'], t['options']['y_range'])
     learn.model.load_state_dict(t['model'])
     return learn
