@@ -27,6 +27,7 @@ from .datasets.corpora import *
 from .datasets.reviews import *
 from .datasets.quickstart import *
 from .models.execution_order import *
+from .models.layer_stacks import *
 from .models.layer_groups import *
 from .models.encoder import *
 from .models.hf import *

@@ -16,7 +16,8 @@ from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
 from ..core import FastaiTLError, shorten
 from ..callbacks import evaluating
 from ..data.hf_tokenizer import TensorTokens
-from ..models.layer_groups import _find_stacks, layer_groups
+from ..models.layer_groups import layer_groups
+from ..models.layer_stacks import find_stacks
 from ..models.hf import HFModel
 from ..models.execution_order import dummy_inputs, hf_models
 from ..models.awd_lstm import RealTokenPooling
@@ -28,7 +29,7 @@ def find_blocks(
     "The blocks of the model's one stack"
     if len(hf_models(model))!=1: raise FastaiTLError('A model to be cut must have one Hugging Face text model in it', f'{len(hf_models(model))} in a {type(model).__name__}')
     if getattr(hf_models(model)[0].config, 'is_encoder_decoder', False): raise FastaiTLError('A model to be cut must have one list of layers', 'an encoder and a decoder')
-    stacks = _find_stacks(model)
+    stacks = find_stacks(model)
     if len(stacks)!=1: raise FastaiTLError('A model to be cut must have one list of layers', shorten(stacks) or 'none')
     (path,blocks), = stacks.items()
     if getattr(hf_models(model)[0].config, 'num_hidden_layers', len(blocks))!=len(blocks): raise FastaiTLError('A model to be cut must have a block for each of its layers', f'{len(blocks)} blocks in {path} for {hf_models(model)[0].config.num_hidden_layers} layers', 'Layers that share their weights cannot be cut')

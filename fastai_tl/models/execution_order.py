@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.execution_order.html.md"""
 # %% auto #0
 __all__ = ['hf_models', 'dummy_inputs', 'Use', 'execution_order', 'mark_fixed', 'fixed_parameters']
 
-# %% ../../nbs/200_models.execution_order.ipynb #730c4f45
+# %% ../../nbs/200_models.execution_order.ipynb #d36f3d60
 import copy, inspect, logging, random, re, warnings
 from collections import defaultdict
 from contextlib import contextmanager
@@ -17,206 +17,258 @@ from itertools import accumulate
 from operator import or_
 from weakref import WeakKeyDictionary
 import numpy as np, torch
-from fastcore.all import patch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from ..core import FastaiTLError
 
-# %% ../../nbs/200_models.execution_order.ipynb #3c3a9ce5
+# %% ../../nbs/200_models.execution_order.ipynb #b103a1c1
 def hf_models(
     model:nn.Module # Any model
 ) -> list: # The outermost modules in it that read `input_ids` as a model of transformers does
-    "The Hugging Face text models in `model`"
-    if getattr(model, 'main_input_name', None)=='input_ids' and hasattr(model, 'config'): return [model]
-    return [o for c in model.children() for o in hf_models(c)]
+    "Find the Hugging Face text models in `model`"
+    if getattr(model, 'main_input_name', None) == 'input_ids' and hasattr(model, 'config'):
+        return [model]
+    return [found for child in model.children() for found in hf_models(child)]
 
-# %% ../../nbs/200_models.execution_order.ipynb #75fe8502
-def _special_ids(cfg): return {k: v for k,v in vars(cfg).items() if k.endswith(('_id','_index')) and isinstance(v, (int,list))}
+# %% ../../nbs/200_models.execution_order.ipynb #840ef295
+def _special_ids(config):
+    return {k: v for k, v in vars(config).items() if k.endswith(('_id', '_index')) and isinstance(v, (int, list))}
 
-def _text_config(cfg):
-    "The part of a configuration that speaks of text"
-    try: return cfg.get_text_config()
-    except (AttributeError, ValueError): return cfg # foreign, or with several
+def _text_config(config):
+    "The part of a configuration that describes the text model"
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError): # a class of another library, or several text models
+        return config
 
-# %% ../../nbs/200_models.execution_order.ipynb #a3e9a2cf
 def _vocab_size(model):
     "How many tokens `model` knows, as far as it tells"
-    try: return model.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError): return getattr(_text_config(model.config), 'vocab_size', 100) # characters, or an embedding of its own kind
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError): # characters, or a special embedding class
+        return getattr(_text_config(model.config), 'vocab_size', 100)
 
-# %% ../../nbs/200_models.execution_order.ipynb #84399565
+def _token_ids(model, n):
+    "Ids of `n-1` ordinary tokens and the end of text"
+    config = model.config
+    special = {**_special_ids(_text_config(config)), **_special_ids(config)}
+    taken = {i for v in special.values() for i in (v if isinstance(v, list) else [v])}
+    size = _vocab_size(model)
+    plain = [i for i in range(min(size, 1000)) if i not in taken] or [0]
+    eos = special.get('eos_token_id', plain[0])
+    eos = eos[0] if isinstance(eos, list) else eos
+    return [plain[i%len(plain)] for i in range(n-1)] + [eos if 0 <= eos < size else plain[0]]
+
+# %% ../../nbs/200_models.execution_order.ipynb #45ad4682
 def dummy_inputs(
     model:nn.Module, # One of `hf_models`
     n:int=8 # Length in tokens
 ) -> dict: # Arguments for `model`
-    "One short text that ends as texts of this model end"
-    cfg,params = model.config,inspect.signature(model.forward).parameters
-    special = {**_special_ids(_text_config(cfg)), **_special_ids(cfg)}
-    size = _vocab_size(model)
-    taken = {i for v in special.values() for i in (v if isinstance(v, list) else [v])}
-    plain = [i for i in range(min(size, 1000)) if i not in taken] or [0]
-    eos = special.get('eos_token_id', plain[0])
-    eos = eos[0] if isinstance(eos, list) else eos
-    ids = [plain[i%len(plain)] for i in range(n-1)] + [eos if 0<=eos<size else plain[0]]
-    x = dict(input_ids=torch.tensor([ids], device=next(model.parameters()).device))
-    any_kw = any(p.kind==p.VAR_KEYWORD for p in params.values())
-    if getattr(cfg, 'is_encoder_decoder', False) and (any_kw or 'decoder_input_ids' in params): x['decoder_input_ids'] = x['input_ids'].clone()
+    "Make one short text that ends as texts of this model end"
+    params = inspect.signature(model.forward).parameters
+    device = next(model.parameters()).device
+    x = dict(input_ids=torch.tensor([_token_ids(model, n)], device=device))
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in params.values())
+    if getattr(model.config, 'is_encoder_decoder', False) and (takes_any or 'decoder_input_ids' in params):
+        x['decoder_input_ids'] = x['input_ids'].clone()
     return dict(x, use_cache=False) if 'use_cache' in params else x
 
-# %% ../../nbs/200_models.execution_order.ipynb #ae498c68
+# %% ../../nbs/200_models.execution_order.ipynb #9f2369f5
 def _shadow(model):
     "A copy of the modules of `model` with the same parameters and buffers, and without hooks"
     memo = {id(o): o for o in (*model.parameters(), *model.buffers())}
-    memo.update({id(v): type(v)() for m in model.modules() for k,v in vars(m).items() if k.startswith('_') and '_hooks' in k and isinstance(v, dict)})
+    for module in model.modules():
+        hooks = (v for k, v in vars(module).items() if k.startswith('_') and '_hooks' in k and isinstance(v, dict))
+        memo.update({id(v): type(v)() for v in hooks})
     return copy.deepcopy(model, memo).eval()
 
-# %% ../../nbs/200_models.execution_order.ipynb #5a63799e
+# %% ../../nbs/200_models.execution_order.ipynb #2a4f13e4
 @contextmanager
 def _undisturbed(device):
     "No gradients, no messages, and all random numbers as before"
-    py,npy,level = random.getstate(),np.random.get_state(),logging.root.manager.disable
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    level = logging.root.manager.disable
+    devices = [device.index] if device.type == 'cuda' else []
     logging.disable(logging.WARNING)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng([device.index] if device.type=='cuda' else []):
+        with torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng(devices):
             warnings.simplefilter('ignore')
             yield
-    finally: random.setstate(py); np.random.set_state(npy); logging.disable(level)
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        logging.disable(level)
 
-# %% ../../nbs/200_models.execution_order.ipynb #341a1ccc
-_writes = re.compile('.*[^_]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__') # names of operations in place
+# %% ../../nbs/200_models.execution_order.ipynb #52a7ea5c
+# names of operations in place
+_writes = re.compile('.*[^_]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__')
 
 def _memory(t):
-    try: return t.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError): return 0 # a tensor without memory of its own
+    try:
+        return t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError): # a tensor without memory of its own
+        return 0
 
 def _tensors(o):
-    if isinstance(o, torch.Tensor): yield o
-    elif isinstance(o, (list,tuple)): yield from (t for x in o for t in _tensors(x))
-    elif isinstance(o, dict): yield from _tensors(list(o.values()))
+    if isinstance(o, torch.Tensor):
+        yield o
+    elif isinstance(o, (list, tuple)):
+        yield from (t for x in o for t in _tensors(x))
+    elif isinstance(o, dict):
+        yield from _tensors(list(o.values()))
 
-# %% ../../nbs/200_models.execution_order.ipynb #e934c716
-class _Uses(TorchFunctionMode):
-    "Write down each use of a parameter and what has fed it, and let nothing be written into the model"
+# %% ../../nbs/200_models.execution_order.ipynb #eab3517b
+class _Recorder(TorchFunctionMode):
+    "Record each use of a parameter and what has fed it, and write nothing into the model"
     def __init__(self, model):
         super().__init__()
-        self.bits,self.marks,self.uses = {id(p): 1<<i for i,p in enumerate(model.parameters())},WeakIdKeyDictionary(),[]
+        self.bits = {id(p): 1<<i for i, p in enumerate(model.parameters())}
+        self.marks = WeakIdKeyDictionary()
+        self.uses = []
         self.own = {_memory(o) for o in (*model.parameters(), *model.buffers())} - {0}
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        ins,writes = list(_tensors((args, kwargs))),_writes.fullmatch(getattr(func, '__name__', ''))
-        if writes and ins and _memory(ins[0]) in self.own: return ins[0]
-        res = func(*args, **(kwargs or {}))
-        outs = [*_tensors(res), *(ins[:1] if writes else [])]
-        if outs: self.note([self.bits[id(t)] for t in ins if id(t) in self.bits], [self.marks.get(t, 0) for t in ins], outs)
-        return res
-    def note(self, used, marks, outs):
-        fed = reduce(or_, marks, 0)
-        self.uses += [(b, fed) for b in used if self.uses[-1:]!=[(b, fed)]]
-        for t in outs:
-            if id(t) not in self.bits: self.marks[t] = reduce(or_, used, fed)
 
-# %% ../../nbs/200_models.execution_order.ipynb #cfc848cc
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        inputs = list(_tensors((args, kwargs)))
+        writes = _writes.fullmatch(getattr(func, '__name__', ''))
+        if writes and inputs and _memory(inputs[0]) in self.own:
+            return inputs[0]
+        res = func(*args, **(kwargs or {}))
+        self.record(inputs, [*_tensors(res), *(inputs[:1] if writes else [])])
+        return res
+
+    def record(self, inputs, outputs):
+        "Append the uses of parameters among `inputs`, and mark `outputs`"
+        used = [self.bits[id(t)] for t in inputs if id(t) in self.bits]
+        fed_by = reduce(or_, [self.marks.get(t, 0) for t in inputs], 0)
+        self.uses += [(bit, fed_by) for bit in used if self.uses[-1:] != [(bit, fed_by)]]
+        for t in outputs:
+            if id(t) not in self.bits:
+                self.marks[t] = reduce(or_, used, fed_by)
+
+# %% ../../nbs/200_models.execution_order.ipynb #432ff9f2
 _known = WeakKeyDictionary() # model -> its parameters' ids, and what was found
 
-def _once(kind, model, find):
+def _once(what, model, find):
     "`find(model)`, remembered until the model gets other parameters"
-    key = tuple((n, id(p)) for n,p in model.named_parameters())
-    got = _known.setdefault(model, {}).get(kind)
-    if got is None or got[0]!=key: got = _known[model][kind] = (key, find(model))
+    key = tuple((n, id(p)) for n, p in model.named_parameters())
+    got = _known.setdefault(model, {}).get(what)
+    if got is None or got[0] != key:
+        got = (key, find(model))
+        _known[model][what] = got
     return got[1]
 
 def _trace(model):
     "`(bit, bits that fed it)` for each use in order and `None`, or nothing and the error"
     try:
-        uses,x = _Uses(model),dummy_inputs(model)
+        recorder = _Recorder(model)
+        x = dummy_inputs(model)
         with _undisturbed(x['input_ids'].device):
             shadow = _shadow(model)
-            with uses: shadow(**x)
-    except Exception as e: return [],e.with_traceback(None) # whatever a foreign model may raise
-    return uses.uses,None
+            with recorder:
+                shadow(**x)
+    except Exception as e: # models of other people may raise anything
+        return [], e.with_traceback(None)
+    return recorder.uses, None
 
-# %% ../../nbs/200_models.execution_order.ipynb #ca4d3a41
+# %% ../../nbs/200_models.execution_order.ipynb #45225d20
 @dataclass
 class Use:
     "One use of a parameter in a forward pass"
     name:str # Its name in `model.named_parameters()`
     bit:int # Its bit in the `fed_by` of others
-    fed_by:int # Bits of all parameters that what it works on depends on
+    fed_by:int # Bits of all parameters that the input of this use depends on
     def feeds(self,
         other # Another `Use`
     ) -> bool:
-        "Does what `other` works on depend on this parameter?"
+        "Return whether the input of `other` depends on this parameter"
         return bool(self.bit & other.fed_by)
 
-# %% ../../nbs/200_models.execution_order.ipynb #fd61b897
+# %% ../../nbs/200_models.execution_order.ipynb #e8e435fe
 def execution_order(
     model:nn.Module, # Any model
     strict:bool=False # Raise an error if a Hugging Face model in it cannot be run
 ) -> list: # One `Use` for each use; empty if there is nothing to run
-    "The uses of the parameters in the order of a forward pass"
-    names,res,offset = {id(p): n for n,p in model.named_parameters()},[],0
-    for m in hf_models(model):
-        uses,error = _once('order', m, _trace)
-        if strict and error: raise FastaiTLError(f'`{type(m).__name__}` must run on one short text', f'{type(error).__name__}: {error}') from error
-        own = [names[id(p)] for p in m.parameters()]
-        res += [Use(own[b.bit_length()-1], b<<offset, fed<<offset) for b,fed in uses]
+    "List the uses of the parameters in the order of a forward pass"
+    names = {id(p): n for n, p in model.named_parameters()}
+    res = []
+    offset = 0
+    for hf in hf_models(model):
+        uses, error = _once('order', hf, _trace)
+        if strict and error:
+            raise FastaiTLError(f'`{type(hf).__name__}` must run on one short text',
+                                f'{type(error).__name__}: {error}') from error
+        own = [names[id(p)] for p in hf.parameters()]
+        res += [Use(own[bit.bit_length()-1], bit<<offset, fed<<offset) for bit, fed in uses]
         offset += len(own)
     return res
 
-# %% ../../nbs/200_models.execution_order.ipynb #2a86ba6a
+# %% ../../nbs/200_models.execution_order.ipynb #7c44ad14
 class Work:
     "What the blocks of a model do in a forward pass"
     def __init__(self,
         uses:list, # From `execution_order`
         at:list # For each use, the position of the block in which it happens, or `None`
     ):
-        self.uses,self.at = uses,at
-        self.busy,self.bits = [t for t,i in enumerate(at) if i],defaultdict(int)
-        for u,i in zip(uses, at): self.bits[i or 0] |= u.bit
-        self.last = list(accumulate((i or 0 for i in at), lambda a,b: b or a)) # the block that worked last
-        self.fed = reduce(or_, (u.fed_by for u,i in zip(uses, at) if i), 0) # all that feeds a block
-        self.sound = all(self.bits[i] & self.fed for i in set(self.last) - {0, max(self.last, default=0)}) # no trail is lost
+        self.uses = uses
+        self.at = at
+        self.busy = [t for t, i in enumerate(at) if i] # times at which a block works
+        self.bits = defaultdict(int) # position -> bits of the parameters there
+        for use, i in zip(uses, at):
+            self.bits[i or 0] |= use.bit
+        self.last = list(accumulate((i or 0 for i in at), lambda a, b: b or a)) # the block that worked last
+        self.fed = reduce(or_, (use.fed_by for use, i in zip(uses, at) if i), 0) # everything that feeds a block
+        lower = set(self.last) - {0, max(self.last, default=0)}
+        self.sound = all(self.bits[i] & self.fed for i in lower) # no trail is lost
 
-# %% ../../nbs/200_models.execution_order.ipynb #513b29ea
-@patch
-def positions(self:Work,
-    name:str, # A parameter outside the blocks
-    n:int, # Number of blocks
-    own, # Positions of the blocks of its own stack
-    embedding:bool=False # Is it an embedding?
-) -> set: # One position for each place of use; empty if it is not used
-    "Where the parameter `name` works"
-    start = next((t for t in self.busy if self.at[t] in own), self.busy[0])
-    return {self._position(t, u, n, embedding or t<start) for t,u in enumerate(self.uses) if u.name==name}
+    def positions(self,
+        name:str, # A parameter outside the blocks
+        n:int, # Number of blocks
+        own, # Positions of the blocks of its own stack
+        embedding:bool=False # Whether it is an embedding
+    ) -> set: # One position for each place of use; empty if it is not used
+        "Return where the parameter `name` works"
+        start = next((t for t in self.busy if self.at[t] in own), self.busy[0])
+        times = [t for t, use in enumerate(self.uses) if use.name == name]
+        return {self._position(t, n, embedding or t < start) for t in times}
 
-@patch
-def _position(self:Work, t, u, n, below):
-    if t<self.busy[0]: return 0
-    if t>self.busy[-1] or (self.sound and not u.bit & self.fed): return n+1
-    feeders = [i for i,b in self.bits.items() if i and b & u.fed_by]
-    return max(feeders) if feeders else 0 if below else self.last[t]
+    def _position(self, t, n, below):
+        use = self.uses[t]
+        if t < self.busy[0]:
+            return 0
+        if t > self.busy[-1] or (self.sound and not use.bit & self.fed):
+            return n+1
+        feeders = [i for i, bits in self.bits.items() if i and bits & use.fed_by]
+        if feeders:
+            return max(feeders)
+        return 0 if below else self.last[t]
 
-# %% ../../nbs/200_models.execution_order.ipynb #98dcfb83
+# %% ../../nbs/200_models.execution_order.ipynb #07175e51
 def mark_fixed(
     model:nn.Module # A model just created: what does not require a gradient now never will
 ) -> nn.Module: # The same model
     "Remember which parameters of `model` are fixed by design"
-    model._fixed_parameters = tuple(n for n,p in model.named_parameters() if not p.requires_grad)
+    model._fixed_parameters = tuple(n for n, p in model.named_parameters() if not p.requires_grad)
     return model
 
-# %% ../../nbs/200_models.execution_order.ipynb #3b388d95
-def _fixed_anew(model):
+# %% ../../nbs/200_models.execution_order.ipynb #f96f7a65
+def _fixed_by_class(model):
     "Names of the parameters that the class of `model` fixes when it builds one"
     try:
-        with _undisturbed(torch.device('cpu')), torch.device('meta'), torch.enable_grad(): fresh = type(model)(copy.deepcopy(model.config))
-    except Exception: return () # a class that is built in another way
-    return tuple(n for n,p in fresh.named_parameters() if not p.requires_grad)
+        with _undisturbed(torch.device('cpu')), torch.device('meta'), torch.enable_grad():
+            fresh = type(model)(copy.deepcopy(model.config))
+    except Exception: # a class with another constructor
+        return ()
+    return tuple(n for n, p in fresh.named_parameters() if not p.requires_grad)
 
 def fixed_parameters(
     model:nn.Module # Any model
 ) -> tuple: # Names as in `model.named_parameters()`
     "Names of the parameters of `model` that are fixed by design"
     marked = [(m, m._fixed_parameters) for m in model.modules() if '_fixed_parameters' in vars(m)]
-    if not marked: marked = [(m, _once('fixed', m, _fixed_anew)) for m in hf_models(model) if not all(p.requires_grad for p in m.parameters())]
-    ids = {id(m.get_parameter(n)) for m,ns in marked for n in ns if n in dict(m.named_parameters())}
-    return tuple(n for n,p in model.named_parameters() if id(p) in ids)
+    if not marked:
+        partly = [hf for hf in hf_models(model) if not all(p.requires_grad for p in hf.parameters())]
+        marked = [(hf, _once('fixed', hf, _fixed_by_class)) for hf in partly]
+    ids = {id(m.get_parameter(n)) for m, names in marked for n in names if n in dict(m.named_parameters())}
+    return tuple(n for n, p in model.named_parameters() if id(p) in ids)

@@ -8,29 +8,30 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.layer_groups.html.md"""
 __all__ = ['LayerGroup', 'layer_range', 'param_kind', 'layer_groups', 'merge_groups', 'layer_splitter', 'ParamLists',
            'freeze_params', 'LayerFreezer', 'frozen_modules']
 
-# %% ../../nbs/205_models.layer_groups.ipynb #43bc5a54
-from collections import defaultdict
+# %% ../../nbs/205_models.layer_groups.ipynb #71a4072b
 from dataclasses import dataclass, field
-from os.path import commonprefix
 import pandas as pd, torch
 from torch import nn
 from fastcore.all import patch
 from fastai.learner import Learner
 from ..core import FastaiTLError
-from .execution_order import Work, execution_order, fixed_parameters
+from .execution_order import fixed_parameters
+from .layer_stacks import all_names, has_params, inside, is_embedding, is_stack, model_layout
 
-# %% ../../nbs/205_models.layer_groups.ipynb #8dab62c4
+# %% ../../nbs/205_models.layer_groups.ipynb #79ad0d51
 @dataclass
 class LayerGroup:
-    "Parameters that are frozen, thawed and given a rate together"
+    "Parameters that are frozen, unfrozen and given a learning rate together"
     name:str # `embeddings`, `layer.0`, …, `head`
     params:list = field(default_factory=list, repr=False) # The parameters, each in one group only
     names:list = field(default_factory=list) # Their names in `model.named_parameters()`
-    kinds:list = field(default_factory=list, repr=False) # Their kinds: embedding, attention, ffn, recurrent, weight, norm, bias or head
+    kinds:list = field(default_factory=list, repr=False) # Their kinds, see `param_kind`
     @property
-    def numel(self): "Number of weights"; return sum(p.numel() for p in self.params)
+    def numel(self):
+        "Number of weights"
+        return sum(p.numel() for p in self.params)
 
-# %% ../../nbs/205_models.layer_groups.ipynb #57e1e23b
+# %% ../../nbs/205_models.layer_groups.ipynb #0d0b89e9
 def layer_range(
     groups # Neighbouring `LayerGroup`s, or their names, bottom to top
 ) -> str: # `layer.0`, or `layer.0 – layer.3`; an empty string for none
@@ -38,320 +39,236 @@ def layer_range(
     names = [getattr(g, 'name', g) for g in groups]
     return ' – '.join(dict.fromkeys(names[:1] + names[-1:]))
 
-# %% ../../nbs/205_models.layer_groups.ipynb #567d60b3
-def _own(m): return any(True for _ in m.parameters())
-def _is_block(m): return isinstance(m, nn.RNNBase) or any(_own(c) for c in m.children())
-
-def _is_stack(m, sequential):
-    kids = [c for c in m.children() if _own(c)]
-    if isinstance(m, nn.ModuleList): return bool(kids) and all(_is_block(c) for c in kids)
-    if not (sequential and isinstance(m, nn.Sequential)): return False
-    return len(kids)>=3 and all(_is_block(c) for c in kids) and len({type(c) for c in kids})==1
-
-# %% ../../nbs/205_models.layer_groups.ipynb #ceb93e43
-def _find_stacks(model, sequential=False):
-    "Paths of the outermost stacks of `model`, mapped to their blocks"
-    res = {}
-    def walk(m, path):
-        if _is_stack(m, sequential):
-            blocks = [(f'{path}.{n}'.lstrip('.'), c) for n,c in m.named_children() if _own(c)]
-            if all(isinstance(c, nn.ModuleList) for _,c in blocks): # a list of lists, as Funnel has
-                blocks = [(f'{p}.{n}', b) for p,c in blocks for n,b in c.named_children()]
-            res[path] = blocks
-        else:
-            for n,c in m.named_children(): walk(c, f'{path}.{n}' if path else n)
-    walk(model, '')
-    return res
-
-# %% ../../nbs/205_models.layer_groups.ipynb #5cc0aa38
-_attention = ('attn', 'attention')
-_state_space = ('A_log', 'D') # decay rates and skips of Mamba's kind, which its authors do not decay
-def _is_embedding(m): return isinstance(m, (nn.Embedding, nn.EmbeddingBag)) or type(m).__name__.endswith('Embedding')
+# %% ../../nbs/205_models.layer_groups.ipynb #85470a47
+_ATTENTION = ('attn', 'attention')
+_STATE_SPACE = ('A_log', 'D') # decay rates and skip connections of Mamba models, which their authors do not decay
 
 def param_kind(
     owner:nn.Module, # The module that holds the parameter
     name:str, # The parameter's full name
     p:torch.Tensor, # The parameter
-    head:bool=False, # Is it in the model's head?
-    block:bool=False # Is it in a block of a stack?
+    head:bool=False, # Whether it is in the model's head
+    block:bool=False # Whether it is in a block of a stack
 ) -> str: # embedding, attention, ffn, recurrent, weight, norm, bias or head
-    "The kind of a parameter, by the module that owns it"
+    "Return the kind of a parameter, by the module that owns it"
     leaf = name.split('.')[-1]
-    if _is_embedding(owner) and 'bias' not in leaf and p.ndim>1: return 'embedding'
-    if 'norm' in type(owner).__name__.lower(): return 'norm'
-    if leaf.startswith('bias') or leaf.endswith('bias') or p.ndim<2 or leaf in _state_space: return 'bias'
-    if head: return 'head'
-    if isinstance(owner, nn.RNNBase) or leaf.endswith('_raw'): return 'recurrent'
-    if any(o in name.lower() for o in _attention): return 'attention'
+    if is_embedding(owner) and 'bias' not in leaf and p.ndim > 1:
+        return 'embedding'
+    if 'norm' in type(owner).__name__.lower():
+        return 'norm'
+    if leaf.startswith('bias') or leaf.endswith('bias') or p.ndim < 2 or leaf in _STATE_SPACE:
+        return 'bias'
+    if head:
+        return 'head'
+    if isinstance(owner, nn.RNNBase) or leaf.endswith('_raw'):
+        return 'recurrent'
+    if any(o in name.lower() for o in _ATTENTION):
+        return 'attention'
     return 'ffn' if block else 'weight'
 
-# %% ../../nbs/205_models.layer_groups.ipynb #be51e8ea
-def _inside(name, paths):
-    "The one of `paths` that the parameter `name` lies in, or `None`"
-    parts = name.split('.')
-    return next((o for o in ('.'.join(parts[:i]) for i in range(1, len(parts))) if o in paths), None)
-
-def _sequence(stacks, uses):
-    "The blocks of all stacks by first use; an unused one follows its predecessor"
-    first,res = {b: t for t,b in reversed(list(enumerate(uses)))},[]
-    for blocks in stacks.values():
-        t = -1
-        for p,_ in blocks:
-            t = first.get(p, t)
-            res.append((t, p))
-    return [p for _,p in sorted(res, key=lambda o: o[0])]
-
-# %% ../../nbs/205_models.layer_groups.ipynb #da6b9a37
-def _companions(model, stacks):
-    "Lists of loose modules beside a stack, and as long as it"
-    res = {}
-    for path,m in model.named_modules():
-        if not isinstance(m, nn.ModuleList) or path in stacks or len(m)<2 or not all(_own(c) for c in m): continue
-        if any(s.rpartition('.')[0]==path.rpartition('.')[0] and len(bl)==len(m) for s,bl in stacks.items()): res[path] = [(f'{path}.{n}', c) for n,c in m.named_children()]
-    return res
-
-def _joined_stacks(stacks, seq):
-    "Lists of stacks: several if they lie side by side and take turns in `seq`, else one"
-    index,res = {p: (s,i) for s,bl in stacks.items() for i,(p,_) in enumerate(bl)},[]
-    def together(a, b):
-        if a.rpartition('.')[0]!=b.rpartition('.')[0] or len(stacks[a])!=len(stacks[b]) or len(stacks[a])<2: return False
-        turns = [i for s,i in map(index.get, seq) if s in (a,b)]
-        return turns==sorted(turns)
-    for s in stacks:
-        found = next((ss for ss in res if together(ss[0], s)), None)
-        if found: found.append(s)
-        else: res.append([s])
-    return res
-
-# %% ../../nbs/205_models.layer_groups.ipynb #a05f5dd3
-def _layers(stacks, uses, companions=()):
-    "`(name, paths)` of the layer groups' blocks, bottom to top"
-    seq = _sequence(stacks, uses)
-    joined = [ss for ss in _joined_stacks(stacks, seq) if ss[0] not in companions]
-    for k in range(1 if len(joined)==1 else 2, 9): # as much of the path as tells the stacks apart
-        tails = ['.'.join(ss[0].split('.')[-k:]) for ss in joined]
-        if len(set(tails))==len(tails): break
-    res = [(f'{t}.{i}'.lstrip('.'), [stacks[s][i][0] for s in ss]) for t,ss in zip(tails, joined) for i in range(len(stacks[ss[0]]))]
-    return sorted(res, key=lambda o: seq.index(o[1][0]))
-
-# %% ../../nbs/205_models.layer_groups.ipynb #a8994d6e
-def _nearest(names, stacks):
-    "The stacks whose paths share most with one of `names`"
-    near = {s: max(len(commonprefix([n.split('.'), s.split('.')])) for n in names) for s in stacks}
-    return [s for s in near if near[s]==max(near.values())]
-
-# %% ../../nbs/205_models.layer_groups.ipynb #853825c8
-def _registered_at(model, number, n):
-    "Positions of all loose parameters by registration: `{name: position}`"
-    res,i = {},0
-    for path,m in model.named_modules(remove_duplicate=False):
-        for k in m._parameters:
-            name = f'{path}.{k}'.lstrip('.')
-            block = _inside(name, number)
-            if block: i = number[block]
-            elif _is_embedding(m): res[name] = 0
-            elif i==0: res[name] = n+1 if path.split('.')[-1].startswith('final') else 0
-            else: res[name] = n+1 if i==n else i
-    return res
-
-# %% ../../nbs/205_models.layer_groups.ipynb #44d41b60
-def _stack_layout(model, stacks):
-    "Names of the groups, the positions of each parameter by its name, and the paths of the blocks"
-    names,uses = _all_names(model),execution_order(model)
-    beside = _companions(model, stacks) if uses else {}
-    inside = _inside_of(names, {**stacks, **beside})
-    layers = _layers({**stacks, **beside}, [_only(inside[u.name]) for u in uses], beside)
-    number = {p: i for i,(_,ps) in enumerate(layers, 1) for p in ps}
-    inside = {k: {b if b in number else None for b in bs} for k,bs in inside.items()}
-    work = Work(uses, [number.get(_only(inside[u.name])) for u in uses])
-    reg,pos = _registered_at(model, number, len(layers)),{}
-    for k,ns in names.items():
-        near = {number[p] for s in _nearest(ns, stacks) for p,_ in stacks[s]}
-        loose = work.positions(k, len(layers), near, embedding=_in_embedding(model, ns)) if None in inside[k] and work.busy else set()
-        pos[k] = {number[b] for b in inside[k] if b} | (loose or {reg[n] for n in ns if n in reg})
-    return ['embeddings', *(n for n,_ in layers), 'head'],pos,set(number)
-
-# %% ../../nbs/205_models.layer_groups.ipynb #4244c304
-def _only(blocks): return next(iter(blocks)) if len(blocks)==1 else None # a parameter that several blocks share tells nothing about their order
-
-def _in_embedding(model, names): return any(_is_embedding(model.get_submodule(n.rpartition('.')[0])) for n in names)
-
-def _inside_of(names, stacks):
-    paths = {p for bl in stacks.values() for p,_ in bl}
-    return {k: {_inside(n, paths) for n in ns} for k,ns in names.items()}
-
-def _all_names(model):
-    "All names of each parameter, by the name that `named_parameters` gives it"
-    res = defaultdict(list)
-    for n,p in model.named_parameters(remove_duplicate=False): res[id(p)].append(n)
-    return {n: res[id(p)] for n,p in model.named_parameters()}
-
-# %% ../../nbs/205_models.layer_groups.ipynb #4370cfa1
-def _children_layout(model):
-    "The same for a model without a stack: groups are the children of the first module that has several"
-    m,path = model,''
-    while True:
-        kids = [(n,c) for n,c in m.named_children() if _own(c)]
-        if len(kids)!=1 or m._parameters: break
-        path,m = f'{path}.{kids[0][0]}'.lstrip('.'),kids[0][1]
-    paths = [path] + [f'{path}.{n}'.lstrip('.') for n,_ in kids]
-    pos = {k: {paths.index(_inside(n, paths[1:]) or path) for n in ns} for k,ns in _all_names(model).items()}
-    return [p or 'model' for p in paths],pos,()
-
-# %% ../../nbs/205_models.layer_groups.ipynb #9bead47f
+# %% ../../nbs/205_models.layer_groups.ipynb #96b6df82
 def layer_groups(
     model:nn.Module, # Any PyTorch model, or a fastai Learner's `model`
     tied:str='head' # Where an output layer that shares the input embedding goes: `head`, or `embeddings`
 ) -> list: # `LayerGroup`s, bottom to top; each parameter that is not fixed is in exactly one
-    "The layer groups of `model`, by its structure and the order in which it works"
-    if tied not in ('head','embeddings'): raise FastaiTLError("`tied` must be 'head' or 'embeddings'", repr(tied))
-    stacks = _find_stacks(model) or _find_stacks(model, sequential=True)
-    names,pos,blocks = _stack_layout(model, stacks) if stacks else _children_layout(model)
-    groups = [LayerGroup(n) for n in names]
-    _fill(groups, model, pos, blocks, tied)
-    if blocks: _drop_norm_head(groups, pos)
+    "Split `model` into layer groups, by its structure and the order in which it works"
+    if tied not in ('head', 'embeddings'):
+        raise FastaiTLError("`tied` must be 'head' or 'embeddings'", repr(tied))
+    layout = model_layout(model)
+    groups = [LayerGroup(name) for name in layout.names]
+    _fill(groups, model, layout, tied)
+    if layout.blocks:
+        _drop_norm_head(groups, layout.positions)
     return [g for g in groups if g.params]
 
-# %% ../../nbs/205_models.layer_groups.ipynb #9c31527d
-def _fill(groups, model, pos, blocks, tied):
-    "Put the parameters of `model` into `groups`, shared ones once, fixed ones nowhere"
-    last,fixed,names = len(groups)-1,set(fixed_parameters(model)),_all_names(model)
-    for name,p in model.named_parameters():
-        if name in fixed: continue
+# %% ../../nbs/205_models.layer_groups.ipynb #ec7826d2
+def _fill(groups, model, layout, tied):
+    "Put the parameters of `model` into `groups`: shared ones once, fixed ones nowhere"
+    last = len(groups)-1
+    fixed = set(fixed_parameters(model))
+    names = all_names(model)
+    for name, p in model.named_parameters():
+        if name in fixed:
+            continue
         owners = [model.get_submodule(n.rpartition('.')[0]) for n in names[name]]
-        owner = next((o for o in owners if _is_embedding(o)), owners[0])
-        g = groups[last if tied=='head' and _is_embedding(owner) and last in pos[name] else min(pos[name])]
-        g.params.append(p); g.names.append(name)
-        g.kinds.append(param_kind(owner, name, p, head=g.name=='head', block=_inside(name, blocks) is not None))
+        owner = next((o for o in owners if is_embedding(o)), owners[0])
+        positions = layout.positions[name]
+        with_head = tied == 'head' and is_embedding(owner) and last in positions
+        group = groups[last if with_head else min(positions)]
+        group.params.append(p)
+        group.names.append(name)
+        in_block = inside(name, layout.blocks) is not None
+        group.kinds.append(param_kind(owner, name, p, head=group.name == 'head', block=in_block))
 
-def _drop_norm_head(groups, pos):
-    "Let norms that are all there is after the last block go with it"
-    *_,block,head = groups
-    if set(head.kinds)!={'norm'} or any(len(groups)-1 in at and n not in head.names for n,at in pos.items()): return
-    for a in ('params','names','kinds'): getattr(block, a).extend(getattr(head, a)); getattr(head, a).clear()
+def _drop_norm_head(groups, positions):
+    "Move a head that has nothing but norms to the last block"
+    *_, block, head = groups
+    top = len(groups)-1
+    shares = any(top in at and name not in head.names for name, at in positions.items())
+    if set(head.kinds) != {'norm'} or shares:
+        return
+    for part in ('params', 'names', 'kinds'):
+        getattr(block, part).extend(getattr(head, part))
+        getattr(head, part).clear()
 
-# %% ../../nbs/205_models.layer_groups.ipynb #d8dbe293
+# %% ../../nbs/205_models.layer_groups.ipynb #22e7f306
+def _joined(groups):
+    if len(groups) == 1:
+        return groups[0]
+    parts = [[o for g in groups for o in getattr(g, part)] for part in ('params', 'names', 'kinds')]
+    return LayerGroup(layer_range(groups), *parts)
+
 def merge_groups(
     groups:list, # From `layer_groups`
     n_groups:int # How many to make of them, the head included
 ) -> list: # `n_groups` new `LayerGroup`s
     "Join neighbouring groups; the top group stays as it is"
-    if not 1<=n_groups<=len(groups): raise FastaiTLError(f'`n_groups` must be between 1 and {len(groups)}, the number of layer groups', str(n_groups))
-    if n_groups==len(groups): return groups
-    if n_groups==1: return [_joined(groups)]
-    low = 1 if groups[0].name=='embeddings' and len(groups)-2>=n_groups-1 else 0
-    body,k = groups[low:-1],n_groups-1
-    cuts = [round(i*len(body)/k) for i in range(k+1)]
-    parts = [body[a:b] for a,b in zip(cuts, cuts[1:])]
+    if not 1 <= n_groups <= len(groups):
+        raise FastaiTLError(f'`n_groups` must be between 1 and {len(groups)}, the number of layer groups',
+                            str(n_groups))
+    if n_groups == len(groups):
+        return groups
+    if n_groups == 1:
+        return [_joined(groups)]
+    with_embeddings = groups[0].name == 'embeddings' and len(groups)-2 >= n_groups-1
+    low = 1 if with_embeddings else 0
+    body = groups[low:-1]
+    cuts = [round(i*len(body)/(n_groups-1)) for i in range(n_groups)]
+    parts = [body[a:b] for a, b in zip(cuts, cuts[1:])]
     parts[0] = groups[:low] + parts[0]
     return [_joined(p) for p in parts] + groups[-1:]
 
-def _joined(gs):
-    if len(gs)==1: return gs[0]
-    return LayerGroup(layer_range(gs), *[sum((getattr(g,a) for g in gs), []) for a in ('params','names','kinds')])
-
-# %% ../../nbs/205_models.layer_groups.ipynb #cba8d1cf
+# %% ../../nbs/205_models.layer_groups.ipynb #3d59b722
 class layer_splitter:
-    "A fastai `splitter` of layer groups that also tells the optimizer what each parameter is"
+    "A fastai `splitter` of layer groups that also gives the optimizer the kind of each parameter"
     def __init__(self,
-        n_groups:int|None=None, # Merge neighbours into so many groups; all if `None`
+        n_groups:int|None=None, # Merge neighbours into this number of groups; no merging if `None`
         tied:str='head' # See `layer_groups`
-    ): self.n_groups,self.tied = n_groups,tied
+    ):
+        self.n_groups = n_groups
+        self.tied = tied
     def groups(self,
         model:nn.Module # The model to split
     ) -> list: # `LayerGroup`s
-        "The layer groups behind the split of `model`"
-        gs = layer_groups(model, self.tied)
-        return gs if self.n_groups is None else merge_groups(gs, self.n_groups)
-    def __call__(self, model): return ParamLists(self.groups(model))
-    def __repr__(self): return f'layer_splitter(n_groups={self.n_groups}, tied={self.tied!r})'
+        "Return the layer groups behind the split of `model`"
+        groups = layer_groups(model, self.tied)
+        return groups if self.n_groups is None else merge_groups(groups, self.n_groups)
+    def __call__(self, model):
+        return ParamLists(self.groups(model))
+    def __repr__(self):
+        return f'layer_splitter(n_groups={self.n_groups}, tied={self.tied!r})'
 
-# %% ../../nbs/205_models.layer_groups.ipynb #f347a997
+# %% ../../nbs/205_models.layer_groups.ipynb #6972a349
 class ParamLists(list):
     "Lists of parameters, one a group, with `names` of the groups and `kinds` of the parameters"
     def __init__(self,
         groups:list # `LayerGroup`s
     ):
         super().__init__(list(g.params) for g in groups)
-        self.names,self.kinds = [g.name for g in groups],[list(g.kinds) for g in groups]
+        self.names = [g.name for g in groups]
+        self.kinds = [list(g.kinds) for g in groups]
 
-# %% ../../nbs/205_models.layer_groups.ipynb #7d0b3c2f
+# %% ../../nbs/205_models.layer_groups.ipynb #eb93ae65
 def freeze_params(
     params, # Parameters
-    frozen:bool=True # Freeze them, or thaw them
+    frozen:bool=True # Freeze them, or unfreeze them
 ):
-    "Set `requires_grad`, and drop the gradient of what is frozen so that no optimizer moves it"
+    "Set `requires_grad`, and drop the gradients of frozen parameters so that no optimizer moves them"
     for p in params:
         p.requires_grad_(not frozen)
-        if frozen: p.grad = None
+        if frozen:
+            p.grad = None
 
-# %% ../../nbs/205_models.layer_groups.ipynb #b4d9137c
+# %% ../../nbs/205_models.layer_groups.ipynb #8d2ec253
 class LayerFreezer:
-    "Freeze and thaw the layer groups of `model`"
+    "Freeze and unfreeze the layer groups of `model`"
     def __init__(self,
         model:nn.Module, # Any model
-        n_groups:int|None=None # Merge neighbouring layers into so many groups
+        n_groups:int|None=None # Merge neighbouring layers into this number of groups
     ):
-        self.model,self.layers = model,layer_splitter(n_groups).groups(model)
+        self.model = model
+        self.layers = layer_splitter(n_groups).groups(model)
         self.num_layers = len(self.layers)
-    def freeze_all(self): "Freeze every layer"; self.freeze_to(self.num_layers)
-    def unfreeze_all(self): "Thaw every layer"; self.freeze_to(0)
+
+    def freeze_all(self):
+        "Freeze every layer"
+        self.freeze_to(self.num_layers)
+
+    def unfreeze_all(self):
+        "Unfreeze every layer"
+        self.freeze_to(0)
+
     def freeze_to(self,
         layer_idx:int # The lowest layer that trains; negative numbers count from the top, so -1 is the head alone
     ):
-        "Freeze the layers below `layer_idx` and thaw the rest"
-        i = layer_idx if layer_idx>=0 else self.num_layers+layer_idx
-        if not 0<=i<=self.num_layers:
-            raise FastaiTLError(f'A layer index of this model lies between {-self.num_layers} and {self.num_layers}', str(layer_idx))
-        for j,g in enumerate(self.layers): freeze_params(g.params, frozen=j<i)
+        "Freeze the layers below `layer_idx` and unfreeze the rest"
+        lowest = layer_idx if layer_idx >= 0 else self.num_layers+layer_idx
+        if not 0 <= lowest <= self.num_layers:
+            raise FastaiTLError(f'A layer index of this model must be between {-self.num_layers} and {self.num_layers}',
+                                str(layer_idx))
+        for i, group in enumerate(self.layers):
+            freeze_params(group.params, frozen=i < lowest)
 
-# %% ../../nbs/205_models.layer_groups.ipynb #ecf24667
-@patch
-def trainable_params(self:LayerFreezer) -> list: # Parameters, for an optimizer
-    "The parameters that train now"
-    return [p for p in self.model.parameters() if p.requires_grad]
+    def trainable_params(self) -> list: # Parameters, for an optimizer
+        "Return the parameters that train now"
+        return [p for p in self.model.parameters() if p.requires_grad]
 
-@patch
-def print_trainable_params(self:LayerFreezer):
-    "Print how many parameters there are and how many train"
-    total,train = (sum(p.numel() for p in ps) for ps in (self.model.parameters(), self.trainable_params()))
-    print(f'total parameters: {total:,}\ntrainable parameters: {train:,}\ntrainable share: {100*train/total:.2f}%')
+    def print_trainable_params(self):
+        "Print how many parameters there are and how many train"
+        total = sum(p.numel() for p in self.model.parameters())
+        train = sum(p.numel() for p in self.trainable_params())
+        print(f'total parameters: {total:,}')
+        print(f'trainable parameters: {train:,}')
+        print(f'trainable share: {100*train/total:.2f}%')
 
-# %% ../../nbs/205_models.layer_groups.ipynb #4e5e9f9e
-def _frozen(m): return _own(m) and not any(p.requires_grad for p in m.parameters())
+# %% ../../nbs/205_models.layer_groups.ipynb #a6d14b4e
+def _is_frozen(module):
+    return has_params(module) and not any(p.requires_grad for p in module.parameters())
 
-def _beside(m, stack):
-    "Modules without parameters beside a stack in `m` that are frozen along with its lower blocks"
-    blocks = [_frozen(b) for b in stack.children()]
-    for c in m.children():
-        if _own(c) or c is stack: continue
-        if isinstance(c, nn.ModuleList) and len(c)==len(blocks): yield from (d for d,f in zip(c, blocks) if f)
-        elif not len(list(c.children())) and blocks[0]: yield c
+def _frozen_dropouts(module, stack):
+    "Children of `module` without parameters that are frozen along with the lower blocks of its `stack`"
+    blocks = [_is_frozen(b) for b in stack.children()]
+    for child in module.children():
+        if has_params(child) or child is stack:
+            continue
+        if isinstance(child, nn.ModuleList) and len(child) == len(blocks):
+            yield from (dropout for dropout, frozen in zip(child, blocks) if frozen)
+        elif not len(list(child.children())) and blocks[0]:
+            yield child
 
 def frozen_modules(
     model:nn.Module # Any model, part of it frozen
 ) -> list: # The largest modules of which no parameter trains
-    "What to put into eval mode so that frozen layers compute as in prediction"
-    if _frozen(model): return [model]
+    "Find the modules to put into eval mode so that frozen layers compute as in prediction"
+    if _is_frozen(model):
+        return [model]
     res = []
-    for c in model.children():
-        res += frozen_modules(c)
-        if _is_stack(c, sequential=False): res += _beside(model, c)
+    for child in model.children():
+        res += frozen_modules(child)
+        if is_stack(child):
+            res += _frozen_dropouts(model, child)
     return res
 
-# %% ../../nbs/205_models.layer_groups.ipynb #b30eb82a
-def _group_of(ps, named):
-    "Names of the layer groups that the parameters `ps` come from, lowest first"
-    return list(dict.fromkeys(named[id(p)] for p in ps if id(p) in named))
+# %% ../../nbs/205_models.layer_groups.ipynb #89db2cca
+def _groups_and_hypers(learn):
+    "The parameters of each group and its hyper-parameters; a Learner without an optimizer stays without one"
+    had_opt = learn.opt is not None
+    if not had_opt:
+        learn.create_opt()
+    res = list(zip(learn.opt.param_lists, learn.opt.hypers))
+    if not had_opt:
+        learn.opt = None
+    return res
 
 @patch
 def layer_table(self:Learner) -> pd.DataFrame: # group | layers | params | trainable | lr | wd
-    "One row a parameter group: its layers, size, what trains, rate and weight decay"
-    if self.opt is None: self.create_opt()
-    named = {id(p): g.name for g in layer_groups(self.model) for p in g.params}
+    "Show one row a parameter group: its layers, size, what trains, rate and weight decay"
+    group_of = {id(p): g.name for g in layer_groups(self.model) for p in g.params}
     rows = []
-    for i,(ps,h) in enumerate(zip(self.opt.param_lists, self.opt.hypers)):
-        layers = _group_of(ps, named)
-        rows.append(dict(group=i, layers=layer_range(layers),
-                         params=sum(p.numel() for p in ps), trainable=sum(p.numel() for p in ps if p.requires_grad), lr=h.get('lr'), wd=h.get('wd')))
+    for i, (params, hyper) in enumerate(_groups_and_hypers(self)):
+        layers = list(dict.fromkeys(group_of[id(p)] for p in params if id(p) in group_of))
+        size = sum(p.numel() for p in params)
+        trainable = sum(p.numel() for p in params if p.requires_grad)
+        rows.append(dict(group=i, layers=layer_range(layers), params=size, trainable=trainable, lr=hyper.get('lr'),
+                         wd=hyper.get('wd')))
     return pd.DataFrame(rows).set_index('group')
