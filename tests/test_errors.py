@@ -8,7 +8,7 @@ from hypothesis import example, given, settings, strategies as st
 from scipy import stats
 
 from fastai_tl.core import DataError, FastaiTLError, seed_everything
-from fastai_tl.data.near_duplicates import _ngrams, _plain, near_duplicates
+from fastai_tl.data.near_duplicates import char_ngrams, comparable_text, near_duplicates
 from fastai_tl.evaluation.error_analysis import overused_words, text_words
 from fastai_tl.evaluation.report import Evaluation
 
@@ -131,7 +131,7 @@ def test_near_duplicates_follow_their_definition(seed, threshold):
         w = t.split()
         for _ in range(rng.randint(0, 3)): w[rng.randrange(len(w))] = rng.choice(WORDS)
         a.append(rng.choice([str.upper, str.title, lambda s: s.replace(' ', ', ', 1)+'!'])(' '.join(w)))
-    grams = [[set(_ngrams(_plain(t), 5).tolist()) for t in o] for o in (a, b)]
+    grams = [[set(char_ngrams(comparable_text(t), 5).tolist()) for t in o] for o in (a, b)]
     true = np.array([[len(x & y)/len(x | y) for y in grams[1]] for x in grams[0]])
     got = near_duplicates(a, b, threshold)
     np.testing.assert_allclose(got.similarity, true[got.row, got.other])
@@ -145,7 +145,7 @@ def test_recall_at_the_threshold():
     while len(pairs) < 300:
         t = sentence(rng, 40).split(); u = t.copy()
         for i in rng.sample(range(40), 4): u[i] = rng.choice(WORDS)
-        x, y = (set(_ngrams(_plain(' '.join(o)), 5).tolist()) for o in (t, u))
+        x, y = (set(char_ngrams(comparable_text(' '.join(o)), 5).tolist()) for o in (t, u))
         if .7 <= len(x & y)/len(x | y) < .74: pairs.append((' '.join(t), ' '.join(u)))
     found = near_duplicates([a for a, _ in pairs], [b for _, b in pairs], .7)
     assert (found.row == found.other).sum() >= 294
@@ -158,7 +158,7 @@ def test_exact_copies_are_always_found():
     for threshold in (.5, .7, 1):
         t = near_duplicates([b[i] for i in rows], b, threshold)
         assert len(t) == 300 and (t.similarity == 1).all()
-        assert [_plain(b[i]) for i in t.other] == [_plain(b[rows[i]]) for i in t.row]
+        assert [comparable_text(b[i]) for i in t.other] == [comparable_text(b[rows[i]]) for i in t.row]
 
 
 def test_chinese_near_duplicates():

@@ -1,4 +1,4 @@
-"""Labels of a text: one class, several classes, or a value
+"""Labels of texts: one class, several classes, or a value
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.labels.html.md"""
 
@@ -7,48 +7,75 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.labels.html.md"""
 # %% auto #0
 __all__ = ['check_labels']
 
-# %% ../../nbs/109_data.labels.ipynb #7311d8a3
+# %% ../../nbs/109_data.labels.ipynb #059fd1e9
 import numpy as np
 from fastcore.all import L
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode, RegressionSetup
 from ..core import DataError, shorten, unknown_option
-from .tables import is_missing
 from .spec import CLASSIFICATION_TASKS
+from .tables import is_missing
 
-# %% ../../nbs/109_data.labels.ipynb #765ae9aa
+# %% ../../nbs/109_data.labels.ipynb #ce92109b
 def check_labels(
-    labels, # One a text
-    index=None, # Names of the rows for messages
-    task:str|None=None, # `classification`, `multilabel` or `regression`; found out if `None`
-    label_delim:str|None=None # Cut strings into several labels here
+    labels, # One for each text
+    index=None, # Row names for messages; `None`: counted from 0
+    task:str|None=None, # `classification`, `multilabel` or `regression`; `None`: inferred from the labels
+    label_delim:str|None=None # Separator of several labels in one string
 ) -> tuple: # The labels, cut and converted, and the task
-    "Refuse missing labels, and convert the rest"
+    "Check labels, convert them and return them with their task"
     labels = list(labels)
-    rows = list(index) if index is not None else list(range(len(labels)))
-    missing = [r for r,l in zip(rows, labels) if is_missing(l)]
-    if missing and task!='multilabel' and label_delim is None:
-        raise DataError('Each text needs a label', f'none in row {shorten(missing)}', 'Drop those rows, or keep their texts for the language model (`finetune_lm`)')
-    if task is None: task = _guess_task(labels, label_delim)
-    if task not in CLASSIFICATION_TASKS: raise unknown_option('task', task, CLASSIFICATION_TASKS)
-    if task=='multilabel': return [_label_list(l, label_delim) for l in labels],task
-    if task=='classification': return labels,task
-    if endless := [r for r,l in zip(rows, labels) if isinstance(l, (float,np.floating)) and np.isinf(l)]: raise DataError('Targets of a regression must be finite', f'others in row {shorten(endless)}')
-    try: labels = [float(l) for l in labels]
-    except (TypeError, ValueError): raise DataError('Targets of a regression must be numbers', shorten([repr(l) for l in labels if not isinstance(l, (int,float))], 3)) from None
-    return labels,task
+    rows = list(range(len(labels)) if index is None else index)
+    missing = [row for row, label in zip(rows, labels) if is_missing(label)]
+    if missing and task != 'multilabel' and label_delim is None:
+        raise DataError('Each text needs a label', f'none in row {shorten(missing)}',
+                        'Drop those rows, or keep their texts for the language model (`finetune_lm`)')
+    if task is None:
+        task = _infer_task(labels, label_delim)
+    if task not in CLASSIFICATION_TASKS:
+        raise unknown_option('task', task, CLASSIFICATION_TASKS)
+    if task == 'multilabel':
+        labels = [_label_list(label, label_delim) for label in labels]
+    if task == 'regression':
+        labels = _values(labels, rows)
+    return labels, task
 
-# %% ../../nbs/109_data.labels.ipynb #083e8db8
-def _guess_task(labels, label_delim):
-    if label_delim is not None or any(isinstance(l, (list,tuple,set,L,np.ndarray)) for l in labels): return 'multilabel'
-    return 'regression' if any(isinstance(l, (float, np.floating)) and (np.isinf(l) or l!=int(l)) for l in labels) else 'classification'
+# %% ../../nbs/109_data.labels.ipynb #bd21672d
+def _infer_task(labels, label_delim):
+    "Infer the task from how labels look"
+    if label_delim is not None or any(isinstance(o, (list, tuple, set, L, np.ndarray)) for o in labels):
+        return 'multilabel'
+    floats = [o for o in labels if isinstance(o, (float, np.floating))]
+    return 'regression' if any(np.isinf(o) or o != int(o) for o in floats) else 'classification'
 
-def _label_list(l, delim):
-    if is_missing(l): return []
-    if isinstance(l, str): return [o.strip() for o in l.split(delim) if o.strip()] if delim else [l]
-    return [str(o) if not isinstance(o, (str,int)) else o for o in l]
+def _label_list(label, delim):
+    "Return the classes of one text"
+    if is_missing(label):
+        return []
+    if isinstance(label, str):
+        return [part.strip() for part in label.split(delim) if part.strip()] if delim else [label]
+    return [o if isinstance(o, (str, int)) else str(o) for o in label]
 
-# %% ../../nbs/109_data.labels.ipynb #42204f45
-def target_tfms(task, classes):
-    "fastai's transforms for a task"
-    if task=='classification': return [Categorize(vocab=classes, sort=False)]
-    return [MultiCategorize(vocab=classes), OneHotEncode(len(classes))] if task=='multilabel' else [RegressionSetup(c=1)]
+def _values(labels, rows):
+    "Return the values of a regression as floats"
+    infinite = [row for row, o in zip(rows, labels) if isinstance(o, (float, np.floating)) and np.isinf(o)]
+    if infinite:
+        raise DataError('Targets of a regression must be finite', f'others in row {shorten(infinite)}')
+    try:
+        return [float(o) for o in labels]
+    except (TypeError, ValueError):
+        others = [repr(o) for o in labels if not isinstance(o, (int, float))]
+        raise DataError('Targets of a regression must be numbers', shorten(others, 3)) from None
+
+# %% ../../nbs/109_data.labels.ipynb #42c705de
+def label_tfms(
+    task:str, # `classification`, `multilabel` or `regression`
+    classes:list|None # Class names in the order of the model's outputs; `None` for a regression
+) -> list: # fastai's transforms
+    "Return the transforms that turn labels into tensors"
+    if task == 'classification':
+        return [Categorize(vocab=classes, sort=False)]
+    if task == 'multilabel':
+        return [MultiCategorize(vocab=classes), OneHotEncode(len(classes))]
+    return [RegressionSetup(c=1)]
+
+target_tfms = label_tfms # until every caller uses the new name

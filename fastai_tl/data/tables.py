@@ -1,4 +1,4 @@
-"""Texts and columns from tables, files and folders, checked
+"""Read texts and columns from tables, files and folders, and check them
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.tables.html.md"""
 
@@ -7,80 +7,108 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tables.html.md"""
 # %% auto #0
 __all__ = ['check_texts', 'read_table', 'read_folder', 'read_texts']
 
-# %% ../../nbs/106_data.tables.ipynb #414c343c
+# %% ../../nbs/106_data.tables.ipynb #b6e891c1
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import DataError, did_you_mean, shorten
 
-# %% ../../nbs/106_data.tables.ipynb #c6c917eb
-def is_missing(o): "Is it none of what a table can hold: `None`, `pd.NA`, or not a number?"; return o is None or o is pd.NA or (isinstance(o, (float,np.floating)) and o!=o)
+# %% ../../nbs/106_data.tables.ipynb #476e6cd4
+def is_missing(
+    value # A cell of a table
+) -> bool: # `True` for `None`, `pd.NA` and NaN
+    "Return whether a value stands for a missing one"
+    is_nan = isinstance(value, (float, np.floating)) and value != value
+    return value is None or value is pd.NA or is_nan
 
-# %% ../../nbs/106_data.tables.ipynb #83e65e03
+# %% ../../nbs/106_data.tables.ipynb #89e0012d
 def check_texts(
     texts, # An iterable of strings
-    index=None, # Names of the rows for messages; counted from 0 if `None`
-    what:str='text' # What one of them is called in messages
+    index=None, # Row names for messages; `None`: counted from 0
+    what:str='text' # What messages call one of them
 ) -> list: # The texts, as a list of `str`
-    "Refuse missing, blank and non-string texts, naming their rows"
-    if isinstance(texts, (str, bytes)): raise DataError(f'A list of {what}s is needed', f'one {type(texts).__name__}', 'Put it into a list')
+    "Return `texts` as a list; raise an error that names the rows of missing, blank and non-string texts"
+    if isinstance(texts, (str, bytes)):
+        raise DataError(f'A list of {what}s is needed', f'one {type(texts).__name__}', 'Put it into a list')
     texts = list(texts)
-    rows = list(index) if index is not None else list(range(len(texts)))
-    missing = [r for r,t in zip(rows, texts) if is_missing(t)]
-    if missing: raise DataError(f'Each {what} must be a string', f'a missing one in row {shorten(missing)}', 'Drop or fill those rows first')
-    other = [r for r,t in zip(rows, texts) if not isinstance(t, str)]
-    if other: raise DataError(f'Each {what} must be a string', f'a {type(texts[rows.index(other[0])]).__name__} in row {shorten(other)}', 'Convert them with `str`')
-    blank = [r for r,t in zip(rows, texts) if not t.strip()]
-    if blank: raise DataError(f'Each {what} must have some characters', f'a blank one in row {shorten(blank)}', 'Drop those rows first')
-    if not texts: raise DataError(f'At least one {what} is needed', 'none')
+    rows = list(range(len(texts)) if index is None else index)
+    problem = f'Each {what} must be a string'
+    if missing := [row for row, text in zip(rows, texts) if is_missing(text)]:
+        raise DataError(problem, f'a missing one in row {shorten(missing)}', 'Drop or fill those rows first')
+    if others := [(row, type(text).__name__) for row, text in zip(rows, texts) if not isinstance(text, str)]:
+        got = f'a {others[0][1]} in row {shorten(row for row, _ in others)}'
+        raise DataError(problem, got, 'Convert them with `str`')
+    if blank := [row for row, text in zip(rows, texts) if not text.strip()]:
+        raise DataError(f'Each {what} must have some characters', f'a blank one in row {shorten(blank)}',
+                        'Drop those rows first')
+    if not texts:
+        raise DataError(f'At least one {what} is needed', 'none')
     return texts
 
-# %% ../../nbs/106_data.tables.ipynb #f82bdae7
+# %% ../../nbs/106_data.tables.ipynb #d4a72551
+_readers = {
+    '.csv': pd.read_csv,
+    '.tsv': lambda path, **kwargs: pd.read_csv(path, **{'sep': '\t', **kwargs}),
+    '.parquet': pd.read_parquet,
+    '.jsonl': lambda path, **kwargs: pd.read_json(path, **{'lines': True, **kwargs})}
+
 def read_table(
     path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file
     **kwargs # More for pandas' reader
 ) -> pd.DataFrame:
-    "Read a table of texts by its ending"
+    "Read a table of texts with the pandas reader for the file's ending"
     path = Path(path)
-    if not path.exists(): raise DataError(f'{path} must be a file', 'nothing there')
-    readers = {'.csv': pd.read_csv, '.tsv': lambda p, **k: pd.read_csv(p, sep='\t', **k), '.parquet': pd.read_parquet, '.jsonl': lambda p, **k: pd.read_json(p, lines=True, **k)}
-    if path.suffix not in readers: raise DataError(f'A table must end in {shorten(readers)}', path.name)
-    try: return readers[path.suffix](path, **kwargs)
-    except (ValueError, OSError) as e: raise DataError(f'{path} must be a readable {path.suffix[1:]} file', str(e).splitlines()[0]) from e
+    if not path.exists():
+        raise DataError(f'{path} must be a file', 'nothing there')
+    if path.suffix not in _readers:
+        raise DataError(f'A table must end in {shorten(_readers)}', path.name)
+    try:
+        return _readers[path.suffix](path, **kwargs)
+    except (ValueError, OSError) as e:
+        raise DataError(f'{path} must be a readable {path.suffix[1:]} file', str(e).splitlines()[0]) from e
 
-# %% ../../nbs/106_data.tables.ipynb #19010cb3
+# %% ../../nbs/106_data.tables.ipynb #663e5f98
 def column(
     df:pd.DataFrame, # A table
-    name # The column's name, or its position
+    name # Name of the column, or its position
 ) -> pd.Series: # The column
-    "A column, or an error that says which there are"
-    if isinstance(name, (int, np.integer)) and name not in df.columns and -df.shape[1]<=name<df.shape[1]: return df.iloc[:,name]
-    if name not in df.columns: raise DataError(f'The table must have a column {name!r}', f'columns {shorten(df.columns, 12)}', did_you_mean(name, df.columns))
-    return df[name]
+    "Return a column, or raise an error that lists the columns"
+    if name in df.columns:
+        return df[name]
+    n_columns = df.shape[1]
+    if isinstance(name, (int, np.integer)) and -n_columns <= name < n_columns:
+        return df.iloc[:,name]
+    raise DataError(f'The table must have a column {name!r}', f'columns {shorten(df.columns, 12)}',
+                    did_you_mean(name, df.columns))
 
-# %% ../../nbs/106_data.tables.ipynb #9d552b41
+# %% ../../nbs/106_data.tables.ipynb #ac1836cb
 def read_folder(
     path:str|Path, # A folder with `.txt` files, at any depth
-    label_from_parent:bool=False, # Name the parent folder as each text's label
-    skip:tuple=() # Names of folders whose files are left out, which is said
-) -> pd.DataFrame: # `text`, `file`, and `label`
-    "Read a folder of texts, in the order of their names"
+    label_from_parent:bool=False, # Whether to add the name of a text's folder as its label
+    skip:tuple=() # Names of folders whose files are left out; a message gives their number
+) -> pd.DataFrame: # Columns `text`, `file` and, with `label_from_parent`, `label`
+    "Read a folder of texts, sorted by file name"
     every = sorted(Path(path).rglob('*.txt'))
-    files = [f for f in every if not set(f.relative_to(path).parts[:-1]) & set(skip)]
-    if len(files)<len(every): print(f'{len(every)-len(files)} files in folders named {" or ".join(skip)} are left out')
-    if not files: raise DataError(f'{path} must hold .txt files', 'none', 'Check the path')
-    df = pd.DataFrame(dict(text=[f.read_text(encoding='utf-8') for f in files], file=[str(f.relative_to(path)) for f in files]))
-    if label_from_parent: df['label'] = [f.parent.name for f in files]
+    files = [file for file in every if not set(file.relative_to(path).parts[:-1]) & set(skip)]
+    if len(files) < len(every):
+        print(f'{len(every) - len(files)} files in folders named {" or ".join(skip)} are left out')
+    if not files:
+        raise DataError(f'{path} must hold .txt files', 'none', 'Check the path')
+    texts = [file.read_text(encoding='utf-8') for file in files]
+    df = pd.DataFrame(dict(text=texts, file=[str(file.relative_to(path)) for file in files]))
+    if label_from_parent:
+        df['label'] = [file.parent.name for file in files]
     return df
 
-# %% ../../nbs/106_data.tables.ipynb #ec4b23fa
+# %% ../../nbs/106_data.tables.ipynb #a8214eb0
 def read_texts(
-    source, # A DataFrame, a table file, a folder of `.txt` files, or an iterator of strings
+    source, # A DataFrame, a table file, a folder of `.txt` files, or an iterable of strings
     text_col='text' # Column of the texts, for tables
 ) -> list: # Strings, none of them blank
-    "All texts of `source`, checked"
+    "Read all texts of `source` and check them"
     if isinstance(source, (str, Path)):
-        source = Path(source)
-        source = read_folder(source) if source.is_dir() else read_table(source)
-    if isinstance(source, pd.DataFrame): return check_texts(column(source, text_col), source.index)
-    if isinstance(source, pd.Series): return check_texts(source, source.index)
-    return check_texts(source)
+        path = Path(source)
+        source = read_folder(path) if path.is_dir() else read_table(path)
+    if isinstance(source, pd.DataFrame):
+        source = column(source, text_col)
+    index = source.index if isinstance(source, pd.Series) else None
+    return check_texts(source, index)
