@@ -17,6 +17,7 @@ from .data.display import *
 from .data.loaders import *
 from .data.hf_tokenizer import *
 from .data.awd_lstm import *
+from .data.windows import *
 from .data.classification import *
 from .data.tagging import *
 from .data.qa import *
