@@ -46,7 +46,7 @@ def seed_rows(rows): return [rows[i] for i in torch.randperm(len(rows), generato
 
 
 def test_ulmfit(passages, tmp_path, capsys):
-    "A domain language model, its encoder, a classifier thawed in four steps, an accuracy and a prediction"
+    "A domain language model, its encoder, a classifier unfrozen in four steps, an accuracy and a prediction"
     df, domain = passages
     ulm = ULMFiT(tmp_path, config=SIZE, max_vocab=4000, progress=False)
     learn_lm = ulm.finetune_lm(domain, epochs=3, lr=1e-2, drop_mult=.1, bs=32)
@@ -106,11 +106,11 @@ def test_layer_freezer(bert_and_loaders, capsys):
 
 def test_gradual_unfreezing(bert_and_loaders, capsys, monkeypatch):
     "Four stages and a final one; one optimizer from start to end; the training loss falls"
-    import fastai_tl.tune.gradual as recipes
+    import fastai_tl.tune.pytorch_loop as loop
     model, train_loader, val_loader = bert_and_loaders
     made = []
-    make = recipes.create_discriminative_optimizer
-    monkeypatch.setattr(recipes, 'create_discriminative_optimizer', lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    make = loop.create_discriminative_optimizer
+    monkeypatch.setattr(loop, 'create_discriminative_optimizer', lambda *a, **k: made.append(make(*a, **k)) or made[-1])
     df = gradual_unfreezing_training(model, train_loader, val_loader, num_stages=4, epochs_per_stage=2, base_lr=5e-3, final_lr=2e-3)
     assert df.layers.tolist() == ['head', 'layer.3 – head', 'layer.2 – head', 'layer.1 – head', 'embeddings – head']
     assert df.epochs.tolist() == [2, 2, 2, 2, 4] and df.trainable.is_monotonic_increasing

@@ -1,4 +1,4 @@
-"""What all Learners of Hugging Face models share: how they are made, and the body that goes from one task to another
+"""What all Learners of Hugging Face models share: how they are made, mixed precision, and saving the encoder
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.base.html.md"""
 
@@ -7,57 +7,85 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.base.html.md"""
 # %% auto #0
 __all__ = ['HFLearner']
 
-# %% ../../nbs/500_learners.base.ipynb #b287bd34
+# %% ../../nbs/500_learners.base.ipynb #946587be
 import inspect
-from fastcore.all import L, patch
-from fastai.data.core import DataLoaders
+from fastcore.all import L
 from fastai.learner import Learner
 from fastai.torch_core import join_path_file
-from ..core import DataError, FastaiTLError
 from ..models.layer_groups import layer_splitter
 from ..models.hf import HFEncoder, HFModel, check_lengths, check_tokenizer, load_hf
+from ..efficiency.mixed_precision import AutocastPrecision
+from ..tune.learning_rates import default_lr
 from ..tune.optimizer import LayerwiseOptimizer
-from ..efficiency.mixed_precision import * # learn.to_mixed_precision
 
-# %% ../../nbs/500_learners.base.ipynb #23d3b59a
+# %% ../../nbs/500_learners.base.ipynb #773e1be7
 class HFLearner(Learner):
-    "A Learner around a Hugging Face model"
+    "A fastai Learner of a Hugging Face model"
     @property
-    def tokenizer(self): "The tokenizer of the texts"; return self.dls.tokenizer
-    def to_bf16(self, **kwargs): "bfloat16 autocast, on a CPU too"; return self.to_mixed_precision('bf16', **kwargs)
-    def to_fp16(self, **kwargs): "float16 autocast with a scaled loss"; return self.to_mixed_precision('fp16', **kwargs)
+    def tokenizer(self):
+        "The tokenizer of the texts"
+        return self.dls.tokenizer
 
-# %% ../../nbs/500_learners.base.ipynb #ce3f7376
-_LOADING = {n for n,p in inspect.signature(load_hf).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD} - {'model','task','classes','n_out'}
+    def to_bf16(self,
+        **kwargs # More for `AutocastPrecision`
+    ) -> 'HFLearner': # The Learner itself
+        "Compute in bfloat16 by autocast, on a CPU too"
+        return self.to_fp32().add_cb(AutocastPrecision('bf16', **kwargs))
 
-def make_learner(dls, model, task, cls=HFLearner, classes=None, n_out=None, model_kwargs=None, lr=None, splitter=None, **kwargs):
-    "Load `model` for `task`, check it against the data, and make a Learner of class `cls`"
-    loading = {k: kwargs.pop(k) for k in _LOADING & set(kwargs)}
+    def to_fp16(self,
+        **kwargs # More for `AutocastPrecision`
+    ) -> 'HFLearner': # The Learner itself
+        "Compute in float16 by autocast, with a scaled loss"
+        return self.to_fp32().add_cb(AutocastPrecision('fp16', **kwargs))
+
+    def save_encoder(self,
+        file:str # File name in the Learner's model folder, or a path; `.safetensors` is added
+    ):
+        "Save the body of the model with its vocabulary"
+        encoder = HFEncoder.from_model(self.model, self.tokenizer)
+        return encoder.save(join_path_file(file, self.path/self.model_dir, ext='.safetensors'))
+
+    def load_encoder(self,
+        file:str, # A file that `save_encoder` wrote
+        verbose:bool=True # Print which weights were found and which are new
+    ) -> 'HFLearner': # The Learner itself
+        "Load the body that another Learner saved"
+        encoder = HFEncoder.load(join_path_file(file, self.path/self.model_dir, ext='.safetensors'))
+        match, new = encoder.into(self.model, self.tokenizer)
+        if verbose:
+            print(match, f'\nnew in this model: {", ".join(new)}' if new else '', sep='')
+        return self
+
+# %% ../../nbs/500_learners.base.ipynb #65a4299d
+_SET_BY_FACTORY = ('model', 'task', 'classes', 'n_out')
+_LOADING = [name for name, p in inspect.signature(load_hf).parameters.items()
+            if p.kind is p.POSITIONAL_OR_KEYWORD and name not in _SET_BY_FACTORY]
+
+def make_learner(
+    dls, # DataLoaders with a tokenizer
+    model, # What `load_hf` takes
+    task, # Head of the model
+    cls=HFLearner, # Class of the Learner
+    classes=None, # Names of the classes
+    n_out=None, # Number of outputs, if there are no classes
+    model_kwargs=None, # More for `from_pretrained`
+    lr=None, # Learning rate; `default_lr` if `None`
+    splitter=None, # Splitter of the layer groups; `layer_splitter()` if `None`
+    **kwargs # More for `load_hf` and for `Learner`
+):
+    "Load `model` for `task`, check that it fits the data, and make a Learner of class `cls`"
+    loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
     hf = HFModel(load_hf(model, task, classes=classes, n_out=n_out, **loading, **(model_kwargs or {})))
     check_tokenizer(hf, dls.tokenizer)
     check_lengths(hf, dls)
-    if lr is None: lr = 1e-3 if hasattr(model, 'to_diff_dict') else 5e-5
-    return cls(dls, hf, opt_func=kwargs.pop('opt_func', LayerwiseOptimizer), splitter=splitter or layer_splitter(), lr=lr, train_bn=kwargs.pop('train_bn', False), **kwargs)
+    lr = default_lr(model, task) if lr is None else lr
+    defaults = dict(opt_func=LayerwiseOptimizer, train_bn=False)
+    return cls(dls, hf, splitter=splitter or layer_splitter(), lr=lr, **defaults | kwargs)
 
-# %% ../../nbs/500_learners.base.ipynb #0f429e9c
-def each_row(f, x):
-    "`f` of a tensor, or of each row where rows differ in length"
-    return L(f(o) for o in x) if isinstance(x, (L,list)) else f(x)
-
-# %% ../../nbs/500_learners.base.ipynb #bc9e4bf3
-@patch
-def save_encoder(self:HFLearner,
-    file:str # Name of the file, in the Learner's model folder unless it is a path; `.safetensors` is added
+# %% ../../nbs/500_learners.base.ipynb #5b8f1ca9
+def each_row(
+    f, # A function of a tensor
+    x # A tensor, or a list of tensors
 ):
-    "Save the body of the model with its vocabulary"
-    return HFEncoder.from_model(self.model, self.tokenizer).save(join_path_file(file, self.path/self.model_dir, ext='.safetensors'))
-
-@patch
-def load_encoder(self:HFLearner,
-    file:str, # A file that `save_encoder` wrote
-    verbose:bool=True # Say what was found and what is new
-) -> HFLearner:
-    "Load a body that another Learner saved"
-    match,new = HFEncoder.load(join_path_file(file, self.path/self.model_dir, ext='.safetensors')).into(self.model, self.tokenizer)
-    if verbose: print(match, f'\nnew in this model: {", ".join(new)}' if new else '', sep='')
-    return self
+    "Apply `f` to a tensor, or to each row of a list"
+    return L(f(row) for row in x) if isinstance(x, (L, list)) else f(x)

@@ -23,9 +23,10 @@ from ..data.tokenizers import TokenizedTexts, tokenize_texts_once, tokenizer_set
 from ..data.tables import column, read_folder, read_table, read_texts
 from ..files import digest, load_tree, save_tree
 from .bidirectional import BidirectionalLearner
-from .classification import awd_classifier_learner, target_of
+from .classification import awd_classifier_learner
 from .language_modeling import awd_lm_learner
 from ..models.encoder import Encoder, text_vocab
+from ..models.third_party import spec_of
 from ..tune.gradual import *
 from ..tune.pytorch_loop import *
 
@@ -270,7 +271,7 @@ def _clas_dls(self:ULMFiT, source, direction, start, bs):
     "DataLoaders, task and digest of what `_rows` gives, or of the user's own DataLoaders"
     if isinstance(source, DataLoaders):
         if direction=='backward': raise DataError('Two directions need texts', 'DataLoaders', 'Pass texts, or run each direction as a ULMFiT of its own')
-        return source,target_of(source),digest(text_vocab(source), len(source.train_ds), len(source.valid_ds))
+        return source,spec_of(source).task,digest(text_vocab(source), len(source.train_ds), len(source.valid_ds))
     texts,labels,task,train,valid = source
     vocab = start.vocab if start is not None else texts_vocab(texts, self.min_freq, self.max_vocab, train)
     dls = classifier_dls(texts, labels, task, train, valid, vocab, self.tok, self.rules, bs, self.seq_len, backwards=direction=='backward')

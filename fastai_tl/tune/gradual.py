@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.gradual.html.md"""
 # %% auto #0
 __all__ = ['recipe_stages', 'recipe_lrs']
 
-# %% ../../nbs/435_tune.gradual.ipynb #aac58380
+# %% ../../nbs/435_tune.gradual.ipynb #2218ee06
 from collections import namedtuple
 import numpy as np
 from fastcore.all import L, delegates, patch
@@ -18,10 +18,10 @@ from ..core import FastaiTLError, unknown_option
 from ..models.third_party import coarse_splitter
 from ..models.layer_groups import layer_splitter
 from .learning_rates import default_lr, discriminative_lrs
-from .schedules import *
+from .schedules import SchedSTLR
 from .unfreezing import GradualUnfreezing, stage_groups
 
-# %% ../../nbs/435_tune.gradual.ipynb #89bd1fb0
+# %% ../../nbs/435_tune.gradual.ipynb #e6ebfa42
 _RECIPE_RATES = (1., .5, .25, .05) # relative to the first stage: 2e-2, 1e-2, 5e-3, 1e-3
 
 def recipe_stages(
@@ -45,14 +45,14 @@ def recipe_lrs(
     points = np.linspace(0, last, n_stages) if n_stages > 1 else [0]
     return lr * np.exp(np.interp(points, range(last+1), np.log(_RECIPE_RATES)))
 
-# %% ../../nbs/435_tune.gradual.ipynb #289eb643
+# %% ../../nbs/435_tune.gradual.ipynb #460823c0
 StageSchedule = namedtuple('StageSchedule', 'what warmup fit warmup_name')
 
 STAGE_SCHEDULES = {
-    'stlr': StageSchedule('a slanted triangle', .1, 'fit_stlr', 'cut_frac'),
+    'stlr': StageSchedule('a slanted triangle', SchedSTLR(1.).cut_frac, 'fit_stlr', 'cut_frac'),
     'one_cycle': StageSchedule('one cycle', .25, 'fit_one_cycle', 'pct_start')}
 
-# %% ../../nbs/435_tune.gradual.ipynb #9641e265
+# %% ../../nbs/435_tune.gradual.ipynb #b5be1913
 def lacks_layer_groups(learn):
     "Whether a Learner's splitter is fastai's default or puts a whole encoder into one group"
     return learn.splitter is trainable_params or coarse_splitter(learn.splitter)
@@ -65,7 +65,7 @@ def ensure_layer_groups(learn):
     if learn.opt is None:
         learn.create_opt()
 
-# %% ../../nbs/435_tune.gradual.ipynb #17d59bf4
+# %% ../../nbs/435_tune.gradual.ipynb #c4a01482
 def _stage_lrs(learn, lr, lrs, n_stages):
     "Top rate of each stage, checked"
     if lrs is None:
@@ -77,7 +77,7 @@ def _stage_lrs(learn, lr, lrs, n_stages):
         raise FastaiTLError(f'`lrs` needs one rate for each of the {n_stages} stages', f'{len(lrs)} rates')
     return lrs
 
-# %% ../../nbs/435_tune.gradual.ipynb #a26f9895
+# %% ../../nbs/435_tune.gradual.ipynb #7a5e3711
 _SET_BY_FIT_GRADUAL = 'every when epochs groups block factor patience min_delta monitor restart'.split()
 
 @patch

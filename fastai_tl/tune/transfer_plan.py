@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.transfer_plan.html.md"""
 # %% auto #0
 __all__ = ['TransferPlan']
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #be0c3f53
+# %% ../../nbs/442_tune.transfer_plan.ipynb #2da39664
 import math, random
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,16 +26,15 @@ from ..efficiency.frozen_features import Prefix, is_pooled
 from ..efficiency.feature_cache import check_same_each_time
 from ..efficiency.mixed_precision import AutocastPrecision, has_bf16
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #7333a849
+# %% ../../nbs/442_tune.transfer_plan.ipynb #c2a18aff
 from .learning_rates import default_lr, discriminative_lrs
-from .schedules import *
 from .unfreezing import GradualUnfreezing, show_table
 from .best_epoch import BestEpoch
 from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, model_family, predicts_tokens
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #8484d4ef
+# %% ../../nbs/442_tune.transfer_plan.ipynb #8603e2fb
 _MIN_STEPS = 150
 
 def _default_epochs(n_stages, family):
@@ -57,7 +56,7 @@ def _stage_epochs(epochs, n_stages, family, min_steps, n_batches):
     n_stages = min(n_stages, total)
     return [1]*(n_stages-1) + [total-n_stages+1]
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #6ebec112
+# %% ../../nbs/442_tune.transfer_plan.ipynb #2cd781a0
 def _schedule(family, schedule, warmup):
     "Schedule within each stage and its warm-up: what was measured for the family, or what is asked for"
     if schedule == 'auto':
@@ -83,7 +82,7 @@ def _clip(learn, family, task, clip):
         raise FastaiTLError("`clip` must be 'auto', a norm above 0, or `None`", repr(clip))
     return clip
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #4e2b1148
+# %% ../../nbs/442_tune.transfer_plan.ipynb #f8fcedac
 @dataclass
 class TransferPlan:
     "The stages, rates and schedule of a `fit_transfer`, and why"
@@ -152,7 +151,7 @@ class TransferPlan:
             cbs=L(cbs) + L(self.unfreezing), **{schedule.warmup_name: self.warmup})
         return self
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #0b6a6163
+# %% ../../nbs/442_tune.transfer_plan.ipynb #06b59268
 @contextmanager
 def unchanged_rng():
     "Restore the state of Python's, NumPy's and PyTorch's random generators at the end"
@@ -164,7 +163,7 @@ def unchanged_rng():
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #fe2cecd0
+# %% ../../nbs/442_tune.transfer_plan.ipynb #1585d9d1
 def _can_cache(learn):
     "Whether the model can be cut and its texts are the same in each epoch"
     try:
@@ -191,7 +190,7 @@ def _task(learn):
     except FastaiTLError:
         return 'classification'
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #93e7154e
+# %% ../../nbs/442_tune.transfer_plan.ipynb #f26b362c
 def _deciding_steps(epochs, groups, task, family, min_steps, n_batches):
     "Steps of a fit in two stages, which decide whether the head gets one; `None` if stages are given, and for tags"
     if groups is not None or np.ndim(epochs) or task == 'tagging':
@@ -211,7 +210,7 @@ def _last_stage_lr(learn, task):
     task = 'causal_lm' if predicts_tokens(learn.model) else task
     return default_lr(learn.model, task, fit='fit_transfer') or learn.lr
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #fa8c47ab
+# %% ../../nbs/442_tune.transfer_plan.ipynb #4155e15a
 def _plan_stages(recipe, groups, n):
     "Groups that train in each stage, and rates relative to the last: the recipe's, or those for `groups`"
     recipe_groups, rates = recipe.stages_for(n)
@@ -233,7 +232,7 @@ def _plan_epochs(epochs, n_stages, family, min_steps, n_batches):
         return planned, ''
     return planned, f'; more epochs than usual, since one has {n_batches} steps'
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #3394eb82
+# %% ../../nbs/442_tune.transfer_plan.ipynb #50be9857
 @patch
 def transfer_plan(self:Learner,
     epochs=None, # Number of all epochs, or a list with those of each stage; `None`: by the model's family
@@ -265,7 +264,7 @@ def transfer_plan(self:Learner,
     return TransferPlan(name, why + remark, family, groups, epochs, lrs, spread, cache, layers, n_batches,
                         clip=_clip(self, family, task, clip), **_schedule(family, schedule, warmup))
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #a6e02e3a
+# %% ../../nbs/442_tune.transfer_plan.ipynb #41ad1045
 def _precision_cbs(learn, family, mixed_precision):
     "A Callback for bfloat16, unless the Learner has one for mixed precision"
     if mixed_precision == 'auto':
@@ -285,7 +284,7 @@ def _one_position_cbs(learn, one_position):
         return []
     return [SinglePositionTop()]
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #b8c29ae1
+# %% ../../nbs/442_tune.transfer_plan.ipynb #96c11561
 @patch
 @delegates(Learner.transfer_plan)
 def fit_transfer(self:Learner,
