@@ -99,9 +99,18 @@ def test_check(tool, tmp_path):
 
 @needs_index
 def test_readme_is_made_from_the_notebook(tool):
-    assert (ROOT / 'README.md').read_text(encoding='utf-8') == tool.readme(tool.load(INDEX)), (
-        'run python tools/readme.py'
-    )
+    figures = dict(stem='index', alt='')
+    text = tool.readme(tool.load(INDEX), figures=figures)
+    assert (ROOT / 'README.md').read_text(encoding='utf-8') == text, 'run python tools/readme.py'
+    images = {name: data for name, data in figures.items() if isinstance(data, bytes)}
+    assert images and all((NBS / 'figures' / name).read_bytes() == data for name, data in images.items())
+
+
+@pytest.mark.parametrize('script', ['tools/where_is.py', 'benchmarks/summary.py'])
+def test_what_scripts_write_is_up_to_date(script):
+    "The table of CONTRIBUTING.md and the summary of the benchmarks"
+    res = run(sys.executable, ROOT / script, '--check')
+    assert res.returncode == 0, res.stdout
 
 
 def test_the_chinese_readme(tool):
