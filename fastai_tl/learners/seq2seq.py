@@ -59,7 +59,7 @@ def generate_from(learn, x, max_new_tokens=None, **kwargs):
     "Texts for a batch of sources; lists of texts with `num_return_sequences`"
     model,tok = learn.model,learn.tokenizer
     x = x.as_subclass(TensorTokens).to(next(model.parameters()).device)
-    with evaluating(model): out = model.hf.generate(**model._inputs(x), max_new_tokens=max_new_tokens or learn.dls.max_target_length, **kwargs)
+    with evaluating(model): out = model.hf.generate(**model.named_inputs(x), max_new_tokens=max_new_tokens or learn.dls.max_target_length, **kwargs)
     res,n = [tok.decode(o, skip_special_tokens=True) for o in out.cpu()],kwargs.get('num_return_sequences', 1)
     return res if n==1 else [res[i:i+n] for i in range(0, len(res), n)]
 

