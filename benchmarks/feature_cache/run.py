@@ -118,7 +118,7 @@ def main():
     if a.cpu_time and torch.get_num_threads() != 1:
         raise SystemExit('--cpu-time needs --threads 1: it adds up the seconds of all threads')
     from fastai_tl.all import CachedPrefix
-    from fastai_tl.efficiency.feature_cache import drawn
+    from fastai_tl.efficiency.feature_cache import draw_items
 
     df, lines, notes = texts(a), {}, {}
 
@@ -148,13 +148,13 @@ def main():
         run()
         c, model = run.cb.caches['training'], run.learn.model
         (x, *_), states = c.batch(c.order[:32])
-        full = drawn(run.learn.dls.train, c.order[:32])[0].as_subclass(torch.Tensor)
+        full = draw_items(run.learn.dls.train, c.order[:32])[0].as_subclass(torch.Tensor)
         model.eval()
         first = lambda o: o[0] if isinstance(o, tuple) else o
         with torch.no_grad():
             ref = first(model(full))
             with (
-                run.cb.one if run.cb.one is not None and not c.vectors else torch.no_grad(),
+                run.cb.one if run.cb.one is not None and not c.has_vectors else torch.no_grad(),
                 c.prefix.replay(states.float()),
             ):
                 got = first(model(x.as_subclass(torch.Tensor)))

@@ -1,4 +1,4 @@
-"""`learn.compile_model()`: train with `torch.compile`, where that can be and pays
+"""`learn.compile_model()`: train with `torch.compile` where it works and pays
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.compilation.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.compilation.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/340_efficiency.compilation.ipynb #a0bd7eee
+# %% ../../nbs/340_efficiency.compilation.ipynb #9711ed0f
 import os, shutil, sys
 import torch
 from torch import nn
@@ -18,29 +18,42 @@ from ..models.hf import HFModel
 from .pooled_top_layer import SinglePositionTop
 from .feature_cache import CachedPrefix
 
-# %% ../../nbs/340_efficiency.compilation.ipynb #3ddeaf80
+# %% ../../nbs/340_efficiency.compilation.ipynb #3cfb0abd
 def cpp_compiler():
-    "The C++ compiler that `torch.compile` calls on a CPU, or `None`"
-    return shutil.which(os.environ.get('CXX') or ('clang++' if sys.platform=='darwin' else 'g++'))
+    "Return the C++ compiler that `torch.compile` calls on a CPU, or `None`"
+    default = 'clang++' if sys.platform == 'darwin' else 'g++'
+    return shutil.which(os.environ.get('CXX') or default)
 
-def _refuse(learn, backend):
+def _check_compilable(learn, backend):
+    "Raise an error if the model of `learn` cannot be compiled"
     model = learn.model
-    if backend=='inductor' and next(model.parameters()).device.type=='cpu' and cpp_compiler() is None: raise FastaiTLError('`torch.compile` needs a C++ compiler on a CPU', 'none', 'Install g++ (set CXX to use another), or train without')
-    if any(isinstance(m, nn.RNNBase) for m in model.modules()): raise FastaiTLError('A model to be compiled must have no recurrent layers', f'a {type(model).__name__} with some', 'Train it without; see `learn.to_mixed_precision()` and `learn.chunked_loss()` for what makes an AWD_LSTM faster')
-    bad = [type(c).__name__ for c in learn.cbs if isinstance(c, (SinglePositionTop, CachedPrefix))]
-    if bad: raise FastaiTLError('A model to be compiled must compute all of its layers', bad[0], f'Take it off (`learn.remove_cb({bad[0]})`), or train without `torch.compile`')
+    device = next(model.parameters()).device.type
+    if backend == 'inductor' and device == 'cpu' and cpp_compiler() is None:
+        raise FastaiTLError('`torch.compile` needs a C++ compiler on a CPU', 'none',
+                            'Install g++ (set CXX to use another), or train without')
+    if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        todo = ('Train it without; `learn.to_mixed_precision()` and `learn.chunked_loss()` '
+                'make an AWD_LSTM faster')
+        got = f'a {type(model).__name__} with some'
+        raise FastaiTLError('A model to be compiled must have no recurrent layers', got, todo)
+    replacing = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, (SinglePositionTop, CachedPrefix))]
+    if replacing:
+        todo = f'Remove it (`learn.remove_cb({replacing[0]})`), or train without `torch.compile`'
+        raise FastaiTLError('A model to be compiled must compute all of its layers', replacing[0], todo)
 
-# %% ../../nbs/340_efficiency.compilation.ipynb #d25bf6ce
+# %% ../../nbs/340_efficiency.compilation.ipynb #70131b3d
 @patch
 def compile_model(self:Learner,
-    on:bool=True, # Or back to the model as it is
-    dynamic:bool=True, # One code for texts of all lengths; else a new one for each
+    on:bool=True, # `False`: use the model uncompiled again
+    dynamic:bool=True, # Compile once for texts of all lengths, rather than once for each length
     backend:str='inductor', # See `torch.compile`
-    **kwargs # More for `torch.compile`
-) -> Learner: # Itself
+    **kwargs # Passed to `torch.compile`
+) -> Learner: # The same Learner
     "Train, validate and predict with a compiled model; the first batch takes the time of compiling"
-    if on: _refuse(self, backend)
+    if on:
+        _check_compilable(self, backend)
     part = self.model.hf if isinstance(self.model, HFModel) else self.model
     part._compiled_call_impl = None
-    if on: part.compile(dynamic=dynamic, backend=backend, **kwargs)
+    if on:
+        part.compile(dynamic=dynamic, backend=backend, **kwargs)
     return self

@@ -1,4 +1,4 @@
-"""While the lower layers are frozen, compute them once: every epoch of the stage trains what is above from the states that were kept
+"""Compute frozen lower layers once: every epoch of the stage trains the layers above from stored states
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.feature_cache.html.md"""
 
@@ -7,274 +7,353 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.feature_cache.html.md"""
 # %% auto #0
 __all__ = ['PrefixCache', 'CachedDL', 'CachedPrefix']
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #42748373
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #d0cf2074
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
-from fastcore.all import GetAttr, chunked, patch
+from fastcore.all import GetAttr, chunked, store_attr
 from fasttransform import Pipeline
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.imports import noop
 from fastai.torch_core import to_device
-from ..callbacks import AroundBatch, evaluating, unguard_batches
+from ..callbacks import AroundBatch, evaluating, is_real_fit, unguard_batches
 from ..core import DataError, FastaiTLError, shorten
-from ..data.hf_tokenizer import TensorTargets, TensorTokens, _pad_stack, packs
+from ..data.hf_tokenizer import TensorTargets, TensorTokens, packs, pad_rows
 from ..models.layer_groups import frozen_modules
 from .pooled_top_layer import SinglePosition
 from .frozen_features import Prefix, frozen_prefix, replaced_forwards
 from .feature_store import StateStore
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #19f2734b
-def _tensors_of(o): return [t for x in o for t in _tensors_of(x)] if isinstance(o, (tuple,list)) else [torch.as_tensor(o)]
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #1970feca
+def _tensors_of(batch):
+    if isinstance(batch, (tuple, list)):
+        return [t for part in batch for t in _tensors_of(part)]
+    return [torch.as_tensor(batch)]
 
-def _pipelines(dl):
-    for n in ('after_item','before_batch','after_batch'):
-        if isinstance(getattr(dl, n, None), Pipeline): yield getattr(dl, n)
-    yield from (t.tfms for t in getattr(dl.dataset, 'tls', ()))
+def transforms_of(dl):
+    "Return all transforms of a DataLoader and its dataset"
+    pipelines = [getattr(dl, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
+    pipelines = [p for p in pipelines if isinstance(p, Pipeline)]
+    pipelines += [tl.tfms for tl in getattr(dl.dataset, 'tls', ())]
+    return [tfm for pipeline in pipelines for tfm in pipeline.fs]
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #9c1eeb96
-def drawn(dl, idxs):
-    "A batch of the items `idxs`"
-    return dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i)) for i in idxs]), dl.device))
+def _is_random(tfm):
+    return any(cls.__name__ == 'RandTransform' for cls in type(tfm).__mro__) # its module would import torchvision
 
+def draw_items(dl, idxs):
+    "Return a batch of the items `idxs`"
+    batch = dl.do_batch([dl.do_item(int(i)) for i in idxs])
+    return dl.after_batch(to_device(batch, dl.device))
+
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #d8af5966
 def check_same_each_time(dl):
-    "Refuse a DataLoader whose items change"
+    "Raise an error if the items of a DataLoader change from epoch to epoch"
     todo = 'Leave it out while layers are frozen, or train without the cache'
-    if not getattr(dl, 'indexed', False) or dl.bs is None: raise DataError('Texts whose states are kept must come one by one, by number', f'a {type(dl).__name__}', todo)
-    rand = [type(t).__name__ for p in _pipelines(dl) for t in p.fs if any(c.__name__=='RandTransform' for c in type(t).__mro__)] # by name: its module brings torchvision along
-    if rand: raise DataError('Texts whose states are kept must be the same every epoch', f'random transforms ({shorten(rand)}) in front of the model', todo)
-    if any(hasattr(dl.dataset, o) for o in ('reshuffle','masker')): raise DataError('Texts whose states are kept must be the same every epoch', f'a {type(dl.dataset).__name__}, whose texts are cut or masked anew', todo)
+    if not getattr(dl, 'indexed', False) or dl.bs is None:
+        raise DataError('Texts whose states are kept must come one by one, by number', f'a {type(dl).__name__}', todo)
+    def changing(got): return DataError('Texts whose states are kept must be the same every epoch', got, todo)
+    random = [type(tfm).__name__ for tfm in transforms_of(dl) if _is_random(tfm)]
+    if random:
+        raise changing(f'random transforms ({shorten(random)}) in front of the model')
+    if any(hasattr(dl.dataset, name) for name in ('reshuffle', 'masker')):
+        raise changing(f'a {type(dl.dataset).__name__}, whose texts are cut or masked differently in each epoch')
     n = min(len(dl.dataset), 8, dl.bs)
-    a,b = (_tensors_of(drawn(dl, range(n))) for _ in range(2))
-    same = len(a)==len(b) and all(s.shape==t.shape and torch.equal(s, t) for s,t in zip(a, b))
-    if not same: raise DataError('Texts whose states are kept must be the same every epoch', 'items that differ when they are drawn again', todo)
+    first = _tensors_of(draw_items(dl, range(n)))
+    second = _tensors_of(draw_items(dl, range(n)))
+    def same(a, b): return a.shape == b.shape and torch.equal(a, b)
+    if len(first) != len(second) or not all(map(same, first, second)):
+        raise changing('items that differ when they are drawn again')
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #8c1408e9
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #e30e16ed
 class PrefixCache:
     "The states that a frozen prefix gives for the texts of one DataLoader"
     def __init__(self,
         prefix, # A `Prefix` or a `PooledPrefix`
         dl, # A DataLoader of tokens and targets
         one:SinglePosition|None=None, # How the top layer computes one position
-        dtype:torch.dtype=torch.float32, # What the states are kept in
+        dtype:torch.dtype=torch.float32, # Dtype of the stored states
         where:str='auto', # See `StateStore`
         folder:str|Path='.' # See `StateStore`
     ):
         check_same_each_time(dl)
-        self.prefix,self.dl,self.one,self.dataset,self.pooled = prefix,dl,one,dl.dataset,not isinstance(prefix, Prefix)
-        self.vectors = self.pooled or (one is not None and prefix.k==len(prefix.blocks)) # one a text
-        lengths = np.array(dl.res if getattr(dl, 'res', None) is not None and not self.pooled else self._measure())
-        self.lengths,self.order = lengths,np.argsort(-lengths, kind='stable')
-        self.store = StateStore(np.ones_like(lengths) if self.vectors else lengths, prefix.width, dtype, where, folder)
-        self.tokens,self.targets,self.left = [None]*len(lengths),[None]*len(lengths),False
-    def _measure(self): return [self.dl.do_item(i)[0].shape[-1] for i in range(len(self.dataset))]
-    def close(self): "Give the room back"; self.store.close()
-    def __repr__(self): return f'PrefixCache({self.prefix}; {self.store})'
+        self.prefix = prefix
+        self.dl = dl
+        self.one = one
+        self.dataset = dl.dataset
+        self.is_pooled = not isinstance(prefix, Prefix)
+        self.has_vectors = self.is_pooled or (one is not None and prefix.k == len(prefix.blocks)) # one per text
+        self.lengths = self._text_lengths()
+        self.order = np.argsort(-self.lengths, kind='stable') # long texts first
+        n_states = np.ones_like(self.lengths) if self.has_vectors else self.lengths
+        self.store = StateStore(n_states, prefix.width, dtype, where, folder)
+        self.tokens = [None]*len(self.lengths)
+        self.targets = [None]*len(self.lengths)
+        self.pads_left = False
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #db928b6b
-@patch
-def fill(self:PrefixCache,
-    bs:int|None=None, # Texts of a batch; 64, or on a CPU as many as have 2,048 tokens in a Hugging Face model, if `None`
-    context=nullcontext # What to compute in, such as autocast
-) -> PrefixCache: # Itself
-    "Compute the states of all texts"
-    self.dl.before_iter()
-    self.store.open()
-    small = bs is None and not self.pooled and self.dl.device.type=='cpu'
-    with evaluating(self.prefix.model), context(), (self.one if self.vectors and self.one is not None else nullcontext()):
-        for idxs in packs(self.lengths, 2048) if small else chunked(self.order, bs or 64):
-            x,*ys = drawn(self.dl, idxs)
-            self._keep(idxs, x, ys, self.prefix.record(x.as_subclass(torch.Tensor)))
-    self._stack_targets()
-    return self
+    def _text_lengths(self):
+        known = getattr(self.dl, 'res', None) # where fastai's SortedDL keeps them
+        if known is None or self.is_pooled:
+            known = [self.dl.do_item(i)[0].shape[-1] for i in range(len(self.dataset))]
+        return np.array(known)
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #13d2a8ef
-@patch
-def _keep(self:PrefixCache, idxs, x, ys, states):
-    "Take a batch apart"
-    if self.pooled:
-        for j,i in enumerate(idxs): self.targets[i] = [y[j] for y in ys]
-        for j,i in enumerate(idxs): self.store.write(i, states[j:j+1])
-        return
-    there = x.as_subclass(torch.Tensor)[:,0]>=0
-    self.left |= not bool(there[:,0].all())
-    last = there.cumsum(1).argmax(1)
-    for j,i in enumerate(idxs):
-        self.targets[i] = [y[j][there[j]] if isinstance(y, TensorTargets) else y[j] for y in ys]
-        self.tokens[i] = x[j].cpu()[:, last[j].item():last[j].item()+1] if self.vectors else x[j][:,there[j]].cpu()
-        self.store.write(i, states[j,:1] if self.vectors else states[j][there[j]])
+    def fill(self,
+        bs:int|None=None, # Texts in a batch; if `None` 64, or 2,048 tokens for a Hugging Face model on a CPU
+        context=nullcontext # Makes the context to compute in, such as autocast
+    ) -> 'PrefixCache': # The same cache
+        "Compute the states of all texts"
+        self.dl.before_iter()
+        self.store.open()
+        by_tokens = bs is None and not self.is_pooled and self.dl.device.type == 'cpu'
+        batches = packs(self.lengths, 2048) if by_tokens else chunked(self.order, bs or 64)
+        single = self.one if self.has_vectors and self.one is not None else nullcontext()
+        store_batch = self._store_vectors if self.is_pooled else self._store_states
+        with evaluating(self.prefix.model), context(), single:
+            for idxs in batches:
+                x, *targets = draw_items(self.dl, idxs)
+                x = x.as_subclass(torch.Tensor)
+                store_batch(idxs, x, targets, self.prefix.record(x))
+        columns = [[target.cpu() for target in column] for column in zip(*self.targets)]
+        self.targets = [c if isinstance(c[0], TensorTargets) else torch.stack(c) for c in columns]
+        return self
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #3b4db858
-@patch
-def _stack_targets(self:PrefixCache):
-    columns = [[t.cpu() for t in c] for c in zip(*self.targets)]
-    self.targets = [c if isinstance(c[0], TensorTargets) else torch.stack(c) for c in columns]
+    def _store_vectors(self, idxs, x, targets, states):
+        "Store a batch of pooled states"
+        for j, i in enumerate(idxs):
+            self.targets[i] = [t[j] for t in targets]
+            self.store.write(i, states[j:j+1])
 
-@patch
-def batch(self:PrefixCache,
-    idxs # Numbers of texts
-) -> tuple: # What the model takes, the targets, and the states
-    "A batch as the DataLoader would make it, and what the prefix has given for it"
-    at,device = torch.as_tensor(np.asarray(idxs)),self.dl.device
-    states = self.store.read(idxs, self.left)
-    if self.pooled: states = states[:,0]
-    x = states if self.pooled else torch.stack(_pad_stack([self.tokens[i] for i in idxs], -1, self.left))
-    ys = [torch.stack(_pad_stack([c[i] for i in idxs], -100, self.left)) if isinstance(c, list) else c[at] for c in self.targets]
-    return to_device(((x,*ys),states), device)
+    def _store_states(self, idxs, x, targets, states):
+        "Store a batch of states and tokens without padding"
+        is_token = x[:, 0] >= 0
+        self.pads_left |= not bool(is_token[:, 0].all())
+        last = is_token.cumsum(1).argmax(1).tolist()
+        for j, i in enumerate(idxs):
+            here = is_token[j]
+            self.targets[i] = [t[j][here] if isinstance(t, TensorTargets) else t[j] for t in targets]
+            tokens = x[j][:, last[j]:last[j]+1] if self.has_vectors else x[j][:, here]
+            self.tokens[i] = TensorTokens(tokens.cpu())
+            self.store.write(i, states[j, :1] if self.has_vectors else states[j][here])
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #fc8c573d
+    def batch(self,
+        idxs # Indexes of texts
+    ) -> tuple: # The batch (input and targets), and its states
+        "Return a batch as the DataLoader would make it, and the states of its texts"
+        states = self.store.read(idxs, self.pads_left)
+        if self.is_pooled:
+            x = states = states[:, 0]
+        else:
+            x = pad_rows([self.tokens[i] for i in idxs], -1, self.pads_left)
+        at = torch.as_tensor(np.asarray(idxs))
+        targets = [self._pad(c, idxs) if isinstance(c, list) else c[at] for c in self.targets]
+        return to_device(((x, *targets), states), self.dl.device)
+
+    def _pad(self, column, idxs):
+        return pad_rows([column[i] for i in idxs], -100, self.pads_left)
+
+    def close(self):
+        "Free the memory or remove the file"
+        self.store.close()
+
+    def __repr__(self):
+        return f'PrefixCache({self.prefix}; {self.store})'
+
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #5ffa343a
 class CachedDL(GetAttr):
     "The batches of a DataLoader, in its own order, from a `PrefixCache`"
     _default = 'source'
     def __init__(self,
         source, # The DataLoader
-        cache:PrefixCache, # Its texts
-        offer=noop # Called with each batch's input and states before the batch is handed out
-    ): self.source,self.cache,self.offer = source,cache,offer
-    def __len__(self): return len(self.source)
+        cache:PrefixCache, # The states of its texts
+        offer=noop # Called with the input and the states of each batch before the batch is returned
+    ):
+        store_attr()
+
+    def __len__(self):
+        return len(self.source)
+
     def __iter__(self):
-        self.source.randomize(); self.source.before_iter()
-        self._DataLoader__idxs = list(self.source.get_idxs()) # where fastai keeps the order that it reads in
+        self.source.randomize()
+        self.source.before_iter()
+        self._DataLoader__idxs = list(self.source.get_idxs()) # where fastai keeps the order of the items
         torch.empty((), dtype=torch.int64).random_() # PyTorch's loaders draw a seed here
         for idxs in chunked(self._DataLoader__idxs, self.source.bs, self.source.drop_last):
-            b,states = self.cache.batch(idxs)
-            self.offer(b[0], states)
-            yield b
+            batch, states = self.cache.batch(idxs)
+            self.offer(batch[0], states)
+            yield batch
         self.source.after_iter()
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #9b4f792d
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #9c5cfea9
+def _fingerprint(p):
+    sample = p.detach().reshape(-1)[::max(1, p.numel()//512)]
+    return id(p), p._version, sample.double().sum().item()
+
+def _what_states_depend_on(learn, dtype):
+    frozen = [p for p in learn.model.parameters() if not p.requires_grad]
+    frozen += [buffer for module in frozen_modules(learn.model) for buffer in module.buffers()]
+    data = [(id(dl.dataset), len(dl.dataset)) for dl in learn.dls.loaders[:2]]
+    return [_fingerprint(p) for p in frozen], data, dtype, id(learn.model)
+
+def _mixed_precision(learn):
+    "Return the autocast context of a Learner and its dtype, or `None` twice"
+    callback = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
+    context = getattr(callback, 'autocast', None) # made when the fit begins
+    return context, None if context is None else getattr(callback, 'compute_dtype', None)
+
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #0683dec3
+def _find_single_position(model, prefix, wanted):
+    "Return how the top layer computes one position, or `None`; `wanted` is `True`, `False`, or `None` for: if possible"
+    if wanted is False or not isinstance(prefix, Prefix):
+        return None
+    try:
+        return SinglePosition(model)
+    except FastaiTLError:
+        if wanted:
+            raise
+
+def _no_frozen_layers(model):
+    "The error for a model of which nothing is frozen that could be stored"
+    lowest = next((name for name, p in model.named_parameters() if p.requires_grad), 'nothing')
+    expected = ('`CachedPrefix` needs frozen layers: the whole encoder of an AWD_LSTM, '
+                'or at least the embeddings and the first layer of a Hugging Face model')
+    todo = 'Call learn.freeze_to(-1) before, or use learn.fit_gradual(cache=True)'
+    return FastaiTLError(expected, f'{lowest!r}, which trains', todo)
+
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #d273901e
+class _Offered:
+    "The states of a batch, and how to recognise its input"
+    def __init__(self, x, states):
+        self.pointer = x.data_ptr()
+        self.shape = x.shape
+        self.states = states
+    def belong_to(self, x):
+        "Return whether `x` is the input of this batch"
+        return isinstance(x, torch.Tensor) and x.data_ptr() == self.pointer and x.shape == self.shape
+
+def _forward_from_states(own, offered, prefix, one, *args, **kwargs):
+    "Compute a model from the offered states if they belong to its input, else in full"
+    if not args or not offered.belong_to(args[0]):
+        return own(*args, **kwargs)
+    states = offered.states
+    n_above = len(prefix.blocks)-prefix.k if isinstance(prefix, Prefix) else 0
+    single = one if n_above else None
+    device = states.device.type
+    is_autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == states.dtype
+    if not (is_autocast and n_above == 1 and single):
+        states = states.float()
+    with single or nullcontext(), prefix.replay(states):
+        return own(*args, **kwargs)
+
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #a88e357e
 class CachedPrefix(AroundBatch):
-    "Compute the frozen lower layers once, and train and validate those above from what was kept"
-    order,_learn = ParamScheduler.order+1,None # after GradualUnfreezing has frozen the layers of the epoch
+    "Compute the frozen lower layers once; train and validate the layers above from the stored states"
+    order = ParamScheduler.order+1 # after GradualUnfreezing has frozen the layers of the epoch
+    _learn = None
+
     def __init__(self,
-        dtype:torch.dtype|None=None, # Keep states in it; float32, or that of the Learner's mixed precision, if `None`
-        where:str='auto', # `memory`, `disk`, or `auto`: the disk if the states would take more than half of the free memory
+        dtype:torch.dtype|None=None, # Dtype of the stored states; float32, or that of mixed precision, if `None`
+        where:str='auto', # `memory`, `disk`, or `auto`: the disk if the states need more than half of the free memory
         folder:str|Path|None=None, # For the file on disk; `cache` in the Learner's folder if `None`
         one_position:bool|None=None, # Let the top layer compute one position; where that is exact if `None`
-        bs:int|None=None, # Texts of a batch while the states are computed; see `fill`
-        optional:bool=False, # Train as usual while nothing is frozen, else that is an error
-        verbose:bool=True # Say what is kept
+        bs:int|None=None, # Texts in a batch while the states are computed; see `PrefixCache.fill`
+        optional:bool=False, # Train as usual while nothing is frozen; if `False` that is an error
+        verbose:bool=True # Print what is stored
     ):
-        self.dtype,self.where,self.folder,self.one_position,self.batch_size,self.optional,self.verbose = dtype,where,folder,one_position,bs,optional,verbose
-        self.caches,self.prefix,self.one,self._key,self._now,self._on = {},None,None,None,None,False
+        store_attr('dtype,where,folder,one_position,optional,verbose')
+        self.batch_size = bs
+        self._active = False
+        self.forget()
+
     @property
-    def learn(self): "The Learner; when the Callback is taken off it, the states are given up"; return self._learn
+    def learn(self):
+        "The Learner; the states are dropped when the Callback is removed from it"
+        return self._learn
     @learn.setter
-    def learn(self, v):
-        if v is None and self._learn is not None: self.forget()
-        self._learn = v
+    def learn(self, learn):
+        if learn is None and self._learn is not None:
+            self.forget()
+        self._learn = learn
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #faf27bcf
-@patch
-def before_fit(self:CachedPrefix):
-    "Rest while rates are searched or predictions gathered"
-    self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-    self._on,self._now = False,None
+    def forget(self):
+        "Drop the stored states; they are computed again when they are needed"
+        for cache in getattr(self, 'caches', {}).values():
+            cache.close()
+        self.caches = {}
+        self.__dict__.update(prefix=None, one=None, _key=None, _offered=None)
 
-@patch
-def before_train(self:CachedPrefix):
-    "Compute what is frozen, if that is not done, and train from it"
-    for m in frozen_modules(self.model): m.eval()
-    self._on = self._ready()
-    if self._on: self._cached('training'); self.guard_batches()
+    def before_fit(self):
+        "Do nothing in `lr_find` and `get_preds`"
+        self.run = is_real_fit(self.learn)
+        self._active = False
+        self._offered = None
 
-@patch
-def before_validate(self:CachedPrefix):
-    "Validate from it too, within an epoch of training"
-    if self._on and self.learn.dl is self.dls.valid: self._cached('validation'); self.guard_batches()
+    def before_train(self):
+        "Compute the frozen layers if necessary, and train from their states"
+        for module in frozen_modules(self.model):
+            module.eval()
+        self._active = self._find_prefix()
+        if self._active:
+            self._use_cache('training')
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #050b5ce7
-@patch
-def after_epoch(self:CachedPrefix): "What comes outside of an epoch is computed in full"; self._on = False
+    def before_validate(self):
+        "Validate from stored states too, if the epoch trained from them"
+        if self._active and self.learn.dl is self.dls.valid:
+            self._use_cache('validation')
 
-@patch
-def after_fit(self:CachedPrefix): "Give the Learner its own batch back; the states are kept for a next fit"; self._now = None; unguard_batches(self.learn)
+    def after_epoch(self):
+        "Compute everything in full until the next epoch"
+        self._active = False
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #077f0a2a
-def _fingerprint(p): return id(p),p._version,p.detach().reshape(-1)[::max(1, p.numel()//512)].double().sum().item()
+    def after_fit(self):
+        "Restore the Learner's batches; the states stay for a next fit"
+        self._offered = None
+        unguard_batches(self.learn)
 
-@patch
-def _precision(self:CachedPrefix):
-    "What to compute in, and the dtype to keep states in"
-    cb = next((o for o in self.learn.cbs if isinstance(o, MixedPrecision)), None)
-    amp = getattr(cb, 'autocast', None) # made when the fit begins
-    kind = getattr(cb, 'compute_dtype', None) if amp is not None else None
-    return (lambda: nullcontext() if amp is None else amp),self.dtype or kind or torch.float32
+    def _state_dtype(self):
+        return self.dtype or _mixed_precision(self.learn)[1] or torch.float32
 
-@patch
-def _state_of(self:CachedPrefix):
-    "What the kept states depend on"
-    frozen = [p for p in self.model.parameters() if not p.requires_grad] + [b for m in frozen_modules(self.model) for b in m.buffers()]
-    return [_fingerprint(p) for p in frozen],[(id(d.dataset), len(d.dataset)) for d in self.dls.loaders[:2]],self._precision()[1],id(self.model)
+    def _find_prefix(self):
+        "Find the frozen part of the model, unless it is the same as before; return whether there is one"
+        key = _what_states_depend_on(self.learn, self._state_dtype())
+        if key != self._key:
+            self.forget()
+            self.prefix = frozen_prefix(self.model)
+            if self.prefix is None and not self.optional:
+                raise _no_frozen_layers(self.model)
+            self.one = _find_single_position(self.model, self.prefix, self.one_position)
+            self._key = key
+        return self.prefix is not None
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #6d41afcf
-@patch
-def _ready(self:CachedPrefix) -> bool: # Are there states to train from?
-    now = self._state_of()
-    if now==self._key: return self.prefix is not None
-    self.forget()
-    self.prefix = frozen_prefix(self.model)
-    if self.prefix is None and not self.optional:
-        low = next((n for n,p in self.model.named_parameters() if p.requires_grad), 'nothing')
-        raise FastaiTLError('`CachedPrefix` needs frozen layers: the whole encoder of an AWD_LSTM, or at least the embeddings and the first layer of a Hugging Face model', f'{low!r}, which trains', 'Call learn.freeze_to(-1) before, or use learn.fit_gradual(cache=True)')
-    if isinstance(self.prefix, Prefix): self.one = self._find_one()
-    self._key = now
-    return self.prefix is not None
+    def _use_cache(self, name):
+        "Replace the DataLoader in use; compute its states if that has not been done"
+        dl = self.learn.dl
+        if name not in self.caches:
+            folder = self.folder or self.learn.path/'cache'
+            cache = PrefixCache(self.prefix, dl, self.one, self._state_dtype(), self.where, folder)
+            if self.verbose and self.learn.logger is not noop:
+                print(f'Computed once for {name}: {self.prefix}; {cache.store}')
+            autocast = _mixed_precision(self.learn)[0] or nullcontext()
+            self.caches[name] = cache.fill(self.batch_size, lambda: autocast)
+        self.learn.dl = CachedDL(dl, self.caches[name], self._offer)
+        self.guard_batches()
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #5389e346
-@patch
-def _cached(self:CachedPrefix, name):
-    "The batches of the DataLoader in use, from states that are computed when they are first needed"
-    dl = self.learn.dl
-    if name not in self.caches:
-        context,dtype = self._precision()
-        c = PrefixCache(self.prefix, dl, self.one, dtype, self.where, self.folder or self.learn.path/'cache')
-        if self.verbose and self.learn.logger is not noop: print(f'Computed once for {name}: {self.prefix}; {c.store}')
-        self.caches[name] = c.fill(self.batch_size, context)
-    self.learn.dl = CachedDL(dl, self.caches[name], self._offer)
+    def _offer(self, x, states):
+        "Let the model continue from `states` when its input is `x`"
+        self._offered = _Offered(x, states)
 
-@patch
-def _find_one(self:CachedPrefix):
-    "How the top layer computes one position, if it can"
-    if self.one_position is False: return None
-    try: return SinglePosition(self.model)
-    except FastaiTLError:
-        if self.one_position: raise
+    @contextmanager
+    def around_batch(self):
+        "Run the batch with a model that uses the offered states"
+        forwards = {}
+        if self._offered is not None:
+            forward = partial(_forward_from_states, self.model.forward, self._offered, self.prefix, self.one)
+            forwards[self.model] = forward
+        try:
+            with replaced_forwards(forwards):
+                yield
+        finally:
+            self._offered = None
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #54fa47b3
-@patch
-def forget(self:CachedPrefix):
-    "Give up what is kept; it is computed again when it is needed"
-    self._now = None
-    for c in self.caches.values(): c.close()
-    self.caches,self.prefix,self.one,self._key = {},None,None,None
-
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #77ddf300
-@patch
-def _offer(self:CachedPrefix, x, states): "Let the model go on from `states` when it is given `x`"; self._now = x.data_ptr(),x.shape,states
-
-@patch
-@contextmanager
-def around_batch(self:CachedPrefix):
-    "The batch, with a model that takes what was offered"
-    try:
-        with replaced_forwards({self.model: partial(self._forward, self.model.forward)} if self._now is not None else {}): yield
-    finally: self._now = None
-
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #77ddf301
-@patch
-def _forward(self:CachedPrefix, own, *args, **kw):
-    "The model, from its states if they are those of its input"
-    ptr,shape,states = self._now
-    if not args or not isinstance(args[0], torch.Tensor) or args[0].data_ptr()!=ptr or args[0].shape!=shape: return own(*args, **kw)
-    kind = states.device.type
-    amp = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)==states.dtype
-    n = len(self.prefix.blocks)-self.prefix.k if isinstance(self.prefix, Prefix) else 0
-    if not (amp and n==1 and self.one is not None): states = states.float()
-    with (self.one if n and self.one is not None else nullcontext()), self.prefix.replay(states): return own(*args, **kw)
-
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #04b1f5b7
-@patch
-def __getstate__(self:CachedPrefix): return {**self.__dict__, 'caches': {}, 'prefix': None, 'one': None, '_key': None, '_now': None}
+    def __getstate__(self):
+        return {**self.__dict__, 'caches': {}, 'prefix': None, 'one': None, '_key': None, '_offered': None}

@@ -1,4 +1,4 @@
-"""Hidden states of texts of different lengths, one after another, in memory or in a file
+"""Hidden states of texts of different lengths, stored one after another, in memory or in a file
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.feature_store.html.md"""
 
@@ -7,89 +7,116 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.feature_store.html.md"""
 # %% auto #0
 __all__ = ['StateStore']
 
-# %% ../../nbs/330_efficiency.feature_store.ipynb #53f7eaec
+# %% ../../nbs/330_efficiency.feature_store.ipynb #df9a487e
 import os, shutil, tempfile, weakref
 from pathlib import Path
 import numpy as np, torch
-from fastcore.all import patch
 from ..core import FastaiTLError, unknown_option
 
-# %% ../../nbs/330_efficiency.feature_store.ipynb #68a12fb6
+# %% ../../nbs/330_efficiency.feature_store.ipynb #9200ff95
 def free_memory() -> float: # Bytes; infinite where the system does not say
-    "Memory that can be taken without swapping"
+    "Return the memory that can be used without swapping"
     try:
-        rows = dict(l.split(':', 1) for l in Path('/proc/meminfo').read_text().splitlines())
+        lines = Path('/proc/meminfo').read_text().splitlines()
+        rows = dict(line.split(':', 1) for line in lines)
         return int(rows['MemAvailable'].split()[0])*1024
-    except (OSError, KeyError): pass
-    try: return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, ValueError, OSError): return float('inf')
+    except (OSError, KeyError):
+        pass
+    try:
+        return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError, OSError):
+        return float('inf')
 
-def _remove(path): Path(path).unlink(missing_ok=True)
+def _remove(path):
+    Path(path).unlink(missing_ok=True)
 
-def in_words(n): return f'{n/1e9:.1f} GB' if n>=1e9 else f'{n/1e6:.1f} MB' if n>=1e5 else f'{n/1e3:.1f} kB'
+def size_in_words(n):
+    "Return a number of bytes in kB, MB or GB"
+    if n >= 1e9:
+        return f'{n/1e9:.1f} GB'
+    return f'{n/1e6:.1f} MB' if n >= 1e5 else f'{n/1e3:.1f} kB'
 
-# %% ../../nbs/330_efficiency.feature_store.ipynb #03a580e4
+# %% ../../nbs/330_efficiency.feature_store.ipynb #22f5ba64
 class StateStore:
-    "Hidden states of texts of different lengths, one after another, in memory or in a memory-mapped file"
+    "Hidden states of texts of different lengths, in memory or in a memory-mapped file"
     def __init__(self,
-        lengths, # Rows of each text
-        width:int, # Numbers of a row
-        dtype:torch.dtype=torch.float32, # What they are kept in
-        where:str='auto', # `memory`, `disk`, or `auto`: the disk if they would take more than half of the free memory
-        folder:str|Path='.' # For the file, which is removed with the store
+        lengths, # Number of rows of each text
+        width:int, # Numbers in a row
+        dtype:torch.dtype=torch.float32, # Dtype of the store
+        where:str='auto', # `memory`, `disk`, or `auto`: the disk if the states need more than half of the free memory
+        folder:str|Path='.' # For the file, which is removed together with the store
     ):
-        if where not in ('auto','memory','disk'): raise unknown_option('where', where, ('auto','memory','disk'))
-        self.ends,self.width,self.dtype = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),width,dtype
-        self.where = ('disk' if self.nbytes>free_memory()/2 else 'memory') if where=='auto' else where
-        self.folder,self.file = Path(folder),None
-    @property
-    def nbytes(self): "Bytes in all"; return int(self.ends[-1])*self.width*self.dtype.itemsize
-    def __len__(self): return len(self.ends)-1
-    def __str__(self): return f'{len(self):,} texts, {self.ends[-1]:,} states of {self.width} in {str(self.dtype).split(".")[-1]}, {in_words(self.nbytes)} {"on disk" if self.where=="disk" else "in memory"}'
-    def __repr__(self): return f'StateStore({self})'
+        if where not in ('auto', 'memory', 'disk'):
+            raise unknown_option('where', where, ('auto', 'memory', 'disk'))
+        self.ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.width = width
+        self.dtype = dtype
+        if where == 'auto':
+            where = 'disk' if self.nbytes > free_memory()/2 else 'memory'
+        self.where = where
+        self.folder = Path(folder)
+        self.file = None
 
-# %% ../../nbs/330_efficiency.feature_store.ipynb #f96648b5
-@patch
-def open(self:StateStore) -> StateStore: # Itself
-    "Make room"
-    n = int(self.ends[-1])*self.width
-    if self.where=='memory': self.data = torch.empty(n, dtype=self.dtype)
-    else:
+    @property
+    def nbytes(self):
+        "Number of bytes of all states"
+        return int(self.ends[-1])*self.width*self.dtype.itemsize
+
+    def __len__(self):
+        return len(self.ends)-1
+    def __str__(self):
+        dtype = str(self.dtype).split('.')[-1]
+        place = 'on disk' if self.where == 'disk' else 'in memory'
+        states = f'{self.ends[-1]:,} states of {self.width} in {dtype}'
+        return f'{len(self):,} texts, {states}, {size_in_words(self.nbytes)} {place}'
+    def __repr__(self):
+        return f'StateStore({self})'
+
+    def open(self) -> 'StateStore': # The same store
+        "Allocate the memory or the file"
+        n = int(self.ends[-1])*self.width
+        data = torch.empty(n, dtype=self.dtype) if self.where == 'memory' else self._open_file(n)
+        self.data = data.view(-1, self.width)
+        return self
+
+    def _open_file(self, n):
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        if self.nbytes>free: raise FastaiTLError(f'The states of the frozen layers need {in_words(self.nbytes)}', f'{in_words(free)} in {self.folder}', 'Keep them in a smaller `dtype`, give another `folder`, or train without the cache')
-        fd,self.file = tempfile.mkstemp(prefix='prefix-', suffix='.states', dir=self.folder)
-        os.close(fd)
-        self._end = weakref.finalize(self, _remove, self.file) # also at the end of the process
-        self.data = torch.from_file(self.file, shared=True, size=n, dtype=self.dtype)
-    self.data = self.data.view(-1, self.width)
-    return self
+        if self.nbytes > free:
+            raise FastaiTLError(f'The states of the frozen layers need {size_in_words(self.nbytes)}',
+                                f'{size_in_words(free)} in {self.folder}',
+                                'Keep them in a smaller `dtype`, give another `folder`, or train without the cache')
+        handle, self.file = tempfile.mkstemp(prefix='prefix-', suffix='.states', dir=self.folder)
+        os.close(handle)
+        self._remove_file = weakref.finalize(self, _remove, self.file) # also at the end of the process
+        return torch.from_file(self.file, shared=True, size=n, dtype=self.dtype)
 
-# %% ../../nbs/330_efficiency.feature_store.ipynb #72bcbbee
-@patch
-def close(self:StateStore):
-    "Give the room back"
-    self.data = None
-    if self.file is not None: self._end()
+    def close(self):
+        "Free the memory or remove the file"
+        self.data = None
+        if self.file is not None:
+            self._remove_file()
 
-# %% ../../nbs/330_efficiency.feature_store.ipynb #22e3ac68
-@patch
-def write(self:StateStore,
-    i:int, # Number of the text
-    rows:torch.Tensor # (rows, width)
-):
-    "Keep the states of one text"
-    self.data[self.ends[i]:self.ends[i+1]] = rows.to(self.dtype) if rows.device.type=='cpu' else rows.to(self.dtype).cpu()
+    def write(self,
+        i:int, # Index of the text
+        rows:torch.Tensor # (rows, width)
+    ):
+        "Store the states of a text"
+        self.data[self.ends[i]:self.ends[i+1]] = rows.to(self.dtype).cpu()
 
-@patch
-def read(self:StateStore,
-    idxs, # Numbers of texts
-    left:bool=False # Pad on the left
-) -> torch.Tensor: # (texts, rows of the longest, width), zeros where there is padding
-    "The states of some texts"
-    spans = [(self.ends[i], self.ends[i+1]) for i in idxs]
-    n = max(b-a for a,b in spans)
-    if all(b-a==n==1 for a,b in spans): return self.data[torch.as_tensor([a for a,_ in spans])][:,None]
-    res = self.data.new_zeros(len(spans), n, self.width)
-    for r,(a,b) in zip(res, spans): r[slice(n-(b-a), n) if left else slice(b-a)] = self.data[a:b]
-    return res
+    def read(self,
+        idxs, # Indexes of texts
+        left:bool=False # Pad on the left
+    ) -> torch.Tensor: # (texts, rows of the longest, width), with zeros as padding
+        "Return the states of some texts"
+        idxs = np.asarray(idxs)
+        starts = self.ends[idxs]
+        lengths = self.ends[idxs+1] - starts
+        n_longest = int(lengths.max())
+        if n_longest == 1 and lengths.min() == 1:
+            return self.data[torch.as_tensor(starts)][:, None]
+        padded = self.data.new_zeros(len(starts), n_longest, self.width)
+        for row, start, n in zip(padded, starts, lengths):
+            place = slice(n_longest-n, n_longest) if left else slice(n)
+            row[place] = self.data[start:start+n]
+        return padded

@@ -1,4 +1,4 @@
-"""A model as two parts: the lower layers, whose output can be computed once, and the rest, which goes on from there
+"""A model cut in two: the lower layers, whose output can be computed once, and the layers above, which continue from it
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.frozen_features.html.md"""
 
@@ -7,11 +7,10 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.frozen_features.html.md""
 # %% auto #0
 __all__ = ['find_blocks', 'frozen_layers', 'Prefix', 'is_pooled', 'PooledPrefix', 'frozen_prefix']
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #444070f3
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #b72d8ad2
 from contextlib import contextmanager
 import torch
 from torch import nn
-from fastcore.all import patch
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
 from ..core import FastaiTLError, shorten
 from ..callbacks import evaluating
@@ -22,190 +21,275 @@ from ..models.hf import HFModel
 from ..models.execution_order import dummy_inputs, hf_models
 from ..models.awd_lstm import RealTokenPooling
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #7af2d944
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #b9fa79f2
 def find_blocks(
     model:nn.Module # A Hugging Face model, or a module with one in it
 ) -> list: # The layers, bottom to top
-    "The blocks of the model's one stack"
-    if len(hf_models(model))!=1: raise FastaiTLError('A model to be cut must have one Hugging Face text model in it', f'{len(hf_models(model))} in a {type(model).__name__}')
-    if getattr(hf_models(model)[0].config, 'is_encoder_decoder', False): raise FastaiTLError('A model to be cut must have one list of layers', 'an encoder and a decoder')
+    "Find the blocks of the model's list of layers"
+    found = hf_models(model)
+    if len(found) != 1:
+        raise FastaiTLError('A model to be cut must have one Hugging Face text model in it',
+                            f'{len(found)} in a {type(model).__name__}')
+    config = found[0].config
+    if getattr(config, 'is_encoder_decoder', False):
+        raise FastaiTLError('A model to be cut must have one list of layers', 'an encoder and a decoder')
     stacks = find_stacks(model)
-    if len(stacks)!=1: raise FastaiTLError('A model to be cut must have one list of layers', shorten(stacks) or 'none')
-    (path,blocks), = stacks.items()
-    if getattr(hf_models(model)[0].config, 'num_hidden_layers', len(blocks))!=len(blocks): raise FastaiTLError('A model to be cut must have a block for each of its layers', f'{len(blocks)} blocks in {path} for {hf_models(model)[0].config.num_hidden_layers} layers', 'Layers that share their weights cannot be cut')
-    return [b for _,b in blocks]
+    if len(stacks) != 1:
+        raise FastaiTLError('A model to be cut must have one list of layers', shorten(stacks) or 'none')
+    (path, blocks), = stacks.items()
+    n_layers = getattr(config, 'num_hidden_layers', len(blocks))
+    if n_layers != len(blocks):
+        raise FastaiTLError('A model to be cut must have a block for each of its layers',
+                            f'{len(blocks)} blocks in {path} for {n_layers} layers',
+                            'Layers that share their weights cannot be cut')
+    return [block for _, block in blocks]
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #32185874
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #f4f6f682
 def frozen_layers(
-    model:nn.Module # A Hugging Face model, or a module with one in it, part of it frozen
-) -> int: # -1 if not even what comes before the blocks is frozen
-    "How many blocks, from the bottom, are frozen together with all that is below them"
-    groups,k = layer_groups(model),0
-    low = next((i for i,g in enumerate(groups) if any(p.requires_grad for p in g.params)), len(groups))
-    later = {id(p) for g in groups[low:] for p in g.params}
-    words = hf_models(model)[0].get_input_embeddings().weight # may be tied to the output layer, and then belongs to the head
+    model:nn.Module # A Hugging Face model, or a module with one in it, some of its layers frozen
+) -> int: # -1 if even the embeddings train
+    "Count the blocks, from the bottom, that are frozen together with everything below them"
+    groups = layer_groups(model)
+    lowest = next((i for i, g in enumerate(groups) if any(p.requires_grad for p in g.params)), len(groups))
+    word_embedding = hf_models(model)[0].get_input_embeddings().weight
     blocks = find_blocks(model)
-    if low==0 or words.requires_grad: return -1
-    while k<len(blocks) and not any(id(p) in later or p.requires_grad for p in blocks[k].parameters()): k += 1
-    return k
+    if lowest == 0 or word_embedding.requires_grad:
+        return -1
+    not_below = {id(p) for g in groups[lowest:] for p in g.params}
+    def is_frozen(block): return not any(p.requires_grad or id(p) in not_below for p in block.parameters())
+    return next((i for i, block in enumerate(blocks) if not is_frozen(block)), len(blocks))
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #a5a40a76
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #c4cf529e
 @contextmanager
 def replaced_forwards(
-    forwards:dict # Module to what it does instead
+    forwards:dict # Module → the function that replaces its `forward`
 ):
-    "Let modules do something else inside the block"
-    before = {m: m.__dict__.get('forward') for m in forwards}
-    for m,f in forwards.items(): m.forward = f
-    try: yield
+    "Replace the `forward` of modules inside the block"
+    before = {module: module.__dict__.get('forward') for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
     finally:
-        for m,f in before.items():
-            if f is None: m.__dict__.pop('forward', None)
-            else: m.forward = f
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop('forward', None)
+            else:
+                module.forward = forward
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #48e6f490
-def hidden(args, kw): return args[0] if args else kw['hidden_states']
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #453d03ef
+def block_input(args, kwargs):
+    "Return the hidden states among the arguments of a block"
+    return args[0] if args else kwargs['hidden_states']
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #1fbd4fb2
+def block_output(out):
+    "Return the hidden states that a block returns"
+    return out[0] if isinstance(out, tuple) else out
+
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #2d26bea9
 def probe_batch(model):
-    "Positional and named arguments for `model`: two texts, the second shorter"
-    x = dummy_inputs(hf_models(model)[0])
-    ids,mask = x['input_ids'].repeat(2, 1),torch.ones_like(x['input_ids']).repeat(2, 1)
-    mask[1,-3:] = 0
-    if isinstance(model, HFModel): return (TensorTokens(torch.stack([ids.masked_fill(mask==0, -1)], 1)),),{}
-    if not hasattr(model, 'config'): raise FastaiTLError('A model to be cut must be an `HFModel`, or a model of transformers', f'a {type(model).__name__}')
-    return (),dict(x, input_ids=ids.masked_fill(mask==0, model.config.pad_token_id or 0), attention_mask=mask)
+    "Return positional and named arguments for `model`: two texts, the second one shorter"
+    inputs = dummy_inputs(hf_models(model)[0])
+    ids = inputs['input_ids'].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    if isinstance(model, HFModel):
+        return (TensorTokens(torch.stack([ids.masked_fill(mask == 0, -1)], 1)),), {}
+    if not hasattr(model, 'config'):
+        expected = 'A model to be cut must be an `HFModel`, or a model of transformers'
+        raise FastaiTLError(expected, f'a {type(model).__name__}')
+    ids = ids.masked_fill(mask == 0, model.config.pad_token_id or 0)
+    return (), dict(inputs, input_ids=ids, attention_mask=mask)
 
 def logits_of(out):
-    "What a model gives, as one tensor"
-    if isinstance(out, torch.Tensor): return out
-    return out.logits if hasattr(out, 'logits') else torch.cat([o for o in out], -1)
+    "Return the output of a model as one tensor"
+    if isinstance(out, torch.Tensor):
+        return out
+    return out.logits if hasattr(out, 'logits') else torch.cat(list(out), -1)
 
-def differ(a, b): "Largest difference, in units of the largest number"; return ((a-b).abs().max()/b.abs().max().clamp(min=1e-6)).item()
+def relative_difference(a, b):
+    "Return the largest difference, relative to the largest number of `b`"
+    return ((a-b).abs().max()/b.abs().max().clamp(min=1e-6)).item()
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #f1f55f66
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #2a7278f2
+def _observe(model, blocks, args, kwargs):
+    "Run an ordinary forward pass; return the module that feeds the first block, and inputs and outputs"
+    made = []
+    order = []
+    seen = {}
+    above = {m for m in model.modules() if any(child is blocks[0] for child in m.modules())}
+    def note(module, inputs, out): made.append((module, out))
+    def enter(module, a, kw):
+        order.append(module)
+        if module is blocks[0]:
+            seen.setdefault('input', block_input(a, kw))
+    def leave(module, a, out): seen['output'] = out
+    hooks = [m.register_forward_hook(note) for m in model.modules() if m not in above]
+    hooks += [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
+    hooks += [blocks[0].register_forward_hook(leave)]
+    try:
+        logits = logits_of(model(*args, **kwargs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if order != blocks:
+        raise FastaiTLError('A model to be cut must use each of its layers once, in their order',
+                            f'{len(order)} uses of {len(blocks)} layers')
+    feeder = next((module for module, out in reversed(made) if out is seen['input']), None)
+    return feeder, seen['input'], seen['output'], logits
+
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #fd2a160d
+def _refuse_hooks(blocks):
+    def has_hooks(m):
+        return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    hooked = {name or 'the layer itself' for block in blocks for name, m in block.named_modules() if has_hooks(m)}
+    if hooked:
+        raise FastaiTLError('Layers whose output is kept must have no hooks, which would run once only',
+                            f'hooks on {shorten(sorted(hooked), 3)}', 'Remove them')
+
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #fc3fca2c
 class Prefix:
     "A Hugging Face model cut above its lower `k` blocks"
     def __init__(self,
         model:nn.Module, # An `HFModel`, or a model of transformers
-        k:int # Blocks below the cut; 0 leaves the embeddings alone below it
+        k:int # Number of blocks below the cut; 0: only the embeddings are below it
     ):
-        self.model,self.blocks,self.k = model,find_blocks(model),k
-        if not 0<=k<=len(self.blocks): raise FastaiTLError(f'`k` must be between 0 and {len(self.blocks)}, the number of layers', str(k))
-        with evaluating(model): self._check()
-    def __str__(self): return f'{self.k} of {len(self.blocks)} layers'
-    def __repr__(self): return f'Prefix({type(hf_models(self.model)[0]).__name__}, {self})'
-    @property
-    def width(self): "Numbers of a hidden state"; return self._width
-    def _as_output(self, h): return (h,)+(None,)*(self._tuple-1) if self._tuple else h
+        self.model = model
+        self.blocks = find_blocks(model)
+        self.k = k
+        if not 0 <= k <= len(self.blocks):
+            raise FastaiTLError(f'`k` must be between 0 and {len(self.blocks)}, the number of layers', str(k))
+        _refuse_hooks(self.blocks[:k])
+        with evaluating(model):
+            self._check()
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #16e0878d
-@patch
-def record(self:Prefix,
-    *args, # What the model takes
-    **kwargs # The same
-) -> torch.Tensor: # (texts, tokens, width)
-    "Run the lower part, and return what it hands on"
-    got = []
-    def rest(*a, **kw): return self._as_output(hidden(a, kw))
-    def keep(*a, **kw): got.append(hidden(a, kw)); return rest(*a, **kw)
-    def last(*a, **kw): o = own(*a, **kw); got.append(o[0] if self._tuple else o); return o
-    n,blocks = len(self.blocks),self.blocks
-    own = blocks[-1].forward
-    with replaced_forwards({blocks[-1]: last} if self.k==n else {b: keep if i==self.k else rest for i,b in enumerate(blocks) if i>=self.k}): self.model(*args, **kwargs)
-    return got[0]
+    def __str__(self):
+        return f'{self.k} of {len(self.blocks)} layers'
+    def __repr__(self):
+        return f'Prefix({type(hf_models(self.model)[0]).__name__}, {self})'
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #29717f11
-@patch
-@contextmanager
-def replay(self:Prefix,
-    states:torch.Tensor # (texts, tokens, width), from `record`
-):
-    "Inside the block, the model goes on from `states`; its inputs tell it where there is padding"
-    at = min(self.k, len(self.blocks)-1)
-    own = self.blocks[at].forward
-    def skip(*a, **kw): return self._as_output(states)
-    def go_on(*a, **kw): return own(states, *a[1:], **{n: v for n,v in kw.items() if n!='hidden_states'})
-    below = {b: skip for b in self.blocks[:self.k]}
-    if self._entry is not None: below[self._entry] = lambda *a, **kw: states
-    with replaced_forwards({**below, **({} if self.k==len(self.blocks) else {self.blocks[at]: go_on})}): yield
+    def _check(self):
+        "Compare the outputs of the cut model with those of the whole one"
+        args, kwargs = probe_batch(self.model)
+        self._feeder, first_input, first_output, whole = _observe(self.model, self.blocks, args, kwargs)
+        self._tuple_length = len(first_output) if isinstance(first_output, tuple) else 0
+        self.width = first_input.shape[-1] # numbers of a hidden state
+        states = self.record(*args, **kwargs)
+        with self.replay(states):
+            again = logits_of(self.model(*args, **kwargs))
+        difference = relative_difference(again, whole)
+        if not torch.isfinite(again).all() or difference > 1e-3:
+            name = type(hf_models(self.model)[0]).__name__
+            raise FastaiTLError('A model to be cut must give the same from its hidden states as from its texts',
+                                f'outputs that differ by {difference:.1e} for a {name}',
+                                'Its upper layers need more than the states of the lower ones')
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #dfeb8183
-@patch
-def _look(self:Prefix, args, kw):
-    "One ordinary forward pass: what feeds the first block, what form blocks return, and the model's outputs"
-    made,seen,order = [],{},[]
-    above = {m for m in self.model.modules() if any(b is self.blocks[0] for b in m.modules())}
-    def note(m, i, o): made.append((m, o))
-    def enter(m, a, k): order.append(m); seen.setdefault('h', hidden(a, k)) if m is self.blocks[0] else None
-    def leave(m, a, o): seen['out'] = o
-    hooks = [m.register_forward_hook(note) for m in self.model.modules() if m not in above]
-    hooks += [b.register_forward_pre_hook(enter, with_kwargs=True) for b in self.blocks] + [self.blocks[0].register_forward_hook(leave)]
-    try: out = logits_of(self.model(*args, **kw))
-    finally:
-        for h in hooks: h.remove()
-    if order!=self.blocks: raise FastaiTLError('A model to be cut must use each of its layers once, in their order', f'{len(order)} uses of {len(self.blocks)} layers')
-    self._entry = next((m for m,o in reversed(made) if o is seen['h']), None)
-    self._tuple = len(seen['out']) if isinstance(seen['out'], tuple) else 0
-    self._width = seen['h'].shape[-1]
-    return out
+    def _as_output(self, states):
+        "Return states in the form that a block returns"
+        return (states,) + (None,)*(self._tuple_length-1) if self._tuple_length else states
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #2ee6d32f
-@patch
-def _check(self:Prefix):
-    "Refuse a cut that is not sound"
-    args,kw = probe_batch(self.model)
-    hooked = [n for b in self.blocks[:self.k] for n,m in b.named_modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks]
-    if hooked: raise FastaiTLError('Layers whose output is kept must have no hooks, which would run once only', f'hooks on {shorten(sorted(set(o or "the layer itself" for o in hooked)), 3)}', 'Remove them')
-    with torch.no_grad(): whole = self._look(args, kw)
-    with torch.no_grad(): states = self.record(*args, **kw)
-    with torch.no_grad(), self.replay(states): again = logits_of(self.model(*args, **kw))
-    if not torch.isfinite(again).all() or differ(again, whole)>1e-3: raise FastaiTLError(f'A model to be cut must give the same from its hidden states as from its texts', f'outputs that differ by {differ(again, whole):.1e} for a {type(hf_models(self.model)[0]).__name__}', 'Its upper layers need more than the states of the lower ones')
+    def record(self,
+        *args, # The arguments of the model
+        **kwargs # Its named arguments
+    ) -> torch.Tensor: # (texts, tokens, width)
+        "Run the model and return the states at the cut"
+        recorded = []
+        top_forward = self.blocks[-1].forward
+        def pass_on(*a, **kw):
+            return self._as_output(block_input(a, kw))
+        def record_and_pass_on(*a, **kw):
+            recorded.append(block_input(a, kw))
+            return pass_on(*a, **kw)
+        def record_output(*a, **kw):
+            out = top_forward(*a, **kw)
+            recorded.append(out[0] if self._tuple_length else out)
+            return out
+        if self.k == len(self.blocks):
+            forwards = {self.blocks[-1]: record_output}
+        else:
+            forwards = {block: pass_on for block in self.blocks[self.k+1:]}
+            forwards[self.blocks[self.k]] = record_and_pass_on
+        with replaced_forwards(forwards):
+            self.model(*args, **kwargs)
+        return recorded[0]
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #d71c6c67
+    @contextmanager
+    def replay(self,
+        states:torch.Tensor # (texts, tokens, width), from `record`
+    ):
+        "Let the model continue from `states` inside the block; its inputs still say what is padding"
+        def skip(*a, **kw):
+            return self._as_output(states)
+        forwards = {block: skip for block in self.blocks[:self.k]}
+        if self._feeder is not None:
+            forwards[self._feeder] = lambda *a, **kw: states
+        if self.k < len(self.blocks):
+            own = self.blocks[self.k].forward
+            def start(*a, **kw):
+                kw.pop('hidden_states', None)
+                return own(states, *a[1:], **kw)
+            forwards[self.blocks[self.k]] = start
+        with replaced_forwards(forwards):
+            yield
+
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #a105b5e0
 def is_pooled(
     model # Any model
-) -> bool:
-    "Is it fastai's text classifier, an encoder with concat pooling?"
-    return isinstance(model, nn.Sequential) and len(model)==2 and isinstance(model[0], SentenceEncoder) and type(model[1]) in (PoolingLinearClassifier, RealTokenPooling)
+) -> bool: # `True` for an encoder with concat pooling
+    "Return whether the model is fastai's text classifier"
+    if not isinstance(model, nn.Sequential) or len(model) != 2:
+        return False
+    return isinstance(model[0], SentenceEncoder) and type(model[1]) in (PoolingLinearClassifier, RealTokenPooling)
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #d0f589dd
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #c4984d3e
 class PooledPrefix:
     "fastai's text classifier, cut between the pooling and the layers of its head"
     def __init__(self,
-        model # A text classifier as `get_text_classifier` makes it
+        model # A text classifier that `get_text_classifier` made
     ):
-        if not is_pooled(model): raise FastaiTLError('The model must be a text classifier of fastai', f'a {type(model).__name__}')
-        self.model,self.encoder,self.head = model,model[0],model[1]
-    @property
-    def width(self): "Numbers of a text"; return next(m for m in self.head.layers.modules() if isinstance(m, nn.Linear)).in_features
-    def __str__(self): return 'the encoder and its pooling'
-    def __repr__(self): return f'PooledPrefix({self.width} numbers a text)'
+        if not is_pooled(model):
+            raise FastaiTLError('The model must be a text classifier of fastai', f'a {type(model).__name__}')
+        self.model = model
+        self.encoder = model[0]
+        self.head = model[1]
+        first_linear = next(m for m in self.head.layers.modules() if isinstance(m, nn.Linear))
+        self.width = first_linear.in_features # numbers of a text
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #83b8539c
-@patch
-def record(self:PooledPrefix,
-    x # Tokens, as the model takes them
-) -> torch.Tensor: # (texts, width)
-    "Run the encoder and the pooling"
-    got = []
-    with replaced_forwards({self.head.layers: lambda o: got.append(o) or o}): self.model(x)
-    return got[0]
+    def __str__(self):
+        return 'the encoder and its pooling'
+    def __repr__(self):
+        return f'PooledPrefix({self.width} numbers a text)'
 
-@patch
-@contextmanager
-def replay(self:PooledPrefix,
-    states:torch.Tensor # (texts, width), from `record`
-):
-    "Inside the block, the head goes on from `states`; the outputs that fastai's regularisation looks at are zeros"
-    none = states.new_zeros(1, 2, 1)
-    with replaced_forwards({self.encoder: lambda x: states, self.head: lambda o: (self.head.layers(o), none, none)}): yield
+    def record(self,
+        x # Tokens, as the model takes them
+    ) -> torch.Tensor: # (texts, width)
+        "Run the encoder and the pooling"
+        recorded = []
+        def record_input(pooled):
+            recorded.append(pooled)
+            return pooled
+        with replaced_forwards({self.head.layers: record_input}):
+            self.model(x)
+        return recorded[0]
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #9cf58bca
+    @contextmanager
+    def replay(self,
+        states:torch.Tensor # (texts, width), from `record`
+    ):
+        "Let the head continue from `states` inside the block; the outputs for fastai's regularisation are zeros"
+        no_outputs = states.new_zeros(1, 2, 1)
+        def encoder(x): return states
+        def head(pooled): return self.head.layers(pooled), no_outputs, no_outputs
+        with replaced_forwards({self.encoder: encoder, self.head: head}):
+            yield
+
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #b683b8d1
 def frozen_prefix(
-    model:nn.Module # A Hugging Face model or an AWD_LSTM classifier, part of it frozen
-): # A `Prefix`, a `PooledPrefix`, or `None` if there is nothing frozen to be kept
-    "The part of `model` that need not be computed every epoch"
-    if is_pooled(model): return None if any(p.requires_grad for p in model[0].parameters()) else PooledPrefix(model)
-    k = frozen_layers(model) if hf_models(model) else find_blocks(model)
-    return Prefix(model, k) if k>0 else None
+    model:nn.Module # A Hugging Face model or an AWD_LSTM classifier, some of its layers frozen
+): # A `Prefix` or a `PooledPrefix`; `None` if nothing is frozen that is worth keeping
+    "Cut `model` above its frozen layers"
+    if is_pooled(model):
+        encoder_trains = any(p.requires_grad for p in model[0].parameters())
+        return None if encoder_trains else PooledPrefix(model)
+    k = frozen_layers(model) if hf_models(model) else find_blocks(model) # `find_blocks` raises the error
+    return Prefix(model, k) if k > 0 else None

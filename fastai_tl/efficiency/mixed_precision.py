@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.mixed_precision.html.md""
 # %% auto #0
 __all__ = ['has_bf16', 'AutocastPrecision']
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #74761b1e
+# %% ../../nbs/305_efficiency.mixed_precision.ipynb #fcead504
 import warnings
 from contextlib import contextmanager, nullcontext
 import torch
@@ -19,129 +19,146 @@ from ..callbacks import AroundBatch, unguard_batches
 from ..core import FastaiTLError, unknown_option
 from .lstm_bf16 import autocast_lstms
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #84fd7ef2
+# %% ../../nbs/305_efficiency.mixed_precision.ipynb #acf320bb
 _CPU_BF16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16') # x86, x86, ARM, ARM
 
 def has_bf16(
     device='cpu' # A device or its type
 ) -> bool: # `False` also where PyTorch cannot tell
-    "Has the device bfloat16 instructions of its own, so that bfloat16 is not emulated?"
+    "Return whether the device has bfloat16 instructions of its own, so that nothing is emulated"
     kind = torch.device(device).type
-    if kind=='cpu': # `get_capabilities` came with PyTorch 2.11
-        flags = getattr(torch.cpu, 'get_capabilities', dict)()
-        return any(flags.get(o, False) for o in _CPU_BF16)
-    if kind=='cuda': return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind=='xpu': return torch.xpu.is_bf16_supported(including_emulation=False)
-    return kind=='mps' and torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
+    if kind == 'cpu':
+        flags = getattr(torch.cpu, 'get_capabilities', dict)() # new in PyTorch 2.11
+        return any(flags.get(name, False) for name in _CPU_BF16)
+    if kind == 'cuda':
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == 'xpu':
+        return torch.xpu.is_bf16_supported(including_emulation=False)
+    return kind == 'mps' and torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #c7ee4340
+# %% ../../nbs/305_efficiency.mixed_precision.ipynb #66cc574c
 _DTYPES = dict(bf16=torch.bfloat16, bfloat16=torch.bfloat16, fp16=torch.float16, float16=torch.float16)
 
 def _as_dtype(dtype):
     name = str(dtype).removeprefix('torch.')
-    if name not in _DTYPES: raise unknown_option('dtype', dtype, _DTYPES)
+    if name not in _DTYPES:
+        raise unknown_option('dtype', dtype, _DTYPES)
     return _DTYPES[name]
 
 def _why_not(kind, dtype):
-    "Why autocast to `dtype` is of no use on a kind of device; empty if it is"
-    if not is_autocast_available(kind): return f'PyTorch has no autocast for {kind!r}'
-    if dtype==torch.float16 and kind=='cpu': return 'float16 does not pay on a CPU (bfloat16 may)'
-    if dtype==torch.float16 or has_bf16(kind): return ''
-    if kind=='cpu' and not hasattr(torch.cpu, 'get_capabilities'): return 'Only PyTorch 2.11 or later can tell whether this CPU has bfloat16 instructions'
-    return f"This {'CPU' if kind=='cpu' else f'{kind!r} device'} has no bfloat16 instructions, and emulating them is slow"
+    "Return why autocast to `dtype` is of no use on a kind of device; empty if it is of use"
+    if not is_autocast_available(kind):
+        return f'PyTorch has no autocast for {kind!r}'
+    if dtype == torch.float16 and kind == 'cpu':
+        return 'float16 does not pay on a CPU (bfloat16 may)'
+    if dtype == torch.float16 or has_bf16(kind):
+        return ''
+    if kind == 'cpu' and not hasattr(torch.cpu, 'get_capabilities'):
+        return 'Only PyTorch 2.11 or later can tell whether this CPU has bfloat16 instructions'
+    device = 'CPU' if kind == 'cpu' else f'{kind!r} device'
+    return f'This {device} has no bfloat16 instructions, and emulating them is slow'
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #6c0849ee
+# %% ../../nbs/305_efficiency.mixed_precision.ipynb #c5764e3d
 class AutocastPrecision(AroundBatch, MixedPrecision):
-    "Mixed precision by autocast on whatever device the model is on"
+    "Mixed precision by autocast on any device"
     def __init__(self,
         dtype=None, # `bf16` or `fp16`, also as a PyTorch dtype; the best that the device has if `None`
         force:bool=False, # Use `dtype` (bfloat16 if `None`) even if the device is slow with it
-        **kwargs # For the `GradScaler` that float16 needs, such as `init_scale`
+        **kwargs # Passed to the `GradScaler` that float16 needs, such as `init_scale`
     ):
-        self.dtype,self.force = dtype if dtype is None else _as_dtype(dtype),force
-        super().__init__(AMPMode.FP16 if self.dtype==torch.float16 else AMPMode.BF16, **kwargs)
-        self.compute_dtype,self.autocast,self._inside,self._said = None,None,False,None
+        self.dtype = dtype if dtype is None else _as_dtype(dtype)
+        self.force = force
+        mode = AMPMode.FP16 if self.dtype == torch.float16 else AMPMode.BF16
+        super().__init__(mode, **kwargs)
+        self.compute_dtype = None
+        self.autocast = None
+        self._inside = False
+        self._warned = None
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #e0d78239
-@patch
-def _choose(self:AutocastPrecision, kind):
-    "The dtype to compute in on this kind of device; float32 with a message if what is asked for is of no use"
-    wanted = [self.dtype] if self.dtype else [torch.bfloat16, torch.float16]
-    reasons = [_why_not(kind, o) for o in wanted]
-    if self.force and is_autocast_available(kind): return wanted[0]
-    for dtype,reason in zip(wanted, reasons):
-        if not reason: return dtype
-    if self._said!=reasons[0]: warnings.warn(f'{reasons[0]}: computing in float32.' + (' `force=True` insists.' if is_autocast_available(kind) else ''))
-    self._said = reasons[0]
-    return torch.float32
+    def _choose(self, kind):
+        "Return the dtype to compute in on this kind of device; warn once if it is not the one asked for"
+        candidates = [self.dtype] if self.dtype else [torch.bfloat16, torch.float16]
+        reasons = [_why_not(kind, dtype) for dtype in candidates]
+        can_force = is_autocast_available(kind)
+        if self.force and can_force:
+            return candidates[0]
+        for dtype, reason in zip(candidates, reasons):
+            if not reason:
+                return dtype
+        if self._warned != reasons[0]:
+            advice = ' `force=True` insists.' if can_force else ''
+            warnings.warn(f'{reasons[0]}: computing in float32.{advice}')
+        self._warned = reasons[0]
+        return torch.float32
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #8dec320b
-@patch
-def _leave(self:AutocastPrecision):
-    if self._inside: self.autocast.__exit__(None, None, None)
-    self._inside = False
+    def _leave(self):
+        if self._inside:
+            self.autocast.__exit__(None, None, None)
+        self._inside = False
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #0ab2e445
-@patch
-def before_fit(self:AutocastPrecision):
-    "Choose the dtype for the device, and make autocast and scaler"
-    self._leave()
-    if len(self.learn.cbs.filter(risinstance((MixedPrecision, NonNativeMixedPrecision))))>1:
-        raise FastaiTLError('A Learner can have one mixed precision', 'two', 'Take both away with `learn.to_fp32()` (`learn.to_non_native_fp32()`), and call `to_mixed_precision` again')
-    kind = next(self.model.parameters()).device.type # fastai moves each batch there
-    self.compute_dtype = self._choose(kind)
-    self.autocast = nullcontext() if self.compute_dtype==torch.float32 else autocast(kind, dtype=self.compute_dtype)
-    self.learn.scaler,self.scales = GradScaler(kind, **{**self.kwargs, 'enabled': self.compute_dtype==torch.float16}),L()
+    def _device_type(self):
+        return next(self.model.parameters()).device.type # fastai moves each batch there
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #93acb8b1
-@patch
-def before_batch(self:AutocastPrecision):
-    "Choose again if another fit or prediction has ended since"
-    if self.autocast is None: self.before_fit()
+    def before_fit(self):
+        "Choose the dtype for the device, and make autocast and scaler"
+        self._leave()
+        if len(self.learn.cbs.filter(risinstance((MixedPrecision, NonNativeMixedPrecision)))) > 1:
+            todo = ('Remove both with `learn.to_fp32()` (`learn.to_non_native_fp32()`), '
+                    'and call `to_mixed_precision` again')
+            raise FastaiTLError('A Learner can have one mixed precision', 'two', todo)
+        kind = self._device_type()
+        self.compute_dtype = self._choose(kind)
+        is_float32 = self.compute_dtype == torch.float32
+        self.autocast = nullcontext() if is_float32 else autocast(kind, dtype=self.compute_dtype)
+        enabled = self.compute_dtype == torch.float16
+        self.learn.scaler = GradScaler(kind, **{**self.kwargs, 'enabled': enabled})
+        self.scales = L()
 
-@patch
-def after_loss(self:AutocastPrecision): "Leave autocast; the backward pass runs without"; self._leave()
+    def before_batch(self):
+        "Choose again if another fit or prediction has ended in between"
+        if self.autocast is None:
+            self.before_fit()
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #93acb8b2
-@patch
-@contextmanager
-def around_batch(self:AutocastPrecision):
-    "Enter autocast, and leave it however the batch ends; errors and interrupts fire no event of fastai's"
-    kind = next(self.model.parameters()).device.type
-    try:
-        with autocast_lstms(self.model) if kind=='cpu' and self.compute_dtype==torch.bfloat16 else nullcontext():
-            self.autocast.__enter__()
-            self._inside = True
-            yield
-    finally: self._leave()
+    @contextmanager
+    def around_batch(self):
+        "Enter autocast, and leave it however the batch ends; fastai has no event for errors and interrupts"
+        is_bf16_on_cpu = self._device_type() == 'cpu' and self.compute_dtype == torch.bfloat16
+        try:
+            with autocast_lstms(self.model) if is_bf16_on_cpu else nullcontext():
+                self.autocast.__enter__()
+                self._inside = True
+                yield
+        finally:
+            self._leave()
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #d3284ecf
-@patch
-def after_fit(self:AutocastPrecision):
-    "Put everything away"
-    self._leave()
-    self.autocast,self.learn.scaler = None,None
-    unguard_batches(self.learn)
+    def after_loss(self):
+        "Leave autocast before the backward pass"
+        self._leave()
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #0e3d9256
-@patch
-def state_dict(self:AutocastPrecision) -> dict: # Numbers; empty unless float16 is in use
-    "The loss scale and when it was last raised"
-    return {} if self.learn.scaler is None else self.learn.scaler.state_dict()
+    def after_fit(self):
+        "Remove autocast and scaler"
+        self._leave()
+        self.autocast = None
+        self.learn.scaler = None
+        unguard_batches(self.learn)
 
-@patch
-def load_state_dict(self:AutocastPrecision,
-    sd:dict # From `state_dict`
-):
-    "Go on with the loss scale of an earlier fit"
-    if sd and self.learn.scaler.is_enabled(): self.learn.scaler.load_state_dict(sd)
+    def state_dict(self) -> dict: # Numbers; empty unless float16 is in use
+        "Return the loss scale and when it was last raised"
+        return {} if self.learn.scaler is None else self.learn.scaler.state_dict()
 
-# %% ../../nbs/305_efficiency.mixed_precision.ipynb #fadbfc1f
+    def load_state_dict(self,
+        sd:dict # From `state_dict`
+    ):
+        "Continue with the loss scale of an earlier fit"
+        if sd and self.learn.scaler.is_enabled():
+            self.learn.scaler.load_state_dict(sd)
+
+# %% ../../nbs/305_efficiency.mixed_precision.ipynb #ad4f533e
 @patch
 def to_mixed_precision(self:Learner,
     dtype=None, # `bf16` or `fp16`, also as a PyTorch dtype; the best that the device has if `None`
     force:bool=False, # Use `dtype` (bfloat16 if `None`) even if the device is slow with it
-    **kwargs # For the `GradScaler` that float16 needs, such as `init_scale`
-) -> Learner: # Itself
+    **kwargs # Passed to the `GradScaler` that float16 needs, such as `init_scale`
+) -> Learner: # The same Learner
     "Train, validate and predict in mixed precision, on any device; `to_fp32` undoes it"
     return self.to_fp32().add_cb(AutocastPrecision(dtype, force, **kwargs))

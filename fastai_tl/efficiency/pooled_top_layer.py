@@ -1,4 +1,4 @@
-"""When the head reads one position, the top layer computes that one: the same result for less work
+"""When the head reads one position, the top layer computes only that one: the same result for less work
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.pooled_top_layer.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.pooled_top_layer.html.md"
 # %% auto #0
 __all__ = ['head_position', 'SinglePosition', 'SinglePositionTop']
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #b45d1cbb
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #d1f17033
 import inspect, sys, threading
 from contextlib import ExitStack, contextmanager
 import torch
@@ -15,218 +15,312 @@ from torch import nn
 from fastcore.all import patch
 from fastai.learner import Learner
 from ..callbacks import AroundBatch, evaluating
-from ..core import FastaiTLError, shorten
-from .frozen_features import differ, find_blocks, hidden, logits_of, probe_batch, replaced_forwards
+from ..core import FastaiTLError
+from .frozen_features import (block_input, block_output, find_blocks, logits_of, probe_batch,
+                                                  relative_difference, replaced_forwards)
 from ..models.execution_order import hf_models
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #763caa83
-def token_ends(ids, pad):
-    "The rightmost token of each text that is not padding, as transformers' heads of decoders look for it"
-    return (torch.arange(ids.shape[-1], device=ids.device)*(ids!=pad)).argmax(-1)
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #898c24a0
+def last_tokens(ids, pad):
+    "Return the index of the rightmost token of each text that is not padding"
+    return (torch.arange(ids.shape[-1], device=ids.device)*(ids != pad)).argmax(-1)
 
-class InputIds:
-    "Remembers the `input_ids` that a model gets"
-    def __init__(self, model): self.hf,self.now = hf_models(model)[0],threading.local() # each thread has its own
-    def __enter__(self): self.hook = self.hf.register_forward_pre_hook(self._see, with_kwargs=True); return self
-    def __exit__(self, *e): self.hook.remove(); self.now = threading.local()
-    def _see(self, m, args, kw): self.now.ids = kw.get('input_ids', args[0] if args else None)
-    def __getstate__(self): return {**self.__dict__, 'now': None} # what a thread has is neither copied nor kept
-    def __setstate__(self, d): self.__dict__.update(d, now=threading.local())
-    def at(self, kind, n, device):
-        "The position of each of `n` texts"
-        if kind=='first': return torch.zeros(n, dtype=torch.long, device=device)
-        return token_ends(self.now.ids, getattr(self.hf.config, 'pad_token_id', None))
+class HeadPositions:
+    "Find the position that the head reads in each text; a context that remembers the `input_ids` of the model"
+    def __init__(self, model):
+        self.hf = hf_models(model)[0]
+        self.now = threading.local()
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #235869f9
+    def __enter__(self):
+        self.hook = self.hf.register_forward_pre_hook(self._remember, with_kwargs=True)
+        return self
+    def __exit__(self, *error):
+        self.hook.remove()
+        self.now = threading.local()
+    def _remember(self, module, args, kwargs):
+        self.now.ids = kwargs.get('input_ids', args[0] if args else None)
+
+    def at(self, kind, states):
+        "Return the position, `first` or `last`, of each text of `states`"
+        if kind == 'first':
+            return torch.zeros(len(states), dtype=torch.long, device=states.device)
+        return last_tokens(self.now.ids, getattr(self.hf.config, 'pad_token_id', None))
+
+    def __getstate__(self):
+        return {**self.__dict__, 'now': None} # what a thread remembers is neither copied nor saved
+    def __setstate__(self, state):
+        self.__dict__.update(state, now=threading.local())
+
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #8513af35
 def head_position(
     model:nn.Module # An `HFModel`, or a model of transformers with a head
 ) -> str: # `first` or `last`
-    "The one position that the head reads; an error if it reads more"
-    top,(args,kw) = find_blocks(model)[-1],probe_batch(model)
+    "Find the one position that the head reads; raise an error if it reads more"
+    top = find_blocks(model)[-1]
+    args, kwargs = probe_batch(model)
     own = top.forward
-    for kind in ('first','last'):
-        with evaluating(model), InputIds(model) as ids:
-            def veil(*a, **k):
-                out = own(*a, **k)
-                h = out[0] if isinstance(out, tuple) else out
-                at = (torch.arange(len(h), device=h.device),ids.at(kind, len(h), h.device))
-                y = torch.full_like(h, float('nan')); y[at] = h[at]
-                return (y, *out[1:]) if isinstance(out, tuple) else y
-            with replaced_forwards({top: veil}): out = logits_of(model(*args, **kw))
-        if torch.isfinite(out).all(): return kind
-    raise FastaiTLError('The head must read one position, the first or the last token', f'a {type(hf_models(model)[0]).__name__}, whose head reads more')
+    for kind in ('first', 'last'):
+        with evaluating(model), HeadPositions(model) as positions:
+            def hide_others(*a, **kw):
+                out = own(*a, **kw)
+                states = block_output(out)
+                at = (torch.arange(len(states), device=states.device), positions.at(kind, states))
+                hidden = torch.full_like(states, float('nan'))
+                hidden[at] = states[at]
+                return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+            with replaced_forwards({top: hide_others}):
+                logits = logits_of(model(*args, **kwargs))
+        if torch.isfinite(logits).all():
+            return kind
+    raise FastaiTLError('The head must read one position, the first or the last token',
+                        f'a {type(hf_models(model)[0]).__name__}, whose head reads more')
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #793ac621
-_projections = (('query','key','value'), ('q_lin','k_lin','v_lin'), ('q_proj','k_proj','v_proj')) # BERT and its kin, DistilBERT, Llama and its kin
-_outputs = ('out_lin','o_proj','out_proj','c_proj')
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #03fab93f
+_PROJECTIONS = (('query', 'key', 'value'), # BERT and similar models
+                ('q_lin', 'k_lin', 'v_lin'), # DistilBERT
+                ('q_proj', 'k_proj', 'v_proj')) # Llama and similar models
+_AFTER_ATTENTION = ('out_lin', 'o_proj', 'out_proj', 'c_proj', 'resid_dropout')
+_ATTENTION_DROPOUTS = ('attn_dropout', 'attention_dropout', 'dropout')
 
 def _find_attention(block):
-    "The attention module of `block`, and the names of its projections"
-    found = [(m,names) for m in block.modules() for names in _projections if all(isinstance(getattr(m, n, None), nn.Module) for n in names)]
-    found += [(m,('c_attn',)) for m in block.modules() if type(getattr(m, 'c_attn', None)).__name__=='Conv1D'] # GPT-2: all three in one
-    if len(found)!=1: raise FastaiTLError('The top layer must have one attention module of a known form', f'{len(found)} in a {type(block).__name__}')
-    m,impl = found[0][0],getattr(getattr(found[0][0], 'config', None), '_attn_implementation', None)
-    if impl not in ('sdpa','eager'): raise FastaiTLError("Attention must be computed by 'sdpa' or 'eager'", repr(impl), "Load the model with attn_implementation='sdpa'")
+    "Return the attention module of `block` and the names of its projections"
+    found = []
+    for module in block.modules():
+        for names in _PROJECTIONS:
+            if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+                found.append((module, names))
+        if type(getattr(module, 'c_attn', None)).__name__ == 'Conv1D': # GPT-2: all three in one
+            found.append((module, ('c_attn',)))
+    if len(found) != 1:
+        raise FastaiTLError('The top layer must have one attention module of a known form',
+                            f'{len(found)} in a {type(block).__name__}')
+    implementation = getattr(getattr(found[0][0], 'config', None), '_attn_implementation', None)
+    if implementation not in ('sdpa', 'eager'):
+        raise FastaiTLError("Attention must be computed by 'sdpa' or 'eager'", repr(implementation),
+                            "Load the model with attn_implementation='sdpa'")
     return found[0]
 
-def _heads(t, attn):
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #849d844e
+def _split_heads(t, attn):
     size = getattr(attn, 'attention_head_size', None) or attn.head_dim
     return t.view(*t.shape[:2], -1, size).transpose(1, 2)
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #ef132756
-def _project(attn, names, x, full):
-    "Query of `x`; keys and values of `full`"
-    if len(names)==3: q,k,v = (getattr(attn, n)(t) for n,t in zip(names, (x,full,full)))
+def _project(attn, names, x, text):
+    "Return the query of `x`, and keys and values of `text`: (texts, heads, tokens, size)"
+    if len(names) == 3:
+        q, k, v = [getattr(attn, name)(t) for name, t in zip(names, (x, text, text))]
     else:
-        w,b,d = attn.c_attn.weight,attn.c_attn.bias,attn.split_size # (in, out): what Conv1D has
-        q,(k,v) = x@w[:,:d]+b[:d],(full@w[:,d:]+b[d:]).split(d, -1)
-    return [_heads(t, attn) for t in (q,k,v)]
+        weight = attn.c_attn.weight # (in, out), as in every Conv1D
+        bias = attn.c_attn.bias
+        d = attn.split_size
+        q = x@weight[:, :d] + bias[:d]
+        k, v = (text@weight[:, d:] + bias[d:]).split(d, -1)
+    return [_split_heads(t, attn) for t in (q, k, v)]
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #7277bbd0
-def _row_of(mask, attn, at, n, dtype):
-    "The row of the mask for one query a text: (texts, 1, 1, n), or `None` if all may be seen"
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #98a558a3
+def _mask_row(mask, attn, at, n, dtype):
+    "Return the row of the mask for one query per text: (texts, 1, 1, n), or `None` if it sees all tokens"
     if mask is None:
-        if not getattr(attn, 'is_causal', False) or bool((at==n-1).all()): return None
-        seen = torch.arange(n, device=at.device) <= at[:,None]
-        return torch.zeros(seen.shape, dtype=dtype, device=at.device).masked_fill(~seen, torch.finfo(dtype).min)[:,None,None]
-    if mask.shape[2]==1: return mask
-    return mask.expand(len(at), *mask.shape[1:]).gather(2, at[:,None,None,None].expand(-1, mask.shape[1], 1, mask.shape[3]))
+        if not getattr(attn, 'is_causal', False) or bool((at == n-1).all()):
+            return None
+        is_seen = torch.arange(n, device=at.device) <= at[:, None]
+        row = torch.zeros(is_seen.shape, dtype=dtype, device=at.device)
+        return row.masked_fill(~is_seen, torch.finfo(dtype).min)[:, None, None]
+    if mask.shape[2] == 1:
+        return mask
+    index = at[:, None, None, None].expand(-1, mask.shape[1], 1, mask.shape[3])
+    return mask.expand(len(at), *mask.shape[1:]).gather(2, index)
 
-def _rotated(attn, q, k, at, angles):
-    "Query and keys turned by their positions"
-    turn = sys.modules[type(attn).__module__].apply_rotary_pos_emb
-    cos,sin = (t.expand(len(at), -1, -1) for t in angles)
-    rows = lambda t: t.gather(1, at[:,None,None].expand(-1, 1, t.shape[-1]))
-    return turn(q, q, rows(cos), rows(sin))[0],turn(k, k, cos, sin)[0]
+def _rotate(attn, q, k, at, angles):
+    "Rotate query and keys by their positions"
+    rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
+    cos, sin = [t.expand(len(at), -1, -1) for t in angles]
+    def row(t): return t.gather(1, at[:, None, None].expand(-1, 1, t.shape[-1]))
+    return rotate(q, q, row(cos), row(sin))[0], rotate(k, k, cos, sin)[0]
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #350ba3b5
-def _attend(attn, names, full, at, *args, **kwargs):
-    "What `attn` gives for one query a text, with keys and values of all tokens"
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #124c385c
+def _attention_function(attn):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    eager = getattr(sys.modules[type(attn).__module__], 'eager_attention_forward', None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
+
+def _dropout_of(attn):
+    dropout = next((getattr(attn, name) for name in _ATTENTION_DROPOUTS if hasattr(attn, name)), 0.)
+    p = dropout.p if isinstance(dropout, nn.Module) else dropout
+    return p if attn.training else 0.
+
+def _attend(attn, names, text, at, *args, **kwargs):
+    "Return what `attn` computes for one query per text, at positions `at`, with keys and values of the whole text"
     given = inspect.signature(type(attn).forward).bind(attn, *args, **kwargs).arguments
     given = {**given, **given.pop('kwargs', {})}
-    q,k,v = _project(attn, names, given['hidden_states'], full)
-    if given.get('position_embeddings') is not None: q,k = _rotated(attn, q, k, at, given['position_embeddings'])
-    drop = next((getattr(attn, n) for n in ('attn_dropout','attention_dropout','dropout') if hasattr(attn, n)), 0.)
-    drop = drop.p if isinstance(drop, nn.Module) else drop
-    how = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, getattr(sys.modules[type(attn).__module__], 'eager_attention_forward', None))
-    mask = _row_of(given.get('attention_mask'), attn, at, k.shape[2], q.dtype)
-    out = how(attn, q, k, v, mask, dropout=drop if attn.training else 0., scaling=attn.scaling)[0]
-    out = out.reshape(len(q), 1, -1)
-    for n in (*_outputs, 'resid_dropout'):
-        if isinstance(getattr(attn, n, None), nn.Module): out = getattr(attn, n)(out)
-    return out,None
+    q, k, v = _project(attn, names, given['hidden_states'], text)
+    if given.get('position_embeddings') is not None:
+        q, k = _rotate(attn, q, k, at, given['position_embeddings'])
+    mask = _mask_row(given.get('attention_mask'), attn, at, k.shape[2], q.dtype)
+    attend = _attention_function(attn)
+    out = attend(attn, q, k, v, mask, dropout=_dropout_of(attn), scaling=attn.scaling)[0].reshape(len(q), 1, -1)
+    for name in _AFTER_ATTENTION:
+        if isinstance(getattr(attn, name, None), nn.Module):
+            out = getattr(attn, name)(out)
+    return out, None
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #d84664b5
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #e3b57a37
+def _observe_top(model, top, attn, positions, kind):
+    "Run an ordinary forward pass; return the norm before attention, or `None`, and the top layer's output at `kind`"
+    seen = {}
+    made = []
+    args, kwargs = probe_batch(model)
+    def enter(module, a, kw): seen[module] = block_input(a, kw)
+    def note(module, inputs, out): made.append((module, inputs, out))
+    hooks = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in (top, attn)]
+    hooks += [m.register_forward_hook(note) for m in top.modules()]
+    with evaluating(model), positions:
+        try:
+            model(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        at = positions.at(kind, seen[top])
+    states = next(block_output(out) for module, _, out in made if module is top)
+    whole = states[torch.arange(len(at)), at]
+    if seen[attn] is seen[top]:
+        return None, whole
+    for module, inputs, out in made:
+        if out is seen[attn] and inputs and inputs[0] is seen[top]:
+            return module, whole
+    raise FastaiTLError('Attention of the top layer must read what the layer gets, or a norm of it',
+                        f'something else in a {type(top).__name__}')
+
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #d478247e
 class SinglePosition:
-    "Let the top layer of a model compute the position that its head reads, inside the `with` block"
+    "Let the top layer of a model compute only the position that its head reads, inside the `with` block"
     def __init__(self,
         model:nn.Module, # An `HFModel`, or a model of transformers with a head
-        tolerance:float=1e-3 # Refuse a top layer that gives something else, by so much of its largest number
+        tolerance:float=1e-3 # Largest accepted difference from the ordinary layer, relative to its largest number
     ):
-        self.model,self.top,self._stack,self.tolerance,self._now = model,find_blocks(model)[-1],None,tolerance,threading.local()
-        if any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()): raise FastaiTLError('The single-position top layer works without gradient checkpointing', 'a model with it', 'Call `gradient_checkpointing_disable()` of the model')
-        self.kind,(self.attn,self.names),self.ids = head_position(model),_find_attention(self.top),InputIds(model)
-        self._check()
+        self.model = model
+        self.top = find_blocks(model)[-1]
+        self.tolerance = tolerance
+        self._stack = None
+        self._now = threading.local()
+        if any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()):
+            raise FastaiTLError('The single-position top layer works without gradient checkpointing', 'a model with it',
+                                'Call `gradient_checkpointing_disable()` of the model')
+        self.kind = head_position(model)
+        self.attn, self.names = _find_attention(self.top)
+        self.positions = HeadPositions(model)
+        self.norm, whole = _observe_top(model, self.top, self.attn, self.positions, self.kind)
+        self._compare(whole)
+
+    def _compare(self, whole):
+        outputs = []
+        args, kwargs = probe_batch(self.model)
+        with evaluating(self.model), self:
+            own = self.top.forward
+            def note(*a, **kw):
+                outputs.append(own(*a, **kw))
+                return outputs[0]
+            with replaced_forwards({self.top: note}):
+                self.model(*args, **kwargs)
+        difference = relative_difference(block_output(outputs[0])[:, 0], whole)
+        if not difference < self.tolerance:
+            raise FastaiTLError('The top layer must give the same for one position as for all',
+                                f'a difference of {difference:.1e} in a {type(self.top).__name__}',
+                                'Its attention does more than this package knows')
+
     def __enter__(self):
         if self._stack is None:
-            self._stack,self._own,self._whole = ExitStack(),self.top.forward,self.attn.forward
-            self._stack.enter_context(self.ids)
+            self._stack = ExitStack()
+            self._own_top = self.top.forward
+            self._own_attention = self.attn.forward
+            self._stack.enter_context(self.positions)
             self._stack.enter_context(replaced_forwards({self.top: self._forward, self.attn: self._attention}))
         return self
-    def __exit__(self, *e):
-        if self._stack is not None: self._stack.close()
+    def __exit__(self, *error):
+        if self._stack is not None:
+            self._stack.close()
         self._stack = None
-    def __repr__(self): return f'SinglePosition({type(hf_models(self.model)[0]).__name__}, {self.kind})'
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #d84664b6
-@patch
-def __getstate__(self:SinglePosition): return {**self.__dict__, '_stack': None, '_now': None} # what a thread has is neither copied nor kept
-@patch
-def __setstate__(self:SinglePosition, d): self.__dict__.update(d, _now=threading.local())
+    def _forward(self, *args, **kwargs):
+        "Compute the top layer for one position per text"
+        states = block_input(args, kwargs)
+        is_generation = any(kwargs.get(name) is not None for name in ('cache', 'past_key_values'))
+        if states.shape[1] == 1 or is_generation:
+            return self._own_top(*args, **kwargs)
+        at = self.positions.at(self.kind, states)
+        text = states if self.norm is None else self.norm(states)
+        one = states[:, :1]
+        if self.kind != 'first':
+            one = states.gather(1, at[:, None, None].expand(-1, 1, states.shape[-1]))
+        if torch.is_autocast_enabled(states.device.type):
+            one = one.float() # so that the residual connections do not round it again
+        kwargs.pop('hidden_states', None)
+        self._now.text = (text, at)
+        try:
+            out = self._own_top(one, *args[1:], **kwargs)
+        finally:
+            self._now.text = None
+        return out if self.kind == 'first' else self._at_all_positions(out, states.shape[1])
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #87c23bb1
-@patch
-def _forward(self:SinglePosition, *args, **kw):
-    "The top layer, for one position a text"
-    h = hidden(args, kw)
-    if h.shape[1]==1 or any(kw.get(o) is not None for o in ('cache', 'past_key_values')): return self._own(*args, **kw) # nothing to be saved, or generation
-    at = self.ids.at(self.kind, len(h), h.device)
-    full,one = (h if self.norm is None else self.norm(h)),(h[:,:1] if self.kind=='first' else h.gather(1, at[:,None,None].expand(-1, 1, h.shape[-1])))
-    if torch.is_autocast_enabled(h.device.type): one = one.float() # what is added to in the layer is not rounded again
-    kw,self._now.full = {n: v for n,v in kw.items() if n!='hidden_states'},(full,at)
-    try: out = self._own(one, *args[1:], **kw)
-    finally: self._now.full = None
-    if self.kind=='first': return out
-    return (self._all(out[0], h), *out[1:]) if isinstance(out, tuple) else self._all(out, h)
+    def _at_all_positions(self, out, n):
+        "Repeat the one state at all positions, because the head of a decoder looks for the last position by itself"
+        states = block_output(out).expand(-1, n, -1)
+        return (states, *out[1:]) if isinstance(out, tuple) else states
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #5c0ffee1
-@patch
-def _attention(self:SinglePosition, *args, **kw):
-    "Attention of one query a text, with what `_forward` has left for this thread"
-    now = getattr(self._now, 'full', None)
-    return self._whole(*args, **kw) if now is None else _attend(self.attn, self.names, *now, *args, **kw)
+    def _attention(self, *args, **kwargs):
+        "Compute attention of one query per text, with what `_forward` has prepared in this thread"
+        prepared = getattr(self._now, 'text', None)
+        if prepared is None:
+            return self._own_attention(*args, **kwargs)
+        return _attend(self.attn, self.names, *prepared, *args, **kwargs)
 
-@patch
-def _all(self:SinglePosition, out, h): "The one state at all positions, since a decoder's head looks for the last by itself"; return out.expand(-1, h.shape[1], -1)
+    def __getstate__(self):
+        return {**self.__dict__, '_stack': None, '_now': None} # what belongs to a thread is neither copied nor saved
+    def __setstate__(self, state):
+        self.__dict__.update(state, _now=threading.local())
+    def __repr__(self):
+        return f'SinglePosition({type(hf_models(self.model)[0]).__name__}, {self.kind})'
 
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #23080169
-@patch
-def _check(self:SinglePosition):
-    "Find the norm before attention, and refuse a layer that would give something else"
-    args,kw = probe_batch(self.model)
-    seen,made = {},[]
-    def enter(m, a, k): seen['h' if m is self.top else 'x'] = hidden(a, k)
-    hooks = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in (self.top, self.attn)]
-    hooks += [m.register_forward_hook(lambda m, i, o: made.append((m, i, o))) for m in self.top.modules()]
-    own,got = self.top.forward,[]
-    def both(*a, **k): got.append(own(*a, **k)); return got[0]
-    with evaluating(self.model), self.ids, replaced_forwards({self.top: both}):
-        try: self.model(*args, **kw)
-        finally: [h.remove() for h in hooks]
-        at = self.ids.at(self.kind, len(seen['h']), seen['h'].device)
-    before = [m for m,i,o in made if o is seen['x'] and i and i[0] is seen['h']]
-    if seen['x'] is not seen['h'] and not before: raise FastaiTLError('Attention of the top layer must read what the layer gets, or a norm of it', f'something else in a {type(self.top).__name__}')
-    self.norm = None if seen['x'] is seen['h'] else before[0]
-    whole = got[0][0] if isinstance(got[0], tuple) else got[0]
-    self._compare(whole[torch.arange(len(at)), at], args, kw)
-
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #20e1a41e
-@patch
-def _compare(self:SinglePosition, whole, args, kw):
-    got = []
-    with evaluating(self.model), self:
-        own = self.top.forward
-        def see(*a, **k): got.append(own(*a, **k)); return got[0]
-        with replaced_forwards({self.top: see}): self.model(*args, **kw)
-    one = (got[0][0] if isinstance(got[0], tuple) else got[0])[:,0]
-    if not differ(one, whole)<self.tolerance: raise FastaiTLError('The top layer must give the same for one position as for all', f'a difference of {differ(one, whole):.1e} in a {type(self.top).__name__}', 'Its attention does more than this package knows')
-
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #a354662e
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #dc669ae9
 def one_position(model, tolerance=1e-3):
-    "Let the top layer of `model` compute the one position that its head reads, from now on; `None` where that cannot be"
-    try: return SinglePosition(model, tolerance).__enter__()
-    except Exception: return None # whatever keeps a model from being looked at, it can compute in full
+    "Switch `SinglePosition` on for good and return it; return `None` if it does not work for `model`"
+    try:
+        return SinglePosition(model, tolerance).__enter__()
+    except Exception: # whatever the reason is, the model can compute in full
+        return None
 
-
-# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #8a39754d
+# %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #887676d0
 class SinglePositionTop(AroundBatch):
-    "Compute one position in the top layer, in training and prediction"
-    order = 0 # outside of what others do around the batch
+    "Compute only one position in the top layer, in training and prediction"
+    order = 0 # so that it encloses what other Callbacks do around the batch
+    one = None # the `SinglePosition` of the model
+
     def before_fit(self):
-        "Look at the model, once"
+        "Examine the model, once"
         self.leave()
-        if getattr(self, 'one', None) is None or self.one.model is not self.model: self.one = SinglePosition(self.model)
+        if self.one is None or self.one.model is not self.model:
+            self.one = SinglePosition(self.model)
+
     @contextmanager
     def around_batch(self):
-        "Begin and end"
-        with self.one: yield
-    def after_pred(self): "End"; self.leave()
-    def leave(self): "Put the model's own layer back"; self.one.__exit__() if getattr(self, 'one', None) is not None else None
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k!='one'}
+        "Compute the batch with one position"
+        with self.one:
+            yield
+
+    def after_pred(self):
+        "Restore the model before the loss"
+        self.leave()
+
+    def leave(self):
+        "Restore the model's own layer"
+        if self.one is not None:
+            self.one.__exit__()
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != 'one'}
 
 @patch
-def single_position(self:Learner) -> Learner: # Itself
-    "Let the top layer compute the one position that the head reads, in training and prediction"
-    SinglePosition(self.model) # to say now what is wrong
+def single_position(self:Learner) -> Learner: # The same Learner
+    "Let the top layer compute only the position that the head reads, in training and prediction"
+    SinglePosition(self.model) # raises its error now, not in the first batch
     return self.remove_cb(SinglePositionTop).add_cb(SinglePositionTop())

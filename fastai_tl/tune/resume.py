@@ -19,12 +19,12 @@ from fastai.text.data import LMDataLoader
 from ..callbacks import is_real_fit
 from ..core import RunError, TrainingError, derive_seed, seed_everything, shorten
 from ..files import load_tree, read_json, save_tree, write_json
-from ..efficiency.feature_cache import _pipelines
+from ..efficiency.feature_cache import transforms_of
 
 # %% ../../nbs/430_tune.resume.ipynb #475b59be
 def _epoch_transforms(dl):
     "The transforms of a DataLoader that have a method `start_epoch`"
-    return [t for pipeline in _pipelines(dl) for t in pipeline.fs if hasattr(type(t), 'start_epoch')]
+    return [t for t in transforms_of(dl) if hasattr(type(t), 'start_epoch')]
 
 def _unshuffle(dl):
     "Put the texts of an `LMDataLoader` back into their order"

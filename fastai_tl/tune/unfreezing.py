@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.unfreezing.html.md"""
 # %% auto #0
 __all__ = ['freeze_groups', 'show_table', 'stage_groups', 'PlateauDetector', 'GradualUnfreezing']
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #332eb0c9
+# %% ../../nbs/415_tune.unfreezing.ipynb #a90886bc
 import warnings
 from dataclasses import dataclass
 import numpy as np, pandas as pd
@@ -17,11 +17,11 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from ..callbacks import is_real_fit
 from ..core import FastaiTLError, shorten, unknown_option
-from ..models.layer_groups import freeze_params, frozen_modules, layer_groups
+from ..models.layer_groups import freeze_params, frozen_modules, layer_groups, layer_range
 from ..plot import plot_stages
 from ..efficiency.feature_cache import CachedPrefix
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #441148c6
+# %% ../../nbs/415_tune.unfreezing.ipynb #9dfa32fa
 def freeze_groups(
     opt, # A Learner's optimizer, of any class
     n_trainable:int # Number of groups that train, counted from the top
@@ -32,7 +32,7 @@ def freeze_groups(
     for params in list(opt.param_lists)[:n_frozen]:
         freeze_params(params)
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #de21c27f
+# %% ../../nbs/415_tune.unfreezing.ipynb #ec4c460a
 def show_table(
     df:pd.DataFrame # Any table
 ):
@@ -43,7 +43,7 @@ def show_table(
     else:
         print(df.to_string(float_format=lambda v: f'{v:.4g}'))
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #77249fc8
+# %% ../../nbs/415_tune.unfreezing.ipynb #68ad485e
 def stage_groups(
     n:int, # Number of parameter groups
     block:int=1 # Number of groups that each stage adds
@@ -53,7 +53,7 @@ def stage_groups(
         raise FastaiTLError('`block` must be at least 1', str(block))
     return list(range(1, n, block)) + [n]
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #d7351974
+# %% ../../nbs/415_tune.unfreezing.ipynb #fc78e201
 @dataclass
 class StagePlan:
     "Stages of gradual unfreezing"
@@ -89,7 +89,7 @@ class StagePlan:
             last = f'stage {self.stage_at(n_epoch-1)+1} of {len(self)}'
             warnings.warn(f'{n_epoch} epochs end at {last}: the lowest groups stay frozen.')
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #2de5f4e3
+# %% ../../nbs/415_tune.unfreezing.ipynb #e0412112
 def stage_plan(n_groups, groups=None, block=1, epochs=None, every=1, factor=1.):
     "Make the `StagePlan` for a model with `n_groups` parameter groups, from the arguments of `GradualUnfreezing`"
     if n_groups < 2:
@@ -108,7 +108,7 @@ def stage_plan(n_groups, groups=None, block=1, epochs=None, every=1, factor=1.):
         raise FastaiTLError(f'`factor` needs one number for each of the {n_stages} stages', str(factor))
     return StagePlan(groups, lengths, factors)
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #dab0f6fe
+# %% ../../nbs/415_tune.unfreezing.ipynb #ad3132e6
 def lower_is_better(name):
     "Whether a recorded value of this name improves when it falls"
     return any(word in name for word in ('loss', 'error', 'perplexity', 'mse', 'mae'))
@@ -117,7 +117,7 @@ def recorded_values(recorder):
     "Return what a Recorder holds of the last epoch, by name"
     return dict(zip(recorder.metric_names[1:], recorder.log[1:]))
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #0873eb7f
+# %% ../../nbs/415_tune.unfreezing.ipynb #1c53c2fb
 class PlateauDetector:
     "Detect that a recorded value has stopped improving"
     def __init__(self,
@@ -156,7 +156,7 @@ class PlateauDetector:
         "Whether the value has not improved for `patience` epochs"
         return self.wait >= self.patience
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #593d7f72
+# %% ../../nbs/415_tune.unfreezing.ipynb #2645d454
 class StageLog:
     "Records of the stages of a fit"
     def __init__(self, rows=(), rates=()):
@@ -195,10 +195,7 @@ class StageLog:
         stages = [(row['start'], row['layers']) for row in self.rows]
         return dict(rates=self.rates, losses=losses, valid=_valid_losses(recorder), stages=stages)
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #0cbcc95f
-def _layer_range(layers):
-    return ' – '.join(dict.fromkeys([layers[0].name, layers[-1].name]))
-
+# %% ../../nbs/415_tune.unfreezing.ipynb #de2a0e24
 def _stage_row(learn, stage, n_groups):
     "The row with which a stage begins"
     params = [p for group in learn.opt.param_lists for p in group]
@@ -207,7 +204,7 @@ def _stage_row(learn, stage, n_groups):
     layers = [layer for layer in layer_groups(learn.model) if any(id(p) in ids for p in layer.params)]
     n_trainable = sum(p.numel() for p in trainable)
     share = n_trainable / sum(p.numel() for p in params)
-    return dict(stage=stage+1, groups=n_groups, layers=_layer_range(layers), params=n_trainable, share=share,
+    return dict(stage=stage+1, groups=n_groups, layers=layer_range(layers), params=n_trainable, share=share,
                 lr=0., epochs=0, start=len(learn.recorder.losses))
 
 def _valid_losses(recorder):
@@ -217,7 +214,7 @@ def _valid_losses(recorder):
     column = recorder.metric_names.index('valid_loss') - 1
     return [(i, values[column]) for i, values in zip(recorder.iters, recorder.values) if len(values) > 1]
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #c2238ce8
+# %% ../../nbs/415_tune.unfreezing.ipynb #ac34bb9a
 class _RateFactor:
     "Multiply the rates that a scheduler or `fit` has set"
     base = None # as the scheduler has set them
@@ -235,7 +232,7 @@ class _RateFactor:
         opt.set_hyper('lr', self.base)
         self.scaled = None
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #07d068f2
+# %% ../../nbs/415_tune.unfreezing.ipynb #2fe1909b
 class _BarName:
     "Write the name of a stage into the progress bars of fastai's ProgressCallback, once for each bar"
     bar = None
@@ -250,7 +247,7 @@ class _BarName:
         elif hasattr(bars, 'mbar'):
             bars.mbar.main_bar.comment = name
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #481963e4
+# %% ../../nbs/415_tune.unfreezing.ipynb #e8f7497e
 class _WithCompanion(Callback):
     "A Callback that adds another one to its Learner, and removes it, together with itself"
     _learn = None
@@ -265,7 +262,7 @@ class _WithCompanion(Callback):
             change_cbs(self._companion)
         self._learn = learn
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #04dd37b2
+# %% ../../nbs/415_tune.unfreezing.ipynb #602d2dac
 def _check_options(every, when, restart):
     if when not in ('epoch', 'plateau'):
         raise unknown_option('when', when, ('epoch', 'plateau'))
@@ -275,7 +272,7 @@ def _check_options(every, when, restart):
     if every < 1:
         raise FastaiTLError('`every` must be at least 1', str(every))
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #acb1284c
+# %% ../../nbs/415_tune.unfreezing.ipynb #7cef73b9
 class GradualUnfreezing(_WithCompanion):
     "Unfreeze the layer groups from the top, stage by stage, within one fit"
     order = ParamScheduler.order-1 # so that the scheduler sees progress within the stage
