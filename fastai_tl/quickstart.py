@@ -17,7 +17,8 @@ from fastai.callback.schedule import *
 from .core import FastaiTLError, derive_seed, lang_code, seed_everything, shorten
 from .data.decoding import LETTER, WIDE
 from .data.classification import HFTextDataLoaders
-from .evaluation.report import Evaluation, wilson_interval
+from .evaluation.evaluation import Evaluation
+from .evaluation.scores import wilson_interval
 from .files import atomic_path, digest, read_json, write_json
 from .learners.bidirectional import text_items
 from .learners.classification import hf_classifier_learner

@@ -10,7 +10,7 @@ from scipy import stats
 from fastai_tl.core import DataError, FastaiTLError, seed_everything
 from fastai_tl.data.near_duplicates import char_ngrams, comparable_text, near_duplicates
 from fastai_tl.evaluation.error_analysis import overused_words, text_words
-from fastai_tl.evaluation.report import Evaluation
+from fastai_tl.evaluation.evaluation import Evaluation
 
 
 # --- slices ---

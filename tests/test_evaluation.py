@@ -12,8 +12,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from fastai_tl.all import *
-from fastai_tl.evaluation.calibration import calibration_error
-from fastai_tl.evaluation.report import resample_counts
+from fastai_tl.evaluation.scores import calibration_error, resample_counts
 from repo import python
 
 def given(*args): return lambda f: settings(deadline=None, max_examples=60)(hypothesis_given(*args)(f))

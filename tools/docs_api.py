@@ -153,7 +153,21 @@ class Reference:
         "The public methods that the class of an entry defines itself"
         own = [n for n in e.node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith('_')]
         fs = {n.name: n for n in own if not inherited(e.obj, n.name) and not is_event(e.obj, n.name)}
-        return [Entry(f'{e.name}.{k}', unwrapped(vars(e.obj)[k]), n, e.code, e.module, e.obj) for k, n in fs.items()]
+        defined = [Entry(f'{e.name}.{k}', unwrapped(vars(e.obj)[k]), n, e.code, e.module, e.obj) for k, n in fs.items()]
+        return defined + self.assigned_methods(e)
+
+    def assigned_methods(self, e):
+        "The public methods that are functions from elsewhere: `report = score_report`, `aurc = property(area)`"
+        names = [name for n in e.node.body if isinstance(n, ast.Assign) for name in assigned(n)]
+        res = []
+        for name in names:
+            method = vars(e.obj)[name]
+            f = unwrapped(method)
+            if name.startswith('_') or not inspect.isfunction(f):
+                continue
+            code = ('@property\n' if isinstance(method, property) else '') + inspect.getsource(f)
+            res.append(Entry(f'{e.name}.{name}', f, ast.parse(code).body[0], code, e.module, e.obj))
+        return res
 
     def shorthands(self):
         "What prose calls things: `learn.evaluate` for `Learner.evaluate`, `fit_stlr` for `Learner.fit_stlr`, `ev.report` for `Evaluation.report`"
@@ -177,7 +191,13 @@ class Reference:
         "The entry that a piece of code in prose names, if any: `f`, `f(...)`, `A.b`, `learn.f(x)`, `f(x=1)`"
         if not (m := re.fullmatch(r'([A-Za-z_][\w.]*)(\(.*\))?', name.strip(), re.S)):
             return None
-        return self.by_name.get(m[1]) or self.short.get(m[1])
+        return self.by_name.get(m[1]) or self.short.get(m[1]) or self.of_base(m[1])
+
+    def of_base(self, name):
+        "The entry of an inherited method: that of `ScoredRows.from_preds` for `Evaluation.from_preds`"
+        cls, _, method = name.partition('.')
+        bases = self.by_name[cls].obj.__mro__[1:] if cls in self.by_name and self.by_name[cls].is_class else ()
+        return next((self.by_name[o] for b in bases if method and (o := f'{b.__name__}.{method}') in self.by_name), None)
 
 
 def is_event(cls, name):
@@ -238,7 +258,7 @@ def signature(e):
     "The parameters of an entry without `self`, or `None` for what is not called"
     if e.is_property or not (e.is_class or isinstance(e.node, ast.FunctionDef)):
         return None
-    if e.is_class and '__init__' not in vars(e.obj):
+    if e.is_class and not any('__init__' in vars(c) for c in e.obj.__mro__ if c.__module__.split('.')[0] == PKG):
         return None
     try:
         ps = list(inspect.signature(e.obj.__init__ if e.is_class else e.obj).parameters.values())

@@ -143,7 +143,7 @@ def say(model, rows, tok, task, bs=64):
 
 def scores(logp, rows, classes, task):
     "Error, F1 of the spans of a tagging, NLL and ECE; and what they are made of, row by row"
-    from fastai_tl.evaluation.calibration import calibration_error
+    from fastai_tl.evaluation.scores import calibration_error
     truth = [np.atleast_1d(r['labels']) for r in rows]
     truth = [t[t >= 0] for t in truth]
     logp = [np.atleast_2d(p) for p in logp]

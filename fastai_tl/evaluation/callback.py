@@ -1,4 +1,4 @@
-"""The evaluation during training: scores in the table, figures and tables in a folder
+"""The evaluation during training: scores in the table of the fit, figures and tables in a folder
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.callback.html.md"""
 
@@ -7,140 +7,157 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.callback.html.md"""
 # %% auto #0
 __all__ = ['WATCHED', 'EvaluationCallback']
 
-# %% ../../nbs/740_evaluation.callback.ipynb #c4a9f497
+# %% ../../nbs/740_evaluation.callback.ipynb #24a01497
 import warnings
 from pathlib import Path
 import pandas as pd
-from fastcore.all import L, patch
+from fastcore.all import L
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Recorder, ValueMetric
+from ..callbacks import is_real_fit
 from ..core import unknown_option
-from .evaluation import PassCallback, activation_of, from_pass, in_order
-from .report import *
-from .calibration import *
-from .html_report import *
+from .evaluation import Evaluation
+from .predictions import PassCallback, in_order, rows_of_pass
+from .report import ScoreTable
+from ..models.third_party import spec_of
 
-# %% ../../nbs/740_evaluation.callback.ipynb #dbf1912f
-_calibration = ('ece','ece_mass','mce','brier','nll')
-_ranking = ('log_loss','roc_auc','average_precision')
-_counts = ('accuracy','balanced_accuracy','mcc','kappa','exact_match', *(f'{a}_{k}' for a in ('macro','weighted','micro','samples') for k in ('precision','recall','f1')))
-WATCHED = (*_counts, *_ranking, *_calibration, 'rmse','mae','r2','spearman')
+# %% ../../nbs/740_evaluation.callback.ipynb #967ada6c
+AVERAGES = tuple(f'{average}_{score}' for average in ('macro', 'weighted', 'micro', 'samples')
+                 for score in ('precision', 'recall', 'f1'))
+COUNT_SCORES = ('accuracy', 'balanced_accuracy', 'mcc', 'kappa', 'exact_match', *AVERAGES)
+PROBABILITY_SCORES = ('log_loss', 'roc_auc', 'average_precision')
+CALIBRATION_SCORES = ('ece', 'ece_mass', 'mce', 'brier', 'nll')
 
-def _values(ev, wanted):
-    "The wanted scores of an evaluation, by name; not a number where the task has no such score"
-    names = [s for s in wanted if not callable(s)]
-    known = ev.scores(any(n in _ranking for n in names)) if set(names)-set(_calibration) else {}
-    if set(names)&set(_calibration) and ev.task!='regression': known |= {k: v for k,v in ev.calibration().items() if k in _calibration}
-    return {getattr(s, '__name__', s): float(s(ev)) if callable(s) else known.get(s, float('nan')) for s in wanted}
+# %% ../../nbs/740_evaluation.callback.ipynb #1f5067c0
+WATCHED = (*COUNT_SCORES, *PROBABILITY_SCORES, *CALIBRATION_SCORES, 'rmse', 'mae', 'r2', 'spearman')
 
-# %% ../../nbs/740_evaluation.callback.ipynb #2db105ee
+# %% ../../nbs/740_evaluation.callback.ipynb #b4381ba1
+def score_name(score):
+    "Return the name of a score, which is a string or a function"
+    return getattr(score, '__name__', score)
+
+def scores_by_name(ev, wanted):
+    "Return the wanted scores of an evaluation by name; NaN where the task has no such score"
+    names = {score for score in wanted if not callable(score)}
+    known = {}
+    if names - set(CALIBRATION_SCORES):
+        known |= ev.scores(probs=bool(names & set(PROBABILITY_SCORES)))
+    if names & set(CALIBRATION_SCORES) and ev.task != 'regression':
+        known |= {name: v for name, v in ev.calibration().items() if name in CALIBRATION_SCORES}
+    return {score_name(score): float(score(ev)) if callable(score) else known.get(score, float('nan'))
+            for score in wanted}
+
+# %% ../../nbs/740_evaluation.callback.ipynb #f203bf59
 class EvaluationCallback(Callback):
-    "Evaluate on each validation pass: scores into the table, a page with figures and tables into a folder"
+    "Evaluate each validation pass: scores into the table, a page with figures and tables into a folder"
     remove_on_fetch = True
     def __init__(self,
         path=None, # Folder for the page; nothing is written if `None`
         every:str='fit', # Write at the end of the `fit`, or after each `epoch` into a folder of its own
-        scores=None, # Names of scores, see `WATCHED`, or functions of an `Evaluation`; macro F1 and ECE, or R² and rank correlation, if `None`
-        figures=None, # Which of `FIGURES` to draw; all that fit if `None`
-        lang:str|None=None, # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
-        dpi:int=150 # Of the figures in the folder
+        scores=None, # Names of `WATCHED` or functions of an `Evaluation`; `macro_f1` and `ece`, or `r2` and `spearman`
+        figures=None, # Which of `FIGURES` to draw; all that fit the task if `None`
+        lang:str|None=None, # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
+        dpi:int=150 # Dots per inch of the figures in the folder
     ):
-        if every not in ('fit','epoch'): raise unknown_option('every', every, ('fit','epoch'))
-        for s in L(scores):
-            if not callable(s) and s not in WATCHED: raise unknown_option('scores', s, WATCHED)
-        self.folder,self.every,self.wanted,self.names,self.lang,self.dpi = None if path is None else Path(path),every,scores,figures,lang,dpi
-        self.last,self.rows,self._late,self._new,self._trained = None,[],False,[],False
+        if every not in ('fit', 'epoch'):
+            raise unknown_option('every', every, ('fit', 'epoch'))
+        for score in L(scores):
+            if not callable(score) and score not in WATCHED:
+                raise unknown_option('scores', score, WATCHED)
+        self.folder = None if path is None else Path(path)
+        self.every = every
+        self.wanted = scores
+        self.page = dict(figures=figures, lang=lang, dpi=dpi)
+        self.last = None
+        self.rows = []
+        self._late = False
+        self._new = []
+        self._trained = False
     @property
     def order(self):
-        "Before the Recorder, which reads the names of metrics; once validated, after SaveModelCallback, which knows the best epoch"
+        "Before the Recorder, which reads the names of metrics; after SaveModelCallback once an epoch is validated"
         return SaveModelCallback.order+.5 if self._late else Recorder.order-1
-
-# %% ../../nbs/740_evaluation.callback.ipynb #3e74e205
-def _default_scores(loss_func):
-    name = getattr(loss_func, '__name__', type(loss_func).__name__).lower()
-    return ('r2','spearman') if any(o in name for o in ('mse','l1','huber','rmse')) else ('macro_f1','ece')
-
-@patch
-def before_fit(self:EvaluationCallback):
-    "Add the scores to the metrics"
-    self._strip()
-    self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-    if not self.run: return
-    scores = self._scores = list(_default_scores(self.loss_func) if self.wanted is None else L(self.wanted))
-    self.best,self.rows,self._now,self._trained = None,[],{},False
-    self._new = [ValueMetric(lambda k=k: self._now.get(k), k) for k in (getattr(s, '__name__', s) for s in scores)]
-    self.learn.metrics = self.learn.metrics + self._new
-    if self._late: self.recorder.before_fit() # an interrupted fit has left it late: let the names be read again
-    self._late = False
-
-# %% ../../nbs/740_evaluation.callback.ipynb #5e690b6a
-@patch
-def _strip(self:EvaluationCallback):
-    "Take the scores out of the metrics"
-    self.learn.metrics = L(m for m in self.learn.metrics if not any(m is o for o in self._new))
-    self._new = []
-
-@patch
-def history(self:EvaluationCallback) -> ScoreTable: # One row an epoch
-    "The scores of each epoch"
-    return ScoreTable(pd.DataFrame(self.rows)).rename_axis('epoch')
-
-@patch
-def before_epoch(self:EvaluationCallback): "Early again, for the validation to come"; self._late = False
-
-@patch
-def before_train(self:EvaluationCallback): "Remember that this epoch trains, and is no mere validation"; self._trained = True
-
-# %% ../../nbs/740_evaluation.callback.ipynb #32a597f8
-@patch
-def before_validate(self:EvaluationCallback):
-    "Begin to gather"
-    self._pass,self._losses = PassCallback(activation_of(self.learn)),[]
-    self._pass.learn = self.learn
-    self._pass.before_validate()
-
-@patch
-def after_batch(self:EvaluationCallback):
-    "Keep what the model says of a validation batch"
-    if self.training or not hasattr(self, '_pass'): return
-    self._pass.after_batch()
-    with self.learn.loss_not_reduced(): loss = self.learn.loss_func(self.pred, *self.yb)
-    self._losses.append(loss.detach().float().reshape(len(self.yb[0]), -1).mean(1).cpu().numpy())
-
-# %% ../../nbs/740_evaluation.callback.ipynb #cfbcbb06
-@patch
-def after_validate(self:EvaluationCallback):
-    "Make the evaluation and its scores"
-    idxs,parts,ys = getattr(self.dl, '_DataLoader__idxs', None),self._pass.parts,self._pass.ys # the order that fastai has read the rows in
-    self._late = True
-    if not parts: return
-    if idxs is not None: idxs = pd.Series(idxs).rank().astype(int).to_numpy()-1
-    p,y,loss = (in_order(o, idxs) for o in (parts, ys, self._losses))
-    self.last = from_pass(self.dls, self.dl, p, y, loss)
-    self._now = _values(self.last, self._scores)
-
-# %% ../../nbs/740_evaluation.callback.ipynb #392f0cfc
-@patch
-def after_epoch(self:EvaluationCallback):
-    "Keep the scores, write if wanted, and remember the best epoch"
-    if not self._trained: return
-    self._trained = False
-    self.rows.append(self._now)
-    savers = [cb for cb in self.learn.cbs if isinstance(cb, SaveModelCallback) and not cb.every_epoch and not cb.at_end]
-    if not savers or savers[-1].new_best: self.best = self.last
-    if self.folder is not None and self.every=='epoch': self._write(self.last, self.folder/f'epoch_{self.epoch:02d}')
-
-@patch
-def after_fit(self:EvaluationCallback):
-    "Write the evaluation of the model as it is left"
-    self._strip()
-    self._late,ev = False,self.best
-    if ev is None and self.rows: warnings.warn('The model that was loaded is of an epoch before this fit was resumed, so nothing is written: use `learn.evaluate().save(...)`')
-    if ev is None: return
-    self.last = ev
-    if self.folder is not None and self.every=='fit': self._write(ev, self.folder)
-
-# %% ../../nbs/740_evaluation.callback.ipynb #f741cd77
-@patch
-def _write(self:EvaluationCallback, ev, folder): ev.save(folder, lang=self.lang, figures=self.names, dpi=self.dpi)
+    def history(self) -> ScoreTable: # One row for each epoch
+        "Return the scores of each epoch"
+        return ScoreTable(pd.DataFrame(self.rows)).rename_axis('epoch')
+    def before_fit(self):
+        "Add the scores to the metrics"
+        self._remove_metrics()
+        self.run = is_real_fit(self.learn)
+        if not self.run:
+            return
+        self._spec = spec_of(self.learn)
+        self._scores = list(self._default_scores() if self.wanted is None else L(self.wanted))
+        self.best = None
+        self.rows = []
+        self._now = {}
+        self._trained = False
+        self._new = [ValueMetric(lambda k=k: self._now.get(k), k) for k in map(score_name, self._scores)]
+        self.learn.metrics = self.learn.metrics + self._new
+        if self._late:
+            self.recorder.before_fit() # an interrupted fit has left the order late: let the names be read again
+        self._late = False
+    def before_epoch(self):
+        "Be early again, for the next validation"
+        self._late = False
+    def before_train(self):
+        "Remember that this epoch trains and does not only validate"
+        self._trained = True
+    def before_validate(self):
+        "Start gathering predictions"
+        self._pass = PassCallback(self._spec.activate)
+        self._pass.learn = self.learn
+        self._pass.before_validate()
+        self._losses = []
+    def after_batch(self):
+        "Keep the predictions and losses of a validation batch"
+        if self.training or not hasattr(self, '_pass'):
+            return
+        self._pass.after_batch()
+        with self.learn.loss_not_reduced():
+            loss = self.learn.loss_func(self.pred, *self.yb)
+        self._losses.append(loss.detach().float().reshape(len(self.yb[0]), -1).mean(1).cpu().numpy())
+    def after_validate(self):
+        "Compute the evaluation and its scores"
+        self._late = True
+        if not self._pass.parts:
+            return
+        idxs = getattr(self.dl, '_DataLoader__idxs', None) # the order in which fastai has read the rows
+        if idxs is not None:
+            idxs = pd.Series(idxs).rank().astype(int).to_numpy()-1
+        parts = [in_order(o, idxs) for o in (self._pass.parts, self._pass.ys, self._losses)]
+        self.last = rows_of_pass(Evaluation, self._spec, self.dl, *parts)
+        self._now = scores_by_name(self.last, self._scores)
+    def after_epoch(self):
+        "Keep the scores, write if wanted, and remember the best epoch"
+        if not self._trained:
+            return
+        self._trained = False
+        self.rows.append(self._now)
+        if self._is_best():
+            self.best = self.last
+        if self.folder is not None and self.every == 'epoch':
+            self.last.save(self.folder/f'epoch_{self.epoch:02d}', **self.page)
+    def after_fit(self):
+        "Write the evaluation of the model that the fit leaves"
+        self._remove_metrics()
+        self._late = False
+        if self.best is None:
+            if self.rows:
+                warnings.warn('The model that was loaded is of an epoch before this fit was resumed, so nothing is '
+                              'written: use `learn.evaluate().save(...)`')
+            return
+        self.last = self.best
+        if self.folder is not None and self.every == 'fit':
+            self.last.save(self.folder, **self.page)
+    def _default_scores(self):
+        return ('r2', 'spearman') if self._spec.task == 'regression' else ('macro_f1', 'ece')
+    def _is_best(self):
+        "Whether the last epoch is the best so far: for the last SaveModelCallback, or without one"
+        savers = [cb for cb in self.learn.cbs if isinstance(cb, SaveModelCallback)]
+        savers = [cb for cb in savers if not cb.every_epoch and not cb.at_end]
+        return not savers or savers[-1].new_best
+    def _remove_metrics(self):
+        self.learn.metrics = L(m for m in self.learn.metrics if not any(m is new for new in self._new))
+        self._new = []

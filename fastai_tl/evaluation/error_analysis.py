@@ -1,4 +1,4 @@
-"""Where a model is wrong, in which words, by whose label, and which rows it has seen before
+"""Errors by slice and by word, wrong labels, and validation rows that were in the training data
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.error_analysis.html.md"""
 
@@ -7,253 +7,344 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.error_analysis.html.md"""
 # %% auto #0
 __all__ = ['text_words', 'overused_words']
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #74f8a9f4
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #19d1c39a
 import re
-import numpy as np, pandas as pd
-from fastcore.all import patch
+import numpy as np
+import pandas as pd
 from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_dtype
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.near_duplicates import UNSPACED, near_duplicates, without_specials
 from ..data.tables import check_texts
-from .report import Evaluation, wilson_interval
+from .scores import ScoredRows, wilson_interval
 from ..plot import PALETTE, figure_style, in_words
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #f4f24ce6
-def _text_list(ev):
-    "The texts, or an error that says how to have them"
-    if ev.texts is None: raise FastaiTLError('This needs the texts of the rows', 'an Evaluation without them', 'Pass `texts` to `Evaluation`')
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #bfd1a4f0
+def texts_of(ev):
+    "Return the texts, or raise an error that says how to get them"
+    if ev.texts is None:
+        raise FastaiTLError('This needs the texts of the rows', 'an Evaluation without them',
+                            'Pass `texts` to `Evaluation`')
     return list(ev.texts)
 
-def _range_name(lo, hi):
-    fmt = lambda v: str(v.date()) if hasattr(v, 'date') else str(int(v)) if v==int(v) else f'{v:.3g}'
-    return fmt(lo) if lo==hi else f'{fmt(lo)} – {fmt(hi)}'
+def range_name(low, high):
+    "Return a range of numbers or dates as text"
+    def text(v):
+        if hasattr(v, 'date'):
+            return str(v.date())
+        return str(int(v)) if v == int(v) else f'{v:.3g}'
+    return text(low) if low == high else f'{text(low)} – {text(high)}'
 
-def _as_values(s, bins):
-    "Values as strings: ranges of numbers and dates with more than `bins` values, the members of lists, `missing`"
-    s = pd.Series(list(s)).convert_dtypes() if not isinstance(s, pd.Series) else s.reset_index(drop=True)
-    if (is_numeric_dtype(s) and not is_bool_dtype(s) or is_datetime64_any_dtype(s)) and s.nunique()>bins:
+def slice_values(s, bins):
+    "Return values as strings: ranges of numbers and dates with more than `bins` values, members of lists, `missing`"
+    s = s.reset_index(drop=True) if isinstance(s, pd.Series) else pd.Series(list(s)).convert_dtypes()
+    numeric = is_numeric_dtype(s) and not is_bool_dtype(s)
+    if (numeric or is_datetime64_any_dtype(s)) and s.nunique() > bins:
         code = pd.qcut(s, bins, labels=False, duplicates='drop')
-        s = code.map({k: _range_name(g.min(), g.max()) for k,g in s.groupby(code)})
+        s = code.map({k: range_name(group.min(), group.max()) for k, group in s.groupby(code)})
     s = s.explode()
     return s.astype(object).where(s.notna(), 'missing').map(str)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #135805b1
-def _named_slicer(ev, name):
-    "The column that a name stands for"
-    if name=='length': return [len(t) for t in _text_list(ev)]
-    if name not in ('class','predicted') or ev.classes is None: raise unknown_option('by', name, ('length',)+(('class','predicted') if ev.classes else ()))
-    v = ev.targets if name=='class' else ev.preds
-    if ev.task=='classification': return [str(ev.classes[int(i)]) for i in v]
-    return [[str(c) for c,o in zip(ev.classes, row) if o] or ['no class'] for row in v]
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #f199c270
+def named_slice(ev, name):
+    "Return the column that a name stands for: `length`, `class` or `predicted`"
+    if name == 'length':
+        return [len(t) for t in texts_of(ev)]
+    if name not in ('class', 'predicted') or ev.classes is None:
+        raise unknown_option('by', name, ('length', 'class', 'predicted') if ev.classes else ('length',))
+    numbers = ev.targets if name == 'class' else ev.preds
+    if ev.task == 'classification':
+        return [str(ev.classes[int(i)]) for i in numbers]
+    return [[str(c) for c, has in zip(ev.classes, row) if has] or ['no class'] for row in numbers]
 
-def _slicers(ev, by):
-    "`by` as a dict of columns"
-    if by is None: by = (['length'] if ev.texts is not None else []) + (['class'] if ev.classes else [])
-    if isinstance(by, pd.Series): by = {by.name or 'column': by}
-    elif isinstance(by, pd.DataFrame): by = {c: by[c] for c in by}
-    elif isinstance(by, np.ndarray): by = {'column': by}
-    elif not isinstance(by, dict): by = {getattr(o, '__name__', str(o)): o for o in ([by] if isinstance(by, str) or callable(by) else by)}
-    get = lambda o: _named_slicer(ev, o) if isinstance(o, str) else [o(t) for t in _text_list(ev)] if callable(o) else o
-    cols = {str(k): get(o) for k,o in by.items()}
-    bad = [f'{k}: {len(c)}' for k,c in cols.items() if len(c)!=len(ev)]
-    if not cols or bad: raise DataError(f'A slice needs a value for each of the {len(ev)} rows', bad[0] if bad else 'nothing to slice by', 'Take the validation rows of the table, in their order')
-    return cols
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #06f9b0ae
+def named_columns(ev, by):
+    "Return `by` as a dictionary of columns, names and functions"
+    if by is None:
+        known = dict(length=ev.texts is not None, **{'class': bool(ev.classes)})
+        by = [name for name, is_known in known.items() if is_known]
+    if isinstance(by, dict):
+        return by
+    if isinstance(by, pd.Series):
+        return {by.name or 'column': by}
+    if isinstance(by, pd.DataFrame):
+        return {name: by[name] for name in by}
+    if isinstance(by, np.ndarray):
+        return {'column': by}
+    several = [by] if isinstance(by, str) or callable(by) else by
+    return {getattr(o, '__name__', str(o)): o for o in several}
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #c44a19cf
-def _row_errors(ev):
-    "1 for a wrong row (any label of it) and 0 for a right one, or the absolute error of a regression"
-    if ev.task=='regression': return np.abs(ev.preds-ev.targets.reshape(-1)).astype(float)
-    return (ev.preds!=ev.targets).reshape(len(ev), -1).any(1).astype(int)
+def slice_columns(ev, by):
+    "Return `by` as a dictionary of columns with a value for each row"
+    def column(o):
+        if isinstance(o, str):
+            return named_slice(ev, o)
+        return [o(t) for t in texts_of(ev)] if callable(o) else o
+    columns = {str(name): column(o) for name, o in named_columns(ev, by).items()}
+    bad = [f'{name}: {len(values)}' for name, values in columns.items() if len(values) != len(ev)]
+    if not columns or bad:
+        got = bad[0] if bad else 'nothing to slice by'
+        raise DataError(f'A slice needs a value for each of the {len(ev)} rows', got,
+                        'Take the validation rows of the table, in their order')
+    return columns
 
-def _slice_row(err, rows, level, counts):
-    "Rate or mean, interval and p of one slice"
-    e,n = err[rows],len(rows)
-    if counts:
-        low,high = map(float, wilson_interval(e.sum(), n, level))
-        return dict(rows=n, errors=int(e.sum()), error=e.mean(), low=low, high=high, p=float(_excess_p(e.sum(), n, err.sum(), len(err))))
-    half = _stats().t.ppf(.5+level/2, n-1)*e.std(ddof=1)/n**.5 if n>1 else np.nan
-    rest = np.delete(err, rows)
-    p = _stats().ttest_ind(e, rest, equal_var=False, alternative='greater').pvalue if min(n, len(rest))>1 else 1.
-    return dict(rows=n, error=e.mean(), low=e.mean()-half, high=e.mean()+half, p=p if p==p else 1.)
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #a30800ca
+def row_errors(ev):
+    "Return 1 for a row with any wrong label and 0 for a right one; the absolute errors of a regression"
+    if ev.task == 'regression':
+        return np.abs(ev.preds-ev.targets.reshape(-1)).astype(float)
+    return (ev.preds != ev.targets).reshape(len(ev), -1).any(1).astype(int)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #6132d1e6
-def _stats():
+def excess_p(k, n, errors, rows):
+    "Return the probability of `k` or more of all `errors` among `n` of all `rows` drawn at random"
+    from scipy.stats import hypergeom
+    return hypergeom.sf(np.asarray(k)-1, rows, errors, n)
+
+def rate_of_slice(errors, rows, level):
+    "Return error rate, interval and p of one slice of a classifier's rows"
+    n = len(rows)
+    k = errors[rows].sum()
+    low, high = map(float, wilson_interval(k, n, level))
+    p = float(excess_p(k, n, errors.sum(), len(errors)))
+    return dict(rows=n, errors=int(k), error=errors[rows].mean(), low=low, high=high, p=p)
+
+def mean_of_slice(errors, rows, level):
+    "Return mean absolute error, interval and p of one slice of a regression's rows"
     from scipy import stats
-    return stats
+    e = errors[rows]
+    rest = np.delete(errors, rows)
+    n = len(rows)
+    half = stats.t.ppf(.5+level/2, n-1)*e.std(ddof=1)/n**.5 if n > 1 else np.nan
+    p = 1.
+    if min(n, len(rest)) > 1:
+        p = stats.ttest_ind(e, rest, equal_var=False, alternative='greater').pvalue
+    return dict(rows=n, error=e.mean(), low=e.mean()-half, high=e.mean()+half, p=1. if np.isnan(p) else p)
 
-def _excess_p(k, n, errors, rows):
-    "Probability of `k` or more of all `errors` among `n` of all `rows` drawn at random"
-    return _stats().hypergeom.sf(np.asarray(k)-1, rows, errors, n)
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #c59ec730
+def rows_by_value(values, min_rows):
+    "Return the row numbers of each value, with rare values pooled"
+    groups = {v: i.to_numpy() for v, i in values.groupby(values, sort=True).groups.items()}
+    rare = [v for v, rows in groups.items() if len(rows) < min_rows]
+    if len(rare) < 2:
+        return groups
+    pooled = np.unique(np.concatenate([groups[v] for v in rare]))
+    return {v: rows for v, rows in groups.items() if v not in rare} | {f'{len(rare)} rare values': pooled}
 
-def _pooled(values, min_rows):
-    "Value to row numbers; rare values together"
-    groups = {v: i.to_numpy() for v,i in values.groupby(values, sort=True).groups.items()}
-    rare = [v for v,i in groups.items() if len(i)<min_rows]
-    if len(rare)<2: return groups
-    return {**{v: i for v,i in groups.items() if v not in rare}, f'{len(rare)} rare values': np.unique(np.concatenate([groups[v] for v in rare]))}
-
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #1120bfad
-@patch
-def error_slices(self:Evaluation,
-    by=None, # `length`, `class`, `predicted`, a function of a text, a list of these; a Series, table or dict of columns; length and class if `None`
-    bins:int=4, # Numbers and dates with more values are cut into so many ranges
+def slice_errors(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
+    by=None, # `length`, `class`, `predicted`, a function of a text, a list of these; a Series, table or dict of columns
+    bins:int=4, # Numbers and dates with more values are cut into this many ranges
     min_rows:int=10, # Values with fewer rows are pooled
-    level:float=.95 # Of the intervals
+    level:float=.95 # Share of the intervals that contain the true value
 ) -> pd.DataFrame: # slice | value | rows | errors | error | low | high | worse | p
-    "Error rate (mean absolute error of a regression) by slice, the worst first; `worse` is the difference from all rows"
-    err,counts = _row_errors(self),self.task!='regression'
-    table = pd.DataFrame([dict(slice=name, value=v, **_slice_row(err, rows, level, counts))
-        for name,col in _slicers(self, by).items() for v,rows in _pooled(_as_values(col, bins), min_rows).items()])
-    table.insert(table.columns.get_loc('p'), 'worse', table.error-err.mean())
-    table['p'] = _stats().false_discovery_control(table.p)
+    """Return the error rate (mean absolute error of a regression) by slice, the worst first, length and class by
+    default; `worse` is the difference from all rows"""
+    from scipy.stats import false_discovery_control
+    errors = row_errors(ev)
+    of_slice = mean_of_slice if ev.task == 'regression' else rate_of_slice
+    table = pd.DataFrame([dict(slice=name, value=value, **of_slice(errors, rows, level))
+        for name, column in slice_columns(ev, by).items()
+        for value, rows in rows_by_value(slice_values(column, bins), min_rows).items()])
+    table.insert(table.columns.get_loc('p'), 'worse', table.error-errors.mean())
+    table['p'] = false_discovery_control(table.p)
     return table.sort_values('worse', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #45262e03
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #3a6aa819
 def plot_intervals(
-    labels, # One a row of the figure, from top to bottom
+    labels, # One for each row of the figure, from top to bottom
     at, # Value of each
     low, # Lower end of its interval
-    high, # Upper end
-    line:float, # Where to draw the line that they are compared with
-    xlabel:str='', # Below the figure
-    notes=None # Small texts at the right, one a row
+    high, # Upper end of its interval
+    line:float, # Position of the line that they are compared with
+    xlabel:str='', # Label of the horizontal axis
+    notes=None # Small texts at the right, one for each row
 ):
-    "Draw values with intervals against a line and return the Figure; colour marks intervals that leave the line out"
-    with figure_style(list(labels), xlabel := in_words(xlabel)) as plt:
-        fig,ax = plt.subplots(figsize=(6.4, .8+.27*len(labels)))
-        for i,(m,a,b) in enumerate(zip(at, low, high)):
-            color = PALETTE[1] if a>line else PALETTE[0] if b<line else '0.55'
-            ax.plot([a,b], [i,i], color=color, linewidth=1.6); ax.plot(m, i, 'o', color=color, markersize=5)
-            if notes is not None: ax.annotate(notes[i], (1.01, i), xycoords=('axes fraction','data'), va='center', fontsize=8, color='0.35')
+    "Plot values with intervals against a line; color marks intervals that do not contain the line"
+    xlabel = in_words(xlabel)
+    with figure_style(list(labels), xlabel) as plt:
+        fig, ax = plt.subplots(figsize=(6.4, .8+.27*len(labels)))
+        for i, (value, a, b) in enumerate(zip(at, low, high)):
+            above_or_not = PALETTE[1] if a > line else '0.55'
+            color = PALETTE[0] if b < line else above_or_not
+            ax.plot([a, b], [i, i], color=color, linewidth=1.6)
+            ax.plot(value, i, 'o', color=color, markersize=5)
+            if notes is not None:
+                where = dict(xycoords=('axes fraction', 'data'), va='center', fontsize=8, color='0.35')
+                ax.annotate(notes[i], (1.01, i), **where)
         ax.axvline(line, color='0.35', linewidth=1, linestyle='--', zorder=0)
-        ax.set_yticks(range(len(labels)), labels, fontsize=9); ax.invert_yaxis(); ax.set(xlabel=xlabel); ax.tick_params(axis='y', length=0)
+        ax.set_yticks(range(len(labels)), labels, fontsize=9)
+        ax.invert_yaxis()
+        ax.set(xlabel=xlabel)
+        ax.tick_params(axis='y', length=0)
     plt.close(fig)
     return fig
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #98f5e87e
-@patch
-def plot_error_slices(self:Evaluation,
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #02904d3c
+def plot_slice_errors(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     by=None, # What to slice by, see `error_slices`
-    n:int=15, # At most so many slices, the worst
-    **kwargs # More for `error_slices`
+    n:int=15, # Largest number of slices, the worst first
+    bins:int=4, # Numbers and dates with more values are cut into this many ranges
+    min_rows:int=10, # Values with fewer rows are pooled
+    level:float=.95 # Share of the intervals that contain the true value
 ):
-    "Error by slice with intervals, the worst first, as a figure"
-    t = self.error_slices(by, **kwargs).head(n)
-    cut = lambda s: s if len(s)<=40 else s[:39]+'…'
-    labels = [cut(f'{r.slice}: {r.value}') for r in t.itertuples()]
-    notes = [f'{r.errors:,} of {r.rows:,}' for r in t.itertuples()] if 'errors' in t else [f'{r.rows:,} rows' for r in t.itertuples()]
-    return plot_intervals(labels, t.error, t.low, t.high, _row_errors(self).mean(), 'error rate' if 'errors' in t else 'mean absolute error', notes)
+    "Plot the error of each slice with its interval, the worst first"
+    table = slice_errors(ev, by, bins, min_rows, level).head(n)
+    names = [f'{row.slice}: {row.value}' for row in table.itertuples()]
+    labels = [name if len(name) <= 40 else name[:39]+'…' for name in names]
+    if ev.task == 'regression':
+        xlabel = 'mean absolute error'
+        notes = [f'{row.rows:,} rows' for row in table.itertuples()]
+    else:
+        xlabel = 'error rate'
+        notes = [f'{row.errors:,} of {row.rows:,}' for row in table.itertuples()]
+    return plot_intervals(labels, table.error, table.low, table.high, row_errors(ev).mean(), xlabel, notes)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #6352f9e9
-_word,_spaced = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*"),re.compile(f'(?<![{UNSPACED}])[{UNSPACED}](?: [{UNSPACED}](?![{UNSPACED}]))+')
-_run = re.compile(f'[{UNSPACED}]+')
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #67ed05f5
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+UNSPACED_RUN = re.compile(f'[{UNSPACED}]+')
+SPACED_CHARACTERS = re.compile(f'(?<![{UNSPACED}])[{UNSPACED}](?: [{UNSPACED}](?![{UNSPACED}]))+')
 
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #2f893634
 def text_words(
     text:str # A text, or its tokens joined by spaces
-) -> list: # Words in lower case; characters and pairs of them where a script has no spaces
-    "The words of a text, for counting"
-    text = _spaced.sub(lambda m: m[0].replace(' ', ''), without_specials(text))
-    return _word.findall(_run.sub(' ', text).lower()) + [r[i:i+k] for r in _run.findall(text) for k in (1,2) for i in range(len(r)-k+1)]
+) -> list: # Words in lower case; characters and pairs of characters where a script has no spaces
+    "Return the words of a text for counting"
+    text = SPACED_CHARACTERS.sub(lambda m: m[0].replace(' ', ''), without_specials(text))
+    words = WORD.findall(UNSPACED_RUN.sub(' ', text).lower())
+    runs = UNSPACED_RUN.findall(text)
+    return words + [run[i:i+k] for run in runs for k in (1, 2) for i in range(len(run)-k+1)]
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #f71af6d6
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #4558e0df
 def overused_words(
     texts, # Strings
-    marked, # Booleans, one a text: which texts to look at, against the others
-    n:int|None=20, # At most so many words
+    marked, # (texts,) booleans: which texts to compare with the others
+    n:int|None=20, # Largest number of words
     alpha:float=.05, # Largest adjusted p; 1 for all words
-    min_texts:int=5, # A word must stand in so many texts
+    min_texts:int=5, # A word must occur in this many texts
     words=None # Function from a text to its words; `text_words` if `None`
 ) -> pd.DataFrame: # word | texts | marked | share | odds_ratio | p
-    "Words that stand in the marked texts more often than chance would have it, the surest first"
+    "Return words that occur in the marked texts more often than by chance, the most significant first"
     from sklearn.feature_extraction.text import CountVectorizer
-    texts,marked = check_texts(texts),np.asarray(marked, dtype=bool)
-    if len(marked)!=len(texts): raise DataError('Texts and marks must have the same number of rows', f'{len(texts)} and {len(marked)}')
-    cv = CountVectorizer(analyzer=lambda t: set((words or text_words)(t)), dtype=np.int32)
-    try: x = cv.fit_transform(texts)
-    except ValueError: raise DataError('Texts must have words', 'none in any of them', 'Pass a function as `words`') from None
-    return _overuse(cv.get_feature_names_out(), x, marked, n, alpha, min_texts)
+    texts = check_texts(texts)
+    marked = np.asarray(marked, dtype=bool)
+    if len(marked) != len(texts):
+        raise DataError('Texts and marks must have the same number of rows', f'{len(texts)} and {len(marked)}')
+    vectorizer = CountVectorizer(analyzer=lambda t: set((words or text_words)(t)), dtype=np.int32)
+    try:
+        occurs = vectorizer.fit_transform(texts)
+    except ValueError:
+        raise DataError('Texts must have words', 'none in any of them', 'Pass a function as `words`') from None
+    in_texts = np.asarray(occurs.sum(0)).ravel()
+    in_marked = np.asarray(occurs[marked].sum(0)).ravel()
+    frequent = in_texts >= min_texts
+    names = np.asarray(vectorizer.get_feature_names_out(), dtype=object)[frequent]
+    table = association_table(names, in_texts[frequent], in_marked[frequent], marked.sum(), len(marked))
+    table = table[table.p <= alpha].sort_values(['p', 'odds_ratio'], ascending=[True, False], kind='stable')
+    return table.reset_index(drop=True).head(n)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #593c5afb
-def _overuse(names, x, marked, n, alpha, min_texts):
-    "The table of `overused_words` from a matrix of texts and words"
-    of,k = np.asarray(x.sum(0)).ravel(),np.asarray(x[marked].sum(0)).ravel()
-    often = of>=min_texts
-    names,of,k,m = np.asarray(names, dtype=object)[often],of[often],k[often],marked.sum()
-    if not len(of): return pd.DataFrame(columns=['word','texts','marked','share','odds_ratio','p'])
-    odds = (k+.5)*(len(marked)-m-of+k+.5)/((of-k+.5)*(m-k+.5))
-    p = _stats().false_discovery_control(_excess_p(k, of, m, len(marked)))
-    t = pd.DataFrame(dict(word=names, texts=of, marked=k, share=k/of, odds_ratio=odds, p=p))
-    return t[t.p<=alpha].sort_values(['p','odds_ratio'], ascending=[True,False], kind='stable', ignore_index=True).head(n)
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #9cac278c
+def association_table(names, in_texts, in_marked, n_marked, n_texts):
+    "Return share, odds ratio and adjusted p of words that occur `in_texts` texts, `in_marked` of them marked"
+    from scipy.stats import false_discovery_control
+    if not len(names):
+        return pd.DataFrame(columns=['word', 'texts', 'marked', 'share', 'odds_ratio', 'p'])
+    without_word = n_texts-n_marked-in_texts+in_marked
+    odds = (in_marked+.5)*(without_word+.5)/((in_texts-in_marked+.5)*(n_marked-in_marked+.5))
+    p = false_discovery_control(excess_p(in_marked, in_texts, n_marked, n_texts))
+    counts = dict(word=names, texts=in_texts, marked=in_marked)
+    return pd.DataFrame(dict(**counts, share=in_marked/in_texts, odds_ratio=odds, p=p))
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #03e9fcab
-@patch
-def error_words(self:Evaluation,
-    n:int|None=20, # At most so many words
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #7c942c10
+def overused_error_words(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
+    n:int|None=20, # Largest number of words
     of=None, # Only texts of this true class
-    wrong=None, # Booleans, one a row: what counts as an error, needed for a regression
-    **kwargs # More for `overused_words`
+    wrong=None, # (rows,) booleans: what counts as an error; required for a regression
+    **kwargs # More for `overused_words`: `alpha`, `min_texts`, `words`
 ) -> pd.DataFrame: # word | texts | errors | error | odds_ratio | p
-    "Words that errors contain more often than chance, the surest first"
-    if wrong is None and self.task=='regression': raise FastaiTLError('Right and wrong need classes', 'a regression', 'Say what is wrong, such as `wrong=abs(ev.preds-ev.targets)>1`')
-    wrong,texts = np.asarray(_row_errors(self) if wrong is None else wrong, dtype=bool),_text_list(self)
+    "Return words that wrong texts contain more often than by chance, the most significant first"
+    if wrong is None and ev.task == 'regression':
+        raise FastaiTLError('Right and wrong need classes', 'a regression',
+                            'Say what is wrong, such as `wrong=abs(ev.preds-ev.targets)>1`')
+    wrong = np.asarray(row_errors(ev) if wrong is None else wrong, dtype=bool)
+    texts = texts_of(ev)
     if of is not None:
-        if self.task!='classification' or of not in self.classes: raise unknown_option('of', of, self.classes if self.task=='classification' else ())
-        rows = np.flatnonzero(self.targets==self.classes.index(of))
-        wrong,texts = wrong[rows],[texts[i] for i in rows]
+        classes = ev.classes if ev.task == 'classification' else ()
+        if of not in classes:
+            raise unknown_option('of', of, classes)
+        rows = np.flatnonzero(ev.targets == classes.index(of))
+        wrong = wrong[rows]
+        texts = [texts[i] for i in rows]
     return overused_words(texts, wrong, n, **kwargs).rename(columns=dict(marked='errors', share='error'))
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #da6d62a2
-def _confident_class(probs, labels):
-    "The class of which each row is confident (the set in eq. 1 of the paper), or -1"
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #8463d5a1
+def confident_class(probs, labels):
+    "Return the class of which each row is confident (the set in eq. 1 of the paper), or -1"
     n = np.bincount(labels, minlength=probs.shape[1])
-    t = np.array([probs[labels==j, j].mean() if n[j] else np.inf for j in range(len(n))])
-    above = probs>=np.maximum(t, 2e-6)-1e-6 # rounding must not decide where all rows of a class have one probability
+    mean = np.array([probs[labels == k, k].mean() if n[k] else np.inf for k in range(len(n))])
+    above = probs >= np.maximum(mean, 2e-6)-1e-6 # so that rounding has no say where all rows have one probability
     return np.where(above.any(1), np.where(above, probs, -1).argmax(1), -1)
 
-def _suspects(probs, labels):
-    "Rows that are confident of another class and whose label is not the most probable one, the clearest first"
-    guess,i = _confident_class(probs, labels),np.arange(len(labels))
-    own = probs[i,labels]
-    rows = np.flatnonzero((guess>=0) & (guess!=labels) & (probs.max(1)>own+1e-6))
-    order = rows[np.argsort(own[rows]-probs[rows,guess[rows]], kind='stable')]
-    return order,guess[order]
+def suspects(probs, labels):
+    "Return rows that are confident of another class and whose label is not the most probable one, and that class"
+    guess = confident_class(probs, labels)
+    of_label = probs[np.arange(len(labels)), labels]
+    rows = np.flatnonzero((guess >= 0) & (guess != labels) & (probs.max(1) > of_label+1e-6))
+    clearest_first = rows[np.argsort(of_label[rows]-probs[rows, guess[rows]], kind='stable')]
+    return clearest_first, guess[clearest_first]
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #15b6123c
-@patch
-def label_noise(self:Evaluation) -> pd.DataFrame: # Given labels as rows, estimated true ones as columns
-    "Estimated number of rows with each given and each true label, by confident learning (eq. 3)"
-    if self.task!='classification': raise FastaiTLError('The joint of given and true labels needs one class a text', f'a {self.task} task', 'See `label_errors()`')
-    y,k = self.targets.astype(int),len(self.classes)
-    guess = _confident_class(self.probs, y)
-    c = np.bincount(y[guess>=0]*k+guess[guess>=0], minlength=k*k).reshape(k, k).astype(float)
-    c[range(k), range(k)] = np.maximum(c.diagonal(), 1) # a class of which no row is confident keeps its labels
-    c *= (np.bincount(y, minlength=k)/c.sum(1))[:,None]
-    return pd.DataFrame(c, index=self.classes, columns=self.classes)
+def label_noise_table(
+    ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
+) -> pd.DataFrame: # Given labels as rows, estimated true ones as columns
+    "Estimate the number of rows with each given and each true label by confident learning (eq. 3)"
+    if ev.task != 'classification':
+        raise FastaiTLError('The joint of given and true labels needs one class a text', f'a {ev.task} task',
+                            'See `label_errors()`')
+    y = ev.targets.astype(int)
+    n_classes = len(ev.classes)
+    guess = confident_class(ev.probs, y)
+    cells = y[guess >= 0]*n_classes + guess[guess >= 0]
+    joint = np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes).astype(float)
+    np.fill_diagonal(joint, np.maximum(joint.diagonal(), 1)) # a class of which no row is confident keeps its labels
+    joint *= (np.bincount(y, minlength=n_classes)/joint.sum(1))[:, None]
+    return pd.DataFrame(joint, index=ev.classes, columns=ev.classes)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #d1a2070c
-@patch
-def label_errors(self:Evaluation,
-    n:int|None=None # At most so many rows; all that are suspected if `None`
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #0c84be7d
+def label_problems(ev):
+    "Return (probabilities, labels, names) of the classes, or of each of several labels a text and its absence"
+    if ev.task == 'classification':
+        return [(ev.probs, ev.targets.astype(int), ev.classes)]
+    columns = zip(ev.probs.T, ev.targets.T, ev.classes)
+    return [(np.stack([1-p, p], 1), y.astype(int), [f'not {name}', name]) for p, y, name in columns]
+
+def suspected_labels(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
+    n:int|None=None # Largest number of rows; all that are suspected if `None`
 ) -> pd.DataFrame: # row | label | suggested | p_label | p_suggested | text
-    "Rows whose label is probably wrong, by confident learning, the clearest first; each label by itself if there are several a text"
-    if self.task=='regression': raise FastaiTLError('Confident learning needs classes', 'a regression', 'See `error_slices()` and the largest `abs(ev.preds-ev.targets)`')
-    if self.task=='classification': parts = [(self.probs, self.targets.astype(int), self.classes)]
-    else: parts = [(np.stack([1-p, p], 1), y.astype(int), [f'not {c}', c]) for p,y,c in zip(self.probs.T, self.targets.T, self.classes)]
-    rows = [dict(row=int(i), label=names[y[i]], suggested=names[g], p_label=p[i,y[i]], p_suggested=p[i,g])
-            for p,y,names in parts for i,g in zip(*_suspects(p, y))]
-    t = pd.DataFrame(rows, columns=['row','label','suggested','p_label','p_suggested'])
-    t = t.iloc[np.argsort((t.p_label-t.p_suggested).to_numpy(), kind='stable')].head(len(t) if n is None else n).reset_index(drop=True)
-    if self.texts is not None: t['text'] = [self.texts[i] for i in t.row]
-    return t
+    """Return rows whose label is probably wrong by confident learning, the clearest first; with several labels a text,
+    each label is checked on its own"""
+    if ev.task == 'regression':
+        raise FastaiTLError('Confident learning needs classes', 'a regression',
+                            'See `error_slices()` and the largest `abs(ev.preds-ev.targets)`')
+    columns = ['row', 'label', 'suggested', 'p_label', 'p_suggested']
+    rows = [(int(i), names[y[i]], names[guess], p[i, y[i]], p[i, guess])
+            for p, y, names in label_problems(ev) for i, guess in zip(*suspects(p, y))]
+    table = pd.DataFrame(rows, columns=columns)
+    clearest_first = np.argsort((table.p_label-table.p_suggested).to_numpy(), kind='stable')
+    table = table.iloc[clearest_first].head(len(table) if n is None else n).reset_index(drop=True)
+    if ev.texts is not None:
+        table['text'] = [ev.texts[i] for i in table.row]
+    return table
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #3f38d4e3
-@patch
-def leaked_rows(self:Evaluation,
-    train_texts, # The texts of training
-    threshold:float=.7, # See `near_duplicates`
-    n:int|None=None # Characters an n-gram, see `near_duplicates`
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #fc3532b3
+def find_leaked_rows(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
+    train_texts, # Training texts
+    threshold:float=.7, # Smallest similarity, see `near_duplicates`
+    n:int|None=None # Characters of an n-gram, see `near_duplicates`
 ) -> pd.DataFrame: # row | other | similarity | right | text | other_text
-    "Rows whose text stands in the training texts too, exactly or nearly, and whether they are right"
-    t = near_duplicates(_text_list(self), train_texts, threshold, n)
-    if self.task!='regression': t.insert(3, 'right', _row_errors(self)[t.row.to_numpy(dtype=int)]==0)
-    return t
+    "Return rows whose text is exactly or nearly one of the training texts, and whether they are right"
+    table = near_duplicates(texts_of(ev), train_texts, threshold, n)
+    if ev.task != 'regression':
+        table.insert(3, 'right', row_errors(ev)[table.row.to_numpy(dtype=int)] == 0)
+    return table

@@ -1,4 +1,4 @@
-"""When to keep silent, and where to draw the line: abstention and decision thresholds
+"""Abstention and decision thresholds
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.thresholds.html.md"""
 
@@ -7,102 +7,139 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.thresholds.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/712_evaluation.thresholds.ipynb #cb1ac8cf
-import numpy as np, pandas as pd
-from fastcore.all import patch
-from ..core import DataError, FastaiTLError, shorten, unknown_option
-from .evaluation import Evaluation, same_rows
-from .report import ScoreTable, curve, in_words, ratio, wilson_interval
+# %% ../../nbs/712_evaluation.thresholds.ipynb #e6b55724
+import numpy as np
+import pandas as pd
+from ..core import DataError, FastaiTLError, shorten
 from .calibration import decisions
-from ..plot import PALETTE, figure_style
+from .report import ScoreTable
+from .scores import ScoredRows, curve, ratio, wilson_interval
+from ..plot import PALETTE, figure_style, in_words
 
-# %% ../../nbs/712_evaluation.thresholds.ipynb #2954a2a5
-@patch
-def risk_coverage(self:Evaluation) -> ScoreTable: # threshold | coverage | risk | count, from the surest rows to all
-    "Error rate of the rows that are decided, for each threshold of the confidence"
-    conf,right = decisions(self)
-    if not len(conf): raise DataError('Risk and coverage need at least one row', 'none')
-    t,wrong,n = curve(~right, conf)
-    return ScoreTable(dict(threshold=t, coverage=n/len(conf), risk=wrong/n, count=n.astype(int)))
+# %% ../../nbs/712_evaluation.thresholds.ipynb #6f3957fb
+def risk_coverage_table(
+    ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
+) -> ScoreTable: # threshold | coverage | risk | count, from the most confident rows to all
+    "Return the error rate of the decided rows for each threshold of the confidence"
+    conf, right = decisions(ev)
+    if not len(conf):
+        raise DataError('Risk and coverage need at least one row', 'none')
+    thresholds, wrong, n = curve(~right, conf)
+    return ScoreTable(dict(threshold=thresholds, coverage=n/len(conf), risk=wrong/n, count=n.astype(int)))
 
-@patch(as_prop=True)
-def aurc(self:Evaluation) -> float:
-    "Mean risk over all coverages, the area under the curve of risk against coverage"
-    t = self.risk_coverage()
-    return float((t.risk*np.diff(np.r_[0, t.coverage])).sum())
+def risk_coverage_area(
+    ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
+) -> float:
+    "Return the mean risk over all coverages (AURC), the area under the curve of risk against coverage"
+    table = risk_coverage_table(ev)
+    return float((table.risk*np.diff(np.r_[0, table.coverage])).sum())
 
-# %% ../../nbs/712_evaluation.thresholds.ipynb #83f03e29
-@patch
-def abstention(self:Evaluation,
-    accuracy:float, # Wanted among the rows that are decided
-    sure:bool=False # Ask it of the lower end of the 95 % interval
-) -> dict: # threshold (decide if the confidence is at least that), coverage, accuracy with its interval, count
-    "The threshold that decides most rows with a wanted accuracy"
-    t = self.risk_coverage()
-    low,high = wilson_interval(np.rint((1-t.risk)*t['count']), t['count'])
-    good = np.flatnonzero((low if sure else 1-t.risk)>=accuracy-1e-12)
-    if not len(good): raise FastaiTLError(f'No threshold gives an accuracy of {accuracy:.4g}', f'{(low if sure else 1-t.risk).max():.4g} at best', 'Ask for less, or train a better model')
+# %% ../../nbs/712_evaluation.thresholds.ipynb #fbb288af
+def abstention_threshold(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
+    accuracy:float, # Wanted accuracy of the rows that are decided
+    sure:bool=False # Require it of the lower end of the 95 % interval
+) -> dict: # `threshold` (decide from this confidence on), `coverage`, `accuracy` with `low` and `high`, `count`
+    "Find the threshold that decides most rows with a wanted accuracy"
+    table = risk_coverage_table(ev)
+    reached = 1-table.risk
+    low, high = wilson_interval(np.rint(reached*table['count']), table['count'])
+    compared = low if sure else reached
+    good = np.flatnonzero(compared >= accuracy-1e-12)
+    if not len(good):
+        raise FastaiTLError(f'No threshold gives an accuracy of {accuracy:.4g}', f'{compared.max():.4g} at best',
+                            'Ask for less, or train a better model')
     i = good[-1]
-    return dict(threshold=float(t.threshold[i]), coverage=float(t.coverage[i]), accuracy=float(1-t.risk[i]), low=float(low[i]), high=float(high[i]), count=int(t['count'][i]))
+    return dict(threshold=float(table.threshold[i]), coverage=float(table.coverage[i]), accuracy=float(reached[i]),
+                low=float(low[i]), high=float(high[i]), count=int(table['count'][i]))
 
-# %% ../../nbs/712_evaluation.thresholds.ipynb #0df19bfe
-@patch
-def plot_risk_coverage(self:Evaluation,
+# %% ../../nbs/712_evaluation.thresholds.ipynb #b5c2a457
+def draw_risk(ax, table, words):
+    "Draw risk against coverage with its interval, and the risk of a model that knows all its errors"
+    risk = table.risk.iloc[-1]
+    low, high = wilson_interval(np.rint(table.risk*table['count']), table['count'])
+    ax.fill_between(table.coverage, low, high, color=PALETTE[0], alpha=.18, linewidth=0, label=words('95 % interval'))
+    ax.plot(table.coverage, table.risk, color=PALETTE[0], linewidth=1.6)
+    coverage = np.linspace(0, 1, 201)[1:]
+    ideal = np.maximum(0, coverage-(1-risk))/coverage
+    ax.plot(coverage, ideal, color='0.35', linestyle='--', linewidth=1, label=words('ideal'))
+    ax.axhline(risk, color='0.6', linewidth=.8, linestyle=':', label=f"{words('all rows')} ({risk:.1%})")
+    top = max(1.5*table.risk.max(), .05) if table.risk.max() < .6 else 1.02
+    ax.set(xlabel=words('Coverage'), ylabel=words('Error'), xlim=(0, 1), ylim=(0, top))
+
+# %% ../../nbs/712_evaluation.thresholds.ipynb #a4fb4c54
+def plot_risk_coverage_curve(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     accuracy:float|None=None, # Mark the threshold for this accuracy
-    lang:str|None=None, # Words in English (`en`) or Traditional Chinese (`zh-tw`); what `set_language` has set if `None`
-    figsize=(5.5,3.6) # Width and height in inches
+    lang:str|None=None, # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
+    figsize:tuple=(5.5, 3.6) # Width and height in inches
 ):
-    "Error rate against the share of rows that are decided, and that of a model that knows all its errors"
-    t,w = self.risk_coverage(),lambda o: in_words(o, lang)
-    n,risk = int(t['count'].iloc[-1]),t.risk.iloc[-1]
-    low,high = wilson_interval(np.rint(t.risk*t['count']), t['count'])
-    with figure_style(w('Risk and coverage')) as plt:
-        fig,ax = plt.subplots(figsize=figsize)
-        ax.fill_between(t.coverage, low, high, color=PALETTE[0], alpha=.18, linewidth=0, label=w('95 % interval'))
-        ax.plot(t.coverage, t.risk, color=PALETTE[0], linewidth=1.6)
-        c = np.linspace(0, 1, 201)[1:]; ax.plot(c, np.maximum(0, c-(1-risk))/c, color='0.35', linestyle='--', linewidth=1, label=w('ideal'))
-        ax.axhline(risk, color='0.6', linewidth=.8, linestyle=':', label=f"{w('all rows')} ({risk:.1%})")
-        if a := self.abstention(accuracy) if accuracy is not None else None: ax.plot(a['coverage'], 1-a['accuracy'], 'o', color=PALETTE[1], label=f"{w('chosen')}: ≥ {a['threshold']:.3f} ({a['coverage']:.0%})")
-        ax.set(xlabel=w('Coverage'), ylabel=w('Error'), xlim=(0,1), ylim=(0, max(1.5*t.risk.max(), .05) if t.risk.max()<.6 else 1.02)); ax.legend(frameon=False, loc='upper left', fontsize=9)
+    "Plot the error rate against the share of rows that are decided, and that of a model that knows all its errors"
+    table = risk_coverage_table(ev)
+    chosen = None if accuracy is None else abstention_threshold(ev, accuracy)
+    words = lambda o: in_words(o, lang)
+    with figure_style(words('Risk and coverage')) as plt:
+        fig, ax = plt.subplots(figsize=figsize)
+        draw_risk(ax, table, words)
+        if chosen:
+            label = f"{words('chosen')}: ≥ {chosen['threshold']:.3f} ({chosen['coverage']:.0%})"
+            ax.plot(chosen['coverage'], 1-chosen['accuracy'], 'o', color=PALETTE[1], label=label)
+        ax.legend(frameon=False, loc='upper left', fontsize=9)
     plt.close(fig)
     return fig
 
-# %% ../../nbs/712_evaluation.thresholds.ipynb #d9aa892d
-def _best(y, p, want, value):
-    "The threshold of one class"
-    t,tp,n = (np.r_[first, o] for first,o in zip((np.inf,0,0), curve(y, p)))
-    prec,rec = ratio(tp, n),ratio(tp, y.sum())
-    if want=='f1': i = np.argmax(ratio(2*tp, n+y.sum()))
-    elif want=='cost': i = np.argmin(value[0]*(n-tp)+value[1]*(y.sum()-tp))
-    elif want=='recall': i = np.flatnonzero(rec>=value-1e-12)[0] # the first one is the highest, thus the fewest rows
-    else: # the most recall; no row at all if the precision is out of reach
-        ok = np.flatnonzero((prec>=value-1e-12)&(n>0))
-        i = ok[np.argmax(rec[ok])] if len(ok) else 0
-    return dict(threshold=t[i], precision=prec[i], recall=rec[i], f1=float(ratio(2*tp[i], n[i]+y.sum())), predicted=int(n[i]), support=int(y.sum()))
+# %% ../../nbs/712_evaluation.thresholds.ipynb #902f20a2
+def threshold_of_class(y, p, want, value):
+    "Return the best threshold of one class, with its precision, recall, F1 and counts, from (rows,) 0/1 targets"
+    support = y.sum()
+    if not support:
+        return dict(threshold=.5, precision=0., recall=0., f1=0., predicted=int((p >= .5).sum()), support=0)
+    thresholds, tp, n = (np.r_[first, values] for first, values in zip((np.inf, 0, 0), curve(y, p)))
+    precision = ratio(tp, n)
+    recall = ratio(tp, support)
+    f1 = ratio(2*tp, n+support)
+    if want == 'f1':
+        i = np.argmax(f1)
+    elif want == 'cost':
+        i = np.argmin(value[0]*(n-tp) + value[1]*(support-tp))
+    elif want == 'recall':
+        i = np.flatnonzero(recall >= value-1e-12)[0] # the first threshold is the highest and predicts the fewest rows
+    else:
+        enough = np.flatnonzero((precision >= value-1e-12) & (n > 0))
+        i = enough[np.argmax(recall[enough])] if len(enough) else 0 # at 0 is the threshold that no row reaches
+    return dict(threshold=thresholds[i], precision=precision[i], recall=recall[i], f1=float(f1[i]),
+                predicted=int(n[i]), support=int(support))
 
-# %% ../../nbs/712_evaluation.thresholds.ipynb #5ebfb863
-@patch
-def thresholds(self:Evaluation,
+# %% ../../nbs/712_evaluation.thresholds.ipynb #2f02bdcc
+def best_thresholds(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     recall:float|None=None, # At least this recall, with the best precision
     precision:float|None=None, # At least this precision, with the best recall
-    cost:tuple|None=None # Least cost, with the cost of a false alarm and that of a miss
+    cost:tuple|None=None # The lowest cost: the cost of a false alarm, and that of a miss
 ) -> ScoreTable: # threshold | precision | recall | f1 | predicted | support, one row a class
-    "Decision threshold of each class against the rest; the largest F1 if nothing else is asked for"
-    if self.task=='regression' or not len(self): raise FastaiTLError('Thresholds need rows with classes', f'{len(self)} rows of a {self.task} task')
-    asked = {k: v for k,v in dict(recall=recall, precision=precision, cost=cost).items() if v is not None}
-    if len(asked)>1: raise FastaiTLError('Ask for one of recall, precision and cost', shorten(asked))
-    want,value = next(iter(asked.items()), ('f1',None))
-    y = self._indicators()
-    rows = [_best(y[:,k].astype(int), self.probs[:,k].astype(float), want, value) if y[:,k].any() else dict(threshold=.5, precision=0., recall=0., f1=0., predicted=int((self.probs[:,k]>=.5).sum()), support=0) for k in range(len(self.classes))]
-    return ScoreTable(pd.DataFrame(rows, index=list(map(str, self.classes))))
+    "Find the decision threshold of each class against the rest; the one with the highest F1 by default"
+    if ev.task == 'regression' or not len(ev):
+        raise FastaiTLError('Thresholds need rows with classes', f'{len(ev)} rows of a {ev.task} task')
+    asked = {name: v for name, v in dict(recall=recall, precision=precision, cost=cost).items() if v is not None}
+    if len(asked) > 1:
+        raise FastaiTLError('Ask for one of recall, precision and cost', shorten(asked))
+    want, value = next(iter(asked.items()), ('f1', None))
+    y = ev.indicators.astype(int)
+    p = ev.probs.astype(float)
+    rows = [threshold_of_class(y[:, k], p[:, k], want, value) for k in range(len(ev.classes))]
+    return ScoreTable(pd.DataFrame(rows, index=list(map(str, ev.classes))))
 
-# %% ../../nbs/712_evaluation.thresholds.ipynb #10e985c2
-@patch
-def with_thresholds(self:Evaluation,
+# %% ../../nbs/712_evaluation.thresholds.ipynb #c566bca7
+def decide_by_thresholds(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     thresholds # One a class, in their order: numbers, or the table of `thresholds()`
-) -> Evaluation: # The same probabilities, decided otherwise
-    "Decide by thresholds: all labels that reach theirs; with one class a text, the one that is furthest above its own in proportion"
-    t = np.asarray(thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds, dtype=float)
-    if self.task=='regression' or t.shape!=(len(self.classes),): raise FastaiTLError('Thresholds must be one for each class', f'shape {t.shape}')
-    preds = (self.probs>=t).astype(int) if self.task=='multilabel' else (self.probs/np.maximum(t, 1e-12)).argmax(1)
-    return same_rows(self, self.probs, preds)
+): # The same rows and probabilities with other decisions
+    """Decide by thresholds: every label that reaches its threshold; with one class a text, the class with the highest
+    ratio of probability to threshold"""
+    t = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
+    t = np.asarray(t, dtype=float)
+    if ev.task == 'regression' or t.shape != (len(ev.classes),):
+        raise FastaiTLError('Thresholds must be one for each class', f'shape {t.shape}')
+    if ev.task == 'multilabel':
+        return ev.with_probs(ev.probs, (ev.probs >= t).astype(int))
+    return ev.with_probs(ev.probs, (ev.probs/np.maximum(t, 1e-12)).argmax(1))
