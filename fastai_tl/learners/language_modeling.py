@@ -8,10 +8,10 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.language_modeling.html.md""
 __all__ = ['awd_lm_learner', 'TokenLossFlat', 'TokenAccuracy', 'TokenPerplexity', 'HFCausalLMLearner', 'hf_causal_lm_learner',
            'HFMaskedLMLearner', 'hf_masked_lm_learner']
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #b60f88ac
+# %% ../../nbs/510_learners.language_modeling.ipynb #3b64f39c
 import copy
 import torch, torch.nn.functional as F
-from fastcore.all import L, merge
+from fastcore.all import merge
 from fastai.data.core import DataLoaders
 from fastai.learner import Metric
 from fastai.losses import CrossEntropyLossFlat
@@ -20,19 +20,18 @@ from fastai.text.core import TitledStr
 from fastai.text.learner import LMLearner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
-from ..core import DataError, FastaiTLError
+from ..core import DataError
 from ..callbacks import evaluating
 from ..data.language_modeling import end_of_text, frame
-from ..data.classification import data_rules
-from ..data.tokenizers import _ruled
 from ..data.tables import check_texts
-from .base import HFLearner, each_row, make_learner
+from ..data.tokenizers import apply_rules
+from ..models.awd_lstm import trains_undropped
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
-from ..models.awd_lstm import trains_undropped
 from ..tune.optimizer import LayerwiseOptimizer
+from .base import HFLearner, each_row, make_learner
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #1a6480be
+# %% ../../nbs/510_learners.language_modeling.ipynb #ac8fe573
 def awd_lm_learner(
     dls:DataLoaders, # From `language_model_dls`
     config:dict|None=None, # Sizes: `emb_sz`, `n_hid`, `n_layers`; fastai's 400, 1152 and 3 if `None`
@@ -40,117 +39,182 @@ def awd_lm_learner(
     metrics=None, # fastai metrics; accuracy and perplexity if `None`
     **kwargs # More for `LMLearner`
 ) -> LMLearner:
-    "A language model with layer groups (the tied embedding on top, with the output layer) and an optimizer that knows them"
-    model = get_language_model(AWD_LSTM, len(text_vocab(dls)), config=merge(awd_lstm_lm_config, config or {}), drop_mult=drop_mult)
-    return LMLearner(dls, trains_undropped(model), loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False,
-                     metrics=[accuracy, Perplexity()] if metrics is None else metrics, **kwargs)
+    "Make a Learner of an AWD_LSTM language model"
+    config = merge(awd_lstm_lm_config, config or {})
+    model = get_language_model(AWD_LSTM, len(text_vocab(dls)), config=config, drop_mult=drop_mult)
+    metrics = [accuracy, Perplexity()] if metrics is None else metrics
+    return LMLearner(dls, trains_undropped(model), loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer,
+                     splitter=layer_splitter(), train_bn=False, metrics=metrics, **kwargs)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #d6df4f2f
+# %% ../../nbs/510_learners.language_modeling.ipynb #3ca189fc
+_IGNORED = -100 # the target of tokens that are not predicted, as in PyTorch and transformers
+
 class TokenLossFlat(CrossEntropyLossFlat):
-    "Cross-entropy of the tokens that have a target: their mean, or the mean of each text with the reduction `none`"
+    "Mean cross-entropy of the tokens that have a target; with the reduction `none`, the mean of each text"
     def __init__(self,
-        label_smoothing:float=0. # Share of the probability that is spread over all tokens (Szegedy et al. 2016, section 7)
-    ): super().__init__(label_smoothing=label_smoothing)
-    def __call__(self, inp, targ, **kwargs):
-        inp,targ = inp.as_subclass(torch.Tensor),targ.as_subclass(torch.Tensor)
-        each,real = self.reduction=='none',targ!=-100
-        loss = F.cross_entropy(inp.flatten(0, -2), targ.flatten(), label_smoothing=self.func.label_smoothing, reduction='none' if each else 'sum')
-        if self.reduction=='sum': return loss
-        total,n = (loss.view(targ.shape).sum(-1),real.sum(-1)) if each else (loss,real.sum())
-        return total/n.clamp(min=1) # a batch without targets has the loss 0
-    def activation(self, x): "Probabilities"; return each_row(super().activation, x)
-    def decodes(self, x): "The most probable tokens"; return each_row(super().decodes, x)
+        label_smoothing:float=0. # Share of the probability spread over all tokens (Szegedy et al. 2016, section 7)
+    ):
+        super().__init__(label_smoothing=label_smoothing)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #5340a009
+    def __call__(self, inp, targ, **kwargs):
+        scores = inp.as_subclass(torch.Tensor).flatten(0, -2)
+        targets = targ.as_subclass(torch.Tensor)
+        has_target = targets != _IGNORED
+        by_text = self.reduction == 'none'
+        loss = F.cross_entropy(scores, targets.flatten(), label_smoothing=self.func.label_smoothing,
+                               reduction='none' if by_text else 'sum')
+        if by_text:
+            return loss.view(targets.shape).sum(-1) / has_target.sum(-1).clamp(min=1)
+        if self.reduction == 'sum':
+            return loss
+        return loss / has_target.sum().clamp(min=1) # a batch without targets has the loss 0
+
+    def activation(self, x):
+        "Compute the probabilities of all tokens"
+        return each_row(super().activation, x)
+
+    def decodes(self, x):
+        "Return the most probable tokens"
+        return each_row(super().decodes, x)
+
+# %% ../../nbs/510_learners.language_modeling.ipynb #43559741
 class TokenAccuracy(Metric):
     "Share of the targets that are predicted, each token counting the same"
-    def reset(self): self.total,self.count = 0,0
+    def reset(self):
+        self.total = 0
+        self.count = 0
+
     def accumulate(self, learn):
-        pred,y = learn.pred.argmax(-1),learn.y
-        self.total += ((pred==y) & (y!=-100)).sum().item(); self.count += (y!=-100).sum().item()
+        has_target = learn.y != _IGNORED
+        self.total += ((learn.pred.argmax(-1) == learn.y) & has_target).sum().item()
+        self.count += has_target.sum().item()
+
     @property
-    def value(self): return self.total/self.count if self.count else None
+    def value(self):
+        return self.total/self.count if self.count else None
 
 class TokenPerplexity(Metric):
     "exp of the mean negative log-likelihood of the targets, each token counting the same"
-    def reset(self): self.total,self.count = 0.,0
-    def accumulate(self, learn):
-        self.total += F.cross_entropy(learn.pred.flatten(0, -2).float(), learn.y.flatten(), reduction='sum').item(); self.count += (learn.y!=-100).sum().item()
-    @property
-    def value(self): return float(torch.tensor(self.total/self.count, dtype=torch.double).exp()) if self.count else None
+    def reset(self):
+        self.total = 0.
+        self.count = 0
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #4b4bf635
-def with_token_ids(model, tokenizer):
-    "A copy of a config with the special tokens of `tokenizer`; anything else as it is"
-    if not hasattr(model, 'to_diff_dict'): return model
+    def accumulate(self, learn):
+        scores = learn.pred.flatten(0, -2).float()
+        self.total += F.cross_entropy(scores, learn.y.flatten(), reduction='sum').item()
+        self.count += (learn.y != _IGNORED).sum().item()
+
+    @property
+    def value(self):
+        return float(torch.tensor(self.total/self.count, dtype=torch.double).exp()) if self.count else None
+
+# %% ../../nbs/510_learners.language_modeling.ipynb #d8912f2e
+def with_token_ids(
+    model, # A config of transformers, or anything else
+    tokenizer # The tokenizer of the texts
+): # A copy of a config; anything else as it is
+    "Give a config the special tokens of `tokenizer`"
+    if not hasattr(model, 'to_diff_dict'):
+        return model
     config = copy.deepcopy(model)
-    for n in ('pad','bos','eos'):
-        i = getattr(tokenizer, f'{n}_token_id', None)
-        if i is not None: setattr(config, f'{n}_token_id', i)
-    if getattr(config, 'forced_eos_token_id', None) is not None: config.forced_eos_token_id = config.eos_token_id
-    if config.is_encoder_decoder and getattr(config, 'decoder_start_token_id', None) is None: config.decoder_start_token_id = config.pad_token_id
+    for name in ('pad_token_id', 'bos_token_id', 'eos_token_id'):
+        if getattr(tokenizer, name, None) is not None:
+            setattr(config, name, getattr(tokenizer, name))
+    if getattr(config, 'forced_eos_token_id', None) is not None:
+        config.forced_eos_token_id = config.eos_token_id
+    if config.is_encoder_decoder and getattr(config, 'decoder_start_token_id', None) is None:
+        config.decoder_start_token_id = config.pad_token_id
     return config
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #b531e446
-def check_task(dls, task, maker):
-    "Refuse data that were made for another kind of model"
-    if getattr(dls, 'task', None)!=task: raise DataError(f'The data must be made for {task}', f"data for {getattr(dls, 'task', None) or 'something else'}", f'Make them with `{maker}`')
+# %% ../../nbs/510_learners.language_modeling.ipynb #7b0d2e28
+def check_task(
+    dls, # DataLoaders
+    task, # The task that is needed
+    maker # Name of the class that makes such DataLoaders
+):
+    "Raise an error if the data were made for another task"
+    spec = getattr(dls, 'spec', None)
+    found = 'something else' if spec is None else spec.task
+    if found != task:
+        raise DataError(f'The data must be made for {task}', f'data for {found}', f'Make them with `{maker}`')
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #729a037d
+def token_metrics():
+    "Make the metrics of a language model"
+    return [TokenAccuracy(), TokenPerplexity()]
+
+# %% ../../nbs/510_learners.language_modeling.ipynb #a43c3e33
 class HFCausalLMLearner(HFLearner):
-    "A Learner around a causal language model"
+    "A Learner of a causal language model"
     def predict(self,
         item:str, # The beginning of a text
-        max_new_tokens:int=30, # Tokens to add at most
+        max_new_tokens:int=30, # Highest number of tokens to add
         **kwargs # More for `generate` of transformers
-    ) -> str: # The text with what follows
-        "Go on with a text; the model reads it as it was taught to, by the rules of its DataLoaders"
-        tok,(before,_) = self.tokenizer,frame(self.tokenizer)
-        read = next(_ruled(data_rules(self.dls), [item]))
-        ids = before + tok(read, add_special_tokens=False, verbose=False)['input_ids'] or [end_of_text(tok)]
-        if self.model.limit: ids = ids[-max(1, self.model.limit-max_new_tokens):]
+    ) -> str: # The text and its continuation
+        "Continue a text"
+        ids = self._prompt_ids(item)
+        if self.model.limit:
+            ids = ids[-max(1, self.model.limit-max_new_tokens):]
         ids = torch.tensor([ids], device=next(self.model.parameters()).device)
-        with evaluating(self.model): out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=self.model.pad_id, **kwargs)
-        return item+tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        with evaluating(self.model):
+            out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=self.model.pad_id,
+                                         max_new_tokens=max_new_tokens, **kwargs)
+        return item + self.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #28fb9a4b
+    def _prompt_ids(self, text):
+        "Tokens of a text after the start token that training texts have, if any"
+        before, _ = frame(self.tokenizer)
+        text = next(apply_rules(self.dls.rules, [text]))
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
+        return before + ids or [end_of_text(self.tokenizer)]
+
+# %% ../../nbs/510_learners.language_modeling.ipynb #fc2488f9
 def hf_causal_lm_learner(
     dls:DataLoaders, # From `HFCausalLMDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
-    metrics=None, # fastai metrics; accuracy and perplexity by tokens if `None`
+    metrics=None, # fastai metrics; accuracy and perplexity of tokens if `None`
     loss_func=None, # `TokenLossFlat` if `None`
-    **kwargs # More for `load_hf` (`peft_config`, `gradient_checkpointing`, `attn_implementation`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
 ) -> HFCausalLMLearner:
-    "A causal language model, such as GPT-2 or Llama, as a Learner"
+    "Make a Learner of a causal language model, such as GPT-2 or Llama"
     check_task(dls, 'causal_lm', 'HFCausalLMDataLoaders')
-    return make_learner(dls, with_token_ids(model, dls.tokenizer), 'causal_lm', cls=HFCausalLMLearner, loss_func=loss_func or TokenLossFlat(), metrics=_lm_metrics() if metrics is None else metrics, **kwargs)
+    metrics = token_metrics() if metrics is None else metrics
+    return make_learner(dls, with_token_ids(model, dls.tokenizer), 'causal_lm', cls=HFCausalLMLearner,
+                        loss_func=loss_func or TokenLossFlat(), metrics=metrics, **kwargs)
 
-def _lm_metrics(): return [TokenAccuracy(), TokenPerplexity()]
-
-# %% ../../nbs/510_learners.language_modeling.ipynb #a7d3c5ae
+# %% ../../nbs/510_learners.language_modeling.ipynb #c75e21f8
 class HFMaskedLMLearner(HFLearner):
-    "A Learner around a masked language model"
+    "A Learner of a masked language model"
     def predict(self,
         item:str # A text with one or more mask tokens
-    ) -> tuple: # The text with the masks filled, the tokens of the masks, and the probabilities of all tokens there, (masks, vocabulary)
+    ) -> tuple: # The filled text, the tokens found, and the probabilities of all tokens, (masks, vocabulary)
         "Fill the masks of a text"
-        tok,dl = self.tokenizer,self.dls.test_dl(check_texts([item]))
-        if tok.mask_token not in item: raise DataError(f'The text needs a mask token, {tok.mask_token}', repr(item))
-        if len(dl.dataset)>1: raise DataError(f'The text must have at most {dl.dataset.max_length} tokens', f'{sum(map(len, dl.dataset.blocks))}')
+        tokenizer = self.tokenizer
+        dl = self.dls.test_dl(check_texts([item]))
+        if tokenizer.mask_token not in item:
+            raise DataError(f'The text needs a mask token, {tokenizer.mask_token}', repr(item))
+        if len(dl.dataset) > 1:
+            n_tokens = sum(map(len, dl.dataset.blocks))
+            raise DataError(f'The text must have at most {dl.dataset.max_length} tokens', str(n_tokens))
         x = dl.one_batch()[0]
-        with evaluating(self.model): p = self.model(x.to(next(self.model.parameters()).device)).float().softmax(-1)[0].cpu()
-        ids = x.ids[0].cpu(); at = ids==tok.mask_token_id
-        found = p[at].argmax(-1)
-        return TitledStr(tok.decode(ids.masked_scatter(at, found), skip_special_tokens=True)),found,p[at]
+        with evaluating(self.model):
+            scores = self.model(x.to(next(self.model.parameters()).device))
+        probs = scores.float().softmax(-1)[0].cpu()
+        ids = x.ids[0].cpu()
+        is_mask = ids == tokenizer.mask_token_id
+        found = probs[is_mask].argmax(-1)
+        filled = tokenizer.decode(ids.masked_scatter(is_mask, found), skip_special_tokens=True)
+        return TitledStr(filled), found, probs[is_mask]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #07cfe652
+# %% ../../nbs/510_learners.language_modeling.ipynb #bc5cb12a
 def hf_masked_lm_learner(
     dls:DataLoaders, # From `HFMaskedLMDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
     metrics=None, # fastai metrics; accuracy and perplexity of the hidden tokens if `None`
     loss_func=None, # `TokenLossFlat` if `None`
-    **kwargs # More for `load_hf` (`peft_config`, `gradient_checkpointing`, `attn_implementation`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
 ) -> HFMaskedLMLearner:
-    "A masked language model, such as BERT or RoBERTa, as a Learner"
+    "Make a Learner of a masked language model, such as BERT or RoBERTa"
     check_task(dls, 'masked_lm', 'HFMaskedLMDataLoaders')
-    return make_learner(dls, with_token_ids(model, dls.tokenizer), 'masked_lm', cls=HFMaskedLMLearner, loss_func=loss_func or TokenLossFlat(), metrics=_lm_metrics() if metrics is None else metrics, **kwargs)
+    metrics = token_metrics() if metrics is None else metrics
+    return make_learner(dls, with_token_ids(model, dls.tokenizer), 'masked_lm', cls=HFMaskedLMLearner,
+                        loss_func=loss_func or TokenLossFlat(), metrics=metrics, **kwargs)
