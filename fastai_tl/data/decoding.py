@@ -1,4 +1,4 @@
-"""From tokens to the text that they stand for: fastai's rules undone, and spaces where they belong
+"""From tokens back to text: undo fastai's rules, and put spaces where they belong
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.decoding.html.md"""
 
@@ -7,70 +7,106 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.decoding.html.md"""
 # %% auto #0
 __all__ = ['TK_SPACE', 'TK_GLUE', 'GLUE', 'WIDE', 'HAN', 'LETTER', 'undo_rules', 'join_words']
 
-# %% ../../nbs/103_data.decoding.ipynb #6184c8b9
+# %% ../../nbs/103_data.decoding.ipynb #61d188eb
 import re
 from fastai.text.core import BOS, EOS, FLD, PAD, TK_MAJ, TK_REP, TK_UP, TK_WREP
 
-# %% ../../nbs/103_data.decoding.ipynb #5a148480
-TK_SPACE,TK_GLUE = 'xxsp','xxglue' # a space, and no space, where the rule of `join_marked` has it otherwise
-GLUE = '\u2060' # what `xxglue` is read as, Unicode's word joiner
-_marks = {BOS: '', EOS: '', PAD: '', FLD: '', 'xxfake': '', TK_SPACE: ' ', TK_GLUE: GLUE}
+# %% ../../nbs/103_data.decoding.ipynb #ab745dfe
+TK_SPACE = 'xxsp' # a space where the rule of `join_marked` has none
+TK_GLUE = 'xxglue' # no space where that rule has one
+GLUE = '\u2060' # `TK_GLUE` decoded: Unicode's word joiner
+_TEXT_OF_MARK = {BOS: '', EOS: '', PAD: '', FLD: '', 'xxfake': '', TK_SPACE: ' ', TK_GLUE: GLUE}
 
-# %% ../../nbs/103_data.decoding.ipynb #6758b307
+# %% ../../nbs/103_data.decoding.ipynb #5ebccd97
 def undo_rules(
     tokens:list, # Tokens, special ones among them
-    space:str='▁' # Character that stands for a space inside of tokens; empty if there is none
-) -> list: # `(word, indexes of its tokens)`; the word is empty where nothing is to be read
-    "The words that fastai's special tokens stand for"
-    res,rule,n,idxs = [],None,None,[]
-    for i,t in enumerate(tokens):
-        idxs.append(i)
-        if t in (TK_MAJ, TK_UP, TK_REP, TK_WREP): rule,n = t,None; continue
-        if rule in (TK_REP, TK_WREP) and n is None and t.isdecimal(): n = min(int(t), 1000); continue # a model can write any number
-        w = _marks[t] if t in _marks else t.replace(space, ' ') if space else t
-        if rule==TK_MAJ: w = w[:1].upper()+w[1:]
-        elif rule==TK_UP: w = w.upper()
-        elif n is not None: w = w*n if rule==TK_REP else ' '.join([w]*n)
-        res.append((w, idxs))
-        rule,n,idxs = None,None,[]
-    return res + ([('', idxs)] if idxs else [])
+    space:str='▁' # Character that means a space inside a token; empty if there is none
+) -> list: # `(word, indexes of its tokens)`; the word is empty where there is nothing to read
+    "Turn fastai's special tokens and the tokens that follow them into words"
+    words = []
+    indexes = [] # of the tokens of the current word
+    rule = count = None
+    for i, token in enumerate(tokens):
+        indexes.append(i)
+        if token in (TK_MAJ, TK_UP, TK_REP, TK_WREP):
+            rule, count = token, None
+        elif rule in (TK_REP, TK_WREP) and count is None and token.isdecimal():
+            count = min(int(token), 1000) # a model can generate any number
+        else:
+            word = _TEXT_OF_MARK.get(token, token.replace(space, ' ') if space else token)
+            words.append((_apply_rule(rule, count, word), indexes))
+            indexes = []
+            rule = count = None
+    return [*words, ('', indexes)] if indexes else words
 
-# %% ../../nbs/103_data.decoding.ipynb #ea2fd764
-WIDE = '\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af' # for a regex: characters without spaces between them; Korean is left out, for it has them
-HAN = '\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af々〇' # of these the Chinese characters
-LETTER = rf'[^\W_{WIDE}]' # letters and digits of scripts that have spaces
+def _apply_rule(rule, count, word):
+    if rule == TK_MAJ:
+        return word[:1].upper() + word[1:]
+    if rule == TK_UP:
+        return word.upper()
+    if count is None:
+        return word
+    return word*count if rule == TK_REP else ' '.join([word]*count)
+
+# %% ../../nbs/103_data.decoding.ipynb #eeca2d75
+# Character classes for regular expressions
+WIDE = '\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af' # no spaces between them; not Korean
+HAN = '\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af々〇' # Chinese characters
+LETTER = rf'[^\W_{WIDE}]' # letters and digits of scripts with spaces
+
 _wide = re.compile(f'[{WIDE}]')
-_left = re.compile(r"[,.;:!?%)\]}…]+$|['’](s|m|d|ll|re|ve|t)$|n['’]t$", re.I) # no space before these
-_right = {'(', '[', '{', '$', '#'} # none after these
-_both = {'-', '/', '–'}
+_no_space_before = re.compile(r"[,.;:!?%)\]}…]+$|['’](s|m|d|ll|re|ve|t)$|n['’]t$", re.I)
+_NO_SPACE_AFTER = {'(', '[', '{', '$', '#'}
+_NO_SPACE_AROUND = {'-', '/', '–'}
 
-# %% ../../nbs/103_data.decoding.ipynb #613a703c
+# %% ../../nbs/103_data.decoding.ipynb #5d2a60f8
 def join_words(
-    words # Words and punctuation marks; empty ones are passed over
-) -> str:
-    "Write words as a text, with spaces where they belong"
-    res,glue,quoted = '',True,False
-    for w in words:
-        if not w: continue
-        if w==GLUE: glue = True; continue
-        closing = w=='"' and quoted
-        tight = glue or closing or w in _both or w.isspace() or _left.match(w) or _wide.match(w[0]) or _wide.match(res[-1])
-        res += w if tight else ' '+w
-        glue = w in _right or w in _both or w.isspace() or (w=='"' and not quoted)
-        if w=='"': quoted = not quoted
-    return res
+    words # Words and punctuation marks; empty ones are skipped
+) -> str: # Text
+    "Join words into a text, with spaces where they belong"
+    text = ''
+    joins_next = True # no space before the next word
+    in_quotes = False
+    for word in words:
+        if not word:
+            continue
+        if word == GLUE:
+            joins_next = True
+            continue
+        closes_quotes = word == '"' and in_quotes
+        opens_quotes = word == '"' and not in_quotes
+        text += word if joins_next or closes_quotes or _joins(text, word) else ' ' + word
+        joins_next = opens_quotes or word in _NO_SPACE_AFTER or word in _NO_SPACE_AROUND or word.isspace()
+        if word == '"':
+            in_quotes = not in_quotes
+    return text
 
-# %% ../../nbs/103_data.decoding.ipynb #7a720b5c
+def _joins(text, word):
+    "Return whether `word` follows `text` without a space"
+    if word in _NO_SPACE_AROUND or word.isspace() or _no_space_before.match(word):
+        return True
+    return bool(_wide.match(word[0]) or _wide.match(text[-1]))
+
+# %% ../../nbs/103_data.decoding.ipynb #051aa467
 _letter = re.compile(LETTER)
 
-def is_letter(c): "Is the character one of a script with spaces, or a digit?"; return _letter.match(c) is not None
+def is_letter(
+    char:str # One character
+) -> bool:
+    "Return whether the character is a digit, or a letter of a script with spaces"
+    return _letter.match(char) is not None
 
-def join_marked(words):
-    "Write words as a text, with a space between two of letters or digits, unless the mark `GLUE` is between them"
-    res,glue = [''],True
-    for w in words:
-        if w==GLUE: glue = True
-        elif w:
-            res.append(' '+w if not glue and is_letter(w[0]) and is_letter(res[-1][-1]) else w)
-            glue = False
-    return ''.join(res)
+def join_marked(
+    words # Words and marks such as `undo_rules` returns
+) -> str: # Text
+    "Join words into a text, with a space between two words of letters or digits unless `GLUE` is between them"
+    parts = ['']
+    glued = True
+    for word in words:
+        if word == GLUE:
+            glued = True
+        elif word:
+            needs_space = not glued and is_letter(word[0]) and is_letter(parts[-1][-1])
+            parts.append(' '+word if needs_space else word)
+            glued = False
+    return ''.join(parts)

@@ -1,4 +1,4 @@
-"""What a quickstart works on: passages of documentation, reviews, or a table of one's own; and what has to be beaten on it
+"""Data for a quickstart (documentation, reviews, or your own table), and the accuracy of simple baselines on them
 
 Docs: https://fastai-tl.github.io/fastai_tl/datasets.quickstart.html.md"""
 
@@ -7,118 +7,151 @@ Docs: https://fastai-tl.github.io/fastai_tl/datasets.quickstart.html.md"""
 # %% auto #0
 __all__ = ['QuickData', 'offline_data', 'own_data', 'imdb_data', 'majority_accuracy', 'bag_of_words_accuracy']
 
-# %% ../../nbs/156_datasets.quickstart.ipynb #7b103ad1
+# %% ../../nbs/156_datasets.quickstart.ipynb #f7c91dfd
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import DataError, FastaiTLError, derive_seed, lang_code, shorten
+from ..data.splits import SPLIT_NAMES
+from ..data.tables import check_texts, column, read_folder, read_table
 from .corpora import docstring_corpus, general_corpus, label_budget
 from .reviews import sample_reviews
-from ..data.tables import check_texts, column, read_folder, read_table
 
-# %% ../../nbs/156_datasets.quickstart.ipynb #5eef1ff8
+# %% ../../nbs/156_datasets.quickstart.ipynb #213c0339
 @dataclass
 class QuickData:
-    "What a quickstart works on"
-    labelled:pd.DataFrame # `text`, `label`, `split` (`train`, `valid`, `test`)
+    "The data of a quickstart"
+    labelled:pd.DataFrame # Columns `text`, `label` and `split` (`train`, `valid`, `test`)
     domain:list # Texts for stage 2, none of them from the test rows
     general:list = field(default_factory=list) # Texts for stage 1
-    name:str = '' # What it is, for the summary
+    name:str = '' # Description for the summary
 
+# %% ../../nbs/156_datasets.quickstart.ipynb #a414539a
 def offline_data(
-    n_per_class:int=100, # Labels of each class to train on
-    n_eval:int=300, # And of each to validate, and to test
-    seed:int=42, # Which passages are labelled
-    lang:str='en' # `zh-tw`: composed Chinese reviews instead, a toy
+    n_per_class:int=100, # Training labels of each class
+    n_eval:int=300, # Validation labels of each class, and test labels of each class
+    seed:int=42, # Decides which passages have labels
+    lang:str='en' # `zh-tw`: Chinese reviews made by a grammar instead, a toy data set
 ) -> QuickData:
-    "The docstring corpus with few labels, and Python's own documentation for stage 1"
-    if lang_code(lang)=='zh-tw': return _chinese_data(n_per_class, n_eval, seed)
+    "Return the docstring corpus with few labels, and Python's own documentation for stage 1"
+    if lang_code(lang) == 'zh-tw':
+        return _chinese_data(n_per_class, n_eval, seed)
     df = label_budget(docstring_corpus(), n_per_class, seed=seed, n_eval=n_eval)
-    return QuickData(df[df.label.notna()][['text','label','split']].reset_index(drop=True), list(df[df.split=='train'].text), list(general_corpus().text),
-                     f'passages of docstrings by their role, {n_per_class} labels a class')
+    labelled = df[df.label.notna()][['text', 'label', 'split']].reset_index(drop=True)
+    name = f'passages of docstrings by their role, {n_per_class} labels a class'
+    return QuickData(labelled, list(df[df.split == 'train'].text), list(general_corpus().text), name)
 
-# %% ../../nbs/156_datasets.quickstart.ipynb #aee0fdf2
 def _chinese_data(n_per_class, n_eval, seed):
-    "Composed reviews, of which few have labels, and no general language for stage 1"
-    n = 2*(n_per_class+2*n_eval)
-    df = sample_reviews(6000+n, seed)
-    labelled = df[:n].assign(split=['train']*2*n_per_class+['valid']*2*n_eval+['test']*2*n_eval)
-    return QuickData(labelled, [*df.text[n:], *labelled[labelled.split=='train'].text], [], f'composed hotel reviews in Traditional Chinese (a toy), {2*n_per_class} labels')
+    "Return reviews made by a grammar, few of them labelled, without general text for stage 1"
+    n_train, n_held_out = 2*n_per_class, 2*n_eval
+    n_labelled = n_train + 2*n_held_out
+    df = sample_reviews(6000+n_labelled, seed)
+    labelled = df[:n_labelled].assign(split=['train']*n_train + ['valid']*n_held_out + ['test']*n_held_out)
+    domain = [*df.text[n_labelled:], *labelled[labelled.split == 'train'].text]
+    name = f'composed hotel reviews in Traditional Chinese (a toy), {n_train} labels'
+    return QuickData(labelled, domain, [], name)
 
-# %% ../../nbs/156_datasets.quickstart.ipynb #fe1491ef
-_names = {'training':'train', 'validation':'valid', 'dev':'valid', 'val':'valid'}
-
-def _folder(path):
-    "A folder with a subfolder a class, possibly below `train` and `test`"
+# %% ../../nbs/156_datasets.quickstart.ipynb #2fe1c97e
+def _read_class_folders(path):
+    "Return the labelled and the unlabelled texts of a folder with a subfolder for each class"
     df = read_folder(path, label_from_parent=True)
-    top = [Path(f).parts[0].lower() for f in df.file]
-    top = [_names.get(t, t) for t in top]
-    if {'train','test'} <= set(top): df['split'] = top
-    return df[~df.label.isin(['unsup'])], df[df.label.isin(['unsup'])]
+    top_folders = [Path(file).parts[0].lower() for file in df.file]
+    parts = [SPLIT_NAMES.get(name, name) for name in top_folders]
+    if {'train', 'test'} <= set(parts):
+        df['split'] = parts
+    unlabelled = df.label == 'unsup' # the folder of the IMDb reviews without labels
+    return df[~unlabelled], df[unlabelled]
 
-def _rank(df, by, seed):
-    "For each row, the share of its group that comes before it in a random order"
-    shuffled = df.iloc[np.random.default_rng(derive_seed(seed, 'split')).permutation(len(df))].groupby(by)
-    return shuffled.cumcount().div(shuffled.label.transform('size')).reindex(df.index)
+def _read_labelled_table(path, text_col, label_col):
+    "Read the texts and labels of a table, and its `split` column if there is one"
+    table = read_table(path)
+    df = pd.DataFrame(dict(text=column(table, text_col), label=column(table, label_col)))
+    return df.assign(split=table['split']) if 'split' in table else df
 
-# %% ../../nbs/156_datasets.quickstart.ipynb #d9a7be61
+# %% ../../nbs/156_datasets.quickstart.ipynb #1b04faa5
+def _rank_in_group(df, by, seed):
+    "Return for each row the share of its group that comes before it in a random order"
+    rng = np.random.default_rng(derive_seed(seed, 'split'))
+    groups = df.iloc[rng.permutation(len(df))].groupby(by)
+    return groups.cumcount().div(groups.label.transform('size')).reindex(df.index)
+
 def _add_split(df, seed):
-    "Give rows without a split one, and cut validation from training where there is none"
-    if 'split' not in df: return df.assign(split=np.select([(r := _rank(df, ['label'], seed))<.2, r<.3], ['test','valid'], 'train'))
-    df = df.assign(split=df.split.map(lambda s: _names.get(str(s).lower(), str(s).lower())))
-    if (df.split=='valid').any(): return df
-    return df.assign(split=df.split.where((df.split!='train') | (_rank(df, ['split','label'], seed)>=.1), 'valid'))
+    "Split rows that have no split; take validation rows from training where there are none"
+    if 'split' not in df:
+        rank = _rank_in_group(df, ['label'], seed)
+        return df.assign(split=np.select([rank < .2, rank < .3], ['test', 'valid'], 'train'))
+    words = df.split.map(lambda word: str(word).lower())
+    df = df.assign(split=words.map(lambda word: SPLIT_NAMES.get(word, word)))
+    if (df.split == 'valid').any():
+        return df
+    is_valid = (df.split == 'train') & (_rank_in_group(df, ['split', 'label'], seed) < .1)
+    return df.assign(split=df.split.where(~is_valid, 'valid'))
 
-# %% ../../nbs/156_datasets.quickstart.ipynb #220bdd53
+# %% ../../nbs/156_datasets.quickstart.ipynb #57f27918
 def own_data(
-    path, # A table file or a folder
+    path, # A table file, or a folder with a subfolder for each class
     text_col:str='text', # Column of the texts
     label_col:str='label', # Column of the labels
-    seed:int=42, # Which rows test and validate, if the data do not say
-    lang:str='en' # Of the texts: there is general language for stage 1 in English alone
+    seed:int=42, # Decides which rows test and validate, if the data do not say
+    lang:str='en' # Language of the texts; there is general text for stage 1 in English only
 ) -> QuickData:
-    "A table or folder with texts and labels, split, with Python's documentation for stage 1"
+    "Read a table or folder of labelled texts and split it; texts of test rows are not in `domain`"
     path = Path(path)
-    if not path.exists(): raise DataError(f'{path} must be a table file or a folder', 'nothing there', "Or leave `data` out, or pass 'imdb'")
-    df,extra = _folder(path) if path.is_dir() else (read_table(path), None)
-    if not path.is_dir(): df = pd.DataFrame(dict(text=column(df, text_col), label=column(df, label_col), **({'split': df['split']} if 'split' in df else {})))
+    if not path.exists():
+        raise DataError(f'{path} must be a table file or a folder', 'nothing there',
+                        "Or leave `data` out, or pass 'imdb'")
+    unlabelled = []
+    if path.is_dir():
+        df, others = _read_class_folders(path)
+        unlabelled = list(others.text)
+    else:
+        df = _read_labelled_table(path, text_col, label_col)
     check_texts(df.text, df.index)
-    if df.label.isna().any(): raise DataError('Each row needs a label', f'none in row {shorten(df.index[df.label.isna()])}', 'Drop those rows first')
+    if df.label.isna().any():
+        missing = shorten(df.index[df.label.isna()])
+        raise DataError('Each row needs a label', f'none in row {missing}', 'Drop those rows first')
     df = _add_split(df.assign(label=df.label.astype(str)).reset_index(drop=True), seed)
-    domain = list(df[df.split!='test'].text) + (list(extra.text) if extra is not None else [])
-    return QuickData(df[['text','label','split']], domain, list(general_corpus().text) if lang_code(lang)=='en' else [], str(path.name))
+    general = list(general_corpus().text) if lang_code(lang) == 'en' else []
+    domain = [*df[df.split != 'test'].text, *unlabelled]
+    return QuickData(df[['text', 'label', 'split']], domain, general, path.name)
 
-# %% ../../nbs/156_datasets.quickstart.ipynb #33804b75
+# %% ../../nbs/156_datasets.quickstart.ipynb #de663933
 def imdb_data(
-    seed:int=42, # Which reviews validate
-    root=None # Folder of the reviews; downloaded once by fastai if `None`
+    seed:int=42, # Decides which reviews validate
+    root=None # Folder of the reviews; `None`: downloaded once by fastai
 ) -> QuickData:
-    "The Large Movie Review Dataset, downloaded once by fastai"
+    "Return the Large Movie Review Dataset, downloaded once by fastai"
     from fastai.data.external import URLs, untar_data
-    try: root = root or untar_data(URLs.IMDB)
-    except Exception as e: raise FastaiTLError('The IMDb reviews must be downloaded once', f'{type(e).__name__}: {e}', 'Connect to the network, or leave `data` out to work offline') from e
-    res = own_data(root, seed=seed)
-    res.name = 'IMDb reviews'
-    return res
+    try:
+        root = root or untar_data(URLs.IMDB)
+    except Exception as e:
+        raise FastaiTLError('The IMDb reviews must be downloaded once', f'{type(e).__name__}: {e}',
+                            'Connect to the network, or leave `data` out to work offline') from e
+    data = own_data(root, seed=seed)
+    data.name = 'IMDb reviews'
+    return data
 
-# %% ../../nbs/156_datasets.quickstart.ipynb #50c6687c
+# %% ../../nbs/156_datasets.quickstart.ipynb #a89fd79d
 def majority_accuracy(
-    df:pd.DataFrame # `label` and `split`
+    df:pd.DataFrame # Columns `label` and `split`
 ) -> float: # Accuracy on the test rows
-    "Always the largest class of the training rows"
-    return float((df[df.split=='test'].label==df[df.split=='train'].label.value_counts().index[0]).mean())
+    "Return the accuracy of always predicting the largest class of the training rows"
+    largest = df[df.split == 'train'].label.value_counts().index[0]
+    return float((df[df.split == 'test'].label == largest).mean())
 
 def bag_of_words_accuracy(
-    df:pd.DataFrame, # `text`, `label`, `split`
-    lang:str='en' # `zh-tw` counts characters, pairs and triples of them
+    df:pd.DataFrame, # Columns `text`, `label` and `split`
+    lang:str='en' # `zh-tw`: counts single characters, pairs and triples of characters
 ) -> float: # Accuracy on the test rows
-    "TF-IDF of words and word pairs with logistic regression"
+    "Return the accuracy of TF-IDF of words and word pairs with logistic regression"
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
-    train,test = df[df.split=='train'],df[df.split=='test']
-    folds = int(min(4, train.label.value_counts().min()))
-    pipe = make_pipeline(TfidfVectorizer(sublinear_tf=True, **(dict(ngram_range=(1,2)) if lang_code(lang)=='en' else dict(ngram_range=(1,3), analyzer='char'))), LogisticRegression(max_iter=1000))
-    model = GridSearchCV(pipe, {'logisticregression__C': [.3, 1, 3, 10, 30, 100]}, cv=folds) if folds>1 else pipe
+    train, test = df[df.split == 'train'], df[df.split == 'test']
+    ngrams = dict(ngram_range=(1,2)) if lang_code(lang) == 'en' else dict(ngram_range=(1,3), analyzer='char')
+    model = make_pipeline(TfidfVectorizer(sublinear_tf=True, **ngrams), LogisticRegression(max_iter=1000))
+    n_folds = int(min(4, train.label.value_counts().min()))
+    if n_folds > 1:
+        model = GridSearchCV(model, {'logisticregression__C': [.3, 1, 3, 10, 30, 100]}, cv=n_folds)
     return float(model.fit(train.text, train.label).score(test.text, test.label))
