@@ -210,7 +210,7 @@ def test_ulmfit_in_chinese(run):
     assert acc > .7 and label == '正面'
     out = lm.generate(['雖然房間'], max_new_tokens=20, num_return_sequences=3, seed=1)
     assert all(o.text.startswith('雖然房間') for o in out)
-    sp = text_model(lm).codec.o2i['xxsp']     # the texts have `住了 3 天`: spaces are there where the model writes one, and nowhere else
+    sp = text_model(lm).adapter.o2i['xxsp']     # the texts have `住了 3 天`: spaces are there where the model writes one, and nowhere else
     for o in out: assert 'xx' not in o.text and len(re.findall(f'[{HAN}，。] [{HAN}]', o.completion)) <= list(o.ids).count(sp), o.text
     assert lm.perplexity(list(df.text[:50])).corpus['bits_per_char'] < lm.perplexity([t[::-1] for t in df.text[:50]]).corpus['bits_per_char']
 

@@ -1,4 +1,4 @@
-"""An AWD_LSTM that reads each prompt once, carries its state, and obeys transformers' own `generate`
+"""An AWD_LSTM that reads each prompt once, keeps its hidden state, and works with the `generate` of transformers
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.awd_lstm.html.md"""
 
@@ -7,121 +7,154 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.awd_lstm.html.md"""
 # %% auto #0
 __all__ = ['LSTMState', 'AWDReader', 'stateful_class', 'stateful_model']
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #4451f8fa
+# %% ../../nbs/610_generation.awd_lstm.ipynb #b8a2a3ad
 import functools
-import torch, torch.nn.functional as F
-from fastcore.all import patch
+import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from ..core import FastaiTLError
 from ..models.encoder import find_encoder
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #d87eda66
+# %% ../../nbs/610_generation.awd_lstm.ipynb #9ba48286
 class LSTMState:
-    "The state of each layer, a row for each text, to be carried from step to step"
+    "The hidden state of each layer, with a row for each text, carried from step to step"
     def __init__(self,
-        layers:list, # `(hidden, cell)` of each layer, both rows × units
-        weights=None # Prepared weights of a step, made when the first one is taken
-    ): self.layers,self.weights = layers,weights
+        layers:list, # `(hidden, cell)` of each layer, each (texts, units)
+        weights=None # Prepared weights of one step; the first step makes them
+    ):
+        self.layers = layers
+        self.weights = weights
     def take(self,
         rows # Indexes of rows, possibly repeated
-    ):
+    ) -> 'LSTMState':
         "The state of some rows"
-        return LSTMState([(h[rows], c[rows]) for h,c in self.layers], self.weights)
+        return LSTMState([(hidden[rows], cell[rows]) for hidden, cell in self.layers], self.weights)
     def reorder_cache(self,
-        beam_idx # For each beam, the row that it goes on from
+        beam_idx # For each beam, the row that it continues
     ):
-        "Keep the states of the beams that are kept; transformers calls this after each step of a beam search"
+        "Keep the states of the beams that survive a step"
         self.layers = self.take(beam_idx).layers
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #21b84130
+# %% ../../nbs/610_generation.awd_lstm.ipynb #a9d68e50
+def _packed_linear(weight, rows):
+    "A function for `x @ weight.T + bias`, with the weights rearranged if that helps"
+    def plain(x, bias): return F.linear(x, weight, bias)
+    supported = weight.device.type == 'cpu' and weight.dtype in (torch.float32, torch.bfloat16)
+    if not supported or rows < 2 or not torch.backends.mkldnn.is_available():
+        return plain
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+        return lambda x, bias: torch.ops.mkldnn._linear_pointwise(x, packed, bias, 'none', [], '')
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return plain
+
+# %% ../../nbs/610_generation.awd_lstm.ipynb #3c932e8f
 class AWDReader:
-    "The layers of an AWD_LSTM language model, to be run with a state that is passed in"
+    "The layers of an AWD_LSTM language model, run with a state that is passed in"
     def __init__(self,
         model # An AWD_LSTM language model
     ):
-        self.enc,dec = find_encoder(model),getattr(model[-1] if isinstance(model, torch.nn.Sequential) else None, 'decoder', None)
-        if dec is None: raise FastaiTLError('A language model is needed, which predicts the next word', f'a {type(model).__name__} with an AWD_LSTM inside', 'Use the Learner of the language model')
-        if self.enc.n_dir!=1: raise FastaiTLError('A language model reads in one direction', 'a bidirectional AWD_LSTM')
-        self.dec,self.emb = dec,self.enc.encoder.weight
-        self.cells = [(r.module, r.weight_hh_l0_raw) for r in self.enc.rnns]
+        self.enc = find_encoder(model)
+        self.dec = getattr(model[-1], 'decoder', None) if isinstance(model, torch.nn.Sequential) else None
+        if self.dec is None:
+            raise FastaiTLError('A language model is needed, which predicts the next word',
+                                f'a {type(model).__name__} with an AWD_LSTM inside',
+                                'Use the Learner of the language model')
+        if self.enc.n_dir != 1:
+            raise FastaiTLError('A language model reads in one direction', 'a bidirectional AWD_LSTM')
+        self.emb = self.enc.encoder.weight
+        self.cells = [(rnn.module, rnn.weight_hh_l0_raw) for rnn in self.enc.rnns]
+
     @property
-    def device(self): "Where the model is"; return self.emb.device
+    def device(self):
+        "The device of the model"
+        return self.emb.device
+
     def zeros(self,
         n:int # Number of texts
     ) -> LSTMState:
         "The state before anything is read"
-        sizes = [w.shape[1] for _,w in self.cells]
-        return LSTMState([(self.emb.new_zeros(n, h), self.emb.new_zeros(n, h)) for h in sizes])
+        sizes = [w_hh.shape[1] for _, w_hh in self.cells]
+        return LSTMState([(self.emb.new_zeros(n, size), self.emb.new_zeros(n, size)) for size in sizes])
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #53cffc7a
-@patch
-def read(self:AWDReader,
-    ids, # Numbers, rows × steps, padded at the end
-    state:LSTMState, # The state before
-    lens=None # Steps of each row; all if `None`
-) -> tuple: # Activations of the last layer, rows × steps × units, and the state after
-    "Read several tokens"
-    x = F.embedding(ids, self.emb)
-    if lens is None: return self._layers(x, state)
-    p = pack_padded_sequence(x, lens.cpu(), batch_first=True, enforce_sorted=False)
-    x,state = self._layers(p.data, state.take(p.sorted_indices), p.batch_sizes)
-    x,_ = pad_packed_sequence(PackedSequence(x, p.batch_sizes, p.sorted_indices, p.unsorted_indices), batch_first=True, total_length=ids.shape[1])
-    return x,state.take(p.unsorted_indices)
+    def read(self,
+        ids, # Token ids, (texts, steps), padded at the end
+        state:LSTMState, # The state before
+        lens=None # Steps of each text; all of them if `None`
+    ) -> tuple: # Activations of the last layer, (texts, steps, units), and the state after
+        "Read several tokens"
+        x = F.embedding(ids, self.emb)
+        if lens is None:
+            return self._layers(x, state)
+        packed = pack_padded_sequence(x, lens.cpu(), batch_first=True, enforce_sorted=False)
+        x, state = self._layers(packed.data, state.take(packed.sorted_indices), packed.batch_sizes)
+        packed = PackedSequence(x, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        x, _ = pad_packed_sequence(packed, batch_first=True, total_length=ids.shape[1])
+        return x, state.take(packed.unsorted_indices)
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #319421fd
-@patch
-def _layers(self:AWDReader, x, state, batch_sizes=None):
-    "PyTorch's LSTM with the weights before dropout, whatever copy of them a module holds"
-    res,packed = [],() if batch_sizes is None else (batch_sizes,)
-    tail = (True, 1, 0., False, False) + (() if packed else (True,)) # biases, layers, dropout, training, directions, batch first
-    for (lstm,w_hh),(h,c) in zip(self.cells, state.layers):
-        x,h,c = torch.lstm(x, *packed, (h[None].contiguous(), c[None].contiguous()), [lstm.weight_ih_l0, w_hh, lstm.bias_ih_l0, lstm.bias_hh_l0], *tail)
-        res.append((h[0], c[0]))
-    return x,LSTMState(res)
+    def _layers(self, x, state, batch_sizes=None):
+        "PyTorch's LSTM with the weights before dropout"
+        after = []
+        options = (True, 1, 0., False, False) # biases, layers, dropout, training, bidirectional
+        for (lstm, w_hh), (hidden, cell) in zip(self.cells, state.layers):
+            before = (hidden[None].contiguous(), cell[None].contiguous())
+            weights = [lstm.weight_ih_l0, w_hh, lstm.bias_ih_l0, lstm.bias_hh_l0]
+            if batch_sizes is None:
+                x, hidden, cell = torch.lstm(x, before, weights, *options, True) # batch first
+            else:
+                x, hidden, cell = torch.lstm(x, batch_sizes, before, weights, *options)
+            after.append((hidden[0], cell[0]))
+        return x, LSTMState(after)
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #9c37cfb0
-def _pack(w, rows):
-    "A function for `x @ w.T + b`, with the weights rearranged if that helps"
-    plain = lambda x, b: F.linear(x, w, b)
-    if w.device.type!='cpu' or rows<2 or w.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available(): return plain
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(w.detach().contiguous(), rows)
-        return lambda x, b: torch.ops.mkldnn._linear_pointwise(x, packed, b, 'none', [], '')
-    except (RuntimeError, AttributeError, NotImplementedError): return plain
+    def prepare(self,
+        rows:int # Texts of a step
+    ) -> tuple: # For each layer its two functions and biases, the function of the output, and its bias
+        "The weights in the layout that a step for `rows` texts prefers"
+        cells = []
+        for lstm, w_hh in self.cells:
+            bias = (lstm.bias_ih_l0 + lstm.bias_hh_l0).detach()
+            input_linear, hidden_linear = (_packed_linear(w, rows) for w in (lstm.weight_ih_l0, w_hh))
+            cells.append((input_linear, hidden_linear, bias, torch.zeros_like(lstm.bias_hh_l0)))
+        bias = self.dec.bias if self.dec.bias is not None else self.emb.new_zeros(self.emb.shape[0])
+        return cells, _packed_linear(self.dec.weight, rows), bias.detach()
 
-@patch
-def prepare(self:AWDReader,
-    rows:int # Texts of a step
-) -> tuple: # Functions of the layers and of the output, with their biases
-    "The weights as a step for `rows` texts wants them"
-    cells = []
-    for lstm,w_hh in self.cells:
-        ih,hh = _pack(lstm.weight_ih_l0, rows),_pack(w_hh, rows)
-        cells.append((ih, hh, (lstm.bias_ih_l0+lstm.bias_hh_l0).detach(), torch.zeros_like(lstm.bias_hh_l0)))
-    bias = self.dec.bias if self.dec.bias is not None else self.emb.new_zeros(self.emb.shape[0])
-    return cells,_pack(self.dec.weight, rows),bias.detach()
+    def step(self,
+        ids, # One token id for each text
+        state:LSTMState # The state before
+    ) -> tuple: # Logits of the next token, (texts, vocabulary), and the state after
+        "Read one token of each text and predict the next"
+        if state.weights is None:
+            state.weights = self.prepare(len(ids))
+        cells, output_linear, output_bias = state.weights
+        x = F.embedding(ids, self.emb)
+        after = []
+        for (input_linear, hidden_linear, bias, zero), (h, c) in zip(cells, state.layers):
+            i, f, g, o = (input_linear(x, bias) + hidden_linear(h, zero)).chunk(4, 1)
+            c = f.sigmoid()*c + i.sigmoid()*g.tanh()
+            x = o.sigmoid()*c.tanh()
+            after.append((x, c))
+        return output_linear(x, output_bias), LSTMState(after, state.weights)
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #b279af58
-@patch
-def step(self:AWDReader,
-    ids, # One number for each text
-    state:LSTMState # The state before
-) -> tuple: # Logits of the next token, rows × vocabulary, and the state after
-    "Read one token of each text, and say what may come next"
-    if state.weights is None: state.weights = self.prepare(len(ids))
-    cells,dec,bias = state.weights
-    x,res = F.embedding(ids, self.emb),[]
-    for (ih,hh,b,zero),(h,c) in zip(cells, state.layers):
-        i,f,g,o = (ih(x, b) + hh(h, zero)).chunk(4, 1)
-        c = f.sigmoid()*c + i.sigmoid()*g.tanh()
-        x = o.sigmoid()*c.tanh()
-        res.append((x, c))
-    return dec(x, bias),LSTMState(res, state.weights)
+# %% ../../nbs/610_generation.awd_lstm.ipynb #7ea6c298
+def _read_prompts(reader, ids, mask=None):
+    "Read prompts that are padded on the left, each distinct one once: logits of the next token, and the state"
+    n = ids.shape[1]
+    lens = mask.sum(1) if mask is not None else ids.new_full((len(ids),), n)
+    rows, back = torch.unique(torch.cat([lens[:, None], ids], 1), dim=0, return_inverse=True)
+    lens = rows[:, 0]
+    ids = rows[:, 1:]
+    # move the padding from the left to the right
+    places = (torch.arange(n, device=ids.device)[None] + (n - lens)[:, None]).clamp(max=n - 1)
+    all_full = bool((lens == n).all())
+    _, state = reader.read(ids.gather(1, places), reader.zeros(len(ids)), None if all_full else lens)
+    logits = F.linear(state.layers[-1][0], reader.dec.weight, reader.dec.bias)
+    return logits[back], state.take(back)
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #96d56545
+# %% ../../nbs/610_generation.awd_lstm.ipynb #fe4e74f9
 class _Stateful:
-    "What transformers' `generate` calls; joined with its base classes by `stateful_class`"
-    _is_stateful,main_input_name = True,'input_ids'
+    "The interface that transformers' `generate` calls; `stateful_class` joins it with the base classes"
+    _is_stateful = True
+    main_input_name = 'input_ids'
     @classmethod
     def _supports_default_dynamic_cache(cls): return False
     @property
@@ -132,27 +165,15 @@ class _Stateful:
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, cache=None, **kwargs):
         "Read the prompts, or one more token of each text"
         from transformers.modeling_outputs import CausalLMOutputWithPast
-        cache = past_key_values if cache is None else cache # its name is `cache` from transformers 5.24 on
-        if cache is None: logits,state = self._begin(input_ids, attention_mask)
-        else: logits,state = self.reader.step(input_ids[:,-1], cache)
+        cache = past_key_values if cache is None else cache # the argument is called `cache` from transformers 5.24 on
+        if cache is None:
+            logits, state = _read_prompts(self.reader, input_ids, attention_mask)
+        else:
+            logits, state = self.reader.step(input_ids[:, -1], cache)
         name = 'cache' if 'cache' in CausalLMOutputWithPast.__dataclass_fields__ else 'past_key_values'
-        return CausalLMOutputWithPast(logits=logits[:,None], **{name: None if use_cache is False else state})
+        return CausalLMOutputWithPast(logits=logits[:, None], **{name: None if use_cache is False else state})
 
-# %% ../../nbs/610_generation.awd_lstm.ipynb #c460dc86
-@patch
-def _begin(self:_Stateful, ids, mask=None):
-    "Read prompts that are padded in front, each distinct one once"
-    n = ids.shape[1]
-    lens = mask.sum(1) if mask is not None else ids.new_full((len(ids),), n)
-    rows,back = torch.unique(torch.cat([lens[:,None], ids], 1), dim=0, return_inverse=True)
-    lens,ids = rows[:,0],rows[:,1:]
-    at = (torch.arange(n, device=ids.device)[None] + (n-lens)[:,None]).clamp(max=n-1) # from padding in front to padding behind
-    r = self.reader
-    _,state = r.read(ids.gather(1, at), r.zeros(len(ids)), None if (lens==n).all() else lens)
-    logits = F.linear(state.layers[-1][0], r.dec.weight, r.dec.bias)
-    return logits[back],state.take(back)
-
-# %% ../../nbs/610_generation.awd_lstm.ipynb #3b4b73f7
+# %% ../../nbs/610_generation.awd_lstm.ipynb #4edfc1ef
 @functools.cache
 def stateful_class() -> type:
     "The class of an AWD_LSTM that transformers can generate with"
@@ -162,14 +183,16 @@ def stateful_class() -> type:
 
 def stateful_model(
     model, # An AWD_LSTM language model
-    eos_ids=(), # Numbers that end a text
-    pad_id:int=1, # The number of padding
-    never=() # Numbers that are never written
+    eos_ids=(), # Ids of the tokens that end a text
+    pad_id:int=1, # Id of the padding token
+    never=() # Ids of the tokens that are never written
 ):
-    "A model of transformers around an AWD_LSTM, which shares its weights"
+    "A model of transformers around an AWD_LSTM; they share their weights"
     from transformers import GenerationConfig
-    cls,reader = stateful_class(),AWDReader(model)
+    cls = stateful_class()
+    reader = AWDReader(model)
     res = cls(cls.config_class(vocab_size=len(reader.emb), pad_token_id=pad_id))
-    res.generation_config = GenerationConfig(pad_token_id=pad_id, eos_token_id=list(eos_ids) or None, suppress_tokens=list(never) or None)
+    res.generation_config = GenerationConfig(pad_token_id=pad_id, eos_token_id=list(eos_ids) or None,
+                                             suppress_tokens=list(never) or None)
     res.reader = reader
     return res.eval()

@@ -7,274 +7,407 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.generate.html.md"""
 # %% auto #0
 __all__ = ['GeneratedText', 'GeneratedTexts', 'generate', 'generate_with_prompt']
 
-# %% ../../nbs/625_generation.generate.ipynb #7756eb56
-import contextlib, html, queue, threading
+# %% ../../nbs/625_generation.generate.ipynb #ef6441e7
+import contextlib
+import html
+import queue
+import threading
 from dataclasses import dataclass, field
-import numpy as np, pandas as pd, torch
-from fastcore.all import delegates, patch
+import numpy as np
+import pandas as pd
+import torch
+from fastcore.all import delegates, listify, patch
 from fastai.learner import Learner
-from ..core import DataError, FastaiTLError, VocabError, shorten
+from ..core import DataError, FastaiTLError, shorten
 from ..callbacks import evaluating
-from .constraints import *
-from .scoring import score_ids
-from .language_model import TextModel, text_model
+from ..data.hf_tokenizer import pad_rows
 from .awd_lstm import stateful_model
+from .constraints import (GenerationOptions, RequiredWords, StopStrings, bad_word_ids, cut_text,
+                                              make_generation_config, needs_equal_lengths, split_options)
+from .language_model import TextModel, text_model
+from .scoring import score_ids
 
-# %% ../../nbs/625_generation.generate.ipynb #a3271ccd
+# %% ../../nbs/625_generation.generate.ipynb #37cc5faf
 @dataclass
 class GeneratedText:
     "A text that a model has written"
     prompt:str # As it was given
-    completion:str # What was written
-    text:str # Both, as they belong together
-    ids:list = field(repr=False) # Numbers of what was written
-    finish:str='length' # Why it ended: `end` (the model's own), `stop` (a string) or `length`
-    context:list = field(default_factory=list, repr=False) # Numbers of what the model had read
+    completion:str # What the model wrote
+    text:str # Prompt and completion, joined with the right space
+    ids:list = field(repr=False) # Token ids of the completion
+    finish:str='length' # Why it ended: `end` (the model ended it), `stop` (a stop string) or `length`
+    context:list = field(default_factory=list, repr=False) # Token ids that the model had read
     model:TextModel = field(default=None, repr=False) # The model that wrote it
-    def __str__(self): return self.text
+    def __str__(self):
+        return self.text
 
     def logprobs(self) -> pd.DataFrame: # token | logprob | probability
         "How likely each token was to the model itself, before temperature and other controls"
-        if self.model.kind=='seq2seq': raise FastaiTLError('A causal model or an AWD_LSTM is needed', f'a {type(self.model.model).__name__}')
-        lp = -score_ids(self.model, [[*self.context, *self.ids]])[0][len(self.context)-1:] if self.ids else np.zeros(0)
-        toks = [self.model.codec.vocab[i] for i in self.ids] if self.model.kind=='awd' else self.model.codec.tok.convert_ids_to_tokens(self.ids)
-        return pd.DataFrame(dict(token=toks, logprob=lp, probability=np.exp(lp)))
+        tm = self.model
+        if tm.task == 'seq2seq':
+            raise FastaiTLError('A causal model or an AWD_LSTM is needed', f'a {type(tm.model).__name__}')
+        logprobs = np.zeros(0)
+        if self.ids:
+            logprobs = -score_ids(tm, [[*self.context, *self.ids]])[0][len(self.context) - 1:]
+        tokens = tm.adapter.to_tokens(self.ids)
+        return pd.DataFrame(dict(token=tokens, logprob=logprobs, probability=np.exp(logprobs)))
 
-# %% ../../nbs/625_generation.generate.ipynb #1ae16975
-def _show(s): return html.escape(s).replace('\n', '<br>')
+# %% ../../nbs/625_generation.generate.ipynb #8cb7dbdf
+def _to_html(text):
+    return html.escape(text).replace('\n', '<br>')
+
+def _item_html(generated):
+    "A generated text as an item of a list: prompt and completion in the order of the text"
+    prompt = f'<span style="opacity:.55">{_to_html(generated.prompt)}</span>'
+    completion = _to_html(generated.completion)
+    content = prompt + completion
+    if generated.text == generated.completion: # a sequence-to-sequence model writes the whole text
+        content = completion
+    elif generated.text != generated.prompt + generated.completion: # a backward model writes what comes before
+        content = completion + prompt
+    return f'<li style="margin-bottom:.4em">{content}</li>'
 
 class GeneratedTexts(list):
     "Texts that a model has written, prompt by prompt"
     @property
-    def texts(self): "The texts alone, as strings"; return [str(o) for o in self]
+    def texts(self):
+        "The texts as strings"
+        return [str(o) for o in self]
     def to_frame(self) -> pd.DataFrame: # prompt | completion | finish | tokens
         "A row for each text"
-        return pd.DataFrame([dict(prompt=o.prompt, completion=o.completion, finish=o.finish, tokens=len(o.ids)) for o in self])
-    def __str__(self): return '\n\n'.join(self.texts)
-    def __repr__(self): return '\n'.join(f'{i+1}. {o.text}' for i,o in enumerate(self)) or 'GeneratedTexts()'
+        rows = [dict(prompt=o.prompt, completion=o.completion, finish=o.finish, tokens=len(o.ids)) for o in self]
+        return pd.DataFrame(rows)
+    def __str__(self):
+        return '\n\n'.join(self.texts)
+    def __repr__(self):
+        return '\n'.join(f'{i + 1}. {o.text}' for i, o in enumerate(self)) or 'GeneratedTexts()'
     def _repr_html_(self):
-        rows = []
-        for o in self:
-            a,b = f'<span style="opacity:.55">{_show(o.prompt)}</span>',_show(o.completion)
-            rows.append(f'<li style="margin-bottom:.4em">{b+a if o.text!=o.prompt+o.completion and o.text==o.completion+o.prompt else a+b if o.text!=o.completion else b}</li>')
-        return f'<ol style="padding-left:1.6em">{"".join(rows)}</ol>'
+        return f'<ol style="padding-left:1.6em">{"".join(map(_item_html, self))}</ol>'
 
-# %% ../../nbs/625_generation.generate.ipynb #2b3828b4
+# %% ../../nbs/625_generation.generate.ipynb #17908031
 @dataclass
 class _Job:
-    "Everything that is the same for all prompts of a call"
+    "Everything that all prompts of a call have in common"
     tm:TextModel
     model:object # What has transformers' `generate`
-    cfg:object # A GenerationConfig
-    processors:list
-    stop:object = None # StopStrings
-    criteria:list = field(default_factory=list)
-    required:object = None # RequiredWords
-    eos_ids:tuple = ()
-    pad_id:int = 0
+    config:object # A `GenerationConfig`
+    processors:list # Logits processors
+    criteria:list # Stopping criteria
+    eos_ids:tuple=()
+    pad_id:int=0
+    stop:StopStrings|None=None
+    required:RequiredWords|None=None
 
-# %% ../../nbs/625_generation.generate.ipynb #fd897915
-@patch
-def _run(self:_Job, contexts, streamer=None):
-    "Generate for some prompts at once; for each its texts, as lists of numbers with why they ended"
-    n,dev = max(map(len, contexts)),self.tm.device
-    fill,behind = (self.pad_id if self.pad_id<self.model.config.get_text_config(decoder=True).vocab_size else 0),self.tm.kind=='seq2seq'
-    pad = lambda c, v: [*c, *[v]*(n-len(c))] if behind else [*[v]*(n-len(c)), *c]
-    ids = torch.tensor([pad(c, fill) for c in contexts], device=dev)
-    mask = torch.tensor([pad([1]*len(c), 0) for c in contexts], device=dev)
-    start = 1 if behind else n
-    for o in (self.stop, self.required):
-        if o is not None: o.start = start
-    if self.required is not None: self.required.max_new = self.cfg.max_new_tokens or self.cfg.max_length-start
-    kw = {k: v for k,v in dict(logits_processor=self.processors, stopping_criteria=self.criteria).items() if v}
-    if getattr(self.model.generation_config, 'stop_strings', None): kw['tokenizer'] = self.tm.codec.tok # a model's own, which transformers looks for itself
-    out = self.model.generate(ids, attention_mask=mask, generation_config=self.cfg, streamer=streamer, **kw)
-    out = out if isinstance(out, torch.Tensor) else out.sequences
-    rows = [cut_text(o[start:], self.eos_ids, self.stop, self.pad_id) for o in out.tolist()]
-    k = len(rows)//len(contexts)
-    return [rows[i*k:(i+1)*k] for i in range(len(contexts))]
+    def batch(self, contexts):
+        "Token ids and attention mask of some prompts"
+        is_left = self.tm.task != 'seq2seq'
+        vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        rows = [torch.tensor(context) for context in contexts]
+        ids = pad_rows(rows, self.pad_id if self.pad_id < vocab else 0, left=is_left)
+        mask = pad_rows([torch.ones_like(row) for row in rows], 0, left=is_left)
+        return ids.to(self.tm.device), mask.to(self.tm.device)
 
-# %% ../../nbs/625_generation.generate.ipynb #3af74eb8
+    def run(self, contexts, streamer=None):
+        "Generate for some prompts at once: for each its texts, as `(token ids, why they ended)`"
+        ids, mask = self.batch(contexts)
+        start = 1 if self.tm.task == 'seq2seq' else ids.shape[1]
+        options = dict(logits_processor=self.processors, stopping_criteria=self.criteria)
+        options = {name: value for name, value in options.items() if value}
+        if self.stop is not None:
+            self.stop.start = start
+        if self.required is not None:
+            self.required.start = start
+            self.required.max_new = self.config.max_new_tokens or self.config.max_length - start
+        if getattr(self.model.generation_config, 'stop_strings', None):
+            options['tokenizer'] = self.tm.adapter.tokenizer # transformers looks for the model's own stop strings
+        out = self.model.generate(ids, attention_mask=mask, generation_config=self.config, streamer=streamer, **options)
+        out = out if isinstance(out, torch.Tensor) else out.sequences
+        rows = [cut_text(row[start:], self.eos_ids, self.stop, self.pad_id) for row in out.tolist()]
+        n_each = len(rows)//len(contexts)
+        return [rows[i*n_each:(i + 1)*n_each] for i in range(len(contexts))]
+
+# %% ../../nbs/625_generation.generate.ipynb #fb351827
 def _check_prompts(prompts, prefix):
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts: raise DataError('At least one prompt is needed', 'none', "An empty string is a prompt too: the beginning of a text")
-    bad = [i for i,p in enumerate(prompts) if not isinstance(p, str)]
-    if bad: raise DataError('Prompts must be strings', f'a {type(prompts[bad[0]]).__name__} as prompt {shorten(bad)}')
-    if not isinstance(prefix, str): raise DataError('`prefix` must be a string', f'a {type(prefix).__name__}')
+    if not prompts:
+        raise DataError('At least one prompt is needed', 'none',
+                        'An empty string is a prompt too: the beginning of a text')
+    bad = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+    if bad:
+        raise DataError('Prompts must be strings', f'a {type(prompts[bad[0]]).__name__} as prompt {shorten(bad)}')
+    if not isinstance(prefix, str):
+        raise DataError('`prefix` must be a string', f'a {type(prefix).__name__}')
     return prompts
 
-def _fit_lengths(tm, contexts, cfg):
-    "Check that the prompts and what is to be written fit the model; set the length if nobody did"
-    most = None if tm.kind=='seq2seq' else tm.max_positions
-    longest = 1 if tm.kind=='seq2seq' else max(map(len, contexts))
-    if cfg.max_new_tokens is None and cfg.max_length is None: cfg.max_new_tokens = min(50, max(most-longest, 1)) if most else 50
-    total = lambda c: len(c)+cfg.max_new_tokens if cfg.max_new_tokens else cfg.max_length
-    if most and (bad := [i for i,c in enumerate(contexts) if total(c)>most]):
-        raise DataError(f'Prompt and text must fit into the {most} positions of the model', f'{len(contexts[bad[0]])} tokens and {total(contexts[bad[0]])-len(contexts[bad[0]])} to write for prompt {shorten(bad)}', 'Shorten the prompt, or lower `max_new_tokens`')
-    if cfg.max_length and not cfg.max_new_tokens and tm.kind!='seq2seq' and (bad := [i for i,c in enumerate(contexts) if len(c)>=cfg.max_length]):
-        raise DataError(f'`max_length` counts the prompt too, and must leave room for a text', f'max_length={cfg.max_length} and {len(contexts[bad[0]])} tokens of prompt {shorten(bad)}', 'Use `max_new_tokens`')
+def _encode_prompts(tm, prompts, prefix):
+    "The token ids that the model reads for each prompt"
+    options = dict(whole=True) if tm.task == 'seq2seq' else {}
+    needs_space = tm.is_awd_lstm and prefix
+    texts = [prefix + (' ' if needs_space and prompt else '') + prompt for prompt in prompts]
+    contexts = [tm.adapter.encode(text, **options) for text in texts]
+    empty = [i for i, context in enumerate(contexts) if not context]
+    if empty:
+        raise DataError('An empty prompt needs a token for the beginning of a text',
+                        f'a tokenizer without one, and nothing in prompt {shorten(empty)}')
+    return contexts
 
-# %% ../../nbs/625_generation.generate.ipynb #e2ae864b
-def _contexts(tm, prompts, prefix):
-    "What the model reads for each prompt"
-    kw = dict(whole=True) if tm.kind=='seq2seq' else {}
-    res = [tm.codec.encode(prefix + (' ' if tm.kind=='awd' and prefix and p else '') + p, **kw) for p in prompts]
-    if bad := [i for i,c in enumerate(res) if not c]: raise DataError('An empty prompt needs a token for the beginning of a text', f'a tokenizer without one, and nothing in prompt {shorten(bad)}')
-    return res
+# %% ../../nbs/625_generation.generate.ipynb #b27e4293
+def _check_positions(contexts, config, limit):
+    "Check that prompt and completion fit into the positions of the model"
+    def to_write(context): return config.max_new_tokens or config.max_length - len(context)
+    bad = [i for i, context in enumerate(contexts) if len(context) + to_write(context) > limit]
+    if bad:
+        context = contexts[bad[0]]
+        raise DataError(f'Prompt and text must fit into the {limit} positions of the model',
+                        f'{len(context)} tokens and {to_write(context)} to write for prompt {shorten(bad)}',
+                        'Shorten the prompt, or lower `max_new_tokens`')
 
-# %% ../../nbs/625_generation.generate.ipynb #604b3be1
-def _make_job(tm, cfg, contexts, bad_words, required_words, stop_strings, logits_processor, stopping_criteria):
-    if tm.kind=='masked': raise FastaiTLError('A model that writes is needed', f'a {type(tm.model).__name__}, which fills in masked words', 'Use a causal model, an AWD_LSTM or a sequence-to-sequence model')
-    c = tm.codec
-    model = stateful_model(tm.model, c.eos_ids, c.pad_id if c.pad_id is not None else 0, c.never) if tm.kind=='awd' else tm.model
-    own = model.generation_config
-    eos = cfg.eos_token_id if cfg.eos_token_id is not None else own.eos_token_id
-    eos = tuple(eos) if isinstance(eos, (list,tuple)) else () if eos is None else (eos,)
-    if cfg.pad_token_id is None: cfg.pad_token_id = own.pad_token_id if own.pad_token_id is not None else c.pad_id
-    stops = stop_strings if stop_strings is not None else cfg.stop_strings
-    cfg.stop_strings = None # ours are for both families
-    if bad_words: cfg.bad_words_ids = (cfg.bad_words_ids or []) + (bad_word_ids(c, bad_words) or []) or None
-    both = {str(w) for w in ([bad_words] if isinstance(bad_words, str) else bad_words or ())} & {str(w) for w in ([required_words] if isinstance(required_words, str) else required_words or ())}
-    if both: raise FastaiTLError('A word cannot be both required and forbidden', shorten(map(repr, sorted(both))))
-    stop,req = StopStrings(c, stops) if stops else None,RequiredWords(c, required_words, eos) if required_words else None
-    _fit_lengths(tm, contexts, cfg)
-    room = cfg.max_new_tokens or cfg.max_length-max(map(len, contexts))
-    if req and req.length>room: raise FastaiTLError(f'The text must have room for the required words ({req.length} tokens)', f'{room} tokens to write', 'Raise `max_new_tokens`')
-    return _Job(tm, model, cfg, [*(logits_processor or ()), *([req] if req else ())], stop, [*(stopping_criteria or ()), *([stop] if stop else ())], req, eos, cfg.pad_token_id)
+def _check_max_length(contexts, max_length):
+    "Check that `max_length` leaves room for a completion"
+    bad = [i for i, context in enumerate(contexts) if len(context) >= max_length]
+    if bad:
+        raise DataError('`max_length` counts the prompt too, and must leave room for a text',
+                        f'max_length={max_length} and {len(contexts[bad[0]])} tokens of prompt {shorten(bad)}',
+                        'Use `max_new_tokens`')
 
-# %% ../../nbs/625_generation.generate.ipynb #06fb4b41
-def _groups(job, contexts, bs, equal):
-    "Indexes of prompts that go together"
-    order,res = sorted(range(len(contexts)), key=lambda i: len(contexts[i])),[]
-    for i in order:
-        if res and len(res[-1])<bs and not (equal and len(contexts[res[-1][0]])!=len(contexts[i])): res[-1].append(i)
-        else: res.append([i])
-    return [sorted(g) for g in res]
+def _fit_lengths(tm, contexts, config):
+    "Check that prompts and completions fit the model; set the length if neither option does"
+    is_seq2seq = tm.task == 'seq2seq' # the prompt does not take room from the completion
+    limit = None if is_seq2seq else tm.max_positions
+    longest = 1 if is_seq2seq else max(map(len, contexts))
+    if config.max_new_tokens is None and config.max_length is None:
+        config.max_new_tokens = min(50, max(limit - longest, 1)) if limit else 50
+    if limit:
+        _check_positions(contexts, config, limit)
+    if config.max_length and not config.max_new_tokens and not is_seq2seq:
+        _check_max_length(contexts, config.max_length)
+
+# %% ../../nbs/625_generation.generate.ipynb #9821195c
+def _generator(tm):
+    "What has transformers' `generate`: the model itself, or the wrapper of an AWD_LSTM"
+    if tm.task == 'masked_lm':
+        raise FastaiTLError('A model that writes is needed',
+                            f'a {type(tm.model).__name__}, which fills in masked words',
+                            'Use a causal model, an AWD_LSTM or a sequence-to-sequence model')
+    if not tm.is_awd_lstm:
+        return tm.model
+    pad_id = 0 if tm.adapter.pad_id is None else tm.adapter.pad_id
+    return stateful_model(tm.model, tm.adapter.eos_ids, pad_id, tm.adapter.never)
+
+def _check_words(options):
+    "Check that no word is both required and forbidden"
+    both = set(map(str, listify(options.bad_words))) & set(map(str, listify(options.required_words)))
+    if both:
+        raise FastaiTLError('A word cannot be both required and forbidden', shorten(map(repr, sorted(both))))
+
+def _check_room(required, contexts, config):
+    "Check that the completion has room for the required words"
+    room = config.max_new_tokens or config.max_length - max(map(len, contexts))
+    if required.length > room:
+        raise FastaiTLError(f'The text must have room for the required words ({required.length} tokens)',
+                            f'{room} tokens to write', 'Raise `max_new_tokens`')
+
+# %% ../../nbs/625_generation.generate.ipynb #8f7eb752
+def _make_job(tm, config, contexts, options):
+    "Complete the configuration, and make the processors and criteria of a call"
+    model = _generator(tm)
+    adapter = tm.adapter
+    defaults = model.generation_config
+    eos_ids = tuple(listify(defaults.eos_token_id if config.eos_token_id is None else config.eos_token_id))
+    if config.pad_token_id is None:
+        config.pad_token_id = adapter.pad_id if defaults.pad_token_id is None else defaults.pad_token_id
+    stop_strings = config.stop_strings if options.stop_strings is None else options.stop_strings
+    config.stop_strings = None # `StopStrings` works for both families
+    if options.bad_words:
+        forbidden = bad_word_ids(adapter, options.bad_words)
+        config.bad_words_ids = [*listify(config.bad_words_ids), *listify(forbidden)] or None
+    _check_words(options)
+    stop = StopStrings(adapter, stop_strings) if stop_strings else None
+    required = RequiredWords(adapter, options.required_words, eos_ids) if options.required_words else None
+    _fit_lengths(tm, contexts, config)
+    if required is not None:
+        _check_room(required, contexts, config)
+    processors = [*listify(options.logits_processor), *listify(required)]
+    criteria = [*listify(options.stopping_criteria), *listify(stop)]
+    return _Job(tm, model, config, processors, criteria, eos_ids, config.pad_token_id, stop, required)
+
+# %% ../../nbs/625_generation.generate.ipynb #8e5d035a
+def _group_prompts(contexts, bs, same_length):
+    "Indexes of prompts that form a batch"
+    groups = []
+    for i in sorted(range(len(contexts)), key=lambda i: len(contexts[i])):
+        group = groups[-1] if groups else []
+        is_full = len(group) in (0, bs)
+        if is_full or (same_length and len(contexts[group[0]]) != len(contexts[i])):
+            groups.append([i])
+        else:
+            group.append(i)
+    return [sorted(group) for group in groups]
 
 @contextlib.contextmanager
 def _seeded(seed, device):
-    "A context with its own random numbers, if there is a seed"
-    if seed is None: yield; return
-    with torch.random.fork_rng([device] if device.type=='cuda' else []):
+    "A context with its own random numbers if there is a seed"
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/625_generation.generate.ipynb #3f134d59
-def _text(tm, prompt, context, ids, why):
-    done = tm.codec.decode(ids) if tm.kind=='seq2seq' else tm.codec.complete(context, ids)
-    if tm.codec.backwards: text = done+prompt
-    elif tm.kind=='seq2seq': text = done
-    else:
-        if tm.kind=='awd' and prompt[-1:].isspace(): done = done.lstrip(' ')
-        text = prompt+done
-    return GeneratedText(prompt, done, text, ids, why, context, tm)
+# %% ../../nbs/625_generation.generate.ipynb #b3c0bf6b
+def _join(tm, prompt, context, ids):
+    "The completion of a prompt, and the whole text"
+    if tm.task == 'seq2seq':
+        completion = tm.adapter.decode(ids)
+        return completion, completion
+    completion = tm.adapter.complete(context, ids)
+    if tm.adapter.backwards:
+        return completion, completion + prompt
+    if tm.is_awd_lstm and prompt[-1:].isspace():
+        completion = completion.lstrip(' ')
+    return completion, prompt + completion
 
-# %% ../../nbs/625_generation.generate.ipynb #544c0c5b
-def generate(
-    model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
-    prompts='', # A string or several; an empty one is the beginning of a text
-    tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
-    max_new_tokens:int|None=None, # Tokens to write at most; 50 if neither length is given, or as many as fit
-    max_length:int|None=None, # The same, the prompt counted in
-    num_return_sequences:int|None=None, # Texts for each prompt; one if `None`
-    do_sample:bool|None=None, # Draw tokens instead of taking the best; `None`: if an option of sampling is given
-    temperature:float|None=None, # Below 1 more cautious, above 1 more adventurous; above 0
-    top_k:int|None=None, # Draw from the `top_k` likeliest; 50 if `None`, all if 0
-    top_p:float|None=None, # Draw from the likeliest that make up this share of the probability
-    min_p:float|None=None, # Draw from those with at least this share of the likeliest one's probability
-    typical_p:float|None=None, # Draw from the locally typical tokens that make up this share
-    repetition_penalty:float|None=None, # Above 1 tokens that were there before are less likely
-    no_repeat_ngram_size:int|None=None, # No sequence of so many tokens comes twice
-    num_beams:int|None=None, # Hypotheses of a beam search
-    early_stopping:bool|str|None=None, # Stop a beam search as soon as there are `num_beams` finished texts
-    bad_words=None, # Words or phrases that may not come
-    required_words=None, # Words or phrases that have to come
-    stop_strings=None, # A text is over when it contains one of these
-    prefix:str='', # Read before each prompt and not shown: a style, a control code
-    logits_processor=(), # Functions of `(input_ids, scores)` that return changed scores
-    stopping_criteria=(), # Functions of `(input_ids, scores)` that return a boolean for each row
-    generation_config=None, # A `GenerationConfig` to start from
-    seed:int|None=None, # Repeats the texts, and leaves the program's random numbers alone
-    stream:bool=False, # For one prompt: yield the text piece by piece, as it is written
-    bs:int=16, # Prompts in a batch
-    **kwargs # Any other option of transformers' `GenerationConfig`
-) -> GeneratedTexts: # Prompt by prompt; with `stream` a generator of strings
-    "Continue each prompt"
-    tm,prompts = text_model(model_or_name, tokenizer),_check_prompts(prompts, prefix)
-    if bs<1: raise FastaiTLError('`bs` must be at least 1', str(bs))
-    cfg = make_generation_config(generation_config, max_new_tokens=max_new_tokens, max_length=max_length, num_return_sequences=num_return_sequences, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                      typical_p=typical_p, repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size, num_beams=num_beams, early_stopping=early_stopping, **kwargs)
-    contexts = _contexts(tm, prompts, prefix)
-    job = _make_job(tm, cfg, contexts, bad_words, required_words, stop_strings, logits_processor, stopping_criteria)
-    if stream: return _stream(job, prompts, contexts, seed)
-    equal = bool(logits_processor or stopping_criteria) or needs_equal_lengths(cfg, job.model.generation_config)
-    res = {}
-    with evaluating(tm.model), _seeded(seed, tm.device):
-        for group in _groups(job, contexts, bs, equal): res |= dict(zip(group, job._run([contexts[i] for i in group])))
-    return GeneratedTexts(_text(tm, prompts[i], contexts[i], *row) for i in range(len(prompts)) for row in res[i])
+def _generated_text(tm, prompt, context, ids, why):
+    completion, text = _join(tm, prompt, context, ids)
+    return GeneratedText(prompt, completion, text, ids, why, context, tm)
 
-# %% ../../nbs/625_generation.generate.ipynb #2a88a54f
-class _Stopped(Exception): "The reader has gone"
+def _generate_all(job, prompts, contexts, bs, same_length, seed):
+    "The texts of all prompts, in the order of the prompts"
+    rows = {}
+    with evaluating(job.tm.model), _seeded(seed, job.tm.device):
+        for group in _group_prompts(contexts, bs, same_length):
+            rows |= dict(zip(group, job.run([contexts[i] for i in group])))
+    return GeneratedTexts(_generated_text(job.tm, prompts[i], contexts[i], *row)
+                          for i in range(len(prompts)) for row in rows[i])
 
-class _Pieces:
-    "A streamer for transformers' `generate`: the new part of the text, as often as there is one"
-    def __init__(self, job, prompt, context): self.job,self.prompt,self.context,self.ids,self.said,self.q,self.gone,self.begun = job,prompt,context,[],'',queue.Queue(1),False,False
+# %% ../../nbs/625_generation.generate.ipynb #b45c84b1
+class _ReaderStopped(Exception):
+    "The reader has stopped reading"
+
+# %% ../../nbs/625_generation.generate.ipynb #b73e86cb
+class _PieceStreamer:
+    "A streamer for transformers' `generate`: the new part of the text whenever there is one"
+    def __init__(self, job, prompt, context):
+        self.job = job
+        self.prompt = prompt
+        self.context = context
+        self.ids = []
+        self.sent = '' # the text that has been handed over
+        self.pieces = queue.Queue(1)
+        self.has_prompt = False
+        self.reader_stopped = False
     def put(self, value):
-        if self.gone: raise _Stopped
-        if self.begun: self.ids += value.reshape(-1).tolist(); self.say()
-        self.begun = True # the first value is the prompt
-    def say(self, last=False):
-        ids,why = cut_text(self.ids, self.job.eos_ids, self.job.stop)
-        now = _text(self.job.tm, self.prompt, self.context, ids, why).completion
-        if (last or not now.endswith('�')) and now.startswith(self.said) and now!=self.said: self.q.put(now[len(self.said):]); self.said = now
-    def end(self): self.say(last=True)
+        "Take the token ids of a step; the first value is the prompt"
+        if self.reader_stopped:
+            raise _ReaderStopped
+        if self.has_prompt:
+            self.ids += value.reshape(-1).tolist()
+            self.send()
+        self.has_prompt = True
+    def send(self, last=False):
+        "Hand over the new part of the text"
+        ids, _ = cut_text(self.ids, self.job.eos_ids, self.job.stop)
+        text, _ = _join(self.job.tm, self.prompt, self.context, ids)
+        is_complete = last or not text.endswith('�')
+        if is_complete and text.startswith(self.sent) and text != self.sent:
+            self.pieces.put(text[len(self.sent):])
+            self.sent = text
+    def end(self):
+        "Hand over the rest"
+        self.send(last=True)
 
-# %% ../../nbs/625_generation.generate.ipynb #7f8aee03
-def _stream(job, prompts, contexts, seed):
-    "Check that there is one text to stream, then stream it"
-    n,beams = job.cfg.num_return_sequences or 1,job.cfg.num_beams or 1
-    if len(prompts)!=1 or n!=1 or beams!=1: raise FastaiTLError('`stream=True` is for one text at a time, without beams', f'{len(prompts)} prompts, num_return_sequences={n}, num_beams={beams}')
-    if job.tm.codec.backwards: raise FastaiTLError('`stream=True` needs a model that writes forwards', 'a backward language model')
-    return _pieces(job, prompts[0], contexts[0], seed)
-
-# %% ../../nbs/625_generation.generate.ipynb #73cb9342
-def _pieces(job, prompt, context, seed):
-    p,failed = _Pieces(job, prompt, context),[]
+# %% ../../nbs/625_generation.generate.ipynb #66a125fb
+def _stream_pieces(job, prompt, context, seed):
+    "Generate in a thread, and yield the text piece by piece"
+    streamer = _PieceStreamer(job, prompt, context)
+    errors = []
     def work():
         try:
-            with evaluating(job.tm.model), _seeded(seed, job.tm.device): job._run([context], p)
-        except _Stopped: pass
-        except BaseException as e: failed.append(e)
-        finally: p.q.put(None)
-    thread = threading.Thread(target=work, daemon=True); thread.start()
+            with evaluating(job.tm.model), _seeded(seed, job.tm.device):
+                job.run([context], streamer)
+        except _ReaderStopped:
+            pass
+        except BaseException as e:
+            errors.append(e)
+        finally:
+            streamer.pieces.put(None)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
-        while (piece := p.q.get()) is not None: yield piece
-        if failed: raise failed[0]
+        while (piece := streamer.pieces.get()) is not None:
+            yield piece
+        if errors:
+            raise errors[0]
     finally:
-        p.gone = True
-        while thread.is_alive(): # it may wait to hand over a piece
-            with contextlib.suppress(queue.Empty): p.q.get(timeout=.01)
+        streamer.reader_stopped = True
+        while thread.is_alive(): # it may be waiting to hand over a piece
+            with contextlib.suppress(queue.Empty):
+                streamer.pieces.get(timeout=.01)
 
-# %% ../../nbs/625_generation.generate.ipynb #f707a410
+# %% ../../nbs/625_generation.generate.ipynb #3c0f0629
+def _stream(job, prompts, contexts, seed):
+    "Check that there is one text to stream, then stream it"
+    n_texts = job.config.num_return_sequences or 1
+    n_beams = job.config.num_beams or 1
+    if (len(prompts), n_texts, n_beams) != (1, 1, 1):
+        raise FastaiTLError('`stream=True` is for one text at a time, without beams',
+                            f'{len(prompts)} prompts, num_return_sequences={n_texts}, num_beams={n_beams}')
+    if job.tm.adapter.backwards:
+        raise FastaiTLError('`stream=True` needs a model that writes forwards', 'a backward language model')
+    return _stream_pieces(job, prompts[0], contexts[0], seed)
+
+# %% ../../nbs/625_generation.generate.ipynb #f818804a
+@delegates(GenerationOptions, keep=True)
+def generate(
+    model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
+    prompts='', # A string or several; an empty one stands for the beginning of a text
+    tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
+    max_new_tokens:int|None=None, # Maximum number of tokens to write; `None`: 50, or as many as fit
+    num_return_sequences:int|None=None, # Texts for each prompt; one if `None`
+    do_sample:bool|None=None, # Sample tokens instead of taking the best; `None`: if an option of sampling is given
+    seed:int|None=None, # Repeats the texts, and does not touch the random numbers of the program
+    stream:bool=False, # For one prompt: yield the text piece by piece while it is written
+    bs:int=16, # Prompts of a batch
+    **kwargs # Options of `GenerationOptions`, and any other of transformers' `GenerationConfig`
+) -> GeneratedTexts: # Prompt by prompt; with `stream` a generator of strings
+    "Continue each prompt"
+    tm = text_model(model_or_name, tokenizer)
+    options, others = split_options(kwargs)
+    prompts = _check_prompts(prompts, options.prefix)
+    if bs < 1:
+        raise FastaiTLError('`bs` must be at least 1', str(bs))
+    config = make_generation_config(options.generation_config, max_new_tokens=max_new_tokens, do_sample=do_sample,
+                                    num_return_sequences=num_return_sequences, **others)
+    contexts = _encode_prompts(tm, prompts, options.prefix)
+    job = _make_job(tm, config, contexts, options)
+    if stream:
+        return _stream(job, prompts, contexts, seed)
+    has_functions = bool(options.logits_processor or options.stopping_criteria)
+    same_length = has_functions or needs_equal_lengths(config, job.model.generation_config)
+    return _generate_all(job, prompts, contexts, bs, same_length, seed)
+
+# %% ../../nbs/625_generation.generate.ipynb #44ebe55d
 @patch
-@delegates(generate, but=['model_or_name'])
+@delegates(generate, but=['model_or_name'], keep=True)
 def generate(self:Learner,
-    prompts='', # A string or several; an empty one is the beginning of a text
+    prompts='', # A string or several; an empty one stands for the beginning of a text
     **kwargs
 ) -> GeneratedTexts:
     "Continue each prompt"
     return generate(self, prompts, **kwargs) # the function
 
-# %% ../../nbs/625_generation.generate.ipynb #f7143934
+# %% ../../nbs/625_generation.generate.ipynb #f9836b6f
 def generate_with_prompt(
-    prompt:str, # What the text begins with
+    prompt:str, # The beginning of the text
     model_or_name, # As in `generate`
     tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
-    max_length:int=100, # Tokens at most, the prompt counted in
-    temperature:float=.7, # Below 1 more cautious
-    top_p:float=.95, # Draw from the likeliest that make up this share
+    max_length:int=100, # Maximum number of tokens, including the prompt
+    temperature:float=.7, # Below 1 makes likely tokens more likely
+    top_p:float=.95, # Sample from the most likely tokens that make up this probability
     **kwargs # More for `generate`
-) -> str: # The prompt and what follows
+) -> str: # The prompt and its completion
     "Continue one prompt by sampling"
-    if not isinstance(prompt, str): raise DataError('One prompt is needed', f'a {type(prompt).__name__}', 'For several use `generate`')
-    return generate(model_or_name, prompt, tokenizer, max_length=max_length, temperature=temperature, top_p=top_p, **kwargs)[0].text
+    if not isinstance(prompt, str):
+        raise DataError('One prompt is needed', f'a {type(prompt).__name__}', 'For several use `generate`')
+    sampling = dict(max_length=max_length, temperature=temperature, top_p=top_p)
+    return generate(model_or_name, prompt, tokenizer, **sampling, **kwargs)[0].text

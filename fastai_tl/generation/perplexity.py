@@ -1,4 +1,4 @@
-"""How surprised a language model is by texts: counted by token, and in units that let models with different tokenizers be compared
+"""How surprised a language model is by texts: for each token, and in units that make models with different tokenizers comparable
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.perplexity.html.md"""
 
@@ -7,125 +7,183 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.perplexity.html.md"""
 # %% auto #0
 __all__ = ['PerplexityResult', 'text_perplexity', 'calculate_perplexity', 'CorpusPerplexity']
 
-# %% ../../nbs/630_generation.perplexity.ipynb #b3218e44
-import math, re
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+# %% ../../nbs/630_generation.perplexity.ipynb #28c39fd5
+import math
+import re
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
 from fastcore.all import delegates, patch
 from fastai.learner import Learner, Metric
-from fastai.torch_core import flatten_check
 from ..core import DataError, FastaiTLError, shorten
+from ..data.decoding import WIDE
 from ..data.tables import read_texts
-from .tokenizer_adapter import WIDE
-from .scoring import score_texts
 from .language_model import text_model
+from .scoring import score_texts
 
-# %% ../../nbs/630_generation.perplexity.ipynb #15cea502
+# %% ../../nbs/630_generation.perplexity.ipynb #2cc046c7
 _word = re.compile(rf'[{WIDE}]|[^\s{WIDE}]+')
 
-def _figures(nll, tokens, unk, chars, words, name):
-    "The figures of a text, or of a corpus, from its sums"
-    per = lambda n: nll/n if n else float('nan')
-    exp = lambda v: float('inf') if v>700 else math.exp(v)
-    return {name: exp(per(tokens)), 'bits_per_char': per(chars)/math.log(2), 'per_word': exp(per(words)), 'unk_share': unk/tokens if tokens else float('nan'), 'tokens': tokens, 'nll': nll}
+def _measures(nll, tokens, unk, chars, words, name):
+    "The measures of a text, or of a corpus, from its sums"
+    def per(n): return nll/n if n else float('nan')
+    def exp(x): return float('inf') if x > 700 else math.exp(x)
+    return {name: exp(per(tokens)), 'bits_per_char': per(chars)/math.log(2), 'per_word': exp(per(words)),
+            'unk_share': unk/tokens if tokens else float('nan'), 'tokens': tokens, 'nll': nll}
 
-# %% ../../nbs/630_generation.perplexity.ipynb #d5e8d618
+def _sums(scored):
+    "Negative log-likelihood, tokens, unknown tokens, characters and words of a text"
+    if not scored.ids:
+        return float(scored.nll.sum()), 0, scored.unk, 0, 0
+    scored_part = scored.text[len(scored.text) - scored.chars:]
+    n_words = len(_word.findall(scored_part))
+    return float(scored.nll.sum()), len(scored.ids), scored.unk, scored.chars, n_words
+
+# %% ../../nbs/630_generation.perplexity.ipynb #6e11517b
 class PerplexityResult:
     "Perplexities of texts and of all of them together"
     def __init__(self,
         scores:list, # A `TokenScores` for each text
-        pseudo:bool=False # Of a masked model
+        pseudo:bool=False # Whether they are those of a masked model
     ):
-        self.scores,self.name = scores,'pseudo_perplexity' if pseudo else 'perplexity'
-        sums = [(float(s.nll.sum()), len(s.ids), s.unk, s.chars if s.ids else 0, len(_word.findall(s.text[len(s.text)-s.chars:])) if s.ids else 0) for s in scores]
-        self.texts = pd.DataFrame([dict(text=s.text, **_figures(*v, self.name)) for s,v in zip(scores, sums)])
-        self.corpus = pd.Series(_figures(*(sum(o) for o in zip(*sums)), self.name), name='corpus', dtype=object)
-    def __len__(self): return len(self.scores)
-    def __float__(self): return float(self.corpus[self.name])
-    def __repr__(self): return f'{self.name} {float(self):.4g} of {len(self)} texts ({self.corpus.tokens:,} tokens, {self.corpus.bits_per_char:.3f} bits per character, {self.corpus.unk_share:.1%} unknown)'
+        self.scores = scores
+        self.name = 'pseudo_perplexity' if pseudo else 'perplexity'
+        sums = [_sums(scored) for scored in scores]
+        rows = [dict(text=scored.text, **_measures(*s, self.name)) for scored, s in zip(scores, sums)]
+        self.texts = pd.DataFrame(rows)
+        totals = [sum(column) for column in zip(*sums)]
+        self.corpus = pd.Series(_measures(*totals, self.name), name='corpus', dtype=object)
+    def __len__(self):
+        return len(self.scores)
+    def __float__(self):
+        return float(self.corpus[self.name])
+    def __repr__(self):
+        c = self.corpus
+        return (f'{self.name} {float(self):.4g} of {len(self)} texts ({c.tokens:,} tokens, '
+                f'{c.bits_per_char:.3f} bits per character, {c.unk_share:.1%} unknown)')
     def _repr_html_(self):
-        df = pd.concat([self.texts, pd.DataFrame([dict(text=f'all {len(self)} texts', **self.corpus)])], ignore_index=True).drop(columns='nll')
-        if len(df)>21: df = pd.concat([df.iloc[:20], df.iloc[-1:]])
-        df['text'] = [t if len(t)<=80 else t[:79]+'…' for t in df.text]
-        return df.to_html(index=False, escape=True, float_format=lambda v: f'{v:,.4g}')
+        corpus = pd.DataFrame([dict(text=f'all {len(self)} texts', **self.corpus)])
+        df = pd.concat([self.texts, corpus], ignore_index=True).drop(columns='nll')
+        if len(df) > 21:
+            df = pd.concat([df.iloc[:20], df.iloc[-1:]])
+        df['text'] = [text if len(text) <= 80 else text[:79] + '…' for text in df.text]
+        return df.to_html(index=False, escape=True, float_format=lambda x: f'{x:,.4g}')
 
-# %% ../../nbs/630_generation.perplexity.ipynb #d67ce76b
+# %% ../../nbs/630_generation.perplexity.ipynb #9989b9db
+def _text_columns(model_or_name):
+    "The columns in which the texts of a Learner's data are; `text` for any other model"
+    spec = getattr(getattr(model_or_name, 'dls', None), 'spec', None)
+    return 'text' if spec is None else spec.columns.get('text', 'text')
+
+def _check_texts(texts, text_col):
+    "A list of strings, some of them possibly empty"
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, pd.DataFrame) or hasattr(texts, 'suffix'):
+        return read_texts(texts, text_col)
+    texts = list(texts)
+    bad = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+    if bad:
+        raise DataError('Each text must be a string', f'a {type(texts[bad[0]]).__name__} in row {shorten(bad)}')
+    if not texts:
+        raise DataError('At least one text is needed', 'none')
+    return texts
+
+# %% ../../nbs/630_generation.perplexity.ipynb #dc2007fd
 def text_perplexity(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
-    texts, # A string or several, a DataFrame, a table file or a folder; an empty string has no tokens and no perplexity
+    texts, # A string or several, a DataFrame, or the path of a table or a folder; an empty string has no perplexity
     tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
-    stride:int|None=None, # For texts longer than the model reads: tokens that each further window scores; half of `max_length` if `None`
+    stride:int|None=None, # Texts longer than the model reads: tokens that each later window scores; `None`: half of it
     max_length:int|None=None, # Tokens that the model reads at once; as many as it can if `None`
-    bs:int=16, # Most rows of a batch; fewer where the logits would be large
-    bos:bool|None=None, # Put the token for the beginning in front; if there is one, if `None`
-    dtype=None # Of the matrix products, `bf16` or `fp16`; that of the weights if `None`
+    bs:int=16, # Maximum number of rows of a batch; fewer where the logits would be large
+    bos:bool|None=None, # Put the token for the beginning of a text in front; `None`: if there is one
+    dtype=None # Type of the matrix products, `bf16` or `fp16`; that of the weights if `None`
 ) -> PerplexityResult: # `texts`, a row for each; `corpus`, for all together
     "Perplexity of each text and of all together; of a masked model the pseudo-perplexity"
     tm = text_model(model_or_name, tokenizer)
-    texts = [texts] if isinstance(texts, str) else _texts(texts)
-    return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos, dtype), tm.kind=='masked')
+    texts = _check_texts(texts, _text_columns(model_or_name))
+    return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos, dtype), tm.task == 'masked_lm')
 
-# %% ../../nbs/630_generation.perplexity.ipynb #cebc545a
-def _texts(texts):
-    "Strings, some of them perhaps empty"
-    if isinstance(texts, pd.DataFrame) or hasattr(texts, 'suffix'): return read_texts(texts)
-    texts = list(texts)
-    if bad := [i for i,t in enumerate(texts) if not isinstance(t, str)]: raise DataError('Each text must be a string', f'a {type(texts[bad[0]]).__name__} in row {shorten(bad)}')
-    if not texts: raise DataError('At least one text is needed', 'none')
-    return texts
-
-# %% ../../nbs/630_generation.perplexity.ipynb #5eb20fa9
+# %% ../../nbs/630_generation.perplexity.ipynb #45c78036
 @patch
 @delegates(text_perplexity, but=['model_or_name'])
 def perplexity(self:Learner,
-    texts, # A string or several, a DataFrame, a table file or a folder
+    texts, # A string or several, a DataFrame with the columns of the data, or the path of a table or a folder
     **kwargs
 ) -> PerplexityResult:
     "Perplexity of each text and of all together"
     return text_perplexity(self, texts, **kwargs)
 
-# %% ../../nbs/630_generation.perplexity.ipynb #0bc63029
+# %% ../../nbs/630_generation.perplexity.ipynb #e70c169f
 def calculate_perplexity(
     text:str, # One text
     model_or_name, # As in `text_perplexity`
     tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
     **kwargs # More for `text_perplexity`
 ) -> float:
-    "The perplexity of one text, its first token not counted"
-    if not isinstance(text, str): raise DataError('One text is needed', f'a {type(text).__name__}', 'For several use `text_perplexity`')
+    "The perplexity of one text, without its first token"
+    if not isinstance(text, str):
+        raise DataError('One text is needed', f'a {type(text).__name__}', 'For several use `text_perplexity`')
     return float(text_perplexity(model_or_name, text, tokenizer, **{'bos': False, **kwargs}))
 
-# %% ../../nbs/630_generation.perplexity.ipynb #f6ee56b3
+# %% ../../nbs/630_generation.perplexity.ipynb #705181e5
+def _find_logits(pred):
+    "The logits in the output of a model"
+    if isinstance(pred, torch.Tensor):
+        return pred if pred.ndim == 3 else None
+    if hasattr(pred, 'logits'):
+        return pred.logits
+    items = pred.values() if isinstance(pred, dict) else pred
+    items = items if isinstance(pred, (dict, list, tuple)) else ()
+    return next((o for o in items if isinstance(o, torch.Tensor) and o.ndim == 3), None)
+
+def _input_ids(xb):
+    "The token ids that the model was given"
+    x = xb[0] if isinstance(xb, (list, tuple)) and xb else xb
+    if hasattr(x, 'keys'):
+        x = x['input_ids'] if 'input_ids' in x.keys() else None
+    return x if isinstance(x, torch.Tensor) else None
+
+# %% ../../nbs/630_generation.perplexity.ipynb #4ae231f8
 class CorpusPerplexity(Metric):
     "Perplexity over all tokens of the validation set, each counted once"
     def __init__(self,
         ignore_index:int=-100, # Targets that are not counted
-        shift:bool|None=None # Are the targets the inputs themselves, shifted inside the model, as transformers does? Found out if `None`
-    ): self.ignore_index,self.shift = ignore_index,shift; self.reset()
-    def reset(self): "Forget what was counted"; self.total,self.count = 0.,0
+        shift:bool|None=None # Whether the targets are the inputs, which the model shifts; `None`: detected by batch
+    ):
+        self.ignore_index = ignore_index
+        self.shift = shift
+        self.reset()
+    def reset(self):
+        "Forget what was counted"
+        self.total = 0.
+        self.count = 0
+    def _needs_shift(self, xb, y):
+        "Whether the targets are the inputs, as in transformers' own loss"
+        if self.shift is not None:
+            return self.shift
+        x = _input_ids(xb)
+        return x is not None and x.shape == y.shape and bool(((x == y) | (y == self.ignore_index)).all())
     def accumulate(self, learn):
         "Count a batch"
-        logits,y = _logits(learn.pred),learn.y
-        if logits is None or logits.shape[:-1]!=y.shape: raise FastaiTLError('`CorpusPerplexity` needs logits, a row for each target', f'{type(learn.pred).__name__} for targets of shape {tuple(y.shape)}')
-        x = _inputs(learn.xb)
-        if self.shift or (self.shift is None and x is not None and x.shape==y.shape and bool(((x==y) | (y==self.ignore_index)).all())): logits,y = logits[:,:-1],y[:,1:]
-        real = y!=self.ignore_index
+        logits = _find_logits(learn.pred)
+        y = learn.y
+        if logits is None or logits.shape[:-1] != y.shape:
+            raise FastaiTLError('`CorpusPerplexity` needs logits, a row for each target',
+                                f'{type(learn.pred).__name__} for targets of shape {tuple(y.shape)}')
+        if self._needs_shift(learn.xb, y):
+            logits = logits[:, :-1]
+            y = y[:, 1:]
+        real = y != self.ignore_index
         self.total += F.cross_entropy(logits[real].float(), y[real], reduction='sum').item()
         self.count += int(real.sum())
     @property
-    def value(self): "The perplexity so far"; return math.exp(min(self.total/self.count, 700)) if self.count else None
+    def value(self):
+        "The perplexity so far"
+        return math.exp(min(self.total/self.count, 700)) if self.count else None
     @property
-    def name(self): "As the Recorder shows it"; return 'corpus_perplexity'
-
-# %% ../../nbs/630_generation.perplexity.ipynb #3344fa37
-def _logits(pred):
-    "The logits in what a model returns"
-    if isinstance(pred, torch.Tensor): return pred if pred.ndim==3 else None
-    if hasattr(pred, 'logits'): return pred.logits
-    items = list(pred.values()) if isinstance(pred, dict) else pred if isinstance(pred, (list,tuple)) else []
-    return next((o for o in items if isinstance(o, torch.Tensor) and o.ndim==3), None)
-
-def _inputs(xb):
-    "The numbers that the model was given"
-    x = xb[0] if isinstance(xb, (list,tuple)) and xb else xb
-    if hasattr(x, 'keys'): x = x['input_ids'] if 'input_ids' in x.keys() else None
-    return x if isinstance(x, torch.Tensor) else None
+    def name(self):
+        "Name in the table of the Recorder"
+        return 'corpus_perplexity'

@@ -1,4 +1,4 @@
-"""How likely each token of a text is: every token once, with as much context as there is, whatever the length of the text
+"""How likely each token of a text is: every token once, with as much context as the model can use
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.scoring.html.md"""
 
@@ -7,230 +7,309 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.scoring.html.md"""
 # %% auto #0
 __all__ = ['LOGITS_BUDGET', 'window_spans', 'score_ids', 'TokenScores', 'score_texts']
 
-# %% ../../nbs/615_generation.scoring.ipynb #608ab92a
-import contextlib, inspect, warnings
+# %% ../../nbs/615_generation.scoring.ipynb #5a035676
+import contextlib
+import inspect
+import warnings
 from dataclasses import dataclass
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np
+import torch
+import torch.nn.functional as F
 from ..core import FastaiTLError
 from ..callbacks import evaluating
+from ..data.hf_tokenizer import pad_rows
 from ..efficiency.linear_cross_entropy import lazy_heads, linear_cross_entropy
 from ..efficiency.mixed_precision import _as_dtype, _why_not
-from .language_model import TextModel
 from .awd_lstm import AWDReader
+from .language_model import TextModel
 
-# %% ../../nbs/615_generation.scoring.ipynb #0f6e3537
+# %% ../../nbs/615_generation.scoring.ipynb #bae48e38
 def window_spans(
     n:int, # Tokens of the text
-    width:int, # Most tokens that the model reads at once
+    width:int, # Maximum number of tokens that the model reads at once
     stride:int # Tokens that each window after the first scores
 ) -> list: # `(begin, end, done)`: the model reads tokens `begin` to `end-1` and is scored on tokens `done+1` to `end`
     "Windows that score each token but the first exactly once"
-    if n<2: return []
-    end = min(width, n-1)
-    res = [(0, end, 0)]
-    while end<n-1:
-        done,end = end,min(end+stride, n-1)
-        res.append((end-width, end, done))
-    return res
+    if n < 2:
+        return []
+    end = min(width, n - 1)
+    spans = [(0, end, 0)]
+    while end < n - 1:
+        done = end
+        end = min(end + stride, n - 1)
+        spans.append((end - width, end, done))
+    return spans
 
-# %% ../../nbs/615_generation.scoring.ipynb #ac750e38
-LOGITS_BUDGET = {'cpu': 2**22, 'other': 2**26} # numbers, of float32 16 and 256 MB: a processor is fastest with what it need not fetch from memory
-
-def _batches(sizes, bs, vocab, device):
-    "Lists of indexes into `sizes`, `(tokens read, logits kept)`, the longest first"
-    most = LOGITS_BUDGET.get(device.type, LOGITS_BUDGET['other'])
-    order,res = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True),[]
-    for i in order:
-        if res and len(res[-1])<bs and (len(res[-1])+1)*sizes[res[-1][0]][1]*vocab<=most: res[-1].append(i)
-        else: res.append([i])
-    return res
-
-def _pad(seqs, value, device):
-    "Rows of numbers with padding behind, and the mask of what is none"
-    n = max(map(len, seqs))
-    ids = torch.tensor([list(s)+[value]*(n-len(s)) for s in seqs], device=device)
-    return ids,torch.tensor([[1]*len(s)+[0]*(n-len(s)) for s in seqs], device=device)
-
-# %% ../../nbs/615_generation.scoring.ipynb #0c9bedf7
-def _nll(logits, targets):
-    "In nats, one a row; at least in float32"
-    return _numbers(F.cross_entropy(logits.float() if logits.dtype!=torch.float64 else logits, targets, reduction='none'))
-
-def _numbers(x): return x.double().cpu().numpy()
-
-# %% ../../nbs/615_generation.scoring.ipynb #d28f14d1
+# %% ../../nbs/615_generation.scoring.ipynb #109a0eb7
+# Numbers, of float32 16 and 256 MB: a processor is fastest with data that fit into its cache
+LOGITS_BUDGET = {'cpu': 2**22, 'other': 2**26}
 _LAZY_VOCAB = 2**11 # where no logits are kept, a token counts as much as a vocabulary of this size
 
-def _lazily(m):
-    "A context in which a causal model gives `LazyLogits`, if its output layer is a plain one"
-    layer = m.get_output_embeddings()
-    return lazy_heads(layer) if type(layer) is torch.nn.Linear else contextlib.nullcontext(False)
+def _batches(sizes, bs, vocab, device):
+    "Lists of indexes into `sizes`, which has `(tokens read, logits kept)` of each row; the longest rows first"
+    budget = LOGITS_BUDGET.get(device.type, LOGITS_BUDGET['other'])
+    batches = []
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
+        batch = batches[-1] if batches else []
+        fits = batch and (len(batch) + 1) * sizes[batch[0]][1] * vocab <= budget
+        if fits and len(batch) < bs:
+            batch.append(i)
+        else:
+            batches.append([i])
+    return batches
 
-# %% ../../nbs/615_generation.scoring.ipynb #5a1d0c12
+def _pad_batch(seqs, value, device):
+    "Token ids with padding at the end, and the attention mask"
+    rows = [torch.tensor(s) for s in seqs]
+    ids = pad_rows(rows, value)
+    mask = pad_rows([torch.ones_like(row) for row in rows], 0)
+    return ids.to(device), mask.to(device)
+
+# %% ../../nbs/615_generation.scoring.ipynb #c21d3415
+def _to_numpy(x):
+    return x.double().cpu().numpy()
+
+def _nll(logits, targets):
+    "Negative log-likelihood of each row in nats, computed at least in float32"
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return _to_numpy(F.cross_entropy(logits, targets, reduction='none'))
+
+# %% ../../nbs/615_generation.scoring.ipynb #f7384c3f
+def _lazy_logits(model):
+    "A context in which a causal model gives `LazyLogits`, if its output layer is a plain linear layer"
+    head = model.get_output_embeddings()
+    return lazy_heads(head) if type(head) is torch.nn.Linear else contextlib.nullcontext(False)
+
 @contextlib.contextmanager
-def _fused_gelu(m):
-    "A context in which the tanh approximation of GELU is PyTorch's own, the same to rounding"
+def _fused_gelu(model):
+    "A context in which the tanh approximation of GELU is PyTorch's own, the same up to rounding"
     from transformers.activations import FastGELUActivation, NewGELUActivation
-    plain = [(mod, name, act) for mod in m.modules() for name,act in mod.named_children() if type(act) in (NewGELUActivation, FastGELUActivation)]
-    for mod,name,_ in plain: setattr(mod, name, torch.nn.GELU('tanh'))
-    try: yield
+    slow = (NewGELUActivation, FastGELUActivation)
+    found = [(m, name, act) for m in model.modules() for name, act in m.named_children() if type(act) in slow]
+    for m, name, _ in found:
+        setattr(m, name, torch.nn.GELU('tanh'))
+    try:
+        yield
     finally:
-        for mod,name,act in plain: setattr(mod, name, act)
+        for m, name, act in found:
+            setattr(m, name, act)
 
-def _sees_only_before(m):
-    "Does every attention of a model say that it is causal?"
-    says = [mod.is_causal for mod in m.modules() if hasattr(mod, 'is_causal')]
-    return bool(says) and all(says)
+def _is_causal(model):
+    "Whether every attention layer declares that it is causal"
+    declared = [m.is_causal for m in model.modules() if hasattr(m, 'is_causal')]
+    return bool(declared) and all(declared)
 
-# %% ../../nbs/615_generation.scoring.ipynb #2832d12e
-def _causal(tm, seqs, width, stride, bs):
-    m,pad = tm.model,tm.codec.pad_id
-    spans = [(i, *w) for i,s in enumerate(seqs) for w in window_spans(len(s), width, stride)]
-    vocab,keeps = m.config.get_text_config(decoder=True).vocab_size,'logits_to_keep' in inspect.signature(m.forward).parameters
-    pad,res = pad if pad is not None and pad<vocab else 0,[np.zeros(max(len(s)-1, 0)) for s in seqs]
-    if bad := [i for i,s in enumerate(seqs) if max(s, default=0)>=vocab]: raise FastaiTLError(f'The model knows {vocab} tokens', f'a tokenizer that gives {max(seqs[bad[0]])} for text {bad[0]}', 'Use the tokenizer of the model, or `model.resize_token_embeddings(len(tokenizer))`')
-    kw = {'use_cache': False} if 'use_cache' in inspect.signature(m.forward).parameters else {}
-    causal = _sees_only_before(m)
-    with _fused_gelu(m), _lazily(m) as lazy:
-        sizes = [(e-b, e-d if keeps and not lazy else e-b) for _,b,e,d in spans]
-        for batch in _batches(sizes, bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device): _score_spans(tm, [spans[k] for k in batch], seqs, pad, keeps, res, kw, causal)
-    return res
+# %% ../../nbs/615_generation.scoring.ipynb #1d68009d
+def _check_vocab(seqs, vocab):
+    bad = [i for i, s in enumerate(seqs) if max(s, default=0) >= vocab]
+    if bad:
+        raise FastaiTLError(f'The model has {vocab} tokens',
+                            f'a tokenizer that gives {max(seqs[bad[0]])} for text {bad[0]}',
+                            'Use the tokenizer of the model, or `model.resize_token_embeddings(len(tokenizer))`')
 
-# %% ../../nbs/615_generation.scoring.ipynb #f8339af6
-def _score_spans(tm, rows, seqs, pad, keeps, res, kw, causal):
-    "Score a batch of windows"
-    ids,mask = _pad([seqs[i][b:e] for i,b,e,_ in rows], pad, tm.device)
-    n,first = ids.shape[1],min(d-b for _,b,_,d in rows) # the position whose output predicts the first token that is scored
-    out = tm.model(input_ids=ids, **({} if causal else {'attention_mask': mask}), **({'logits_to_keep': n-first} if keeps else {}), **kw).logits
-    target,off = torch.full((len(rows), out.shape[1]), -100),n-out.shape[1]
-    for r,(i,b,e,d) in enumerate(rows): target[r,d-b-off:e-b-off] = torch.tensor(seqs[i][d+1:e+1])
-    nll = _nll(out.flatten(0, 1), target.flatten().to(out.device)).reshape(target.shape)
-    for (i,_,e,d),row,t in zip(rows, nll, target.numpy()): res[i][d:e] = row[t!=-100]
+def _score_causal(tm, seqs, width, stride, bs):
+    "Negative log-likelihood of each token but the first, of each list of token ids"
+    model = tm.model
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    _check_vocab(seqs, vocab)
+    scores = [np.zeros(max(len(s) - 1, 0)) for s in seqs]
+    spans = [(i, *span) for i, s in enumerate(seqs) for span in window_spans(len(s), width, stride)]
+    accepted = inspect.signature(model.forward).parameters
+    options = {'use_cache': False} if 'use_cache' in accepted else {}
+    keeps = 'logits_to_keep' in accepted
+    needs_mask = not _is_causal(model)
+    with _fused_gelu(model), _lazy_logits(model) as lazy:
+        sizes = [(end - begin, end - done if keeps and not lazy else end - begin) for _, begin, end, done in spans]
+        for batch in _batches(sizes, bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device):
+            _score_windows(tm, [spans[k] for k in batch], seqs, scores, keeps, needs_mask, options)
+    return scores
 
-# %% ../../nbs/615_generation.scoring.ipynb #3dd9a311
-def _awd(tm, seqs, bs, chunk=256):
-    r = AWDReader(tm.model)
-    res,vocab = [np.zeros(max(len(s)-1, 0)) for s in seqs],len(r.emb)
-    rows_of = [i for i,s in enumerate(seqs) if len(s)>1]
-    for batch in _batches([(len(seqs[i]), min(len(seqs[i]), chunk)) for i in rows_of], bs, vocab, r.device):
-        rows = [rows_of[k] for k in batch]
-        ids,mask = _pad([seqs[i] for i in rows], 0, r.device)
-        state = r.zeros(len(rows))
-        for a in range(0, ids.shape[1]-1, chunk):
-            b = min(a+chunk, ids.shape[1]-1)
-            h,state = r.read(ids[:,a:b], state)
-            real = mask[:,a+1:b+1].bool()
-            nll = _numbers(linear_cross_entropy(h[real], r.dec.weight, r.dec.bias, ids[:,a+1:b+1][real], reduction='none'))
-            counts = real.sum(1).cpu().numpy()
-            for i,n,part in zip(rows, counts, np.split(nll, np.cumsum(counts)[:-1])): res[i][a:a+n] = part
-    return res
+# %% ../../nbs/615_generation.scoring.ipynb #aa2cd5f9
+def _score_windows(tm, spans, seqs, scores, keeps, needs_mask, options):
+    "Score a batch of windows; the results go into `scores`"
+    pad_id = tm.adapter.pad_id
+    known = pad_id is not None and pad_id < tm.model.config.get_text_config(decoder=True).vocab_size
+    ids, mask = _pad_batch([seqs[i][begin:end] for i, begin, end, _ in spans], pad_id if known else 0, tm.device)
+    n = ids.shape[1]
+    if needs_mask:
+        options = dict(options, attention_mask=mask)
+    if keeps: # from the output on that predicts the first token that is scored
+        options = dict(options, logits_to_keep=n - min(done - begin for _, begin, _, done in spans))
+    logits = tm.model(input_ids=ids, **options).logits
+    targets = torch.full((len(spans), logits.shape[1]), -100)
+    missing = n - logits.shape[1] # outputs at the start that were not computed
+    for row, (i, begin, end, done) in zip(targets, spans):
+        row[done - begin - missing:end - begin - missing] = torch.tensor(seqs[i][done + 1:end + 1])
+    nll = _nll(logits.flatten(0, 1), targets.flatten().to(logits.device)).reshape(targets.shape)
+    for (i, _, end, done), row, target in zip(spans, nll, targets.numpy()):
+        scores[i][done:end] = row[target != -100]
 
-# %% ../../nbs/615_generation.scoring.ipynb #f9118f79
+# %% ../../nbs/615_generation.scoring.ipynb #5d5df82e
+def _score_awd_lstm(tm, seqs, bs, chunk=256):
+    "Negative log-likelihood of each token but the first, of each list of token ids"
+    reader = AWDReader(tm.model)
+    scores = [np.zeros(max(len(s) - 1, 0)) for s in seqs]
+    rows = [i for i, s in enumerate(seqs) if len(s) > 1]
+    sizes = [(len(seqs[i]), min(len(seqs[i]), chunk)) for i in rows]
+    for batch in _batches(sizes, bs, len(reader.emb), reader.device):
+        _score_chunks(reader, [rows[k] for k in batch], seqs, scores, chunk)
+    return scores
+
+def _score_chunks(reader, rows, seqs, scores, chunk):
+    "Score a batch of texts, chunk by chunk; the results go into `scores`"
+    ids, mask = _pad_batch([seqs[i] for i in rows], 0, reader.device)
+    state = reader.zeros(len(rows))
+    for begin in range(0, ids.shape[1] - 1, chunk):
+        end = min(begin + chunk, ids.shape[1] - 1)
+        hidden, state = reader.read(ids[:, begin:end], state)
+        real = mask[:, begin + 1:end + 1].bool()
+        targets = ids[:, begin + 1:end + 1][real]
+        loss = linear_cross_entropy(hidden[real], reader.dec.weight, reader.dec.bias, targets, reduction='none')
+        counts = real.sum(1).cpu().numpy()
+        for i, n, nll in zip(rows, counts, np.split(_to_numpy(loss), np.cumsum(counts)[:-1])):
+            scores[i][begin:begin + n] = nll
+
+# %% ../../nbs/615_generation.scoring.ipynb #97ab9e5c
+def _window_size(tm, max_length, stride, bs):
+    "Width and stride of the windows, checked"
+    limit = tm.max_positions
+    width = (limit or 1024) if max_length is None else max_length
+    if width < 1 or (limit and width > limit):
+        highest = limit or 'the model has no limit'
+        raise FastaiTLError(f'`max_length` must be between 1 and {highest}, the positions of the model', str(width))
+    stride = max(width//2, 1) if stride is None else stride
+    if not 1 <= stride <= width:
+        raise FastaiTLError(f'`stride` must be between 1 and `max_length` ({width})', str(stride))
+    if bs < 1:
+        raise FastaiTLError('`bs` must be at least 1', str(bs))
+    return width, stride
+
 def score_ids(
     tm:TextModel, # A causal model or an AWD_LSTM
-    seqs:list, # Lists of numbers
+    seqs:list, # Lists of token ids
     stride:int|None=None, # See `score_texts`
     max_length:int|None=None, # See `score_texts`
-    bs:int=16 # Most rows of a batch
+    bs:int=16 # Maximum number of rows of a batch
 ) -> list: # For each list an array, one shorter
-    "Negative log-likelihood in nats of each number but the first, given those before"
-    width,stride = _checked(tm, max_length, stride, bs)
-    with evaluating(tm.model): return _awd(tm, seqs, bs) if tm.kind=='awd' else _causal(tm, seqs, width, stride, bs)
+    "Negative log-likelihood in nats of each token but the first, given those before it"
+    width, stride = _window_size(tm, max_length, stride, bs)
+    with evaluating(tm.model):
+        return _score_awd_lstm(tm, seqs, bs) if tm.is_awd_lstm else _score_causal(tm, seqs, width, stride, bs)
 
-def _checked(tm, width, stride, bs):
-    most = tm.max_positions
-    if width is None: width = most or 1024
-    if width<1 or (most and width>most): raise FastaiTLError(f'`max_length` must be between 1 and {most or "the model has no limit"}, the positions of the model', str(width))
-    if stride is None: stride = max(width//2, 1)
-    if not 1<=stride<=width: raise FastaiTLError(f'`stride` must be between 1 and `max_length` ({width})', str(stride))
-    if bs<1: raise FastaiTLError('`bs` must be at least 1', str(bs))
-    return width,stride
-
-# %% ../../nbs/615_generation.scoring.ipynb #e7888494
+# %% ../../nbs/615_generation.scoring.ipynb #35104b2a
 def _masked_windows(n, width, stride):
-    "For each token the begin of the window that it is scored in"
-    if n<=width: return [0]*n
-    begins = list(range(0, n-width, stride)) + [n-width]
-    return [max(begins, key=lambda b: min(i-b, b+width-1-i) if b<=i<b+width else -1) for i in range(n)]
+    "For each token the start of the window that it is scored in"
+    if n <= width:
+        return [0]*n
+    begins = [*range(0, n - width, stride), n - width]
+    def context(i, begin): return min(i - begin, begin + width - 1 - i) if begin <= i < begin + width else -1
+    return [max(begins, key=lambda begin: context(i, begin)) for i in range(n)]
 
-# %% ../../nbs/615_generation.scoring.ipynb #4190fc88
-def _masked(tm, wholes, width, stride, bs):
-    tok,m = tm.codec.tok,tm.model
-    if tok.mask_token_id is None: raise FastaiTLError('A masked model needs a tokenizer with a mask token', 'one without')
-    items = [] # (text, token, its row of numbers, where the mask is)
-    for t,(front,ids,back) in enumerate(wholes):
-        room = width-len(front)-len(back)
-        for i,b in enumerate(_masked_windows(len(ids), room, min(stride, room))):
-            row = [*front, *ids[b:b+room], *back]
-            items.append((t, i, row, len(front)+i-b))
-    res,vocab = [np.zeros(len(ids)) for _,ids,_ in wholes],m.config.vocab_size
-    with _lazily(m) as lazy:
-        for batch in _batches([(len(row), len(row)) for _,_,row,_ in items], bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device): _score_masks(tm, [items[k] for k in batch], res)
-    return res
+# %% ../../nbs/615_generation.scoring.ipynb #1fd220c7
+def _masked_rows(wholes, width, stride):
+    "`(text, token, row of token ids, place of the mask)` for each token of each text"
+    for text, (front, ids, back) in enumerate(wholes):
+        room = width - len(front) - len(back)
+        for token, begin in enumerate(_masked_windows(len(ids), room, min(stride, room))):
+            yield text, token, [*front, *ids[begin:begin + room], *back], len(front) + token - begin
 
-# %% ../../nbs/615_generation.scoring.ipynb #1df94e0a
-def _score_masks(tm, rows, res):
-    "Score a batch of rows, in each the one token that is masked"
-    ids,mask = _pad([row for _,_,row,_ in rows], tm.codec.pad_id, tm.device)
-    r,at = torch.arange(len(rows), device=ids.device),torch.tensor([a for *_,a in rows], device=ids.device)
-    target,ids[r,at] = ids[r,at].clone(),tm.codec.tok.mask_token_id
-    for (t,i,*_),v in zip(rows, _nll(tm.model(input_ids=ids, attention_mask=mask).logits[r,at], target)): res[t][i] = v
+def _score_masked_rows(tm, rows, scores):
+    "Score the masked token of each row of a batch; the results go into `scores`"
+    ids, mask = _pad_batch([row for _, _, row, _ in rows], tm.adapter.pad_id, tm.device)
+    index = torch.arange(len(rows), device=ids.device)
+    places = torch.tensor([place for *_, place in rows], device=ids.device)
+    targets = ids[index, places].clone()
+    ids[index, places] = tm.adapter.tokenizer.mask_token_id
+    logits = tm.model(input_ids=ids, attention_mask=mask).logits[index, places]
+    for (text, token, *_), nll in zip(rows, _nll(logits, targets)):
+        scores[text][token] = nll
 
-# %% ../../nbs/615_generation.scoring.ipynb #8d812107
+def _score_masked(tm, wholes, width, stride, bs):
+    "Negative log-likelihood of each token given all others, of each text in its template"
+    if tm.adapter.tokenizer.mask_token_id is None:
+        raise FastaiTLError('A masked model needs a tokenizer with a mask token', 'one without')
+    rows = list(_masked_rows(wholes, width, stride))
+    scores = [np.zeros(len(ids)) for _, ids, _ in wholes]
+    vocab = tm.model.config.vocab_size
+    with _lazy_logits(tm.model) as lazy:
+        sizes = [(len(row), len(row)) for _, _, row, _ in rows]
+        for batch in _batches(sizes, bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device):
+            _score_masked_rows(tm, [rows[k] for k in batch], scores)
+    return scores
+
+# %% ../../nbs/615_generation.scoring.ipynb #8c506e03
 @dataclass
 class TokenScores:
-    "The tokens of a text with what each cost"
+    "The tokens of a text with their negative log-likelihoods"
     text:str # As it was given
-    ids:list # Numbers of the scored tokens
+    ids:list # Ids of the scored tokens
     nll:np.ndarray # Negative log-likelihood of each, in nats
-    read:list # What the model read, in its order
+    read:list # Token ids that the model read, in its order
     spans:list # `(start, end)` of each scored token in the text; `None` if not known
     unk:int=0 # How many of the scored tokens stand for unknown words
-    chars:int=0 # Characters of the text that they stand for
+    chars:int=0 # Characters of the text that the scored tokens stand for
 
-# %% ../../nbs/615_generation.scoring.ipynb #8f35ea24
+# %% ../../nbs/615_generation.scoring.ipynb #67ce3c93
 def _sequence(tm, text, bos):
-    "What a causal model reads of a text, and where each token is"
-    ids,spans = tm.codec.encode_spans(text) if text else ([], None)
-    if tm.kind=='awd' and not text.strip(): ids = []
-    start = tm.codec.bos_id
-    if bos is not False and start is not None and ids[:1]!=[start]: ids,spans = [start, *ids],spans and [(0,0), *spans]
-    elif bos is True and start is None: raise FastaiTLError('`bos=True` needs a token for the beginning of a text', 'a tokenizer without one')
-    return ids,spans
+    "The token ids that a causal model reads of a text, and where each token is"
+    is_empty = not text or (tm.is_awd_lstm and not text.strip())
+    ids, spans = ([], None) if is_empty else tm.adapter.encode_spans(text)
+    start = tm.adapter.bos_id
+    if bos is True and start is None:
+        raise FastaiTLError('`bos=True` needs a token for the beginning of a text', 'a tokenizer without one')
+    if bos is False or start is None or ids[:1] == [start]:
+        return ids, spans
+    return [start, *ids], spans and [(0, 0), *spans]
 
-# %% ../../nbs/615_generation.scoring.ipynb #09885b6b
+def _score_with_causal_model(tm, texts, bos, **windows):
+    read, spans = zip(*[_sequence(tm, text, bos) for text in texts]) if texts else ((), ())
+    nll = score_ids(tm, read, **windows)
+    return [_token_scores(tm, *row) for row in zip(texts, read, spans, nll)]
+
+def _token_scores(tm, text, read, spans, nll):
+    ids = list(read[1:])
+    first_chars = spans[0][1] if spans else 0
+    return TokenScores(text, ids, nll, list(read), spans and spans[1:], ids.count(tm.adapter.unk_id),
+                       len(text) - first_chars)
+
+def _score_with_masked_model(tm, texts, stride, max_length, bs):
+    width, stride = _window_size(tm, max_length, stride, bs)
+    wholes = [tm.adapter.encode_whole(text) if text.strip() else ([], [], [], None) for text in texts]
+    with evaluating(tm.model):
+        nll = _score_masked(tm, [whole[:3] for whole in wholes], width, stride, bs)
+    return [TokenScores(text, ids, scores, ids, spans, ids.count(tm.adapter.unk_id), len(text))
+            for text, (_, ids, _, spans), scores in zip(texts, wholes, nll)]
+
+# %% ../../nbs/615_generation.scoring.ipynb #ed69c6f2
+def _autocast(tm, dtype):
+    "A context with matrix products in `dtype`, where the device is not slow with it"
+    if dtype is None:
+        return contextlib.nullcontext()
+    dtype = _as_dtype(dtype)
+    reason = _why_not(tm.device.type, dtype)
+    if not reason:
+        return torch.autocast(tm.device.type, dtype=dtype)
+    warnings.warn(f'{reason}: computing in the dtype of the weights')
+    return contextlib.nullcontext()
+
+# %% ../../nbs/615_generation.scoring.ipynb #108e923d
 def score_texts(
     tm:TextModel, # From `text_model`
     texts:list, # Strings; empty ones have no tokens
     stride:int|None=None, # Tokens that each window after the first scores; half of `max_length` if `None`
     max_length:int|None=None, # Tokens that the model reads at once; as many as it can if `None`
-    bs:int=16, # Most rows of a batch; fewer where the logits would be large
-    bos:bool|None=None, # Put the token for the beginning in front; if there is one, if `None`
-    dtype=None # Of the matrix products, `bf16` or `fp16`; that of the weights if `None`
+    bs:int=16, # Maximum number of rows of a batch; fewer where the logits would be large
+    bos:bool|None=None, # Put the token for the beginning of a text in front; `None`: if there is one
+    dtype=None # Type of the matrix products, `bf16` or `fp16`; that of the weights if `None`
 ) -> list: # A `TokenScores` for each text
     "Score each token of each text once"
-    with _products(tm, dtype): return _score_texts(tm, texts, stride, max_length, bs, bos)
-
-# %% ../../nbs/615_generation.scoring.ipynb #6ce2f114
-def _products(tm, dtype):
-    "A context with matrix products in `dtype`, where the device is not slow with it"
-    if dtype is None: return contextlib.nullcontext()
-    dtype,kind = _as_dtype(dtype),tm.device.type
-    if not (reason := _why_not(kind, dtype)): return torch.autocast(kind, dtype=dtype)
-    warnings.warn(f'{reason}: computing in the dtype of the weights')
-    return contextlib.nullcontext()
-
-# %% ../../nbs/615_generation.scoring.ipynb #99da260d
-def _score_texts(tm, texts, stride, max_length, bs, bos):
-    if tm.kind=='seq2seq': raise FastaiTLError('A language model of single texts is needed', f'a {type(tm.model).__name__}, which models one text given another')
-    if tm.kind!='awd': texts = [tm.codec.read(t) for t in texts]
-    if tm.kind=='masked': return _score_masked(tm, texts, *_checked(tm, max_length, stride, bs), bs)
-    read,spans = zip(*[_sequence(tm, t, bos) for t in texts]) if texts else ((), ())
-    nll = score_ids(tm, read, stride, max_length, bs)
-    return [TokenScores(t, list(r[1:]), v, list(r), s and s[1:], r[1:].count(tm.codec.unk_id), len(t)-(s[0][1] if s else 0)) for t,r,s,v in zip(texts, read, spans, nll)]
-
-# %% ../../nbs/615_generation.scoring.ipynb #83e719d1
-def _score_masked(tm, texts, width, stride, bs):
-    wholes = [tm.codec.encode_whole(t) if t.strip() else ([], [], [], None) for t in texts]
-    with evaluating(tm.model): nll = _masked(tm, [w[:3] for w in wholes], width, stride, bs)
-    return [TokenScores(t, ids, v, ids, s, ids.count(tm.codec.unk_id), len(t)) for t,(_,ids,_,s),v in zip(texts, wholes, nll)]
+    if tm.task == 'seq2seq':
+        raise FastaiTLError('A language model of single texts is needed',
+                            f'a {type(tm.model).__name__}, which models one text given another')
+    if not tm.is_awd_lstm:
+        texts = [tm.adapter.read(text) for text in texts]
+    windows = dict(stride=stride, max_length=max_length, bs=bs)
+    with _autocast(tm, dtype):
+        if tm.task == 'masked_lm':
+            return _score_with_masked_model(tm, texts, **windows)
+        return _score_with_causal_model(tm, texts, bos, **windows)

@@ -1,4 +1,4 @@
-"""Where in a text a language model is surprised, token by token, as a strip of heat over the words
+"""Where in a text a language model is surprised: each token, as colors behind the words
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.surprisal.html.md"""
 
@@ -7,158 +7,207 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.surprisal.html.md"""
 # %% auto #0
 __all__ = ['Surprisal', 'token_surprisal']
 
-# %% ../../nbs/635_generation.surprisal.ipynb #03b12d33
-import html, math
-import numpy as np, pandas as pd
+# %% ../../nbs/635_generation.surprisal.ipynb #00868e1f
+import html
+import math
+import numpy as np
+import pandas as pd
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
 from ..core import DataError
-from .tokenizer_adapter import join_words
-from .scoring import score_texts
 from .language_model import text_model
+from .scoring import score_texts
 from ..plot import figure_style, has_cjk, in_words
 
-# %% ../../nbs/635_generation.surprisal.ipynb #b4ec0089
-def _span_groups(s):
-    "Pieces of the text by the tokens' places in it; tokens within one character go together"
-    res = []
-    for i,(a,b) in enumerate(s.spans):
-        if res and (a<res[-1][2] or a==b): res[-1][0].append(i); res[-1][2] = max(res[-1][2], b)
-        else: res.append([[i], a, b])
-    return [(s.text[a:b], idxs) for idxs,a,b in res]
+# %% ../../nbs/635_generation.surprisal.ipynb #ff917e03
+def _pieces_by_spans(scored):
+    "`(piece of the text, indexes of its tokens)`; tokens within one character form one piece"
+    pieces = []
+    for i, (start, end) in enumerate(scored.spans):
+        if pieces and (start < pieces[-1][2] or start == end):
+            pieces[-1][0].append(i)
+            pieces[-1][2] = max(pieces[-1][2], end)
+        else:
+            pieces.append([[i], start, end])
+    return [(scored.text[start:end], idxs) for idxs, start, end in pieces]
 
-def _pieces(tm, s):
-    "`(piece, indexes of its tokens)` in the order of the text"
-    if s.spans: return _span_groups(s)
-    skip = len(s.read)-len(s.ids)
-    groups = [(w, [i-skip for i in idxs if i>=skip]) for w,idxs in tm.codec.word_groups(s.read)]
-    ends = [len(join_words(w for w,_ in groups[:i])) for i in range(len(groups)+1)]
-    text = join_words(w for w,_ in groups)
-    return [(text[a:b] or '∅', idxs) for (_,idxs),a,b in zip(groups, ends, ends[1:]) if idxs]
+def _pieces_by_words(tm, scored):
+    "`(piece of the text, indexes of its tokens)`, for a tokenizer that does not report spans"
+    n_skipped = len(scored.read) - len(scored.ids) # tokens that were read and not scored
+    groups = tm.adapter.word_groups(scored.read)
+    words = [word for word, _ in groups]
+    text = tm.adapter.join(words)
+    ends = [len(tm.adapter.join(words[:i])) for i in range(len(words) + 1)]
+    pieces = []
+    for (_, idxs), start, end in zip(groups, ends, ends[1:]):
+        idxs = [i - n_skipped for i in idxs if i >= n_skipped]
+        if idxs:
+            pieces.append((text[start:end] or '∅', idxs))
+    return pieces
 
-# %% ../../nbs/635_generation.surprisal.ipynb #e80ca975
+# %% ../../nbs/635_generation.surprisal.ipynb #836576d7
+def _color(share):
+    "RGB of a share of the strongest color, each 0 to 1, and the color of letters on it"
+    import matplotlib
+    rgb = matplotlib.colormaps['Oranges'](.85*share)[:3]
+    return rgb, 'white' if share > .75 else 'black'
+
+def _strongest(bits, vmax):
+    "Bits of the strongest color"
+    if vmax:
+        return vmax
+    return max(float(np.quantile(bits, .98)) if len(bits) else 1., 1e-6)
+
+def _to_span(piece, bits, top):
+    "A piece of text in HTML, with its color"
+    rgb, letters = _color(min(bits/top, 1.))
+    background = ','.join(f'{255*v:.0f}' for v in rgb)
+    style = f'background:rgb({background});color:{letters};padding:.1em 0;white-space:pre-wrap'
+    return f'<span title="{bits:.1f} bits" style="{style}">{html.escape(piece)}</span>'
+
+# %% ../../nbs/635_generation.surprisal.ipynb #5f05da7e
+def _printable(piece):
+    return piece.strip().replace('$', r'\$').replace('\n', ' ')
+
+def _space_before(piece, size):
+    "Width of the space at the start of a piece in points; text extents do not include it"
+    return size*.28 if piece[:1].isspace() else 0.
+
+def _widths(ax, pieces, size):
+    "The width of each piece in points"
+    renderer = ax.figure.canvas.get_renderer()
+    widths = []
+    for piece in pieces:
+        if not piece.strip():
+            widths.append(size*.3)
+            continue
+        text = ax.text(0, 0, _printable(piece), fontsize=size)
+        width = text.get_window_extent(renderer).width*72/ax.figure.dpi
+        text.remove()
+        widths.append(max(width + size*.08, size*.3) + _space_before(piece, size))
+    return widths
+
+# %% ../../nbs/635_generation.surprisal.ipynb #75c01249
+def _can_break(piece):
+    return piece[:1].isspace() or has_cjk(piece)
+
+def _lay_out(pieces, widths, line_width):
+    "`(x, line)` of each piece, and the number of lines"
+    places = []
+    x = 0.
+    line = 0
+    for i, (piece, width) in enumerate(zip(pieces, widths)):
+        needed = width
+        if i == 0 or _can_break(piece): # the whole word goes to the next line
+            word_end = next((j for j in range(i + 1, len(pieces)) if _can_break(pieces[j])), len(pieces))
+            word_width = sum(widths[i:word_end])
+            needed = word_width if word_width <= line_width else width
+        if '\n' in piece or (x and x + needed > line_width):
+            x = 0.
+            line += i > 0
+        places.append((x, line))
+        x += width
+    return places, line + 1
+
+# %% ../../nbs/635_generation.surprisal.ipynb #7223ef00
+def _draw_pieces(ax, surprisal, places, widths, size, top):
+    "Draw each piece in a box of its color"
+    from matplotlib.patches import Rectangle
+    line_height = size*1.75
+    for piece, bits, (x, line), width in zip(surprisal.pieces, surprisal.bits, places, widths):
+        rgb, letters = _color(min(bits/top, 1.))
+        y = -(line + .5)*line_height
+        ax.add_patch(Rectangle((x, y - line_height*.42), width, line_height*.84, facecolor=rgb, edgecolor='white',
+                               linewidth=.6))
+        space = _space_before(piece, size)
+        ax.text(x + space + (width - space)/2, y, _printable(piece), fontsize=size, color=letters, ha='center',
+                va='center')
+
+def _draw_scale(fig, top, width, height, text_height):
+    "Draw the color scale to the right of the text; sizes are in points"
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    length = min(text_height - 8, 90)
+    ax = fig.add_axes(((width - 58)/width, (text_height/2 - length/2)/height, 8/width, length/height))
+    cmap = LinearSegmentedColormap.from_list('', [_color(i/20)[0] for i in range(21)])
+    ticks = [0, top/2, top] if length > 40 else [0, top]
+    bar = fig.colorbar(ScalarMappable(Normalize(0, top), cmap), cax=ax, ticks=ticks)
+    labels = [f'{tick:.0f}' for tick in ticks[:-1]] + [f'{top:.0f} {in_words("bits")}']
+    bar.ax.set_yticklabels(labels, fontsize=7.5)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+
+# %% ../../nbs/635_generation.surprisal.ipynb #08750c0d
 class Surprisal:
     "A text in pieces, with the surprisal of each in bits"
     def __init__(self,
         pieces:list, # `(piece of the text, bits)`
         text:str # The text
     ):
-        self.text,self.pieces,self.bits = text,[p for p,_ in pieces],np.array([b for _,b in pieces], dtype=float)
-    def __len__(self): return len(self.pieces)
-    def __repr__(self): return f'Surprisal({len(self)} pieces, {self.bits.sum():.1f} bits in all; most at {", ".join(repr(self.pieces[i].strip()) for i in self.bits.argsort()[::-1][:3])})'
+        self.text = text
+        self.pieces = [piece for piece, _ in pieces]
+        self.bits = np.array([bits for _, bits in pieces], dtype=float)
+    def __len__(self):
+        return len(self.pieces)
+    def __repr__(self):
+        highest = ', '.join(repr(self.pieces[i].strip()) for i in self.bits.argsort()[::-1][:3])
+        return f'Surprisal({len(self)} pieces, {self.bits.sum():.1f} bits in all; most at {highest})'
+    def _repr_html_(self):
+        top = _strongest(self.bits, None)
+        spans = ''.join(_to_span(piece, bits, top) for piece, bits in zip(self.pieces, self.bits))
+        return f'<div style="line-height:1.9">{spans}</div>'
     def to_frame(self) -> pd.DataFrame: # piece | bits
         "A row for each piece"
         return pd.DataFrame(dict(piece=self.pieces, bits=self.bits))
 
-# %% ../../nbs/635_generation.surprisal.ipynb #a5ff9c8e
+    def plot(self,
+        title:str='', # Title of the figure
+        width:float=9., # Width of the figure in inches
+        size:float=11., # Font size in points
+        vmax:float|None=None, # Bits of the strongest color; `None`: nearly all pieces are below it
+        font:str|None=None # Font family; chosen by the characters if `None`
+    ):
+        "Draw the text with the colors of its surprisal, and return the Figure"
+        points = width*72
+        top = _strongest(self.bits, vmax)
+        with figure_style(self.text, title, in_words('bits'), font=font) as plt:
+            fig, ax = plt.subplots(figsize=(width, 1), layout='none')
+            widths = _widths(ax, self.pieces, size)
+            places, n_lines = _lay_out(self.pieces, widths, points - 90)
+            text_height = n_lines*size*1.75
+            height = text_height + (size*2.2 if title else 4)
+            fig.set_size_inches(width, height/72)
+            ax.set(position=(0, 0, 1 - 70/points, 1), xlim=(-4, points - 74), ylim=(-text_height, height - text_height))
+            ax.axis('off')
+            _draw_pieces(ax, self, places, widths, size, top)
+            if title:
+                ax.set_title(title, fontsize=size + 1, loc='left', x=4/points, y=1 - size*2/height)
+            _draw_scale(fig, top, points, height, text_height)
+        plt.close(fig)
+        return fig
+
+# %% ../../nbs/635_generation.surprisal.ipynb #a67a5817
 def token_surprisal(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
     text:str, # One text
     tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
     **kwargs # `stride`, `max_length`, `bs`, `bos`, as in `text_perplexity`
-) -> Surprisal: # Shows as a strip of heat in a notebook; `plot` draws it as a figure
-    "How surprised the model is by each piece of a text, given what comes before it (for a masked model: given all the rest)"
-    if not isinstance(text, str): raise DataError('One text is needed', f'a {type(text).__name__}')
+) -> Surprisal: # Shows as colored text in a notebook; `plot` draws a figure
+    "Surprisal of each piece of a text, given the text before it (for a masked model, given all the rest)"
+    if not isinstance(text, str):
+        raise DataError('One text is needed', f'a {type(text).__name__}')
     tm = text_model(model_or_name, tokenizer)
-    s, = score_texts(tm, [text], **kwargs)
-    bits = s.nll/math.log(2)
-    return Surprisal([(p, bits[idxs].sum()) for p,idxs in _pieces(tm, s)], text)
+    scored, = score_texts(tm, [text], **kwargs)
+    bits = scored.nll/math.log(2)
+    pieces = _pieces_by_spans(scored) if scored.spans else _pieces_by_words(tm, scored)
+    return Surprisal([(piece, bits[idxs].sum()) for piece, idxs in pieces], text)
 
-# %% ../../nbs/635_generation.surprisal.ipynb #f37cb0a3
+# %% ../../nbs/635_generation.surprisal.ipynb #54344f43
 @patch
 @delegates(token_surprisal, but=['model_or_name'])
 def token_surprisal(self:Learner,
     text:str, # One text
     **kwargs
 ) -> Surprisal:
-    "How surprised the model is by each piece of a text"
+    "Surprisal of each piece of a text"
     return token_surprisal(self, text, **kwargs) # the function
-
-# %% ../../nbs/635_generation.surprisal.ipynb #3d6c9b34
-def _colour(share):
-    "From white to deep orange, and whether letters on it should be white"
-    import matplotlib
-    r,g,b,_ = matplotlib.colormaps['Oranges'](.85*share)
-    return f'rgb({r*255:.0f},{g*255:.0f},{b*255:.0f})','white' if share>.75 else 'black'
-
-def _limit(bits, vmax): return vmax or max(float(np.quantile(bits, .98)) if len(bits) else 1., 1e-6)
-
-@patch
-def _repr_html_(self:Surprisal):
-    top,res = _limit(self.bits, None),[]
-    for p,b in zip(self.pieces, self.bits):
-        bg,fg = _colour(min(b/top, 1.))
-        res.append(f'<span title="{b:.1f} bits" style="background:{bg};color:{fg};padding:.1em 0;white-space:pre-wrap">{html.escape(p)}</span>')
-    return f'<div style="line-height:1.9">{"".join(res)}</div>'
-
-# %% ../../nbs/635_generation.surprisal.ipynb #a71d6d63
-def _widths(ax, pieces, size):
-    "How wide each piece is, in points"
-    r,res = ax.figure.canvas.get_renderer(),[]
-    for p in pieces:
-        t = ax.text(0, 0, _plain(p), fontsize=size)
-        w = t.get_window_extent(r).width*72/ax.figure.dpi if p.strip() else 0.
-        t.remove()
-        res.append(max(w+size*.08, size*.3) + (_lead(p, size) if p.strip() else 0))
-    return res
-
-def _plain(p): return p.strip().replace('$', r'\$').replace('\n', ' ')
-def _lead(p, size): return size*.28 if p[:1].isspace() else 0. # a space in front has no extent of its own
-
-# %% ../../nbs/635_generation.surprisal.ipynb #3ee3e2be
-def _lines(pieces, widths, width):
-    "`(x, line)` of each piece: a line ends before a space or a Chinese character, unless a word alone is too long"
-    res,x,line = [],0.,0
-    for i,(p,w) in enumerate(zip(pieces, widths)):
-        free = i==0 or p[:1].isspace() or has_cjk(p)
-        k = next((j for j in range(i+1, len(pieces)) if pieces[j][:1].isspace() or has_cjk(pieces[j])), len(pieces))
-        word = sum(widths[i:k]) if free else w
-        if x and (x+word>width if free and word<=width else x+w>width) or '\n' in p: x,line = 0.,line+(i>0)
-        res.append((x, line)); x += w
-    return res,line+1
-
-# %% ../../nbs/635_generation.surprisal.ipynb #d278bfb9
-@patch
-def plot(self:Surprisal,
-    title:str='', # Above the figure
-    width:float=9., # Inches
-    size:float=11., # Of the letters, in points
-    vmax:float|None=None, # Bits of the strongest colour; nearly all pieces are below it if `None`
-    font:str|None=None # Font family, found by the characters if `None`
-):
-    "Draw the text with the heat of its surprise, and return the Figure"
-    with figure_style(self.text, title, in_words('bits'), font=font) as plt:
-        fig,ax = plt.subplots(figsize=(width, 1), layout='none')
-        places,n = _lines(self.pieces, ws := _widths(ax, self.pieces, size), width*72-90)
-        step,top,h = size*1.75,_limit(self.bits, vmax),n*size*1.75+(size*2.2 if title else 4)
-        fig.set_size_inches(width, h/72)
-        ax.set(position=(0, 0, 1-70/(width*72), 1), xlim=(-4, width*72-74), ylim=(-(n*step), h-n*step)); ax.axis('off')
-        self._draw(ax, places, ws, step, size, top)
-        if title: ax.set_title(title, fontsize=size+1, loc='left', x=4/(width*72), y=1-(size*2)/h)
-        self._bar(fig, top, h, width*72, n*step)
-    plt.close(fig)
-    return fig
-
-# %% ../../nbs/635_generation.surprisal.ipynb #4ab24e4d
-@patch
-def _draw(self:Surprisal, ax, places, widths, step, size, top):
-    "The pieces on their grounds"
-    from matplotlib.patches import Rectangle
-    for p,b,(x,line),w in zip(self.pieces, self.bits, places, widths):
-        bg,fg = _colour(min(b/top, 1.))
-        y = -(line+.5)*step
-        ax.add_patch(Rectangle((x, y-step*.42), w, step*.84, facecolor=[int(v)/255 for v in bg[4:-1].split(',')], edgecolor='white', linewidth=.6))
-        lead = _lead(p, size)
-        ax.text(x+lead+(w-lead)/2, y, _plain(p), fontsize=size, color=fg, ha='center', va='center')
-
-# %% ../../nbs/635_generation.surprisal.ipynb #29079286
-@patch
-def _bar(self:Surprisal, fig, top, h, w, text_h):
-    "The scale beside it"
-    from matplotlib.colors import LinearSegmentedColormap
-    bar = min(text_h-8, 90)
-    cax = fig.add_axes(((w-58)/w, (text_h/2-bar/2)/h, 8/w, bar/h))
-    cmap = LinearSegmentedColormap.from_list('', [[int(v)/255 for v in _colour(i/20)[0][4:-1].split(',')] for i in range(21)])
-    import matplotlib.cm as cm, matplotlib.colors as mc
-    cb = fig.colorbar(cm.ScalarMappable(mc.Normalize(0, top), cmap), cax=cax, ticks=[0, top/2, top] if bar>40 else [0, top])
-    cb.ax.set_yticklabels([f'{v:.0f}' + (f" {in_words('bits')}" if v==top else '') for v in cb.get_ticks()], fontsize=7.5); cb.outline.set_visible(False); cb.ax.tick_params(length=0)
