@@ -19,7 +19,7 @@ from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
 from ..core import DataError, FastaiTLError
 from ..data.spec import CLASSIFICATION_TASKS
-from ..models.awd_lstm import pool_real_tokens, trains_undropped
+from ..models.awd_lstm import pool_real_tokens, allow_zero_weight_dropout
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
 from ..models.third_party import spec_of
@@ -45,7 +45,7 @@ def awd_classifier_learner(
     config = merge(awd_lstm_clas_config, config)
     model = get_text_classifier(AWD_LSTM, len(text_vocab(dls)), n_out, seq_len=seq_len, config=config,
                                 drop_mult=drop_mult, y_range=y_range)
-    model = pool_real_tokens(trains_undropped(model))
+    model = pool_real_tokens(allow_zero_weight_dropout(model))
     metrics = _AWD_METRICS[task] if metrics is None else metrics
     return TextLearner(dls, model, loss_func=_LOSSES[task](), opt_func=LayerwiseOptimizer, splitter=layer_splitter(),
                        train_bn=False, metrics=metrics, **kwargs)

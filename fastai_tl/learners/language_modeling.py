@@ -25,7 +25,7 @@ from ..callbacks import evaluating
 from ..data.language_modeling import end_of_text, frame
 from ..data.tables import check_texts
 from ..data.tokenizers import apply_rules
-from ..models.awd_lstm import trains_undropped
+from ..models.awd_lstm import allow_zero_weight_dropout
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
 from ..tune.optimizer import LayerwiseOptimizer
@@ -43,7 +43,7 @@ def awd_lm_learner(
     config = merge(awd_lstm_lm_config, config or {})
     model = get_language_model(AWD_LSTM, len(text_vocab(dls)), config=config, drop_mult=drop_mult)
     metrics = [accuracy, Perplexity()] if metrics is None else metrics
-    return LMLearner(dls, trains_undropped(model), loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer,
+    return LMLearner(dls, allow_zero_weight_dropout(model), loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer,
                      splitter=layer_splitter(), train_bn=False, metrics=metrics, **kwargs)
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #3ca189fc

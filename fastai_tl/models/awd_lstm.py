@@ -1,4 +1,4 @@
-"""AWD_LSTM classifiers: pooling that ignores padding, and layers that train without dropout
+"""Two corrections of fastai's AWD_LSTM models: pooling that ignores padding, and training without weight dropout
 
 Docs: https://fastai-tl.github.io/fastai_tl/models.awd_lstm.html.md"""
 
@@ -7,62 +7,72 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.awd_lstm.html.md"""
 # %% auto #0
 __all__ = ['pool_real_tokens']
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #0741c7a8
+# %% ../../nbs/220_models.awd_lstm.ipynb #0db6a3a9
 import torch
 from torch import nn
+from fastai.text.models.awdlstm import WeightDropout
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder, _pad_tensor
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #442e3d43
-import torch, torch.nn.functional as F
-from torch import nn
-from fastai.text.models.awdlstm import WeightDropout
-
-# %% ../../nbs/220_models.awd_lstm.ipynb #b7a00002
+# %% ../../nbs/220_models.awd_lstm.ipynb #8a7e5854
 class RealTokenEncoder(SentenceEncoder):
-    "fastai's, with a mask of what is not pooled that does not depend on the other texts: padding, and of a text longer than `max_len` whole chunks at its start"
-    def _mask(self, pads, first):
-        if self.max_len is None or pads.shape[1]<=self.max_len: return pads
-        n = pads.shape[1]-pads.flip(1).long().argmin(1)-first
-        skip = first + ((n-self.max_len).clamp(min=0)+self.bptt-1)//self.bptt*self.bptt
-        return pads | (torch.arange(pads.shape[1], device=pads.device)<skip[:,None])
+    "fastai's `SentenceEncoder`, with a mask of padding and of what exceeds `max_len` for each text by itself"
+    def _mask(self, padding, first):
+        "`True` for positions that are not pooled: padding, and whole chunks at the start of a text over `max_len`"
+        if self.max_len is None or padding.shape[1] <= self.max_len:
+            return padding
+        n_tokens = padding.shape[1]-padding.flip(1).long().argmin(1)-first
+        excess = (n_tokens-self.max_len).clamp(min=0)
+        n_chunks = (excess+self.bptt-1)//self.bptt
+        start = first + n_chunks*self.bptt
+        return padding | (torch.arange(padding.shape[1], device=padding.device) < start[:,None])
+
     def forward(self, input):
         self.reset()
-        pads = input==self.pad_idx
-        first = (~pads).long().argmax(1)
-        mask,outs = self._mask(pads, first),[]
+        padding = input == self.pad_idx
+        first = (~padding).long().argmax(1) # of each text, the position of its first token
+        mask = self._mask(padding, first)
         begin = int((~mask).any(0).long().argmax())//self.bptt*self.bptt # nothing before it is pooled
+        outs = []
         for i in range(0, input.shape[1], self.bptt):
-            o = self.module(input[:int((first<=i).sum()), i:i+self.bptt]) # texts that have not begun come last
-            if i>=begin: outs.append(_pad_tensor(o, len(input)))
-        return torch.cat(outs, 1),mask[:,begin:]
+            n_begun = int((first <= i).sum()) # texts that have not begun come last
+            states = self.module(input[:n_begun, i:i+self.bptt])
+            if i >= begin:
+                outs.append(_pad_tensor(states, len(input)))
+        return torch.cat(outs, 1), mask[:,begin:]
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #b7a00003
+# %% ../../nbs/220_models.awd_lstm.ipynb #8f1cfe8a
 class RealTokenPooling(PoolingLinearClassifier):
-    "fastai's, which takes the last, the greatest and the mean of the states that the mask leaves"
+    "fastai's `PoolingLinearClassifier`, with the last, the maximum and the mean of the states that the mask leaves"
     def forward(self, input):
-        h,mask = input
-        n,hide = (~mask).sum(1),mask[...,None]
+        states, mask = input
+        hidden = mask[...,None]
         last = mask.shape[1]-1-mask.flip(1).long().argmin(1)
-        top = h.masked_fill(hide, -torch.inf).amax(1)
-        mean = h.masked_fill(hide, 0).sum(1)/n.to(h.dtype)[:,None]
-        return self.layers(torch.cat([h[torch.arange(len(h), device=h.device),last], top, mean], 1)),h,h
+        last_state = states[torch.arange(len(states), device=states.device), last]
+        largest = states.masked_fill(hidden, -torch.inf).amax(1)
+        n_tokens = (~mask).sum(1).to(states.dtype)
+        mean = states.masked_fill(hidden, 0).sum(1)/n_tokens[:,None]
+        return self.layers(torch.cat([last_state, largest, mean], 1)), states, states
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #b7a00004
+# %% ../../nbs/220_models.awd_lstm.ipynb #c25278c4
+_CLASSES = {SentenceEncoder: RealTokenEncoder, PoolingLinearClassifier: RealTokenPooling}
+
 def pool_real_tokens(
     model:nn.Module, # fastai's text classifier
-    back:bool=False # Let it pool as fastai does again
+    back:bool=False # Make it pool as fastai does again
 ) -> nn.Module: # The same
-    "Let a text classifier pool the tokens of each text, whatever stands beside it in the batch"
-    for ours,theirs in ((RealTokenEncoder,SentenceEncoder), (RealTokenPooling,PoolingLinearClassifier)):
-        for m in model.modules():
-            if type(m) is (ours if back else theirs): m.__class__ = theirs if back else ours
+    "Make a text classifier pool the tokens of each text, whatever the other texts of the batch are"
+    classes = {ours: theirs for theirs, ours in _CLASSES.items()} if back else _CLASSES
+    for m in model.modules():
+        if type(m) in classes:
+            m.__class__ = classes[type(m)]
     return model
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #5a1d0c22
-def trains_undropped(
+# %% ../../nbs/220_models.awd_lstm.ipynb #c479397a
+def allow_zero_weight_dropout(
     model:nn.Module # Any model
 ) -> nn.Module: # The same
-    "Let each `WeightDropout` with a rate of 0 train"
+    "Make each `WeightDropout` with a rate of 0 work in training"
     for m in model.modules():
-        if isinstance(m, WeightDropout) and m.weight_p==0: m.weight_p = 1e-9
+        if isinstance(m, WeightDropout) and m.weight_p == 0:
+            m.weight_p = 1e-9
     return model
