@@ -1,4 +1,4 @@
-"""Raw text in, checked, tokenised once and kept
+"""Tokenize texts with fastai's rules and word tokenizer, in several processes, and cache the tokens
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.tokenizers.html.md"""
 
@@ -7,86 +7,58 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tokenizers.html.md"""
 # %% auto #0
 __all__ = ['WordLevelTokenizer', 'tokenizer_settings', 'TokenizedTexts', 'tokenize_texts_once', 'TextTokenizer']
 
-# %% ../../nbs/118_data.tokenizers.ipynb #bbc94a7e
-import os, re
+# %% ../../nbs/118_data.tokenizers.ipynb #52dcc7a8
+import multiprocessing, os, re, sys
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 import numpy as np, torch
-from fastcore.all import L, patch
+from fastcore.all import L
 from fastai.text.core import SpacyTokenizer, TitledStr, TokenizeWithRules, Tokenizer, defaults
 from fastprogress import progress_bar
 from ..core import FastaiTLError
-from ..files import digest, load_tree, save_tree
 from .tables import check_texts
+from ..files import digest, load_tree, save_tree
 
-# %% ../../nbs/118_data.tokenizers.ipynb #0d835ab4
+# %% ../../nbs/118_data.tokenizers.ipynb #6bee65b0
 class WordLevelTokenizer(SpacyTokenizer):
     "fastai's word tokenizer, for texts of any length"
     def __init__(self,
         lang:str='en', # A language of spaCy
-        special_toks=None, # Tokens that are never cut; fastai's if `None`
-        buf_sz:int=5000 # Texts a batch
+        special_toks=None, # Tokens that are never cut; `None`: fastai's
+        buf_sz:int=5000 # Number of texts in a batch
     ):
         super().__init__(lang, special_toks, buf_sz)
         self.lang = lang
-        self.pipe.__self__.max_length = 10**9 # no parser runs, so memory is no reason for a limit
-    def settings(self) -> dict: "What the tokens depend on"; return dict(tokenizer='word', lang=self.lang)
+        self.pipe.__self__.max_length = 10**9 # spaCy's limit bounds the memory of its parser, which does not run here
 
-# %% ../../nbs/118_data.tokenizers.ipynb #00e1f3cf
+    def settings(self) -> dict: # JSON
+        "Return what the tokens depend on"
+        return dict(tokenizer='word', lang=self.lang)
+
+# %% ../../nbs/118_data.tokenizers.ipynb #e6c25e42
 def tokenizer_settings(
     tok, # A tokenizer: an object that turns texts into lists of tokens
-    rules # The rules applied to a text before
+    rules # Functions applied to each text before it is tokenized
 ) -> dict: # JSON
-    "What the tokens of a text depend on, to recognise a cache or an encoder by"
-    s = tok.settings() if hasattr(tok, 'settings') else {'tokenizer': type(tok).__name__, **{k:v for k,v in vars(tok).items() if isinstance(v, (str,int,float,bool))}}
-    return dict(s, rules=[getattr(r, '__name__', str(r)) for r in rules])
+    "Return what the tokens of a text depend on, to recognise a cache or an encoder by it"
+    if hasattr(tok, 'settings'):
+        settings = tok.settings()
+    else:
+        plain = {k: v for k, v in vars(tok).items() if isinstance(v, (str, int, float, bool))}
+        settings = {'tokenizer': type(tok).__name__, **plain}
+    return dict(settings, rules=[getattr(rule, '__name__', str(rule)) for rule in rules])
 
-# %% ../../nbs/118_data.tokenizers.ipynb #57830034
-class TokenizedTexts:
-    "Tokenised texts: `words` once, and each text as indexes into them"
-    def __init__(self,
-        words:list, # The distinct tokens
-        ids:np.ndarray, # Indexes into `words` of all texts, one after the other
-        lens:np.ndarray, # Number of tokens of each text
-        settings:dict|None=None # What the tokens depend on
-    ):
-        self.words,self.ids,self.lens,self.settings = list(words),np.asarray(ids, dtype=np.int32),np.asarray(lens, dtype=np.int64),settings or {}
-        self.offsets = np.concatenate([[0], np.cumsum(self.lens)])
-    def __len__(self): return len(self.lens)
-    def __getitem__(self, i): return L(self.words[j] for j in self.ids[self.offsets[i]:self.offsets[i+1]])
-    def __repr__(self): return f'TokenizedTexts({len(self):,} texts, {len(self.ids):,} tokens, {len(self.words):,} distinct)'
-
-# %% ../../nbs/118_data.tokenizers.ipynb #bc3d85d4
-@patch
-def counter(self:TokenizedTexts,
-    idxs=None # Indexes of texts; all if `None`
-) -> Counter: # Token to number of times
-    "Count the tokens, of all texts or of those at `idxs`"
-    ids = self.ids if idxs is None else np.concatenate([self.ids[self.offsets[i]:self.offsets[i+1]] for i in idxs])
-    n = np.bincount(ids, minlength=len(self.words))
-    return Counter({w: int(c) for w,c in zip(self.words, n) if c})
-
-@patch
-def numericalize(self:TokenizedTexts,
-    vocab:list # Token of each number
-) -> list: # A tensor of numbers for each text; 0 for what the vocabulary lacks
-    "Each text as numbers into `vocab`"
-    o2i = {w:i for i,w in reversed(list(enumerate(vocab))) if w!='xxfake'}
-    ids = torch.from_numpy(np.array([o2i.get(w, 0) for w in self.words], dtype=np.int64)[self.ids])
-    return list(ids.split(self.lens.tolist()))
-
-# %% ../../nbs/118_data.tokenizers.ipynb #5e6f0781
+# %% ../../nbs/118_data.tokenizers.ipynb #51b2292e
 _lone_surrogate = re.compile('[\ud800-\udfff]')
 
 def apply_rules(
-    rules, # Functions that take a string and return a string, applied in this order
+    rules, # Functions from string to string, applied in this order
     texts # Strings
 ): # A generator of the changed texts
-    "Apply all `rules` to each text; lone surrogates, which no tokenizer takes, become `\ufffd`"
+    "Apply all `rules` to each text, and replace lone surrogates by `\ufffd`"
     for text in texts:
         for rule in rules:
             text = rule(text)
@@ -94,85 +66,153 @@ def apply_rules(
 
 _ruled = apply_rules # until every caller uses the new name
 
-# %% ../../nbs/118_data.tokenizers.ipynb #7fc33197
-def _encode(texts, tok, rules):
-    "The distinct tokens of some texts, their indexes, and the number of tokens of each text"
-    w2i,ids,lens = {},[],[]
-    own = hasattr(tok, 'decode') # a tokenizer with a way back needs no rules behind it
-    for toks in tok(apply_rules(rules, texts)) if own else TokenizeWithRules(tok, rules)(texts):
-        ids += [w2i.setdefault(t, len(w2i)) for t in toks]
-        lens.append(len(toks))
-    return list(w2i),np.array(ids, dtype=np.int32),lens
+# %% ../../nbs/118_data.tokenizers.ipynb #2152cd1c
+class TokenizedTexts:
+    "Tokenized texts: `words` has each token once, and each text is indexes into `words`"
+    def __init__(self,
+        words:list, # The distinct tokens
+        ids:np.ndarray, # (tokens of all texts,) indexes into `words`, one text after the other
+        lens:np.ndarray, # (texts,) number of tokens of each text
+        settings:dict|None=None # What the tokens depend on
+    ):
+        self.words = list(words)
+        self.ids = np.asarray(ids, dtype=np.int32)
+        self.lens = np.asarray(lens, dtype=np.int64)
+        self.settings = settings or {}
+        self.offsets = np.concatenate([[0], np.cumsum(self.lens)])
 
+    def __len__(self): return len(self.lens)
 
-_job = {}
-def _begin_worker(tok, rules): _job.update(tok=tok, rules=rules)
-def _work(texts): return _encode(texts, **_job)
+    def __getitem__(self, i): return L(self.words[j] for j in self._ids_of(i))
 
-# %% ../../nbs/118_data.tokenizers.ipynb #f5f999c0
+    def __repr__(self):
+        return f'TokenizedTexts({len(self):,} texts, {len(self.ids):,} tokens, {len(self.words):,} distinct)'
+
+    def _ids_of(self, i): return self.ids[self.offsets[i]:self.offsets[i+1]]
+
+    def counter(self,
+        idxs=None # Indexes of texts; `None`: all
+    ) -> Counter: # Token to its count
+        "Count the tokens of all texts, or of those at `idxs`"
+        ids = self.ids if idxs is None else np.concatenate([self._ids_of(i) for i in idxs])
+        counts = np.bincount(ids, minlength=len(self.words))
+        return Counter({word: int(count) for word, count in zip(self.words, counts) if count})
+
+    def numericalize(self,
+        vocab:list # The token of each number
+    ) -> list: # A tensor of numbers for each text; 0 for tokens that are not in the vocabulary
+        "Return each text as numbers into `vocab`"
+        number_of = {}
+        for i, word in enumerate(vocab):
+            if word != 'xxfake': # fastai pads vocabularies with it
+                number_of.setdefault(word, i)
+        numbers = np.array([number_of.get(word, 0) for word in self.words], dtype=np.int64)
+        return list(torch.from_numpy(numbers[self.ids]).split(self.lens.tolist()))
+
+# %% ../../nbs/118_data.tokenizers.ipynb #aa47a84e
+def _tokenize_part(texts, tok, rules):
+    "Return the distinct tokens of some texts, their indexes, and the number of tokens of each text"
+    index_of = {}
+    ids, lens = [], []
+    has_decode = hasattr(tok, 'decode') # then fastai's rules for tokens, such as `replace_space`, are not needed
+    token_lists = tok(apply_rules(rules, texts)) if has_decode else TokenizeWithRules(tok, rules)(texts)
+    for tokens in token_lists:
+        ids += [index_of.setdefault(token, len(index_of)) for token in tokens]
+        lens.append(len(tokens))
+    return list(index_of), np.array(ids, dtype=np.int32), lens
+
 def _parts(texts, size):
-    it,a = iter(texts),0
-    while part := list(islice(it, size)): yield a,part; a += len(part)
+    "Yield `(first row, texts)` of each part of `size` texts"
+    iterator, first_row = iter(texts), 0
+    while part := list(islice(iterator, size)):
+        yield first_row, part
+        first_row += len(part)
 
-# %% ../../nbs/118_data.tokenizers.ipynb #caebe334
-def _in_processes(texts, tok, rules, n, size):
-    "What `_encode` makes of each part, in order; at most two parts a process are under way"
-    method = 'fork' if 'fork' in _methods() else None
-    with ProcessPoolExecutor(n, get_context(method), _begin_worker, (tok, rules)) as pool:
-        todo,parts = deque(),_parts(texts, size)
+_worker = {} # the tokenizer and the rules of a process
+
+def _begin_worker(tok, rules): _worker.update(tok=tok, rules=rules)
+
+def _work(texts): return _tokenize_part(texts, **_worker)
+
+# %% ../../nbs/118_data.tokenizers.ipynb #d81c181d
+def _tokenize_in_processes(texts, tok, rules, n_workers, size):
+    "Yield what `_tokenize_part` returns for each part, in order"
+    context = multiprocessing.get_context('fork' if _can_fork() else None)
+    with ProcessPoolExecutor(n_workers, context, _begin_worker, (tok, rules)) as pool:
+        jobs, parts = deque(), _parts(texts, size)
         try:
             while True:
-                for a,part in islice(parts, 2*n-len(todo)): todo.append((a, len(part), pool.submit(_work, part)))
-                if not todo: return
-                a,k,job = todo.popleft()
+                for row, part in islice(parts, 2*n_workers-len(jobs)):
+                    jobs.append((row, len(part), pool.submit(_work, part)))
+                if not jobs:
+                    return
+                row, n_texts, job = jobs.popleft()
                 yield job.result()
         except BrokenProcessPool:
-            raise FastaiTLError('Every process that tokenises must live to its end', f'one that died; rows {a} to {a+k-1} were next', 'Was memory short? Try `n_workers=1`, or fewer than now') from None
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+            raise FastaiTLError('All processes must finish tokenizing',
+                                f'one that died; rows {row} to {row+n_texts-1} were next',
+                                'Was memory short? Try `n_workers=1`, or fewer than now') from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-def _methods():
-    import multiprocessing, sys
-    return multiprocessing.get_all_start_methods() if sys.platform=='linux' else ()
+def _can_fork():
+    "Return whether new processes can take over what is loaded"
+    return sys.platform == 'linux' and 'fork' in multiprocessing.get_all_start_methods()
 
-# %% ../../nbs/118_data.tokenizers.ipynb #0de158d2
 def _default_workers(n_texts):
-    "One process for what is done in a moment, and where new processes cannot take over what is loaded"
-    return min(len(os.sched_getaffinity(0)), 8) if n_texts>=20_000 and 'fork' in _methods() else 1
+    "Return one process for a short job, or if processes cannot be forked; else one a core, at most eight"
+    return min(len(os.sched_getaffinity(0)), 8) if n_texts >= 20_000 and _can_fork() else 1
 
-# %% ../../nbs/118_data.tokenizers.ipynb #37a1c7bd
+# %% ../../nbs/118_data.tokenizers.ipynb #89f4ad0b
 def _tokenize(texts, tok, rules, settings, progress, n_workers, size=1000):
-    w2i,ids,lens,n_parts = {},[],[],-(-len(texts)//size)
+    "Tokenize texts part by part and put the parts together"
+    n_parts = -(-len(texts)//size)
     n_workers = min(n_workers or _default_workers(len(texts)), n_parts)
-    parts = _in_processes(texts, tok, rules, n_workers, size) if n_workers>1 else (_encode(p, tok, rules) for _,p in _parts(texts, size))
-    for words,i,l in progress_bar(parts, total=n_parts, leave=False) if progress else parts:
-        ids.append(np.array([w2i.setdefault(w, len(w2i)) for w in words], dtype=np.int32)[i])
-        lens.append(np.array(l, dtype=np.int64))
-    return TokenizedTexts(list(w2i), np.concatenate(ids), np.concatenate(lens), settings)
+    if n_workers > 1:
+        parts = _tokenize_in_processes(texts, tok, rules, n_workers, size)
+    else:
+        parts = (_tokenize_part(part, tok, rules) for _, part in _parts(texts, size))
+    if progress:
+        parts = progress_bar(parts, total=n_parts, leave=False)
+    ids, lens = [], []
+    index_of = {}
+    for words, part_ids, part_lens in parts:
+        indexes = [index_of.setdefault(word, len(index_of)) for word in words]
+        ids.append(np.array(indexes, dtype=np.int32)[part_ids])
+        lens.append(np.array(part_lens, dtype=np.int64))
+    return TokenizedTexts(list(index_of), np.concatenate(ids), np.concatenate(lens), settings)
 
-# %% ../../nbs/118_data.tokenizers.ipynb #31a53638
+# %% ../../nbs/118_data.tokenizers.ipynb #acb2a1f1
 def tokenize_texts_once(
-    texts, # Strings; see `read_texts`
-    tok=None, # A tokenizer; `WordLevelTokenizer()` if `None`
-    rules=None, # Rules applied to each text before; fastai's if `None`
-    cache_dir:str|Path|None=None, # Keep the result there, by content and settings
-    progress:bool=True, # Show a progress bar, for more than a thousand texts
-    n_workers:int|None=None # Processes; one, or for 20,000 texts and more one a core, if `None`
+    texts, # Strings, see `read_texts`
+    tok=None, # A tokenizer; `None`: `WordLevelTokenizer()`
+    rules=None, # Functions applied to each text first; `None`: fastai's
+    cache_dir:str|Path|None=None, # Folder of the cache; `None`: no cache
+    progress:bool=True, # Whether to show a progress bar, for more than a thousand texts
+    n_workers:int|None=None # Number of processes; `None`: one, or one a core for 20,000 texts and more
 ) -> TokenizedTexts:
-    "Tokenise `texts` with fastai's rules; the second time they are read from the cache"
-    texts,tok = check_texts(texts),tok or WordLevelTokenizer()
+    "Tokenize `texts` with fastai's rules, or read their tokens from the cache"
+    texts = check_texts(texts)
+    tok = tok or WordLevelTokenizer()
     rules = list(defaults.text_proc_rules if rules is None else rules)
     settings = tokenizer_settings(tok, rules)
-    file = Path(cache_dir)/f'{digest(settings, *texts)}.safetensors' if cache_dir is not None else None
-    if file is not None and file.exists():
-        t = load_tree(file)
-        return TokenizedTexts(t['words'], t['ids'].numpy(), t['lens'].numpy(), t['settings'])
-    res = _tokenize(texts, tok, rules, settings, progress and len(texts)>1000, n_workers)
-    if file is not None: save_tree(file, dict(words=res.words, ids=torch.from_numpy(res.ids), lens=torch.from_numpy(res.lens), settings=settings))
+    if cache_dir is None:
+        return _tokenize(texts, tok, rules, settings, progress and len(texts) > 1000, n_workers)
+    file = Path(cache_dir)/f'{digest(settings, *texts)}.safetensors'
+    if file.exists():
+        cached = load_tree(file)
+        return TokenizedTexts(cached['words'], cached['ids'].numpy(), cached['lens'].numpy(), cached['settings'])
+    res = _tokenize(texts, tok, rules, settings, progress and len(texts) > 1000, n_workers)
+    ids, lens = torch.from_numpy(res.ids), torch.from_numpy(res.lens)
+    save_tree(file, dict(words=res.words, ids=ids, lens=lens, settings=settings))
     return res
 
-# %% ../../nbs/118_data.tokenizers.ipynb #ae31d61f
+# %% ../../nbs/118_data.tokenizers.ipynb #466c418a
 class TextTokenizer(Tokenizer):
-    "fastai's `Tokenizer` as a transform, whose decoding is the tokenizer's own where it has one"
+    "fastai's `Tokenizer` transform, decoded by the tokenizer itself if it can decode"
     @property
-    def tokenizer(self): "What `dls.tokenizer` finds, where fastai's methods look for it"; return self
+    def tokenizer(self):
+        "Return the transform itself: fastai asks a data set for its `tokenizer`"
+        return self
+
     def decodes(self, o): return TitledStr(self.tok.decode(o) if hasattr(self.tok, 'decode') else self.sep.join(o))
