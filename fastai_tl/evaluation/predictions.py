@@ -90,7 +90,7 @@ def pass_of_pair(pair, ds_idx, dl, spec):
             p, targets, _ = pass_over(learn, loader, spec)
         probs.append(p)
     mean = sum(probs)/2
-    losses = pair._losses(torch.from_numpy(mean), torch.from_numpy(targets))
+    losses = pair.row_losses(torch.from_numpy(mean), torch.from_numpy(targets))
     return mean, targets, losses.float().numpy()
 
 def two_columns(probs, targets, classes):

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.language_modeling.html.md""
 __all__ = ['awd_lm_learner', 'TokenLossFlat', 'TokenAccuracy', 'TokenPerplexity', 'HFCausalLMLearner', 'hf_causal_lm_learner',
            'HFMaskedLMLearner', 'hf_masked_lm_learner']
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #3b64f39c
+# %% ../../nbs/510_learners.language_modeling.ipynb #9022aa62
 import copy
 import torch, torch.nn.functional as F
 from fastcore.all import merge
@@ -31,7 +31,7 @@ from ..models.layer_groups import layer_splitter
 from ..tune.optimizer import LayerwiseOptimizer
 from .base import HFLearner, each_row, make_learner
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #ac8fe573
+# %% ../../nbs/510_learners.language_modeling.ipynb #a4daff59
 def awd_lm_learner(
     dls:DataLoaders, # From `language_model_dls`
     config:dict|None=None, # Sizes: `emb_sz`, `n_hid`, `n_layers`; fastai's 400, 1152 and 3 if `None`
@@ -46,7 +46,7 @@ def awd_lm_learner(
     return LMLearner(dls, allow_zero_weight_dropout(model), loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer,
                      splitter=layer_splitter(), train_bn=False, metrics=metrics, **kwargs)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #3ca189fc
+# %% ../../nbs/510_learners.language_modeling.ipynb #1086f791
 _IGNORED = -100 # the target of tokens that are not predicted, as in PyTorch and transformers
 
 class TokenLossFlat(CrossEntropyLossFlat):
@@ -77,7 +77,7 @@ class TokenLossFlat(CrossEntropyLossFlat):
         "Return the most probable tokens"
         return each_row(super().decodes, x)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #43559741
+# %% ../../nbs/510_learners.language_modeling.ipynb #ce1d3037
 class TokenAccuracy(Metric):
     "Share of the targets that are predicted, each token counting the same"
     def reset(self):
@@ -108,7 +108,7 @@ class TokenPerplexity(Metric):
     def value(self):
         return float(torch.tensor(self.total/self.count, dtype=torch.double).exp()) if self.count else None
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #d8912f2e
+# %% ../../nbs/510_learners.language_modeling.ipynb #7a757a64
 def with_token_ids(
     model, # A config of transformers, or anything else
     tokenizer # The tokenizer of the texts
@@ -126,7 +126,7 @@ def with_token_ids(
         config.decoder_start_token_id = config.pad_token_id
     return config
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #7b0d2e28
+# %% ../../nbs/510_learners.language_modeling.ipynb #6d27ace0
 def check_task(
     dls, # DataLoaders
     task, # The task that is needed
@@ -142,7 +142,7 @@ def token_metrics():
     "Make the metrics of a language model"
     return [TokenAccuracy(), TokenPerplexity()]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #a43c3e33
+# %% ../../nbs/510_learners.language_modeling.ipynb #d91a3d3a
 class HFCausalLMLearner(HFLearner):
     "A Learner of a causal language model"
     def predict(self,
@@ -156,8 +156,8 @@ class HFCausalLMLearner(HFLearner):
             ids = ids[-max(1, self.model.limit-max_new_tokens):]
         ids = torch.tensor([ids], device=next(self.model.parameters()).device)
         with evaluating(self.model):
-            out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=self.model.pad_id,
-                                         max_new_tokens=max_new_tokens, **kwargs)
+            out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                                         pad_token_id=self.model.pad_id, max_new_tokens=max_new_tokens, **kwargs)
         return item + self.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
     def _prompt_ids(self, text):
@@ -167,7 +167,7 @@ class HFCausalLMLearner(HFLearner):
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
         return before + ids or [end_of_text(self.tokenizer)]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #fc2488f9
+# %% ../../nbs/510_learners.language_modeling.ipynb #fc35efb1
 def hf_causal_lm_learner(
     dls:DataLoaders, # From `HFCausalLMDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -181,7 +181,7 @@ def hf_causal_lm_learner(
     return make_learner(dls, with_token_ids(model, dls.tokenizer), 'causal_lm', cls=HFCausalLMLearner,
                         loss_func=loss_func or TokenLossFlat(), metrics=metrics, **kwargs)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #c75e21f8
+# %% ../../nbs/510_learners.language_modeling.ipynb #9dba09dc
 class HFMaskedLMLearner(HFLearner):
     "A Learner of a masked language model"
     def predict(self,
@@ -205,7 +205,7 @@ class HFMaskedLMLearner(HFLearner):
         filled = tokenizer.decode(ids.masked_scatter(is_mask, found), skip_special_tokens=True)
         return TitledStr(filled), found, probs[is_mask]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #bc5cb12a
+# %% ../../nbs/510_learners.language_modeling.ipynb #68b22ae9
 def hf_masked_lm_learner(
     dls:DataLoaders, # From `HFMaskedLMDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
