@@ -19,6 +19,7 @@ from .data.hf_tokenizer import *
 from .data.awd_lstm import *
 from .data.windows import *
 from .data.classification import *
+from .data.tags import *
 from .data.tagging import *
 from .data.qa import *
 from .data.language_modeling import *

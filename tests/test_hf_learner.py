@@ -179,9 +179,9 @@ def test_interpretation(trained):
 
 def shown(monkeypatch):
     "What is displayed, as DataFrames"
-    from fastai_tl.data import hf_tokenizer as subwords
+    from fastai_tl.data import display
     tables = []
-    monkeypatch.setattr(subwords, 'display_df', tables.append)
+    monkeypatch.setattr(display, 'display_df', tables.append)
     return tables
 
 
