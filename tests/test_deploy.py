@@ -218,7 +218,7 @@ def test_the_top_layer_computes_one_position(tok, tmp_path):
         np.testing.assert_allclose(loaded.predict_proba(TEXTS), pred.predict_proba(TEXTS), atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize('kind', ['hf single', 'awd single'])
+@pytest.mark.parametrize('kind', ['hf classification', 'awd classification'])
 def test_other_precisions_are_near_and_say_how_near(kind, tok, capsys):
     learn = LEARNERS_OF[kind](tok)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
@@ -275,7 +275,7 @@ def elsewhere(code, *args):
 
 
 def test_round_trip_in_another_process(learn, tmp_path):
-    ts = learn.texts_; multi = learn.predictor().kind != 'regression'
+    ts = learn.texts_; multi = learn.predictor().task != 'regression'
     learn.save_bundle(tmp_path/'model', temperature=1.3 if multi else None)
     want = learn.predictor(temperature=1.3 if multi else None).predict(ts)
     (tmp_path/'texts.json').write_text(json.dumps(ts))

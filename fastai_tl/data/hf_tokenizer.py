@@ -204,8 +204,6 @@ class HFTokenize(DisplayedTransform):
         arrays = [np.asarray(rows, dtype=np.int32) for rows in zip(*[encoded[field] for field in fields])]
         return arrays, n_truncated(self.tokenizer, encoded, args, max_length) if self.truncation else 0
 
-    _cut = tokenize # until deploy.engines uses the new name
-
     def remember(self,
         texts # Texts, or pairs of texts
     ):

@@ -1,4 +1,4 @@
-"""Lists of texts in; labels, probabilities and scores out, in the order given, as fast as the machine allows
+"""Fast prediction for lists and streams of texts: labels, probabilities and scores, in the order of the texts
 
 Docs: https://fastai-tl.github.io/fastai_tl/deploy.predictor.html.md"""
 
@@ -7,278 +7,375 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.predictor.html.md"""
 # %% auto #0
 __all__ = ['Prediction', 'Predictions', 'Predictor', 'labelled_rows', 'describe_change']
 
-# %% ../../nbs/810_deploy.predictor.ipynb #270f4cd2
-import threading, time
+# %% ../../nbs/810_deploy.predictor.ipynb #4a1defe9
+import copy, threading, time
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
 import numpy as np, pandas as pd, torch
-from fastcore.all import patch
+from fastcore.all import delegates, patch
 from fastai.learner import Learner
 from ..core import DataError, FastaiTLError, shorten
-from ..data.classification import pool_windows
 from ..data.hf_tokenizer import packs
+from ..data.spec import activate
 from ..data.tables import check_texts
-from .engines import activate_at, engine_of, unactivate
+from ..data.windows import pool_windows
+from .engines import engine_of, unactivate
 from ..evaluation.evaluation import Evaluation
 from ..learners.bidirectional import BidirectionalLearner
 
-# %% ../../nbs/810_deploy.predictor.ipynb #10de924f
+# %% ../../nbs/810_deploy.predictor.ipynb #838b604a
 @dataclass
 class Prediction:
-    "What a model says of one text"
+    "Prediction for one text"
     label:object # A class, a list of classes, or a value
-    confidence:object # The probability of the label, or of each of them; `None` for a value
+    confidence:object # Probability of the label, or of each label; `None` for a value
     probs:dict|None # Class to probability; `None` for a value
-    scores:np.ndarray # Before softmax or sigmoid
+    scores:np.ndarray # (outputs,) logits
 
-# %% ../../nbs/810_deploy.predictor.ipynb #1cc384ce
+# %% ../../nbs/810_deploy.predictor.ipynb #45413ead
 class Predictions:
-    "What a model says of some texts, in their order"
+    "Predictions for some texts, in their order"
     def __init__(self,
-        scores, # (texts, outputs), before softmax or sigmoid
-        kind:str, # `classification`, `multilabel` or `regression`
-        classes:list|None=None, # Their names
-        temperature:float=1., # What the scores are divided by before they become probabilities
-        thresholds=None, # One a class
+        scores, # (texts, outputs) logits
+        task:str, # `classification`, `multilabel` or `regression`
+        classes:list|None=None, # Names of the classes
+        temperature:float=1., # Scores are divided by it before they become probabilities
+        thresholds=None, # One for each class
         texts=None # The texts, to be shown
     ):
-        self.scores,self.kind,self.classes,self.thresholds,self.texts = np.asarray(scores),kind,classes,thresholds,texts
-        self.probs = activate_at(torch.as_tensor(self.scores), kind, temperature).numpy()
-    def __len__(self): return len(self.scores)
-    def __iter__(self): return (self[i] for i in range(len(self)))
-    def __repr__(self): return f'Predictions({len(self):,} texts, labels={shorten(map(repr, self.labels))})'
-    def _repr_html_(self): return self.table().head(10)._repr_html_()
+        self.scores = np.asarray(scores)
+        self.task = task
+        self.classes = classes
+        self.thresholds = thresholds
+        self.texts = texts
+        self.probs = activate(torch.as_tensor(self.scores), task, temperature).numpy()
 
-# %% ../../nbs/810_deploy.predictor.ipynb #4ed8e188
-@patch(as_prop=True)
-def preds(self:Predictions) -> np.ndarray: # (texts,) numbers of classes, (texts, classes) indicators, or (texts, outputs) values
-    "What is decided"
-    if self.kind=='regression': return self.scores
-    if self.kind=='multilabel': return self.probs>.5 if self.thresholds is None else self.probs>=self.thresholds
-    return (self.probs if self.thresholds is None else self.probs/np.maximum(self.thresholds, 1e-12)).argmax(1)
+    @property
+    def preds(self) -> np.ndarray: # (texts,) indices of classes, (texts, classes) booleans, or (texts, outputs) values
+        "Decisions by the largest probability, or by the thresholds"
+        if self.task == 'regression':
+            return self.scores
+        if self.task == 'multilabel':
+            return self.probs > .5 if self.thresholds is None else self.probs >= self.thresholds
+        ratios = self.probs if self.thresholds is None else self.probs/np.maximum(self.thresholds, 1e-12)
+        return ratios.argmax(1)
 
-@patch(as_prop=True)
-def labels(self:Predictions) -> list:
-    "A class, a list of classes, or a value for each text"
-    if self.kind=='regression': return self.scores[:,0].tolist() if self.scores.shape[1]==1 else self.scores.tolist()
-    return [self.classes[i] for i in self.preds] if self.kind=='classification' else [[c for c,o in zip(self.classes, r) if o] for r in self.preds]
+    @property
+    def labels(self) -> list:
+        "A class, a list of classes, or a value for each text"
+        if self.task == 'regression':
+            return self.scores[:,0].tolist() if self.scores.shape[1] == 1 else self.scores.tolist()
+        if self.task == 'classification':
+            return [self.classes[i] for i in self.preds]
+        return [[c for c, is_on in zip(self.classes, row) if is_on] for row in self.preds]
 
-# %% ../../nbs/810_deploy.predictor.ipynb #892402e9
-@patch
-def __getitem__(self:Predictions, i):
-    if isinstance(i, slice): res = Predictions(self.scores[i], self.kind, self.classes, 1., self.thresholds, self.texts[i] if self.texts else None); res.probs = self.probs[i]; return res
-    one = self[i:i+1] if i!=-1 else self[-1:]
-    label = one.labels[0]
-    if self.kind=='regression': return Prediction(label, None, None, one.scores[0])
-    probs = dict(zip(self.classes, one.probs[0].tolist()))
-    return Prediction(label, probs[label] if self.kind=='classification' else [probs[c] for c in label], probs, one.scores[0])
+    def table(self) -> pd.DataFrame: # text (if known) | label | a column for each class
+        "Make a table of labels and probabilities"
+        columns = {}
+        if self.texts is not None:
+            columns['text'] = [t if isinstance(t, str) else ' ‖ '.join(t) for t in self.texts]
+        columns['label'] = self.labels
+        if self.task != 'regression':
+            columns |= {str(c): self.probs[:,k] for k, c in enumerate(self.classes)}
+        return pd.DataFrame(columns)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #c302a6b0
-@patch
-def table(self:Predictions) -> pd.DataFrame: # text (if known) | label | a column a class, or none for a regression
-    "Labels and probabilities as a table"
-    cols = {} if self.texts is None else {'text': [t if isinstance(t, str) else ' ‖ '.join(t) for t in self.texts]}
-    cols['label'] = self.labels
-    if self.kind!='regression': cols |= {str(c): self.probs[:,k] for k,c in enumerate(self.classes)}
-    return pd.DataFrame(cols)
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            part = copy.copy(self)
+            part.scores = self.scores[i]
+            part.probs = self.probs[i]
+            part.texts = self.texts[i] if self.texts else None
+            return part
+        one = self[i:i+1] if i != -1 else self[-1:]
+        label, scores = one.labels[0], one.scores[0]
+        if self.task == 'regression':
+            return Prediction(label, None, None, scores)
+        probs = dict(zip(self.classes, one.probs[0].tolist()))
+        confidence = probs[label] if self.task == 'classification' else [probs[c] for c in label]
+        return Prediction(label, confidence, probs, scores)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #0e5d4259
+    def __len__(self):
+        return len(self.scores)
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+    def __repr__(self):
+        return f'Predictions({len(self):,} texts, labels={shorten(map(repr, self.labels))})'
+    def _repr_html_(self):
+        return self.table().head(10)._repr_html_()
+
+# %% ../../nbs/810_deploy.predictor.ipynb #69dd0996
+def _check_inputs(texts, first_row, takes_pairs):
+    "A list of strings, or of pairs of strings"
+    if isinstance(texts, (str, bytes)):
+        raise DataError('A list of texts is needed', f'one {type(texts).__name__}', 'Put it into a list')
+    texts = list(texts)
+    rows = range(first_row, first_row+len(texts))
+    is_pair = [isinstance(t, (list, tuple)) for t in texts]
+    if not any(is_pair):
+        return check_texts(texts, rows) if texts else []
+    if not takes_pairs:
+        pair_rows = [row for row, pair in zip(rows, is_pair) if pair]
+        raise DataError('This model reads single texts', f'a pair in row {shorten(pair_rows)}')
+    bad = [row for row, t, pair in zip(rows, texts, is_pair) if not pair or len(t) != 2]
+    if bad:
+        raise DataError('Where one item is a pair of texts, all must be', f'something else in row {shorten(bad)}')
+    return list(zip(*(check_texts([t[k] for t in texts], rows) for k in (0, 1))))
+
+# %% ../../nbs/810_deploy.predictor.ipynb #3562ea45
+def _temperature_of(temperature, task):
+    "A number, or the temperature of a calibration"
+    value = float(getattr(temperature, 'temperature', 1. if temperature is None else temperature))
+    if not 0 < value < np.inf:
+        raise FastaiTLError('A temperature must be above 0', str(value))
+    if value != 1 and task == 'regression':
+        raise FastaiTLError('A temperature is for probabilities', 'a regression')
+    return value
+
+def _loss_thresholds(threshold, task, classes, is_binary):
+    "Thresholds that decide as the loss function does, or `None` where it is the usual decision"
+    if threshold == .5 or not (is_binary or task == 'multilabel'):
+        return None
+    if is_binary:
+        return np.array([1-threshold, threshold])
+    return np.array([np.nextafter(np.float32(threshold), np.float32(1))]*len(classes))
+
+def _given_thresholds(thresholds, task, classes):
+    "One number for each class, out of a list or a table"
+    thresholds = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
+    thresholds = np.asarray(thresholds, dtype=float)
+    if task == 'regression' or thresholds.shape != (len(classes),):
+        raise FastaiTLError('Thresholds must be one for each class',
+                            f'shape {thresholds.shape} for {len(classes or ())} classes')
+    return thresholds
+
+# %% ../../nbs/810_deploy.predictor.ipynb #7722b28d
 class Predictor:
-    "A trained classifier or regression that takes lists of texts"
+    "Trained classifier or regression that takes lists of texts"
     def __init__(self,
         source, # A Learner, a `BidirectionalLearner`, or an engine
         precision:str='fp32', # `fp32`, `bf16`, `fp16` (on a GPU) or `int8` (on a CPU)
-        temperature=None, # Of the probabilities: a number, or what `learn.calibrate()` gives
-        thresholds=None, # One a class, in their order: numbers, or the table of `ev.thresholds()`
-        max_tokens:int|None=None, # Tokens of a batch, padding included; a good number for the model and its device if `None`
-        cache:int=0 # Remember the results of so many texts, the last that were asked for
+        temperature=None, # Of the probabilities: a number, or the result of `learn.calibrate()`
+        thresholds=None, # One for each class, in their order: numbers, or the table of `ev.thresholds()`
+        max_tokens:int|None=None, # Tokens of a batch, padding included; `None`: a good number for model and device
+        cache:int=0 # Keep the results of so many texts, the last that were asked for
     ):
-        e = engine_of(source) if isinstance(source, (Learner,BidirectionalLearner)) else source
-        self.engine = e if precision==e.precision else e.to_precision(precision)
-        self.binary = e.kind=='multilabel' and e.classes is not None and e.n_out==1 and len(e.classes)==2
-        self.kind,self.classes = 'classification' if self.binary else e.kind,e.classes
-        self.temperature,self.thresholds = self._temperature(temperature),self._thresholds(thresholds, e.threshold)
-        self.max_tokens,self.change = max_tokens or e.budget,None
-        self.cache,self.lock,self.known = cache,threading.Lock(),OrderedDict()
+        engine = engine_of(source) if isinstance(source, (Learner, BidirectionalLearner)) else source
+        self.engine = engine if precision == engine.precision else engine.to_precision(precision)
+        self.classes = engine.classes
+        self.is_binary = engine.task == 'multilabel' and engine.n_out == 1 and len(self.classes) == 2 # a sigmoid
+        self.task = 'classification' if self.is_binary else engine.task
+        self.temperature = _temperature_of(temperature, self.task)
+        own = _loss_thresholds(engine.threshold, self.task, self.classes, self.is_binary)
+        self.thresholds = own if thresholds is None else _given_thresholds(thresholds, self.task, self.classes)
+        self.max_tokens = max_tokens or engine.budget
+        self.change = None # what another precision than float32 changes: a table of `compare_precisions`
+        self.make_learner = None # `load_bundle` sets it to a function from DataLoaders to a Learner
+        self.cache, self.known = cache, OrderedDict()
+        self.lock = threading.Lock()
+
     @property
-    def precision(self): "Of the weights"; return self.engine.precision
-    def __repr__(self): return f"Predictor({self.kind}, {self.precision}, classes={shorten(self.classes) if self.classes else None}{f', temperature={self.temperature:.4g}' if self.temperature!=1 else ''})"
+    def precision(self):
+        "Precision of the weights"
+        return self.engine.precision
 
-# %% ../../nbs/810_deploy.predictor.ipynb #2445b591
-@patch
-def _temperature(self:Predictor, t):
-    t = float(getattr(t, 'temperature', 1. if t is None else t))
-    if not 0<t<np.inf: raise FastaiTLError('A temperature must be above 0', str(t))
-    if t!=1 and self.kind=='regression': raise FastaiTLError('A temperature is for probabilities', 'a regression')
-    return t
+    def __repr__(self):
+        temperature = f', temperature={self.temperature:.4g}' if self.temperature != 1 else ''
+        classes = shorten(self.classes) if self.classes else None
+        return f'Predictor({self.task}, {self.precision}, classes={classes}{temperature})'
 
-@patch
-def _thresholds(self:Predictor, t, own):
-    "One a class; the loss's own where it has another than one half"
-    if t is None: return None if own==.5 or self.kind=='regression' or not (self.binary or self.kind=='multilabel') else np.array([1-own, own] if self.binary else [np.nextafter(np.float32(own), np.float32(1))]*len(self.classes))
-    t = np.asarray(t['threshold'] if isinstance(t, pd.DataFrame) else t, dtype=float)
-    if self.kind=='regression' or t.shape!=(len(self.classes),): raise FastaiTLError('Thresholds must be one for each class', f'shape {t.shape} for {len(self.classes or ())} classes')
-    return t
+    def run(self,
+        rows # Rows of token numbers, as the engine makes them
+    ) -> np.ndarray: # (rows, outputs)
+        "Compute the scores of some rows, in their order"
+        lens = [row.shape[-1] for row in rows]
+        if 0 in lens:
+            empty = shorten(i for i, n in enumerate(lens) if not n)
+            raise DataError('A text must have at least one token', f'none in row {empty}', 'Leave out such texts')
+        batches = packs(lens, self.max_tokens)
+        parts = [self.engine([rows[i] for i in batch]).cpu() for batch in batches]
+        scores = torch.empty(len(rows), parts[0].shape[1])
+        scores[sum(batches, [])] = torch.cat(parts)
+        if self.is_binary:
+            scores = torch.cat([torch.zeros_like(scores), scores], 1)
+        return scores.numpy()
 
-# %% ../../nbs/810_deploy.predictor.ipynb #60c4471e
-@patch
-def _check(self:Predictor, texts, first=0):
-    "A list of strings, or of pairs of strings; bad ones are named by their rows"
-    if isinstance(texts, (str, bytes)): raise DataError('A list of texts is needed', f'one {type(texts).__name__}', 'Put it into a list')
-    texts = list(texts)
-    rows,pair = range(first, first+len(texts)),[isinstance(t, (list,tuple)) for t in texts]
-    if not any(pair): return check_texts(texts, rows) if texts else []
-    if not self.engine.pairs: raise DataError('This model reads single texts', f'a pair in row {shorten(r for r,p in zip(rows, pair) if p)}')
-    bad = [r for r,t,p in zip(rows, texts, pair) if not p or len(t)!=2]
-    if bad: raise DataError('Where one item is a pair of texts, all must be', f'something else in row {shorten(bad)}')
-    return list(zip(*(check_texts([t[k] for t in texts], rows) for k in (0,1))))
+    def _score(self, texts):
+        "Scores of distinct texts; a text in windows gets the mean probabilities of its windows"
+        if self.engine.windows is None or not isinstance(texts[0], str):
+            return self.run(self.engine.encode(texts))
+        windows, owners = self.engine.pieces(texts)
+        probs = activate(torch.from_numpy(self.run(self.engine.encode(windows))), self.task)
+        return unactivate(pool_windows(probs, owners), self.task).numpy()
 
-# %% ../../nbs/810_deploy.predictor.ipynb #e7a19dee
-@patch
-def run(self:Predictor,
-    rows # Rows of token numbers, as the engine makes them
-) -> np.ndarray: # (rows, outputs)
-    "Scores of some rows, in their order"
-    lens = [r.shape[-1] for r in rows]
-    if 0 in lens: raise DataError('A text must have at least one token', f'none in row {shorten(i for i,n in enumerate(lens) if not n)}', 'Leave out such texts')
-    parts,order = [],[]
-    for b in packs(lens, self.max_tokens): parts.append(self.engine([rows[i] for i in b]).cpu()); order += b
-    res = torch.empty(len(rows), parts[0].shape[1])
-    res[order] = torch.cat(parts)
-    return (torch.cat([torch.zeros_like(res), res], 1) if self.binary else res).numpy()
+    def scores(self,
+        texts, # Strings, or pairs of them
+        first:int=0 # Number of the first text in error messages
+    ) -> np.ndarray: # (texts, outputs) logits
+        "Compute the scores of texts, once for each distinct text"
+        texts = _check_inputs(texts, first, self.engine.pairs)
+        distinct = dict.fromkeys(texts)
+        with self.lock:
+            found = {t: self.known[t] for t in distinct if t in self.known}
+        new = [t for t in distinct if t not in found]
+        for start in range(0, len(new), 10_000):
+            chunk = new[start:start+10_000]
+            found |= zip(chunk, self._score(chunk))
+        if self.cache:
+            self._remember(distinct, found)
+        if not texts:
+            return np.zeros((0, len(self.classes or range(self.engine.n_out))), dtype=np.float32)
+        return np.stack([found[t] for t in texts])
 
-@patch
-def _score(self:Predictor, texts):
-    "Scores of distinct texts; those of a text in windows make the mean of the windows' probabilities"
-    if self.engine.windows is None or not isinstance(texts[0], str): return self.run(self.engine.encode(texts))
-    pieces,owner = self.engine.pieces(texts)
-    p = activate_at(torch.from_numpy(self.run(self.engine.encode(pieces))), self.kind)
-    return unactivate(pool_windows(p, owner), self.kind).numpy()
+    def _remember(self, texts, scores):
+        with self.lock:
+            for text in texts:
+                self.known[text] = scores[text].copy()
+                self.known.move_to_end(text)
+            while len(self.known) > self.cache:
+                self.known.popitem(last=False)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #86f1c89c
-@patch
-def scores(self:Predictor,
-    texts, # Strings, or pairs of them
-    first:int=0 # Number of the first, for messages
-) -> np.ndarray: # (texts, outputs), before softmax or sigmoid
-    "Scores of texts, each distinct one computed once"
-    texts = self._check(texts, first)
-    with self.lock: got = {t: self.known[t] for t in dict.fromkeys(texts) if t in self.known}
-    new = [t for t in dict.fromkeys(texts) if t not in got]
-    for a in range(0, len(new), 10_000): got |= zip(new[a:a+10_000], self._score(new[a:a+10_000]))
-    if self.cache: self._remember(dict.fromkeys(texts), got)
-    return np.stack([got[t] for t in texts]) if texts else np.zeros((0, len(self.classes) if self.classes else self.engine.n_out), dtype=np.float32)
+    def predict(self,
+        texts # Strings, or pairs of them
+    ) -> Predictions: # In the same order
+        "Predict labels, probabilities and scores of texts"
+        texts = _check_inputs(texts, 0, self.engine.pairs)
+        return self._predictions(self.scores(texts), texts)
 
-@patch
-def _remember(self:Predictor, texts, got):
-    with self.lock:
-        for t in texts: self.known[t] = got[t].copy(); self.known.move_to_end(t)
-        while len(self.known)>self.cache: self.known.popitem(last=False)
+    def _predictions(self, scores, texts=None):
+        return Predictions(scores, self.task, self.classes, self.temperature, self.thresholds, texts)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #eb713ae2
-@patch
-def predict(self:Predictor,
-    texts # Strings, or pairs of them
-) -> Predictions: # In the same order
-    "Labels, probabilities and scores of texts"
-    texts = self._check(texts)
-    return Predictions(self.scores(texts), self.kind, self.classes, self.temperature, self.thresholds, texts)
+    def predict_proba(self,
+        texts # Strings, or pairs of them
+    ) -> np.ndarray: # (texts, classes); for a regression the values, (texts, outputs)
+        "Predict the probabilities of texts"
+        return self.predict(texts).probs
 
-@patch
-def predict_proba(self:Predictor,
-    texts # Strings, or pairs of them
-) -> np.ndarray: # (texts, classes); the values of a regression, (texts, outputs)
-    "Probabilities of texts"
-    return self.predict(texts).probs
+    def predict_iter(self,
+        texts, # Any iterable, of any length
+        size:int=1000 # Texts that are in memory at a time
+    ): # Yields a `Prediction` for each text, in the same order
+        "Predict a stream of texts"
+        stream, n_read = iter(texts), 0
+        while chunk := list(islice(stream, size)):
+            yield from self._predictions(self.scores(chunk, n_read))
+            n_read += len(chunk)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #308d0356
-@patch
-def predict_iter(self:Predictor,
-    texts, # Any iterable, of any length
-    size:int=1000 # How many are held in memory at a time
-): # Yields a `Prediction` for each text, in the same order
-    "Predict a stream"
-    it,n = iter(texts),0
-    while chunk := list(islice(it, size)):
-        yield from Predictions(self.scores(chunk, n), self.kind, self.classes, self.temperature, self.thresholds)
-        n += len(chunk)
+    def learner(self,
+        dls=None # DataLoaders to train with; without them the Learner has no data
+    ): # A Learner, or a `BidirectionalLearner`
+        "Make a Learner with the weights of the bundle that this Predictor was loaded from"
+        if self.make_learner is None:
+            raise FastaiTLError('A Learner can be made from a bundle', 'a Predictor of a Learner', 'Use that Learner')
+        return self.make_learner(dls)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #ae24ae6f
+# %% ../../nbs/810_deploy.predictor.ipynb #e933302b
 def labelled_rows(
     learn, # A Learner, or a `BidirectionalLearner`
     engine, # Its engine
     ds_idx:int=1, # Which dataset: 0 training, 1 validation
-    n:int=1000 # At most so many rows
+    n:int=1000 # Largest number of rows
 ) -> tuple: # Rows of token numbers, and an array of their targets
-    "At most `n` rows of token numbers, evenly drawn, with their targets"
-    ls = learn.learners if isinstance(learn, BidirectionalLearner) else [learn]
-    sets = [l.dls[ds_idx].dataset for l in ls]
-    idxs = np.unique(np.linspace(0, len(sets[0])-1, min(n, len(sets[0]))).astype(int)).tolist()
-    samples = [[s[i] for s in sets] for i in idxs]
-    if not samples or len(samples[0][0])<2: raise DataError('A comparison needs labelled rows', 'none', 'Pass a Learner with validation data')
-    x = [engine.of_sample([o[0] for o in s] if len(ls)>1 else s[0][0]) for s in samples]
-    return x,np.stack([np.asarray(s[0][1]) for s in samples])
+    "Take at most `n` rows of a dataset, evenly spaced, with their targets"
+    is_pair = isinstance(learn, BidirectionalLearner)
+    parts = learn.learners if is_pair else [learn]
+    datasets = [part.dls[ds_idx].dataset for part in parts]
+    n_rows = len(datasets[0])
+    idxs = np.unique(np.linspace(0, n_rows-1, min(n, n_rows)).astype(int)).tolist()
+    samples = [[ds[i] for ds in datasets] for i in idxs]
+    if not samples or len(samples[0][0]) < 2:
+        raise DataError('A comparison needs labelled rows', 'none', 'Pass a Learner with validation data')
+    inputs = [[sample[0] for sample in row] for row in samples]
+    rows = [engine.of_sample(x if is_pair else x[0]) for x in inputs]
+    return rows, np.stack([np.asarray(row[0][1]) for row in samples])
 
-# %% ../../nbs/810_deploy.predictor.ipynb #69aa7464
-def _quality(probs, y, kind, classes):
-    "A figure of merit and the loss"
-    ev = Evaluation.from_preds(probs if kind!='regression' or probs.shape[1]>1 else probs[:,0], y.reshape(len(y)) if kind!='multilabel' else y.astype(int), classes)
-    right = np.sqrt(np.mean((probs.reshape(-1)-y.reshape(-1))**2)) if kind=='regression' else np.mean(ev.preds==ev.targets)
-    return {'rmse' if kind=='regression' else 'accuracy': float(right), 'loss': float(np.mean(ev.losses))}
+# %% ../../nbs/810_deploy.predictor.ipynb #685ae24a
+def _quality(probs, targets, task, classes):
+    "Accuracy or root mean square error, and the loss"
+    is_values = task == 'regression' and probs.shape[1] == 1
+    targets_of_rows = targets.astype(int) if task == 'multilabel' else targets.reshape(len(targets))
+    ev = Evaluation.from_preds(probs[:,0] if is_values else probs, targets_of_rows, classes)
+    loss = float(np.mean(ev.losses))
+    if task == 'regression':
+        return dict(rmse=float(np.sqrt(np.mean((probs.reshape(-1)-targets.reshape(-1))**2))), loss=loss)
+    return dict(accuracy=float(np.mean(ev.preds == ev.targets)), loss=loss)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #76c0b598
+def _timed_run(predictor, rows):
+    "Scores of some rows, and seconds"
+    predictor.run(rows[:2])
+    start = time.perf_counter()
+    scores = predictor.run(rows)
+    return scores, time.perf_counter()-start
+
+# %% ../../nbs/810_deploy.predictor.ipynb #4e9174da
 def _compare(learn, precisions, ds_idx, n):
-    base,rows = engine_of(learn),[]
-    x,y = labelled_rows(learn, base, ds_idx, n)
-    for p in ('fp32', *[o for o in precisions if o!='fp32']):
-        pr = Predictor(base, p)
-        pr.run(x[:2])
-        t = time.perf_counter(); s = pr.run(x); t = time.perf_counter()-t
-        o = Predictions(s, pr.kind, pr.classes, 1., pr.thresholds)
-        first = o if not rows else first
-        same = {} if pr.kind=='regression' else {'same': float((o.preds==first.preds).reshape(len(x), -1).all(1).mean())}
-        rows.append(dict(precision=p, **_quality(o.probs, y, pr.kind, pr.classes), **same, max_change=float(np.abs(o.probs-first.probs).max()), texts=len(x), size_mb=pr.engine.n_bytes/2**20, texts_per_second=len(x)/t))
-    return pd.DataFrame(rows).set_index('precision')
+    "Table of precisions, float32 first"
+    engine = engine_of(learn)
+    rows, targets = labelled_rows(learn, engine, ds_idx, n)
+    lines, reference = [], None
+    for precision in ('fp32', *[p for p in precisions if p != 'fp32']):
+        predictor = Predictor(engine, precision)
+        scores, seconds = _timed_run(predictor, rows)
+        preds = Predictions(scores, predictor.task, predictor.classes, 1., predictor.thresholds)
+        reference = preds if reference is None else reference
+        line = dict(precision=precision, **_quality(preds.probs, targets, predictor.task, predictor.classes))
+        if predictor.task != 'regression':
+            line['same'] = float((preds.preds == reference.preds).reshape(len(rows), -1).all(1).mean())
+        line['max_change'] = float(np.abs(preds.probs-reference.probs).max())
+        lines.append(dict(line, texts=len(rows), size_mb=predictor.engine.n_bytes/2**20,
+                          texts_per_second=len(rows)/seconds))
+    return pd.DataFrame(lines).set_index('precision')
 
-# %% ../../nbs/810_deploy.predictor.ipynb #7a3b0364
+# %% ../../nbs/810_deploy.predictor.ipynb #022378af
 @patch
 def compare_precisions(self:Learner|BidirectionalLearner,
-    precisions=('fp32','bf16','int8'), # Keys of `PRECISIONS`; `fp32` is always there
+    precisions=('fp32', 'bf16', 'int8'), # Keys of `PRECISIONS`; `fp32` is always measured
     ds_idx:int=1, # 0 for training, 1 for validation rows
-    n:int=1000 # At most so many of them
+    n:int=1000 # Largest number of rows
 ) -> pd.DataFrame: # precision | accuracy (or rmse) | loss | same | max_change | texts | size_mb | texts_per_second
-    "What each precision costs and gives, on labelled rows"
+    "Measure accuracy, size and speed of precisions on labelled rows"
     return _compare(self, precisions, ds_idx, n)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #e6e53477
+# %% ../../nbs/810_deploy.predictor.ipynb #06f1523d
+def describe_change(
+    table:pd.DataFrame # Table of precisions, as `learn.compare_precisions` makes it
+) -> str:
+    "Describe the second row of a table of precisions in one line"
+    reference, other = table.iloc[0], table.iloc[1]
+    measure = 'accuracy' if 'accuracy' in table else 'rmse'
+    if 'same' in table:
+        change = f'{other.same:.1%} of the decisions the same, probabilities changed by at most {other.max_change:.3f}'
+    else:
+        change = f'values changed by at most {other.max_change:.3g}'
+    return (f'{other.name}: {measure} {other[measure]:.4f} (float32: {reference[measure]:.4f}) '
+            f'on {int(other.texts):,} validation rows, {change}')
+
+# %% ../../nbs/810_deploy.predictor.ipynb #08494745
 @patch
+@delegates(Predictor, but=['source'])
 def predictor(self:Learner|BidirectionalLearner,
     precision:str='fp32', # `fp32`, `bf16`, `fp16` (on a GPU) or `int8` (on a CPU)
-    check:int=1000, # Compare another precision with float32 on at most so many validation rows; 0 for none
-    verbose:bool=True, # Say what came out
-    **kwargs # More for `Predictor`: `temperature`, `thresholds`, `max_tokens`, `cache`
+    check:int=1000, # Compare another precision with float32 on at most so many validation rows; 0: not at all
+    verbose:bool=True, # Print the result of the comparison
+    **kwargs
 ) -> Predictor:
-    "A fast predictor with the weights of now"
-    if precision=='int8' and not check: raise FastaiTLError('int8 is used after a look at what it changes', 'check=0', 'Leave `check` at its default, or use `Predictor(learn, "int8")` if you have looked already')
+    "Make a fast predictor with the current weights"
+    if precision == 'int8' and not check:
+        raise FastaiTLError('int8 is used after a look at what it changes', 'check=0',
+                            'Leave `check` at its default, or use `Predictor(learn, "int8")` if you know it already')
     res = Predictor(self, precision, **kwargs)
-    if precision!='fp32' and check: res.change = _compare(self, (precision,), 1, check); verbose and print(describe_change(res.change))
+    if precision != 'fp32' and check:
+        res.change = _compare(self, (precision,), 1, check)
+        if verbose:
+            print(describe_change(res.change))
     return res
 
-# %% ../../nbs/810_deploy.predictor.ipynb #0d5f2675
-def describe_change(
-    t # A table of precisions, as `learn.compare_precisions` makes it
-) -> str:
-    "One line on the second row of a table of precisions"
-    (a,b),what = (t.iloc[0],t.iloc[1]),'accuracy' if 'accuracy' in t else 'rmse'
-    same = f', {b.same:.1%} of the decisions the same, probabilities changed by at most {b.max_change:.3f}' if 'same' in t else f', values changed by at most {b.max_change:.3g}'
-    return f'{b.name}: {what} {b[what]:.4f} (float32: {a[what]:.4f}) on {int(b.texts):,} validation rows{same}'
-
-# %% ../../nbs/810_deploy.predictor.ipynb #e2876449
+# %% ../../nbs/810_deploy.predictor.ipynb #3f8b0076
 @patch
+@delegates(Predictor, but=['source'])
 def predict_batch(self:Learner|BidirectionalLearner,
     texts, # Strings, or pairs of them
-    **kwargs # More for `Predictor`: `temperature`, `thresholds`, `max_tokens`
+    **kwargs
 ) -> Predictions: # In the same order
-    "Labels, probabilities and scores of texts, with the weights of now"
+    "Predict labels, probabilities and scores of texts, with the current weights"
     return Predictor(engine_of(self, share=True), **kwargs).predict(texts)

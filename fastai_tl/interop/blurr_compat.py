@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr_compat.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #d71d0dba
+# %% ../../nbs/900_interop.blurr_compat.ipynb #46f94f7c
 import importlib.util, inspect, re, sys
 from contextlib import contextmanager
 from functools import wraps
@@ -20,7 +20,7 @@ from ..core import FastaiTLError, optional
 from ..learners.qa import answer_scores
 from ..learners.tagging import entity_counts, entity_scores
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #4b229c82
+# %% ../../nbs/900_interop.blurr_compat.ipynb #cf45565b
 _ABSENT = object()
 
 class Patches:
@@ -57,7 +57,7 @@ class Patches:
             self.undo.pop()()
         self.rows.clear()
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #e7c17fc3
+# %% ../../nbs/900_interop.blurr_compat.ipynb #b792eaa0
 def typedispatch(
     f # A function with types on its first arguments
 ): # plum's function of that name
@@ -80,7 +80,7 @@ def _n_dispatched(name, default):
     known = dispatch.functions.get(name)
     return default if known is None else min((len(m.signature.types) for m in known.methods), default=default)
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #31707215
+# %% ../../nbs/900_interop.blurr_compat.ipynb #eb537986
 def _squad(predictions, references):
     texts = {p['id']: p['prediction_text'] for p in predictions}
     scores = [answer_scores(texts.get(r['id'], ''), list(r['answers']['text']) or ['']) for r in references]
@@ -91,7 +91,8 @@ _ROUGE_TYPES = ('rouge1', 'rouge2', 'rougeL', 'rougeLsum')
 
 def _rouge(predictions, references, rouge_types=_ROUGE_TYPES, use_stemmer=False, **kwargs):
     what = "The metric 'rouge'"
-    scorer = optional('rouge_score.rouge_scorer', 'seq2seq', what).RougeScorer(list(rouge_types), use_stemmer=use_stemmer)
+    rouge_scorer = optional('rouge_score.rouge_scorer', 'seq2seq', what)
+    scorer = rouge_scorer.RougeScorer(list(rouge_types), use_stemmer=use_stemmer)
     total = optional('rouge_score.scoring', 'seq2seq', what).BootstrapAggregator()
     for prediction, reference in zip(predictions, references):
         total.add_scores(scorer.score(reference, prediction))
@@ -108,7 +109,7 @@ def _bleu(predictions, references, **kwargs):
     joined = [[' '.join(r) for r in rs] for rs in references]
     return dict(bleu=_sacrebleu(texts, joined, tokenize='none', smooth_method='none', force=True)['score']/100)
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #93dcb4d4
+# %% ../../nbs/900_interop.blurr_compat.ipynb #e0e27570
 _METRICS = dict(squad=_squad, rouge=_rouge, sacrebleu=_sacrebleu, bleu=_bleu)
 
 class OldMetric:
@@ -130,7 +131,7 @@ def load_metric(name, *args, **kwargs):
                             'Install `evaluate`, which downloads other metrics, or leave the metric out') from e
     return evaluate.load(name, *args, **kwargs)
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #4c6ef086
+# %% ../../nbs/900_interop.blurr_compat.ipynb #681ffe86
 def _report(y_true, y_pred, **kwargs):
     "Table of the entities, a line for each type"
     rows = []
@@ -147,7 +148,7 @@ def _accuracy(y_true, y_pred):
     same = [p == t for row_pred, row_true in zip(y_pred, y_true) for p, t in zip(row_pred, row_true)]
     return sum(same)/max(len(same), 1)
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #622184b4
+# %% ../../nbs/900_interop.blurr_compat.ipynb #5d42a8e6
 def _entity_score(key):
     def score(y_true, y_pred, **kwargs):
         return entity_scores(y_pred, y_true)[key]
@@ -165,7 +166,7 @@ def seqeval_modules():
     package.__path__ = []
     return {'seqeval': package, 'seqeval.metrics': metrics}
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #6cbd79a1
+# %% ../../nbs/900_interop.blurr_compat.ipynb #fda22a2f
 def _as_frame(o):
     if isinstance(o, pd.Series):
         return o.to_frame().T
@@ -191,7 +192,7 @@ def as_target_tokenizer(self):
         self._in_target_context_manager = False
         getattr(self, '_switch_to_input_mode', lambda: None)()
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #2cad06c5
+# %% ../../nbs/900_interop.blurr_compat.ipynb #a4b28d2c
 def adding(add):
     "Make a `Pipeline.add` that accepts plain functions"
     @wraps(add)
@@ -200,7 +201,7 @@ def adding(add):
         return add(self, [mk_transform(t) for t in ts], items, train_setup)
     return add_any
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #a566d245
+# %% ../../nbs/900_interop.blurr_compat.ipynb #14e08773
 _SENTENCE_END = re.compile(r'(?<=[.!?])\s+|(?<=[。！？])')
 
 def sentences_of(tokenize):
@@ -220,7 +221,7 @@ def download_later(download):
         return True if info_or_id == 'wordnet' else download(info_or_id, *args, **kwargs)
     return download_unless_wordnet
 
-# %% ../../nbs/900_interop.blurr_compat.ipynb #7b999135
+# %% ../../nbs/900_interop.blurr_compat.ipynb #0a60bcd9
 def is_available(name):
     "Whether a module is imported or can be"
     return name in sys.modules or importlib.util.find_spec(name) is not None

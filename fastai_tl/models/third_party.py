@@ -281,6 +281,7 @@ def text_parts(
     dls = _dls_of(learn)
     has_spec = isinstance(getattr(dls, 'spec', None), TextSpec)
     tokenizer, rules = (dls.tokenizer, dls.rules) if has_spec else _found_parts(learn, dls)
+    rules = tokenizer.rules if isinstance(tokenizer, Tokenizer) else rules # fastai's applies its own
     if tokenizer is None:
         raise FastaiTLError('The tokenizer of the model is needed', 'a Learner that has none', 'Pass `tokenizer=`')
     spec = spec_of(learn)
