@@ -100,14 +100,15 @@ class HFTokenizeWords(HFTokenize):
         if sep:
             self.tokenizer = spaced(self.tokenizer)
 
-    def apply_word_rules(self, words):
-        "The words as the model reads them; a word of which a rule leaves nothing stays as it is"
+    def read(self,
+        words # The words of a sentence
+    ) -> list: # Strings
+        "Apply the rules to each word; a word of which a rule leaves nothing stays as it is"
         return [changed or word for changed, word in zip(apply_rules(self.rules, words), words)]
-    _read = apply_word_rules # until learners.tagging uses the new name
 
     def tokenize(self, texts):
         "Arrays (3, tokens) of some sentences, and the number of those that were truncated"
-        words = [self.apply_word_rules(text) for text in texts]
+        words = [self.read(text) for text in texts]
         encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length,
                                  verbose=False)
         arrays = []
