@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.cross_validation.html.md"
 # %% auto #0
 __all__ = ['fold_metrics', 'corrected_ttest', 'FoldResults', 'FoldError', 'run_folds', 'cross_validate', 'time_series_validate']
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #095f9409
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #29b8c5d4
 import gc
 import time
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..files import digest, load_tree, read_json, save_tree, write_json
 from ..plot import PALETTE, figure_style
 from ..tune.resume import check_same
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #54cb9b21
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #3207faa8
 def fold_metrics(
     ev:Evaluation # One pass over some rows
 ) -> dict: # Name to value
@@ -41,7 +41,7 @@ def fold_metrics(
     r2 = float(skm.r2_score(y, p)) if len(y) > 1 else np.nan
     return dict(rmse=float(np.mean((y-p)**2)**.5), mae=float(np.abs(y-p).mean()), r2=r2, **loss)
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #d7483ef2
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #523904dd
 def corrected_ttest(
     differences, # (folds,) differences of two scores; or scores, for an interval of their mean
     ratio:float, # Number of validation rows divided by the number of training rows
@@ -63,7 +63,7 @@ def corrected_ttest(
         t = np.sign(mean)*np.inf if mean else 0.
     return dict(mean=mean, sd=sd, low=mean-half, high=mean+half, t=t, p=float(2*stats.t.sf(abs(t), n_folds-1)))
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #9275fb83
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #97973a3d
 def in_classes(ev, classes):
     "Return probabilities and targets of one fold in the classes of all folds"
     if classes is None:
@@ -77,7 +77,7 @@ def in_classes(ev, classes):
     targets[:, at] = ev.targets
     return probs, targets
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #37376e1e
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #b316c56e
 def out_of_fold(folds, evaluations):
     "Return the predictions of several folds as one `Evaluation`, a row for each position that they validate"
     _, pos = np.unique(np.concatenate([fold.valid for fold in folds]), return_inverse=True)
@@ -99,7 +99,7 @@ def out_of_fold(folds, evaluations):
     probs = mean(probs) if classes is not None else mean(probs)[:, 0]
     return Evaluation(probs, np.concatenate(targets)[first], classes, losses, texts)
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #c4ae3c86
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #ef172f94
 def fold_matrix(folds, order, width=600):
     "Return 0, 1 (training) or 2 (validation) for each fold and row, with at most `width` rows for a figure"
     m = np.zeros((len(folds), len(order)))
@@ -124,7 +124,7 @@ def draw_scheme(ax, matrix, scores, xlabel):
     for text, color, x in (('training', PALETTE[5], 0), ('validation', PALETTE[1], .25)):
         ax.annotate(text, (x, 1.02), xycoords='axes fraction', color=color, fontsize=9, va='bottom', weight='bold')
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #322b416e
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #116c8cab
 def draw_fold_scores(ax, values, summary, metric):
     "Draw the score of each fold, with the mean and its interval"
     ax.axvline(summary['mean'], color='0.35', linewidth=1, linestyle='--')
@@ -134,7 +134,7 @@ def draw_fold_scores(ax, values, summary, metric):
     ax.set(xlabel=metric)
     ax.tick_params(axis='y', length=0)
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #a2bfc7c4
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #f1de02b4
 class FoldResults:
     "Out-of-fold predictions and scores of the finished folds"
     def __init__(self,
@@ -236,12 +236,12 @@ class FoldResults:
     def _ratio(self):
         return float(np.mean([len(fold.valid)/len(fold.train) for fold in self.done]))
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #38b879e8
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #d2de80bb
 def same_rows(a, b):
     "Return whether two folds have the same training and validation rows"
     return np.array_equal(a.valid, b.valid) and np.array_equal(a.train, b.train)
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #ea00eb49
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #ac0423c9
 def evaluation_of(made):
     "Return the `Evaluation` of what a factory returned"
     if isinstance(made, Evaluation):
@@ -269,7 +269,7 @@ def comparable(labels, task):
         return labels
     return [sorted(map(str, label)) if task == 'multilabel' else str(label) for label in labels]
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #48e14197
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #5f04badc
 def check_valid_rows(ev, labels, index, label_delim):
     "Raise an error unless the evaluated rows are the validation rows of the fold, in their order"
     todo = ('Put `valid_df`, whole and in its order, into the validation set; for labels that you change on purpose '
@@ -291,7 +291,7 @@ def check_valid_rows(ev, labels, index, label_delim):
         raise DataError('The validation set must have the labels of `valid_df`',
                         f'{got[i]!r} instead of {want[i]!r} in row {index[i]} ({len(bad)} rows differ)', todo)
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #e444662d
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #23728446
 class FoldError(TrainingError):
     "A fold that failed; `results` has the finished ones"
     def __init__(self,
@@ -303,7 +303,7 @@ class FoldError(TrainingError):
         super().__init__(expected, got, todo)
         self.results = results
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #eb91fd83
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #87ca9907
 def save_fold(file, ev, seconds):
     "Write the results of a fold as a safetensors file"
     tensor = lambda o: None if o is None else torch.from_numpy(np.array(o))
@@ -332,7 +332,7 @@ def begin_folder(out, make_learner, df, folds, seed):
         write_json(out/'folds.json', now)
     return out
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #cde66846
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #c172bdc6
 def run_fold(make_learner, df, fold, label_col, seed, label_delim):
     "Train and evaluate one fold; return its `Evaluation` and the seconds"
     start = time.perf_counter()
@@ -355,7 +355,7 @@ def fold_error(fold, error, results, out):
     message = f'{type(error).__name__}: {getattr(error, "message", error)}'.rstrip('.')
     return FoldError(f'Fold {fold.number} of repeat {fold.repeat} must train and evaluate', message, todo, results)
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #c5db5e38
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #bd8e25b8
 def run_folds(
     make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner that validates `valid_df`
     df:pd.DataFrame, # One row a text
@@ -385,7 +385,7 @@ def run_folds(
         results.add(fold, ev, seconds)
     return results
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #5ccb3ad5
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #3610b1a1
 def cross_validate(
     make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner that validates `valid_df`
     df:pd.DataFrame, # One row a text
@@ -402,7 +402,7 @@ def cross_validate(
     folds = cross_folds(df, label_col, n_folds, repeats, group_col, stratify, seed, label_delim)
     return run_folds(make_learner, df, folds, label_col, seed, label_delim=label_delim, **kwargs)
 
-# %% ../../nbs/738_evaluation.cross_validation.ipynb #46d99880
+# %% ../../nbs/738_evaluation.cross_validation.ipynb #2e9ba730
 def time_series_validate(
     make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner that validates `valid_df`
     df:pd.DataFrame, # One row a text

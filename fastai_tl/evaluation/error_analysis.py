@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.error_analysis.html.md"""
 # %% auto #0
 __all__ = ['text_words', 'overused_words']
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #19d1c39a
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #cc4e058d
 import re
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from ..data.tables import check_texts
 from .scores import ScoredRows, wilson_interval
 from ..plot import PALETTE, figure_style, in_words
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #bfd1a4f0
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #3a689729
 def texts_of(ev):
     "Return the texts, or raise an error that says how to get them"
     if ev.texts is None:
@@ -44,7 +44,7 @@ def slice_values(s, bins):
     s = s.explode()
     return s.astype(object).where(s.notna(), 'missing').map(str)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #f199c270
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #bb4bd1f1
 def named_slice(ev, name):
     "Return the column that a name stands for: `length`, `class` or `predicted`"
     if name == 'length':
@@ -56,7 +56,7 @@ def named_slice(ev, name):
         return [str(ev.classes[int(i)]) for i in numbers]
     return [[str(c) for c, has in zip(ev.classes, row) if has] or ['no class'] for row in numbers]
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #06f9b0ae
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #156c7066
 def named_columns(ev, by):
     "Return `by` as a dictionary of columns, names and functions"
     if by is None:
@@ -87,7 +87,7 @@ def slice_columns(ev, by):
                         'Take the validation rows of the table, in their order')
     return columns
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #a30800ca
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #d8ab1e64
 def row_errors(ev):
     "Return 1 for a row with any wrong label and 0 for a right one; the absolute errors of a regression"
     if ev.task == 'regression':
@@ -107,6 +107,7 @@ def rate_of_slice(errors, rows, level):
     p = float(excess_p(k, n, errors.sum(), len(errors)))
     return dict(rows=n, errors=int(k), error=errors[rows].mean(), low=low, high=high, p=p)
 
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #4635ee3a
 def mean_of_slice(errors, rows, level):
     "Return mean absolute error, interval and p of one slice of a regression's rows"
     from scipy import stats
@@ -119,7 +120,7 @@ def mean_of_slice(errors, rows, level):
         p = stats.ttest_ind(e, rest, equal_var=False, alternative='greater').pvalue
     return dict(rows=n, error=e.mean(), low=e.mean()-half, high=e.mean()+half, p=1. if np.isnan(p) else p)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #c59ec730
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #b3bbbfeb
 def rows_by_value(values, min_rows):
     "Return the row numbers of each value, with rare values pooled"
     groups = {v: i.to_numpy() for v, i in values.groupby(values, sort=True).groups.items()}
@@ -148,7 +149,7 @@ def slice_errors(
     table['p'] = false_discovery_control(table.p)
     return table.sort_values('worse', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #3a6aa819
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #d729a2a7
 def plot_intervals(
     labels, # One for each row of the figure, from top to bottom
     at, # Value of each
@@ -178,7 +179,7 @@ def plot_intervals(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #02904d3c
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #14530560
 def plot_slice_errors(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     by=None, # What to slice by, see `error_slices`
@@ -199,12 +200,12 @@ def plot_slice_errors(
         notes = [f'{row.errors:,} of {row.rows:,}' for row in table.itertuples()]
     return plot_intervals(labels, table.error, table.low, table.high, row_errors(ev).mean(), xlabel, notes)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #67ed05f5
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #04263501
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 UNSPACED_RUN = re.compile(f'[{UNSPACED}]+')
 SPACED_CHARACTERS = re.compile(f'(?<![{UNSPACED}])[{UNSPACED}](?: [{UNSPACED}](?![{UNSPACED}]))+')
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #2f893634
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #8cd12b5b
 def text_words(
     text:str # A text, or its tokens joined by spaces
 ) -> list: # Words in lower case; characters and pairs of characters where a script has no spaces
@@ -214,7 +215,7 @@ def text_words(
     runs = UNSPACED_RUN.findall(text)
     return words + [run[i:i+k] for run in runs for k in (1, 2) for i in range(len(run)-k+1)]
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #4558e0df
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #7271688f
 def overused_words(
     texts, # Strings
     marked, # (texts,) booleans: which texts to compare with the others
@@ -242,7 +243,7 @@ def overused_words(
     table = table[table.p <= alpha].sort_values(['p', 'odds_ratio'], ascending=[True, False], kind='stable')
     return table.reset_index(drop=True).head(n)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #9cac278c
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #ec6fdb29
 def association_table(names, in_texts, in_marked, n_marked, n_texts):
     "Return share, odds ratio and adjusted p of words that occur `in_texts` texts, `in_marked` of them marked"
     from scipy.stats import false_discovery_control
@@ -254,7 +255,7 @@ def association_table(names, in_texts, in_marked, n_marked, n_texts):
     counts = dict(word=names, texts=in_texts, marked=in_marked)
     return pd.DataFrame(dict(**counts, share=in_marked/in_texts, odds_ratio=odds, p=p))
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #7c942c10
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #863521ac
 def overused_error_words(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n:int|None=20, # Largest number of words
@@ -277,7 +278,7 @@ def overused_error_words(
         texts = [texts[i] for i in rows]
     return overused_words(texts, wrong, n, **kwargs).rename(columns=dict(marked='errors', share='error'))
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #8463d5a1
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #c5cd7e8b
 def confident_class(probs, labels):
     "Return the class of which each row is confident (the set in eq. 1 of the paper), or -1"
     n = np.bincount(labels, minlength=probs.shape[1])
@@ -293,6 +294,7 @@ def suspects(probs, labels):
     clearest_first = rows[np.argsort(of_label[rows]-probs[rows, guess[rows]], kind='stable')]
     return clearest_first, guess[clearest_first]
 
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #c49c080a
 def label_noise_table(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
 ) -> pd.DataFrame: # Given labels as rows, estimated true ones as columns
@@ -309,7 +311,7 @@ def label_noise_table(
     joint *= (np.bincount(y, minlength=n_classes)/joint.sum(1))[:, None]
     return pd.DataFrame(joint, index=ev.classes, columns=ev.classes)
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #0c84be7d
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #1a2063b9
 def label_problems(ev):
     "Return (probabilities, labels, names) of the classes, or of each of several labels a text and its absence"
     if ev.task == 'classification':
@@ -336,7 +338,7 @@ def suspected_labels(
         table['text'] = [ev.texts[i] for i in table.row]
     return table
 
-# %% ../../nbs/716_evaluation.error_analysis.ipynb #fc3532b3
+# %% ../../nbs/716_evaluation.error_analysis.ipynb #ea9cf4dc
 def find_leaked_rows(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     train_texts, # Training texts

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.predictions.html.md"""
 # %% auto #0
 __all__ = ['PassCallback']
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #5ec71c86
+# %% ../../nbs/730_evaluation.predictions.ipynb #8369a700
 import numpy as np
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from .scores import row_losses
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import row_losses_of, row_texts, spec_of
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #1a0c2886
+# %% ../../nbs/730_evaluation.predictions.ipynb #f92b7be0
 class PassCallback(Callback):
     "Keep probabilities and targets of a validation pass"
     order = GatherPredsCallback.order-1 # before it looks for labels, so that missing ones give a clear error
@@ -50,7 +50,7 @@ class PassCallback(Callback):
         self.parts.append(self.act(scores.detach().float()).cpu().numpy())
         self.ys.append(self.yb[0].detach().cpu().numpy())
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #8813b225
+# %% ../../nbs/730_evaluation.predictions.ipynb #7e06414c
 def in_order(parts, idxs=None):
     "Join batches in the order of the rows, whose positions are `idxs`; each batch is freed as it is copied"
     n_rows = sum(map(len, parts))
@@ -78,7 +78,7 @@ def pass_over(learn, dl, spec):
                                      reorder=False, cbs=gather)
     return in_order(gather.parts, idxs), in_order(gather.ys, idxs), in_order([losses.float().numpy()], idxs)
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #0f5f9ef7
+# %% ../../nbs/730_evaluation.predictions.ipynb #e9db8527
 def pass_of_pair(pair, ds_idx, dl, spec):
     "Return averaged probabilities, targets and losses of one pass of each Learner of a pair"
     loaders = [learn.dls[ds_idx] for learn in pair.learners]
@@ -101,7 +101,7 @@ def two_columns(probs, targets, classes):
     p = probs.reshape(-1)
     return np.c_[1-p, p]
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #75c5c5b8
+# %% ../../nbs/730_evaluation.predictions.ipynb #200ae758
 def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None):
     "Make scored rows of class `cls` from a pass, with the classes of the spec and the texts of the DataLoader"
     if classes is None and spec.task != 'regression':
@@ -115,7 +115,7 @@ def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None
     probs = two_columns(probs, targets, classes)
     return cls(probs, targets, classes, losses, texts, spec.threshold)
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #6ba5b589
+# %% ../../nbs/730_evaluation.predictions.ipynb #6bde4fdc
 def check_known(labels, spec, index):
     "Raise an error if a label is not one of the classes"
     if spec.classes is None:
@@ -133,7 +133,7 @@ def text_column(df, name):
         return check_texts(column(df, name), df.index)
     return [list(pair) for pair in zip(*(check_texts(column(df, one), df.index) for one in name))]
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #36ac03ab
+# %% ../../nbs/730_evaluation.predictions.ipynb #b858a483
 def labelled_texts(spec, data, labels=None):
     "Return texts and checked labels of a table with the columns of the spec, or of two lists"
     if isinstance(data, pd.DataFrame):
@@ -150,16 +150,17 @@ def labelled_texts(spec, data, labels=None):
     check_known(labels, spec, index)
     return texts, labels
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #9bb260f6
+# %% ../../nbs/730_evaluation.predictions.ipynb #6618cb86
 def labelled_dl(dls, texts, labels):
     "Return a DataLoader of texts and labels"
     if isinstance(getattr(dls, 'spec', None), TextSpec):
         return dls.test_dl([[text, label] for text, label in zip(texts, labels)], with_labels=True)
     columns = spec_of(dls).columns # a DataBlock of fastai reads tables
-    if not {'text', 'label'} <= set(columns):
+    if not (isinstance(columns.get('text'), str) and isinstance(columns.get('label'), str)):
         raise DataError('The columns of the training data must be known', 'DataLoaders without column names',
                         'Pass a DataLoader: `learn.evaluate(dl=dls.test_dl(items, with_labels=True))`')
-    return dls.test_dl(pd.DataFrame({columns['text']: texts, columns['label']: labels}), with_labels=True)
+    table = {'text': texts, columns['text']: texts, columns['label']: labels} # fastai's Tokenizer writes `text`
+    return dls.test_dl(pd.DataFrame(table), with_labels=True)
 
 def pass_over_windows(learn, texts, labels, spec):
     "Return the mean probabilities of each text's windows, its target and its loss"
@@ -173,7 +174,7 @@ def pass_over_windows(learn, texts, labels, spec):
     task = 'classification' if columns is not probs else spec.task
     return probs, targets, row_losses(columns, targets, task)
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #3f84ffcd
+# %% ../../nbs/730_evaluation.predictions.ipynb #86be44a4
 def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, data=None, labels=None):
     "Make scored rows of class `cls` with one pass of a Learner, or a pair of them, over its own rows or new ones"
     spec = spec_of(learn)
@@ -192,7 +193,7 @@ def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, dat
         result = pass_over(learn, read, spec)
     return rows_of_pass(cls, spec, read, *result, classes, texts)
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #4749534f
+# %% ../../nbs/730_evaluation.predictions.ipynb #95972eae
 def logits_of(output):
     "Return the logits of a model's output: a tensor, a dictionary, an object with `logits` or a tuple"
     if isinstance(output, torch.Tensor):
@@ -217,7 +218,7 @@ def task_of_targets(scores, targets):
         return 'multilabel'
     return 'regression' if targets.is_floating_point() else 'classification'
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #0e8c78ff
+# %% ../../nbs/730_evaluation.predictions.ipynb #5f1a721f
 def batch_losses(scores, targets, task):
     "Return the loss of each row of a batch"
     if task == 'classification':
@@ -240,7 +241,7 @@ def on_device(batch, device):
         return {name: move(o) for name, o in batch.items()}
     return [move(o) for o in batch]
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #bdc796f0
+# %% ../../nbs/730_evaluation.predictions.ipynb #b52e9cb0
 @torch.inference_mode()
 def model_pass(model, loader, task=None, label='labels'):
     "Return task, probabilities, targets and losses of one pass of a PyTorch model over a loader, in its order"
