@@ -1,4 +1,4 @@
-"""Dropout that costs a CPU little: other random numbers, the same distribution
+"""Dropout that is cheap on a CPU: other random numbers, the same distribution
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.fast_dropout.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.fast_dropout.html.md"""
 # %% auto #0
 __all__ = ['fast_mask_dropout', 'fast_attention', 'FastDropout', 'FastDropoutTraining']
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #eb608948
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #d443995f
 import math
 from contextlib import contextmanager, nullcontext
 import torch, torch.nn.functional as F
@@ -19,152 +19,194 @@ from fastai.learner import Learner
 from ..callbacks import AroundBatch, unguard_batches
 from ..core import FastaiTLError
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #9c8513e5
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #8c133f93
 BITS = 15
 
 def random_signs(shape, p):
-    "Numbers of 16 bits (`shape`), negative with probability `p`, and what to multiply with so that the mean stays"
-    n,t = math.prod(shape),round(p*2**BITS)
+    "Numbers of 16 bits (`shape`), negative with probability `p`, and the factor that preserves the mean"
+    n = math.prod(shape)
+    threshold = round(p*2**BITS)
     words = torch.empty(-(-n//4), dtype=torch.int64).random_(-2**63, None) # all 64 bits
-    return words.view(torch.int16)[:n].view(shape).bitwise_and_(2**BITS-1).sub_(t),2**BITS/(2**BITS-t)
+    numbers = words.view(torch.int16)[:n].view(shape).bitwise_and_(2**BITS-1)
+    return numbers.sub_(threshold), 2**BITS/(2**BITS-threshold)
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #f0724089
-_words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #79eef46b
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64} # bytes of a number -> an integer of the same size
 
 class Masked(torch.autograd.Function):
     "`x` where the words `keep` are -1, and 0 where they are 0, times `scale`"
     @staticmethod
     def forward(ctx, x, keep, scale):
-        ctx.save_for_backward(keep); ctx.scale = scale
-        return (x.view(_words[x.dtype.itemsize]) & keep).view(x.dtype).mul_(scale)
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return (x.view(_WORDS[x.dtype.itemsize]) & keep).view(x.dtype).mul_(scale)
     @staticmethod
-    def backward(ctx, g): return Masked.apply(g, *ctx.saved_tensors, ctx.scale),None,None
+    def backward(ctx, g):
+        return Masked.apply(g, *ctx.saved_tensors, ctx.scale), None, None
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #c5aa03a1
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #ac11e088
 def fast_mask_dropout(
     x:torch.Tensor, # Floating point, on a CPU
     p:float # Probability of 0, rounded to 15 bits
 ) -> torch.Tensor: # As `x`
-    "Dropout in training"
-    r,scale = random_signs(x.shape, p)
-    return Masked.apply(x, r.bitwise_right_shift_(BITS).bitwise_not_(), scale)
+    "Drop out elements of `x` as in training"
+    signs, scale = random_signs(x.shape, p)
+    return Masked.apply(x, signs.bitwise_right_shift_(BITS).bitwise_not_(), scale)
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #80a9401e
-BLOCK = 2**18 # probabilities that are worked on together: what a cache of a CPU holds
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #465b3c7a
+BLOCK = 2**18 # probabilities that are computed together: what a cache of a CPU holds
 
 def _blocks(B, H, n):
     "Slices of texts and of heads, of about `BLOCK` probabilities, `n` for each head"
-    h = max(1, min(H, BLOCK//n)); b = max(1, BLOCK//(n*h)) if h==H else 1
+    h = max(1, min(H, BLOCK//n))
+    b = max(1, BLOCK//(n*h)) if h == H else 1
     return [(slice(i, i+b), slice(j, j+h)) for i in range(0, B, b) for j in range(0, H, h)]
 
-def _as_hidden(mask, q, k, causal):
-    "What to add to scores, or a mask of those that may not be seen, for each text and head; and rows that see nothing"
+def _hidden_keys(mask, q, k, causal):
+    "The addend of the scores, or a mask of hidden keys, for each text and head; and the queries that see nothing"
     shape = (*q.shape[:3], k.shape[2])
-    if causal: mask = torch.ones(shape[2:], dtype=torch.bool).tril()
-    if mask is None: return None,None
-    hide = mask==-torch.inf if mask.is_floating_point() else ~mask
-    dead = hide.all(-1, keepdim=True)
-    return (mask.to(q.dtype) if mask.is_floating_point() else hide).expand(shape),dead.expand(*shape[:3], 1) if dead.any() else None
+    if causal:
+        mask = torch.ones(shape[2:], dtype=torch.bool).tril()
+    if mask is None:
+        return None, None
+    is_addend = mask.is_floating_point()
+    hidden = mask == -torch.inf if is_addend else ~mask
+    blind = hidden.all(-1, keepdim=True)
+    blind = blind.expand(*shape[:3], 1) if blind.any() else None
+    return (mask.to(q.dtype) if is_addend else hidden).expand(shape), blind
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #63f7f44e
-def _probabilities(q, k, hide, dead, at):
+def _probabilities(q, k, hidden, blind, at):
     "Softmax of the scores of a block"
-    s = q[at]@k[at].transpose(-1, -2)
-    if hide is not None: s = s.masked_fill_(hide[at], -torch.inf) if hide.dtype==torch.bool else s.add_(hide[at])
-    s = torch.softmax(s, -1)
-    return s if dead is None else s.masked_fill_(dead[at], 0)
+    scores = q[at]@k[at].transpose(-1, -2)
+    if hidden is not None and hidden.dtype == torch.bool:
+        scores.masked_fill_(hidden[at], -torch.inf)
+    elif hidden is not None:
+        scores.add_(hidden[at])
+    probs = torch.softmax(scores, -1)
+    return probs if blind is None else probs.masked_fill_(blind[at], 0)
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #3afb67fa
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #d9b8ea14
 class Attention(torch.autograd.Function):
     "Scaled dot-product attention with dropout"
     @staticmethod
-    def forward(ctx, q, k, v, hide, dead, p, scaling):
-        (B,H,T,_),S = q.shape,k.shape[2]
-        probs,out = q.new_empty(B, H, T, S),q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)
-        q,ctx.at,ctx.scaling = q*scaling,_blocks(B, H, T*S),scaling
+    def forward(ctx, q, k, v, hidden, blind, p, scaling):
+        B, H, T, _ = q.shape
+        S = k.shape[2]
+        probs = q.new_empty(B, H, T, S)
+        out = q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)
+        q = q*scaling
+        ctx.at = _blocks(B, H, T*S)
+        ctx.scaling = scaling
         for at in ctx.at:
-            s = _probabilities(q, k, hide, dead, at)
-            r,ctx.scale = random_signs(s.shape, p)
-            torch.copysign(s, r.to(s.dtype), out=probs[at])
+            block = _probabilities(q, k, hidden, blind, at)
+            signs, ctx.scale = random_signs(block.shape, p)
+            torch.copysign(block, signs.to(block.dtype), out=probs[at])
             out[at] = torch.relu(probs[at])@v[at]
         ctx.save_for_backward(q, k, v, probs)
         return out.mul_(ctx.scale)
     @staticmethod
     @once_differentiable
-    def backward(ctx, g): return *_attention_gradients(*ctx.saved_tensors, g*ctx.scale, ctx.at, ctx.scaling),None,None,None,None
+    def backward(ctx, g):
+        gradients = _attention_gradients(*ctx.saved_tensors, g*ctx.scale, ctx.at, ctx.scaling)
+        return *gradients, None, None, None, None
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #0e74fd82
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #ec439741
 def _attention_gradients(q, k, v, probs, g, blocks, scaling):
-    dq,dk,dv = (torch.empty_like(o) for o in (q, k, v))
+    dq, dk, dv = (torch.empty_like(o) for o in (q, k, v))
     for at in blocks:
-        p,go = probs[at],g[at]
-        dv[at] = torch.relu(p).transpose(-1, -2)@go
-        dp = torch.ops.aten.threshold_backward(go@v[at].transpose(-1, -2), p, 0) # 0 where dropped
-        ds = torch.ops.aten._softmax_backward_data(dp, p.abs(), -1, p.dtype)
-        dq[at] = ds@k[at]; dk[at] = ds.transpose(-1, -2)@q[at]
-    return dq.mul_(scaling),dk,dv
+        signed = probs[at]
+        dv[at] = torch.relu(signed).transpose(-1, -2)@g[at]
+        dp = torch.ops.aten.threshold_backward(g[at]@v[at].transpose(-1, -2), signed, 0) # 0 where dropped
+        ds = torch.ops.aten._softmax_backward_data(dp, signed.abs(), -1, signed.dtype)
+        dq[at] = ds@k[at]
+        dk[at] = ds.transpose(-1, -2)@q[at]
+    return dq.mul_(scaling), dk, dv
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #3e18790b
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #51fdfae8
 def fast_attention(
     q:torch.Tensor, # (texts, heads, queries, width), on a CPU
     k:torch.Tensor, # (texts, heads, keys, width)
     v:torch.Tensor, # (texts, heads, keys, width of a value)
-    attn_mask:torch.Tensor|None=None, # Which keys a query may see, or what to add to its scores; broadcast to (texts, heads, queries, keys)
+    attn_mask:torch.Tensor|None=None, # `True` for visible keys, or an addend of the scores; broadcast to all of them
     dropout_p:float=0., # Probability that a key is not seen, rounded to 15 bits
     is_causal:bool=False, # A query sees the keys up to its own
-    scale:float|None=None # Of the scores; one over the root of the width if `None`
+    scale:float|None=None # Factor of the scores; one over the root of the width if `None`
 ) -> torch.Tensor: # (texts, heads, queries, width of a value)
-    "`F.scaled_dot_product_attention` with dropout, for training"
-    if torch.is_autocast_enabled('cpu'): q,k,v = (o.to(torch.get_autocast_dtype('cpu')) for o in (q, k, v))
+    "Compute `F.scaled_dot_product_attention` with dropout, for training"
+    if torch.is_autocast_enabled('cpu'):
+        q, k, v = (o.to(torch.get_autocast_dtype('cpu')) for o in (q, k, v))
+    scale = q.shape[-1]**-.5 if scale is None else scale
     with torch.autocast('cpu', enabled=False):
-        hide,dead = _as_hidden(attn_mask, q, k, is_causal)
-        return Attention.apply(q, k, v, hide, dead, dropout_p, q.shape[-1]**-.5 if scale is None else scale)
+        hidden, blind = _hidden_keys(attn_mask, q, k, is_causal)
+        return Attention.apply(q, k, v, hidden, blind, dropout_p, scale)
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #d47f7834
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #c0c1cd6b
 class FastDropout(TorchFunctionMode):
-    "Inside the block, dropout and attention with dropout are computed as in this module, on a CPU"
+    "Compute dropout, and attention with dropout, by the functions of this module on a CPU, inside the `with` block"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.dropout: return _dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention: return _attention(*args, **kwargs)
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #58debab1
-def _known(p, *ts): return 2**-BITS<=p<=1-2**-BITS and all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type=='cpu' and t.is_floating_point() and t.numel() for t in ts)
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #0540d8d9
+def _is_plain(t):
+    "Whether a tensor is an ordinary one with floating point numbers on a CPU"
+    ordinary = type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == 'cpu'
+    return ordinary and t.is_floating_point() and t.numel() > 0
+
+def _can_do(p, *tensors):
+    return 2**-BITS <= p <= 1-2**-BITS and all(map(_is_plain, tensors))
 
 def _dropout(input, p=.5, training=True, inplace=False):
-    if not training or inplace or not _known(p, input): return F.dropout(input, p, training, inplace)
+    if not training or inplace or not _can_do(p, input):
+        return F.dropout(input, p, training, inplace)
     return fast_mask_dropout(input, p)
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    same = query.ndim==key.ndim==value.ndim==4 and query.shape[:2]==key.shape[:2]==value.shape[:2]
-    amp = torch.is_autocast_enabled('cpu') or query.dtype==key.dtype==value.dtype
+    four_dims = query.ndim == key.ndim == value.ndim == 4
+    same_heads = four_dims and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    same_dtype = torch.is_autocast_enabled('cpu') or query.dtype == key.dtype == value.dtype
     learns = attn_mask is not None and attn_mask.requires_grad
-    if learns or not (same and amp and _known(dropout_p, query, key, value)): return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if learns or not (same_heads and same_dtype and _can_do(dropout_p, query, key, value)):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                              enable_gqa=enable_gqa)
     return fast_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #36b060ae
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #7c74299f
 def _refuse_checkpointing(model):
-    if any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()): raise FastaiTLError('`fast_dropout` works without gradient checkpointing', 'a model with it', 'Call `gradient_checkpointing_disable()` of the model, or `learn.fast_dropout(False)`')
+    if any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()):
+        raise FastaiTLError('`fast_dropout` works without gradient checkpointing', 'a model with it',
+                            'Call `gradient_checkpointing_disable()` of the model, or `learn.fast_dropout(False)`')
+
+def _is_useful(model):
+    "Whether the model is on a CPU and not compiled: compiled dropout is fast"
+    on_cpu = next(model.parameters()).device.type == 'cpu'
+    return on_cpu and not any(m._compiled_call_impl is not None for m in model.modules())
 
 class FastDropoutTraining(AroundBatch):
     "Train with `FastDropout`, where the model is on a CPU"
     order = MixedPrecision.order+2 # inside of mixed precision
     def before_fit(self):
-        "Look at the model"
+        "Check the model"
         _refuse_checkpointing(self.model)
-        self.of_use = next(self.model.parameters()).device.type=='cpu' and not any(m._compiled_call_impl is not None for m in self.model.modules()) # compiled dropout is quick
+        self.of_use = _is_useful(self.model)
     @contextmanager
     def around_batch(self):
-        "Begin and end"
-        with FastDropout() if self.learn.training and self.of_use else nullcontext(): yield
+        "Use `FastDropout` for a training batch"
+        with FastDropout() if self.learn.training and self.of_use else nullcontext():
+            yield
 
-# %% ../../nbs/310_efficiency.fast_dropout.ipynb #bc2fc1a8
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #9f1374a5
 @patch
 def fast_dropout(self:Learner,
-    on:bool=True # Or back to PyTorch's
+    on:bool=True # `False`: back to PyTorch's dropout
 ) -> Learner: # Itself
-    "Train with dropout that costs a CPU little: other random numbers, the same distribution"
-    if on: _refuse_checkpointing(self.model) # an error now rather than in the fit
-    self.remove_cb(FastDropoutTraining); unguard_batches(self)
+    "Train with dropout that is cheap on a CPU: other random numbers, the same distribution"
+    if on:
+        _refuse_checkpointing(self.model) # an error now rather than in the fit
+    self.remove_cb(FastDropoutTraining)
+    unguard_batches(self)
     return self.add_cb(FastDropoutTraining()) if on else self

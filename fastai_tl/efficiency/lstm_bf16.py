@@ -1,4 +1,4 @@
-"""An LSTM whose bfloat16 gradients are right, and quick: three big matrix products a layer instead of one for each step
+"""An LSTM with correct bfloat16 gradients on a CPU, and a fast one: three large matrix products a layer instead of one for each step
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.lstm_bf16.html.md"""
 
@@ -7,134 +7,183 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.lstm_bf16.html.md"""
 # %% auto #0
 __all__ = ['LSTMFunction', 'AutocastLSTM', 'swap_lstms', 'autocast_lstms']
 
-# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #9ad7a4de
+# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #2952cc02
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #85b3ea91
-def _product(w, rows):
-    "A function that multiplies `rows` rows with `w` (out, in), which is put in oneDNN's order first if that can be"
+# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #0095af10
+def _packed_product(w, rows):
+    "Multiply with `w` in oneDNN's memory layout, or `None` if this PyTorch cannot do it"
     ops = torch.ops.mkldnn
-    if w.device.type=='cpu' and w.dtype==torch.bfloat16 and hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise'):
-        try:
-            packed = ops._reorder_linear_weight(w.contiguous(), rows)
-            ops._linear_pointwise(w.new_zeros(rows, w.shape[1]), packed, None, 'none', [], '')
-            return lambda x: ops._linear_pointwise(x, packed, None, 'none', [], '')
-        except (RuntimeError, NotImplementedError): pass # not public: it may change
-    return lambda x: F.linear(x, w)
+    has_ops = hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise')
+    if w.device.type != 'cpu' or w.dtype != torch.bfloat16 or not has_ops:
+        return None
+    try:
+        packed = ops._reorder_linear_weight(w.contiguous(), rows)
+        ops._linear_pointwise(w.new_zeros(rows, w.shape[1]), packed, None, 'none', [], '')
+    except (RuntimeError, NotImplementedError): # these operators are not public and may change
+        return None
+    return lambda x: ops._linear_pointwise(x, packed, None, 'none', [], '')
 
-# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #10078923
-def _forward(x, h0, c0, wi, wh, b, dtype):
+def _product(w, rows):
+    "A function that multiplies `rows` rows with `w` (out, in)"
+    return _packed_product(w, rows) or (lambda x: F.linear(x, w))
+
+# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #48718486
+def _forward(x, h0, c0, wi, wh, b):
     "Outputs (steps, rows, units), cells, gates and tanh of the cells"
-    (T,B,_),H = x.shape,wh.shape[1]
-    step,gates = _product(wh, B),F.linear(x.reshape(T*B, -1), wi, b).view(T, B, 4*H)
-    hs,cs,ts = x.new_empty(T+1, B, H),x.new_empty(T+1, B, H, dtype=torch.float32),x.new_empty(T, B, H)
-    hs[0],cs[0] = h0,c0
-    z,th = cs.new_empty(B, 4*H),cs.new_empty(B, H)
+    T, B, _ = x.shape
+    H = wh.shape[1]
+    step = _product(wh, B)
+    gates = F.linear(x.reshape(T*B, -1), wi, b).view(T, B, 4*H)
+    hs = x.new_empty(T+1, B, H)
+    cs = x.new_empty(T+1, B, H, dtype=torch.float32)
+    tanhs = x.new_empty(T, B, H)
+    hs[0] = h0
+    cs[0] = c0
+    z = cs.new_empty(B, 4*H)
+    th = cs.new_empty(B, H)
     for t in range(T):
         z.copy_(gates[t]).add_(step(hs[t]))
-        z[:,:2*H].sigmoid_(); z[:,2*H:3*H].tanh_(); z[:,3*H:].sigmoid_()
-        i,f,g,o = z.chunk(4, 1)
+        z[:,:2*H].sigmoid_()
+        z[:,2*H:3*H].tanh_()
+        z[:,3*H:].sigmoid_()
+        i, f, g, o = z.chunk(4, 1)
         torch.mul(f, cs[t], out=cs[t+1]).addcmul_(i, g)
         torch.tanh(cs[t+1], out=th)
-        ts[t],gates[t] = th,z
+        tanhs[t] = th
+        gates[t] = z
         hs[t+1] = th.mul_(o)
-    return hs,cs,gates,ts
+    return hs, cs, gates, tanhs
 
-# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #23e652e9
-def _backward(dy, dh, dc, wh, hs, cs, gates, ts):
+# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #3c43dd36
+def _backward_step(dz, z, dh, dc, tc, c_before, keep):
+    "Write the gradient of the gates' inputs at one step into `dz`, and update `dc` to the step before"
+    H = tc.shape[1]
+    i, f, g, o = z.chunk(4, 1)
+    di, df, dg, do = dz.chunk(4, 1)
+    dc.addcmul_(dh*o, 1-tc*tc)
+    torch.mul(dc, g, out=di)
+    torch.mul(dc, c_before, out=df)
+    torch.mul(dc, i, out=dg)
+    torch.mul(dh, tc, out=do)
+    dc.mul_(f)
+    torch.neg(z, out=keep).add_(1).mul_(z) # of the sigmoids: s(1-s)
+    torch.mul(g, g, out=keep[:,2*H:3*H]).neg_().add_(1) # of tanh: 1-g²
+    dz.mul_(keep)
+
+# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #f9d498d6
+def _backward(dy, dh, dc, wh, cs, gates, tanhs):
     "Gradients of the gates' inputs (steps, rows, 4 units), of their sum over rows and steps, and of the first state"
-    T,B,H = ts.shape
-    step,dzs = _product(wh.t().contiguous(), B),torch.empty_like(gates)
-    z,dz,keep,db = [cs.new_empty(B, 4*H) for _ in range(4)]
-    tc,one = cs.new_empty(B, H),z.new_ones(())
-    db.zero_()
+    T, B, H = tanhs.shape
+    step = _product(wh.t().contiguous(), B)
+    dzs = torch.empty_like(gates)
+    z, dz, keep = (cs.new_empty(B, 4*H) for _ in range(3))
+    db = cs.new_zeros(B, 4*H)
+    tc = cs.new_empty(B, H)
     for t in range(T-1, -1, -1):
         dh = dh+dy[t]
-        z.copy_(gates[t]); tc.copy_(ts[t])
-        (i,f,g,o),(di,df,dg,do) = z.chunk(4, 1),dz.chunk(4, 1)
-        dc.addcmul_(dh*o, 1-tc*tc)
-        torch.mul(dc, g, out=di); torch.mul(dc, cs[t], out=df); torch.mul(dc, i, out=dg); torch.mul(dh, tc, out=do)
-        dc.mul_(f)
-        torch.sub(one, z, out=keep); keep.mul_(z) # of the sigmoids: s(1-s)
-        torch.mul(g, g, out=keep[:,2*H:3*H]).neg_().add_(1) # of tanh: 1-g²
-        db += dz.mul_(keep)
+        z.copy_(gates[t])
+        tc.copy_(tanhs[t])
+        _backward_step(dz, z, dh, dc, tc, cs[t], keep)
+        db += dz
         dzs[t] = dz
         dh = step(dzs[t]).float()
-    return dzs,db.sum(0),dh,dc
+    return dzs, db.sum(0), dh, dc
 
-# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #e50d1def
+# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #34e1f8a8
 class LSTMFunction(torch.autograd.Function):
     "One layer of an LSTM in one direction, time first: outputs, last hidden state, last cell"
     @staticmethod
     def forward(ctx, x, h0, c0, wi, wh, b, dtype):
-        xl,wi,wh = (o.to(dtype) for o in (x, wi, wh))
-        hs,cs,gates,ts = _forward(xl, h0, c0, wi, wh, b.to(dtype), dtype)
-        ctx.save_for_backward(xl, wi, wh, hs, cs, gates, ts)
+        x_low, wi, wh = (o.to(dtype) for o in (x, wi, wh))
+        hs, cs, gates, tanhs = _forward(x_low, h0, c0, wi, wh, b.to(dtype))
+        ctx.save_for_backward(x_low, wi, wh, hs, cs, gates, tanhs)
         ctx.set_materialize_grads(True)
-        return hs[1:],hs[-1].float(),cs[-1].clone()
+        return hs[1:], hs[-1].float(), cs[-1].clone()
     @staticmethod
     def backward(ctx, dy, dh, dc):
-        x,wi,wh,hs,cs,gates,ts = ctx.saved_tensors
-        T,B,H = ts.shape
-        dz,db,dh,dc = _backward(dy, dh, dc.clone(), wh, hs, cs, gates, ts)
-        dz,need = dz.view(T*B, -1),ctx.needs_input_grad
-        dx = (dz@wi).view(T, B, -1) if need[0] else None
-        dwi = (dz.t()@x.reshape(T*B, -1)).float() if need[3] else None
-        dwh = (dz.t()@hs[:-1].reshape(T*B, H)).float() if need[4] else None
-        return dx,dh,dc,dwi,dwh,db if need[5] else None,None
+        x, wi, wh, hs, cs, gates, tanhs = ctx.saved_tensors
+        T, B, H = tanhs.shape
+        dz, db, dh, dc = _backward(dy, dh, dc.clone(), wh, cs, gates, tanhs)
+        dz = dz.view(T*B, -1)
+        needs_x, _, _, needs_wi, needs_wh, needs_b, _ = ctx.needs_input_grad
+        dx = (dz@wi).view(T, B, -1) if needs_x else None
+        dwi = (dz.t()@x.reshape(T*B, -1)).float() if needs_wi else None
+        dwh = (dz.t()@hs[:-1].reshape(T*B, H)).float() if needs_wh else None
+        return dx, dh, dc, dwi, dwh, db if needs_b else None, None
 
-# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #ea4e1554
+# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #e682a269
+def _in_bf16_autocast(x):
+    if x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'):
+        return False
+    return torch.get_autocast_dtype('cpu') == torch.bfloat16
+
 class AutocastLSTM(nn.LSTM):
-    "An `nn.LSTM` that trains rightly in bfloat16 autocast on a CPU"
+    "An `nn.LSTM` with correct gradients in bfloat16 autocast on a CPU"
     def forward(self, input, hx=None):
         x = input.data
-        needs = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self._weights()))
-        if not (needs and x.device.type=='cpu' and torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu')==torch.bfloat16): return super().forward(input, hx)
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self._weights()))
+        if not (needs_grad and _in_bf16_autocast(x)):
+            return super().forward(input, hx)
         with torch.autocast('cpu', enabled=False):
-            if isinstance(input, torch.Tensor) and input.ndim==3 and not self.proj_size: return self._bf16(input, hx)
-            return super().forward(input._replace(data=x.float()) if hasattr(input, '_replace') else input.float(), None if hx is None else tuple(o.float() for o in hx))
-    def _weights(self): "The weights as they are now: fastai's WeightDropout puts tensors in place of parameters"; return [getattr(self, n) for n in self._flat_weights_names]
+            if isinstance(input, torch.Tensor) and input.ndim == 3 and not self.proj_size:
+                return self._forward_bf16(input, hx)
+            state = None if hx is None else tuple(o.float() for o in hx)
+            packed = hasattr(input, '_replace')
+            return super().forward(input._replace(data=x.float()) if packed else input.float(), state)
 
-# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #55281388
-def _layer(self, x, state, k, way):
-    "One layer in one direction"
-    w = lambda n: getattr(self, f'{n}_l{k}{"_reverse" if way else ""}')
-    b = w('bias_ih')+w('bias_hh') if self.bias else x.new_zeros(4*self.hidden_size, dtype=torch.float32)
-    out,h,c = LSTMFunction.apply(x.flip(0) if way else x, *state, w('weight_ih'), w('weight_hh'), b, torch.bfloat16)
-    return out.flip(0) if way else out,h,c
+    def _weights(self):
+        "The weights as they are now: fastai's WeightDropout puts tensors in place of parameters"
+        return [getattr(self, name) for name in self._flat_weights_names]
 
-def _bf16(self, x, hx):
-    "All layers, in bfloat16"
-    x,n = x.transpose(0, 1) if self.batch_first else x,2 if self.bidirectional else 1
-    states = x.new_zeros(2, self.num_layers*n, x.shape[1], self.hidden_size, dtype=torch.float32) if hx is None else hx
-    hs,cs = [],[]
-    for k in range(self.num_layers):
-        outs = [_layer(self, x, [o[k*n+way] for o in states], k, way) for way in range(n)]
-        x = torch.cat([o for o,_,_ in outs], -1) if n==2 else outs[0][0]
-        hs += [h for _,h,_ in outs]; cs += [c for _,_,c in outs]
-        if k<self.num_layers-1: x = F.dropout(x, self.dropout, self.training)
-    return (x.transpose(0, 1) if self.batch_first else x),(torch.stack(hs), torch.stack(cs))
+    def _forward_bf16(self, x, hx):
+        "All layers, in bfloat16"
+        x = x.transpose(0, 1) if self.batch_first else x
+        n_ways = 2 if self.bidirectional else 1
+        n_states = self.num_layers*n_ways
+        zeros = x.new_zeros(2, n_states, x.shape[1], self.hidden_size, dtype=torch.float32)
+        states = zeros if hx is None else hx
+        hs = []
+        cs = []
+        for layer in range(self.num_layers):
+            outs = [self._layer_bf16(x, [o[layer*n_ways+way] for o in states], layer, way) for way in range(n_ways)]
+            x = torch.cat([o for o, _, _ in outs], -1) if n_ways == 2 else outs[0][0]
+            hs += [h for _, h, _ in outs]
+            cs += [c for _, _, c in outs]
+            if layer < self.num_layers-1:
+                x = F.dropout(x, self.dropout, self.training)
+        return (x.transpose(0, 1) if self.batch_first else x), (torch.stack(hs), torch.stack(cs))
 
-AutocastLSTM._bf16 = _bf16
+    def _layer_bf16(self, x, state, layer, way):
+        "One layer in one direction"
+        def weight(name): return getattr(self, f'{name}_l{layer}' + ('_reverse' if way else ''))
+        zeros = x.new_zeros(4*self.hidden_size, dtype=torch.float32)
+        b = weight('bias_ih')+weight('bias_hh') if self.bias else zeros
+        x = x.flip(0) if way else x
+        out, h, c = LSTMFunction.apply(x, *state, weight('weight_ih'), weight('weight_hh'), b, torch.bfloat16)
+        return (out.flip(0) if way else out), h, c
 
-# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #5ecfe241
+# %% ../../nbs/300_efficiency.lstm_bf16.ipynb #213bd0e7
 def swap_lstms(
     model:nn.Module, # Any model
     back:bool=False # Make them `nn.LSTM` again
 ) -> int: # How many were changed
     "Change each `nn.LSTM` of a model to `AutocastLSTM`, in place"
-    old,new = (AutocastLSTM,nn.LSTM) if back else (nn.LSTM,AutocastLSTM)
+    old, new = (AutocastLSTM, nn.LSTM) if back else (nn.LSTM, AutocastLSTM)
     found = [m for m in model.modules() if type(m) is old]
-    for m in found: m.__class__ = new
+    for m in found:
+        m.__class__ = new
     return len(found)
 
 @contextmanager
 def autocast_lstms(
     model:nn.Module # Any model
 ):
-    "A context in which the LSTMs of a model are `AutocastLSTM`"
+    "Use `AutocastLSTM` for the LSTMs of a model, inside the `with` block"
     swap_lstms(model)
-    try: yield model
-    finally: swap_lstms(model, back=True)
+    try:
+        yield model
+    finally:
+        swap_lstms(model, back=True)
