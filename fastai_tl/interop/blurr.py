@@ -1,4 +1,4 @@
-"""blurr on today's fastai and transformers, and the way from a blurr Learner to a native one
+"""Runs blurr 1.0.5 on today's fastai and transformers, and turns a blurr Learner into a native one
 
 Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr.html.md"""
 
@@ -7,272 +7,361 @@ Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr.html.md"""
 # %% auto #0
 __all__ = ['enable_blurr', 'disable_blurr', 'from_blurr', 'from_blurr_export']
 
-# %% ../../nbs/905_interop.blurr.ipynb #14dd4efa
-import importlib, importlib.util, inspect, pickle, sys, types, warnings
+# %% ../../nbs/905_interop.blurr.ipynb #a3933947
+import importlib, importlib.util, inspect, pickle, sys, types
 from functools import wraps
 from operator import itemgetter
 from pathlib import Path
 import pandas as pd, torch
 from torch import nn
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat
 from ..core import DataError, FastaiTLError, shorten
+from ..data.classification import HFTextDataLoaders, LabelledText, tokens_dls
+from ..data.hf_tokenizer import HFTokenize
 from ..data.labels import target_tfms
 from ..data.language_modeling import HFCausalLMDataLoaders, HFMaskedLMDataLoaders
-from ..data.classification import HFTextDataLoaders, LabelledText, tokens_dls
+from ..data.qa import HFQADataLoaders, QAExample, hf_qa_dls
 from ..data.seq2seq import HFSeq2SeqDataLoaders
-from ..data.qa import QAExample, hf_qa_dls
-from ..data.tagging import HFTagDataLoaders
-from ..data.hf_tokenizer import HFTokenize
+from ..data.spec import TextSpec
 from ..data.tables import read_table
-from ..evaluation.evaluation import class_names
+from ..data.tagging import HFTagDataLoaders
 from .blurr_compat import Patches, put_in_place
 from ..learners.auto import LEARNERS, task_of_class
-
-# %% ../../nbs/905_interop.blurr.ipynb #1aa2e3f6
 from ..learners.base import HFLearner
-from ..models.third_party import foreign_parts, plain_loss
 from ..models.layer_groups import layer_splitter
+from ..models.third_party import foreign_parts, spec_of
 
-# %% ../../nbs/905_interop.blurr.ipynb #a58280b0
+# %% ../../nbs/905_interop.blurr.ipynb #c23513f6
 _patches = Patches()
 _INSTALL = 'pip install --no-deps ohmeow-blurr==1.0.5 && pip install "fastai_tl[blurr]"'
 
 def _need_blurr():
-    "blurr must be there, and the one for text: another project bears its name on PyPI"
-    try: found = importlib.util.find_spec('blurr.text.modeling')
-    except ModuleNotFoundError: found = None
-    if found is None: raise ImportError(f'blurr 1.0.5 is not installed. Its dependencies (torch<2) are out of date, so install it without them: {_INSTALL}')
+    "Raise an error unless the blurr for text is installed; another project on PyPI has the same name"
+    try:
+        found = importlib.util.find_spec('blurr.text.modeling')
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ImportError('blurr 1.0.5 is not installed. Its requirements (torch<2) are outdated, '
+                          f'so install it without them: {_INSTALL}')
 
 def enable_blurr(
-    mend:bool=True # Put right what blurr itself gets wrong, too; this imports blurr
+    mend:bool=True # Correct the faults of blurr itself, too; this imports blurr
 ) -> pd.DataFrame: # what | why
-    "Make blurr 1.0.5 work on today's stack; call it before importing blurr"
+    "Make blurr 1.0.5 work with today's libraries; call it before you import blurr"
     _need_blurr()
     try:
-        if not _patches.rows: put_in_place(_patches)
-        if mend and not any(n in _mended for n,_ in _patches.rows): _mend(_patches)
-    except BaseException: _patches.restore(); raise
-    return pd.DataFrame(_patches.rows, columns=['what','why'])
+        if not _patches.rows:
+            put_in_place(_patches)
+        if mend and _MENDED not in [name for name, _ in _patches.rows]:
+            _mend(_patches)
+    except BaseException:
+        _patches.restore()
+        raise
+    return pd.DataFrame(_patches.rows, columns=['what', 'why'])
 
-# %% ../../nbs/905_interop.blurr.ipynb #61a5a279
+# %% ../../nbs/905_interop.blurr.ipynb #5ea65c13
 def disable_blurr():
-    "Undo all that `enable_blurr` has changed; what blurr itself has registered, such as its show methods for its own types, stays"
+    "Undo all changes of `enable_blurr`; what blurr itself has registered, such as its show methods, stays"
     _patches.restore()
 
-# %% ../../nbs/905_interop.blurr.ipynb #6cfc526e
-_mended = ('TokenClassMetricsCallback.after_validate',)
+# %% ../../nbs/905_interop.blurr.ipynb #bd2870c9
+_MENDED = 'TokenClassMetricsCallback.after_validate' # is among the changes if the faults are corrected
 
 def _by_layers(old):
-    "A splitter with a group for each layer, under the name of the old one so that exports find it"
+    "A splitter with a group for each layer; it has the name of the old one, so that exports find it"
     @wraps(old)
-    def splitter(m, *args, **kwargs): return layer_splitter()(m)
+    def splitter(model, *args, **kwargs):
+        return layer_splitter()(model)
     splitter.by_layers = True
     return splitter
 
+def _swap(results):
+    return [(b, a) for a, b in results]
+
 def _in_order(old):
-    "Truth and prediction exchanged before blurr exchanges them"
+    "Swap truth and prediction before blurr swaps them"
     @wraps(old)
     def after_validate(self):
-        self.results = [(t, p) for p,t in self.results]
-        try: old(self)
-        finally: self.results = [(p, t) for t,p in self.results]
+        self.results = _swap(self.results)
+        try:
+            old(self)
+        finally:
+            self.results = _swap(self.results)
     return after_validate
 
-# %% ../../nbs/905_interop.blurr.ipynb #10671c66
+# %% ../../nbs/905_interop.blurr.ipynb #32be52d8
 def _frame(data):
-    "A table from a file; anything else as it is"
-    if not isinstance(data, (str,Path)): return data
-    kind = Path(data).suffix
-    return pd.read_excel(data) if kind.startswith('.xls') else pd.read_json(data, orient='records') if kind=='.json' else read_table(data)
+    "Read a table if `data` is a file"
+    if not isinstance(data, (str, Path)):
+        return data
+    suffix = Path(data).suffix
+    if suffix.startswith('.xls'):
+        return pd.read_excel(data)
+    return pd.read_json(data, orient='records') if suffix == '.json' else read_table(data)
 
 def _own_defaults(old):
-    "A classmethod whose dictionaries are copied at each call, and whose `data` may be a file"
-    f,sig = old.__func__,inspect.signature(old.__func__)
-    names = [n for n,p in sig.parameters.items() if isinstance(p.default, dict)]
-    clean = {n: dict(sig.parameters[n].default) for n in names}
-    @wraps(f)
+    "A classmethod that copies its dictionaries at each call, and whose `data` may be a file"
+    function, signature = old.__func__, inspect.signature(old.__func__)
+    defaults = {n: p.default for n, p in signature.parameters.items() if isinstance(p.default, dict)}
+    clean = {name: dict(default) for name, default in defaults.items()}
+    @wraps(function)
     def from_data(*args, **kwargs):
-        b = sig.bind(*args, **kwargs)
-        for n in names: b.arguments[n] = dict(b.arguments.get(n, clean[n]))
-        if 'data' in b.arguments: b.arguments['data'] = _frame(b.arguments['data'])
-        return f(*b.args, **b.kwargs)
+        bound = signature.bind(*args, **kwargs)
+        for name in clean:
+            bound.arguments[name] = dict(bound.arguments.get(name, clean[name]))
+        if 'data' in bound.arguments:
+            bound.arguments['data'] = _frame(bound.arguments['data'])
+        return function(*bound.args, **bound.kwargs)
     return classmethod(from_data)
 
-def _is_regression(learn): return isinstance(getattr(plain_loss(learn.loss_func), 'func', None), nn.MSELoss)
+# %% ../../nbs/905_interop.blurr.ipynb #b87662d6
+def _predict_values(learn, items, rm_type_tfms):
+    items = list(items) if isinstance(items, (list, tuple)) else [items]
+    with learn.no_bar():
+        dl = learn.dls.test_dl(items, rm_type_tfms=rm_type_tfms, num_workers=0)
+        return [{'value': float(value)} for value in learn.get_preds(dl=dl)[0]]
 
-# %% ../../nbs/905_interop.blurr.ipynb #56d362bc
 def _whole_labels(old):
-    "Labels as they are, and the values of a regression"
+    "A `blurr_predict` that returns whole labels, and the values of a regression"
     @wraps(old)
     def blurr_predict(self, items, rm_type_tfms=None):
-        if _is_regression(self):
-            items = list(items) if isinstance(items, (list,tuple)) else [items]
-            with self.no_bar(): return [{'value': float(v)} for v in self.get_preds(dl=self.dls.test_dl(items, rm_type_tfms=rm_type_tfms, num_workers=0))[0]]
-        res = old(self, items, rm_type_tfms)
-        for r in res:
-            if 'class_index' in r: r['label'] = str(r['class_labels'][r['class_index']])
-        return res
+        if spec_of(self).task == 'regression':
+            return _predict_values(self, items, rm_type_tfms)
+        results = old(self, items, rm_type_tfms)
+        for result in results:
+            if 'class_index' in result:
+                result['label'] = str(result['class_labels'][result['class_index']])
+        return results
     return blurr_predict
 
-# %% ../../nbs/905_interop.blurr.ipynb #e4895982
-def _mend(p):
-    "Exchange what is wrong in blurr, wherever its modules hold it"
-    for m in ('blurr.text.data.all','blurr.text.modeling.all'): importlib.import_module(m)
-    mods = [m for n,m in list(sys.modules.items()) if n.startswith('blurr.')]
-    core,seq,tag = (sys.modules[f'blurr.text.modeling.{m}'] for m in ('core','seq2seq.core','token_classification'))
-    for old,why in ((core.blurr_splitter, 'a group for each layer, tied weights in one'), (seq.blurr_seq2seq_splitter, 'the same for encoder-decoders')):
-        new = _by_layers(old)
-        for m in mods:
-            if vars(m).get(old.__name__) is old: p.set(m, old.__name__, new, why if m.__name__==old.__module__ else '')
-    cb = tag.TokenClassMetricsCallback
-    p.set(cb, 'after_validate', _in_order(cb.after_validate), 'precision and recall under their own names')
-    for c in {c for m in mods for c in vars(m).values() if isinstance(c, type) and 'from_data' in vars(c)}:
-        p.set(c, 'from_data', _own_defaults(vars(c)['from_data']), 'defaults of one Learner do not leak into the next; files can be read')
-    p.set(Learner, 'blurr_predict', _whole_labels(Learner.blurr_predict), 'labels that are whole, values of a regression')
+# %% ../../nbs/905_interop.blurr.ipynb #942d39cb
+def _mend(patches):
+    "Replace what is wrong in blurr, in all of its modules that have it"
+    for name in ('blurr.text.data.all', 'blurr.text.modeling.all'):
+        importlib.import_module(name)
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith('blurr.')]
+    modeling = sys.modules['blurr.text.modeling.all']
+    _replace(patches, modules, modeling.blurr_splitter, 'a group for each layer, tied weights in one')
+    _replace(patches, modules, modeling.blurr_seq2seq_splitter, 'the same for encoder-decoders')
+    callback = modeling.TokenClassMetricsCallback
+    patches.set(callback, 'after_validate', _in_order(callback.after_validate),
+                'precision and recall under their own names')
+    for cls in {o for m in modules for o in vars(m).values() if isinstance(o, type) and 'from_data' in vars(o)}:
+        patches.set(cls, 'from_data', _own_defaults(vars(cls)['from_data']),
+                    'defaults of one Learner do not leak into the next; files can be read')
+    patches.set(Learner, 'blurr_predict', _whole_labels(Learner.blurr_predict), 'whole labels, values of a regression')
 
-# %% ../../nbs/905_interop.blurr.ipynb #d1127e56
+def _replace(patches, modules, splitter, why):
+    "Replace a splitter by one with a group for each layer"
+    new = _by_layers(splitter)
+    for module in modules:
+        if vars(module).get(splitter.__name__) is splitter:
+            is_its_own = module.__name__ == splitter.__module__ # listed once
+            patches.set(module, splitter.__name__, new, why if is_its_own else '')
+
+# %% ../../nbs/905_interop.blurr.ipynb #627959e8
 def _text(x):
-    "What blurr reads: a string, a pair, a list of words, or a dictionary with one of them"
+    "The text of a row: a string, or a list for a pair or for words"
     x = x['text'] if isinstance(x, dict) else x
-    return list(x) if isinstance(x, (list,tuple)) else x
+    return list(x) if isinstance(x, (list, tuple)) else x
 
 def _rows(learn):
-    "All rows with raw texts, and how many train; none of an export"
-    dls = learn.dls
-    res = [[ds[i] for i in range(len(ds))] for ds in (dls.train_ds, dls.valid_ds)]
-    if any(isinstance(r, dict) for r in sum(res, [])): raise DataError("blurr's data must still hold the texts", 'rows that are tokenised already', 'Make the Learner with a `TextBlock`, or native DataLoaders with `HFTextDataLoaders.from_dataset`')
-    return [tuple(r) if isinstance(r, tuple) else (r,) for r in sum(res, [])],len(res[0])
+    "All rows with raw texts, and the number of training rows; an export has none"
+    train, valid = ([ds[i] for i in range(len(ds))] for ds in (learn.dls.train_ds, learn.dls.valid_ds))
+    if any(isinstance(row, dict) for row in train+valid):
+        todo = 'Make the Learner with a `TextBlock`, or native DataLoaders with `HFTextDataLoaders.from_dataset`'
+        raise DataError("blurr's data must still contain the texts", 'rows that are already tokenized', todo)
+    return [row if isinstance(row, tuple) else (row,) for row in train+valid], len(train)
 
-def _held(n, rows): return [i>=n for i in range(len(rows))]
+def _is_valid(n_train, rows):
+    return [i >= n_train for i in range(len(rows))]
 
-def _sizes(learn, parts):
-    "Batch sizes and the longest text, as the native DataLoaders take them"
-    length = getattr(parts.transform, 'max_length', None)
-    bs,val_bs = (getattr(dl, 'bs', None) or 16 for dl in (learn.dls.train, learn.dls.valid))
-    return dict(bs=bs, val_bs=val_bs, path=learn.path, **({'max_length': length} if isinstance(length, int) and not isinstance(length, bool) else {}))
+def _loader_options(learn, parts):
+    "Batch sizes, folder and maximum length, as the native DataLoaders take them"
+    bs, val_bs = (getattr(dl, 'bs', None) or 16 for dl in (learn.dls.train, learn.dls.valid))
+    options = dict(bs=bs, val_bs=val_bs, path=learn.path)
+    max_length = getattr(parts.transform, 'max_length', None)
+    if isinstance(max_length, int) and not isinstance(max_length, bool): # `True` is the tokenizer's own
+        options['max_length'] = max_length
+    return options
 
-# %% ../../nbs/905_interop.blurr.ipynb #a23481b0
+# %% ../../nbs/905_interop.blurr.ipynb #a2409e5c
 def _name_outputs(parts, classes):
-    "Tell the model's config what its outputs mean"
-    cfg = parts.model.config
-    if classes is not None: cfg.id2label,cfg.label2id = {i: str(c) for i,c in enumerate(classes)},{str(c): i for i,c in enumerate(classes)}
+    "Write the names of the classes into the model's config"
+    config = parts.model.config
+    if classes is not None:
+        config.id2label = {i: str(c) for i, c in enumerate(classes)}
+        config.label2id = {str(c): i for i, c in enumerate(classes)}
 
-def _classification(learn, parts, rows, n, kw):
-    task = 'regression' if _is_regression(learn) else 'multilabel' if isinstance(plain_loss(learn.loss_func), BCEWithLogitsLossFlat) else 'classification'
-    names = (getattr(parts.transform, 'kwargs', None) or {}).get('labels') # what blurr shows for the numbers 0, 1, … of a dataset
-    classes = None if task=='regression' else list(names or class_names(learn.dls, parts.model.config.num_labels))
-    label = dict(regression=lambda y: float(y), classification=lambda y: classes[int(y)], multilabel=lambda y: [c for c,v in zip(classes, y) if v])[task]
-    if not rows: rows,n = [('a', 0. if classes is None else [i==j for j in range(len(classes))] if task=='multilabel' else i) for _ in range(2) for i in range(len(classes or [0]))],len(classes or [0])
+def _label_reader(spec):
+    "Function from blurr's target to a label"
+    return dict(regression=float, classification=lambda y: spec.classes[int(y)],
+                multilabel=lambda y: [c for c, is_on in zip(spec.classes, y) if is_on])[spec.task]
+
+def _classification(learn, parts, rows, n_train, options):
+    inferred = spec_of(learn)
+    labels = (getattr(parts.transform, 'kwargs', None) or {}).get('labels')
+    classes = None if inferred.task == 'regression' else list(labels or inferred.classes)
     _name_outputs(parts, classes)
-    tok,items = HFTokenize(parts.tokenizer, kw.get('max_length'), verbose=False),[LabelledText([_text(x), label(y)]) for x,y in rows]
-    return tokens_dls(HFTextDataLoaders, items, n, [[itemgetter(0), tok], [itemgetter(1)]+target_tfms(task, classes)], tok.tokenizer.padding_side, kw['bs'], kw['val_bs'], kw['path'])
+    tok = HFTokenize(parts.tokenizer, options.get('max_length'), verbose=False)
+    spec = TextSpec(inferred.task, classes=classes, threshold=inferred.threshold, max_length=tok.max_length,
+                    columns=inferred.columns or dict(text='text', label='label'))
+    if not rows:
+        return HFTextDataLoaders.from_spec(spec, parts.tokenizer, options['bs'])
+    label_of = _label_reader(spec)
+    items = [LabelledText([_text(x), label_of(y)]) for x, y in rows]
+    tfms = [[itemgetter(0), tok], [itemgetter(1), *target_tfms(spec.task, classes)]]
+    dls = tokens_dls(HFTextDataLoaders, items, n_train, tfms, tok.tokenizer.padding_side, options['bs'],
+                     options['val_bs'], options['path'])
+    return dls.with_spec(spec.replace(pairs=not isinstance(items[0][0], str)), tok.tokenizer)
 
-# %% ../../nbs/905_interop.blurr.ipynb #da4619b6
-def _tagging(learn, parts, rows, n, kw):
-    vocab,strategy = list(learn.dls.vocab),type(getattr(parts.transform, 'labeling_strategy', None)).__name__
-    if not rows: rows,n = [(['a'], [i]) for _ in range(2) for i in range(len(vocab))],len(vocab)
+# %% ../../nbs/905_interop.blurr.ipynb #fa1bf185
+def _tagging(learn, parts, rows, n_train, options):
+    vocab = list(learn.dls.vocab)
     _name_outputs(parts, vocab)
-    return HFTagDataLoaders.from_lists([_text(x) for x,_ in rows], [[vocab[int(i)] for i in y] for _,y in rows], parts.tokenizer, valid=_held(n, rows), vocab=vocab,
-                                       label_all=strategy in ('SameLabelLabelingStrategy','BILabelingStrategy'), verbose=False, **kw)
+    if not rows:
+        spec = TextSpec('tagging', classes=vocab, max_length=options.get('max_length'))
+        return HFTagDataLoaders.from_spec(spec, parts.tokenizer, options['bs'])
+    strategy = type(getattr(parts.transform, 'labeling_strategy', None)).__name__
+    return HFTagDataLoaders.from_lists(
+        [_text(x) for x, _ in rows], [[vocab[int(i)] for i in y] for _, y in rows], parts.tokenizer,
+        valid=_is_valid(n_train, rows), vocab=vocab, verbose=False,
+        label_all=strategy in ('SameLabelLabelingStrategy', 'BILabelingStrategy'), **options)
 
-# %% ../../nbs/905_interop.blurr.ipynb #cb910938
-def _example(tok, x, start, end, max_length):
-    "A question with its answer in characters; none where both positions are 0"
-    left = tok.padding_side=='left'
-    q,c = reversed(_text(x)) if left else _text(x)
-    if end<=start: return QAExample(q, c)
-    enc = tok(*_text(x), truncation='only_first' if left else 'only_second', max_length=max_length, return_offsets_mapping=True)
-    a,b = enc['offset_mapping'][start][0],enc['offset_mapping'][min(end, len(enc['input_ids']))-1][1]
-    return QAExample(q, c, (c[a:b],), (a,))
+# %% ../../nbs/905_interop.blurr.ipynb #7e22805a
+def _example(tokenizer, x, start, end, max_length):
+    "A question with its answer in characters"
+    passage_first = tokenizer.padding_side == 'left'
+    question, passage = reversed(_text(x)) if passage_first else _text(x)
+    if end <= start:
+        return QAExample(question, passage)
+    encoded = tokenizer(*_text(x), truncation='only_first' if passage_first else 'only_second',
+                        max_length=max_length, return_offsets_mapping=True)
+    last = min(end, len(encoded['input_ids']))-1
+    begin_char, end_char = encoded['offset_mapping'][start][0], encoded['offset_mapping'][last][1]
+    return QAExample(question, passage, (passage[begin_char:end_char],), (begin_char,))
 
-def _qa(learn, parts, rows, n, kw):
-    tok,length = parts.tokenizer,kw.get('max_length')
-    if not rows: rows,n = [(['a', 'a'], 0, 0)]*2,1
-    examples = [_example(tok, x, int(s), int(e), length) for x,s,e in rows]
-    return hf_qa_dls(examples, list(range(n)), list(range(n, len(rows))), tok, stride=min(64, (length or 384)//4), verbose=False, **kw)
+def _qa(learn, parts, rows, n_train, options):
+    max_length = options.get('max_length')
+    stride = min(64, (max_length or 384)//4)
+    if not rows:
+        spec = TextSpec('qa', max_length=max_length, windows=stride, may_be_none=True) # an export does not say
+        return HFQADataLoaders.from_spec(spec, parts.tokenizer, options['bs'])
+    examples = [_example(parts.tokenizer, x, int(start), int(end), max_length) for x, start, end in rows]
+    train, valid = list(range(n_train)), list(range(n_train, len(rows)))
+    return hf_qa_dls(examples, train, valid, parts.tokenizer, stride=stride, verbose=False, **options)
 
-def _texts(cls):
-    def make(learn, parts, rows, n, kw):
-        if not rows: rows,n = [('a a a a',)]*2,1
-        return cls.from_texts([_text(r[0]) for r in rows], parts.tokenizer, valid=_held(n, rows), **kw)
+# %% ../../nbs/905_interop.blurr.ipynb #5c4b905d
+def _language_modeling(cls, task):
+    def make(learn, parts, rows, n_train, options):
+        if not rows:
+            spec = TextSpec(task, max_length=options.get('max_length'))
+            return cls.from_spec(spec, parts.tokenizer, options['bs'])
+        texts = [_text(row[0]) for row in rows]
+        return cls.from_texts(texts, parts.tokenizer, valid=_is_valid(n_train, rows), **options)
     return make
 
-# %% ../../nbs/905_interop.blurr.ipynb #f4dda4bb
-def _seq2seq(learn, parts, rows, n, kw):
-    if not rows: rows,n = [('a','a')]*2,1
-    return HFSeq2SeqDataLoaders.from_lists([_text(r[0]) for r in rows], [r[1] for r in rows], parts.tokenizer, valid=_held(n, rows), verbose=False,
-                                           max_target_length=getattr(parts.transform, 'max_target_length', None), **kw)
+def _seq2seq(learn, parts, rows, n_train, options):
+    max_target_length = getattr(parts.transform, 'max_target_length', None)
+    if not rows:
+        spec = TextSpec('seq2seq', max_length=options.get('max_length'), max_target_length=max_target_length)
+        return HFSeq2SeqDataLoaders.from_spec(spec, parts.tokenizer, options['bs'])
+    return HFSeq2SeqDataLoaders.from_lists(
+        [_text(row[0]) for row in rows], [row[1] for row in rows], parts.tokenizer,
+        valid=_is_valid(n_train, rows), verbose=False, max_target_length=max_target_length, **options)
 
-# %% ../../nbs/905_interop.blurr.ipynb #0055bdb0
-_MAKERS = dict(classification=_classification, tagging=_tagging, qa=_qa, causal_lm=_texts(HFCausalLMDataLoaders), masked_lm=_texts(HFMaskedLMDataLoaders), seq2seq=_seq2seq)
+# %% ../../nbs/905_interop.blurr.ipynb #a065d655
+_MAKERS = dict(
+    classification=_classification, tagging=_tagging, qa=_qa, seq2seq=_seq2seq,
+    causal_lm=_language_modeling(HFCausalLMDataLoaders, 'causal_lm'),
+    masked_lm=_language_modeling(HFMaskedLMDataLoaders, 'masked_lm'))
 
 def from_blurr(
-    learn:Learner, # A Learner made with blurr, of any version, trained or not
+    learn:Learner, # A Learner made with any version of blurr, trained or not
     **kwargs # More for the factory of the task: `metrics`, `lr`, `cbs`, …
 ) -> HFLearner: # Of the class of its task; it shares the model with `learn`
-    "The native Learner with the same weights, tokenizer, labels and data"
+    "Make the native Learner with the same weights, tokenizer, labels and data"
     parts = foreign_parts(learn)
-    if parts is None: raise FastaiTLError('A Learner made with blurr is needed', f'a Learner around a {type(learn.model).__name__}', 'It has no wrapper or no transform of blurr; a native Learner needs no change')
+    if parts is None:
+        raise FastaiTLError('A Learner made with blurr is needed', f'a Learner around a {type(learn.model).__name__}',
+                            'It has no wrapper or no transform of blurr; a native Learner needs no change')
     task = task_of_class(type(parts.model).__name__)
-    if task is None: raise FastaiTLError('The model must be for one of the tasks ' + shorten(_MAKERS, 9), f'a {type(parts.model).__name__}')
-    if parts.model.config.pad_token_id is None: parts.model.config.pad_token_id = parts.tokenizer.pad_token_id # as blurr sets it in a config that the model does not use
-    rows,n = _rows(learn)
-    dls = _MAKERS[task](learn, parts, rows, n, _sizes(learn, parts))
-    res = LEARNERS[task](dls, parts.model, **{'path': learn.path, 'model_dir': learn.model_dir, **kwargs})
-    if not rows: res.dls = dls.new_empty() # an export has no data; the rows that stood in are taken out again
-    return res
+    if task is None:
+        raise FastaiTLError('The model must be for one of the tasks ' + shorten(_MAKERS, 9),
+                            f'a {type(parts.model).__name__}')
+    config = parts.model.config
+    if config.pad_token_id is None: # blurr sets it in a config that the model does not use
+        config.pad_token_id = parts.tokenizer.pad_token_id
+    rows, n_train = _rows(learn)
+    dls = _MAKERS[task](learn, parts, rows, n_train, _loader_options(learn, parts))
+    return LEARNERS[task](dls, parts.model, **{'path': learn.path, 'model_dir': learn.model_dir, **kwargs})
 
-# %% ../../nbs/905_interop.blurr.ipynb #317494f2
+# %% ../../nbs/905_interop.blurr.ipynb #1b85c568
 _MOVED = {'fastcore.transform': 'fasttransform.transform', 'transformers.configuration_utils': 'transformers'}
 
 class _Shell:
-    "Stands for an object whose class is gone"
-    def __init__(self, *args, **kwargs): pass
-    def __setstate__(self, state): vars(self).update(state if isinstance(state, dict) else {})
-    def __call__(self, x, *args, **kwargs): return x
+    "Replaces an object whose class no longer exists"
+    def __init__(self, *args, **kwargs):
+        pass
+    def __setstate__(self, state):
+        vars(self).update(state if isinstance(state, dict) else {})
+    def __call__(self, x, *args, **kwargs):
+        return x
 
 class _OldPickle(pickle.Unpickler):
-    "Looks for classes where they are now"
+    "Finds classes where they are now"
     def find_class(self, module, name):
-        for m in (module, _MOVED.get(module, module)):
-            try: return super().find_class(m, name)
-            except (ImportError, AttributeError): pass
+        for candidate in (module, _MOVED.get(module, module)):
+            try:
+                return super().find_class(candidate, name)
+            except (ImportError, AttributeError):
+                pass
         return type(name, (_Shell,), {})
 
-# %% ../../nbs/905_interop.blurr.ipynb #42eee05f
+_OLD_PICKLE = types.SimpleNamespace( # what `torch.load` uses of the module `pickle`
+    Unpickler=_OldPickle, load=lambda f, **kwargs: _OldPickle(f, **kwargs).load(), __name__='old_pickle')
+
+# %% ../../nbs/905_interop.blurr.ipynb #3d326a38
 def _load_export(path):
-    pickles = types.SimpleNamespace(Unpickler=_OldPickle, load=lambda f, **kw: _OldPickle(f, **kw).load(), __name__='old_pickle')
-    try: learn = torch.load(path, map_location='cpu', pickle_module=pickles, weights_only=False)
-    except (pickle.UnpicklingError, EOFError, OSError) as e: raise FastaiTLError('A file that `learn.export` wrote is needed', f'{path} ({str(e).splitlines()[0]})') from e
-    if not hasattr(learn, 'dls') or not isinstance(getattr(learn, 'model', None), nn.Module): raise FastaiTLError('A file that `learn.export` wrote is needed', f'{path} with a {type(learn).__name__}')
+    wanted = 'A file that `learn.export` wrote is needed'
+    try:
+        learn = torch.load(path, map_location='cpu', pickle_module=_OLD_PICKLE, weights_only=False)
+    except (pickle.UnpicklingError, EOFError, OSError) as e:
+        raise FastaiTLError(wanted, f'{path} ({str(e).splitlines()[0]})') from e
+    if not hasattr(learn, 'dls') or not isinstance(getattr(learn, 'model', None), nn.Module):
+        raise FastaiTLError(wanted, f'{path} with a {type(learn).__name__}')
     return learn
 
-# %% ../../nbs/905_interop.blurr.ipynb #c43006f2
-def _built_anew(hf):
-    "The same model as today's transformers builds it"
-    cfg = type(hf.config).from_dict({k: v for k,v in vars(hf.config).items() if not k.startswith('_')})
-    fresh = type(hf)(cfg)
-    lost = fresh.load_state_dict(hf.state_dict(), strict=False)
-    missing = [n for n in lost.missing_keys if n in dict(fresh.named_parameters())]
-    if missing: raise FastaiTLError('The export must hold all weights of the model', f'none for {shorten(missing)}', 'Save them with the versions that wrote the export, by `model.hf_model.save_pretrained`')
-    fresh.tie_weights()
-    return fresh.eval()
+def _make_again(hf):
+    "Make the same model with today's transformers"
+    settings = {k: v for k, v in vars(hf.config).items() if not k.startswith('_')}
+    model = type(hf)(type(hf.config).from_dict(settings))
+    missing = model.load_state_dict(hf.state_dict(), strict=False).missing_keys
+    parameters = dict(model.named_parameters())
+    if missing := [name for name in missing if name in parameters]:
+        raise FastaiTLError('The export must contain all weights of the model', f'none for {shorten(missing)}',
+                            'Save them with the versions that wrote the export, by `model.hf_model.save_pretrained`')
+    model.tie_weights()
+    return model.eval()
 
-# %% ../../nbs/905_interop.blurr.ipynb #4f77a01c
+# %% ../../nbs/905_interop.blurr.ipynb #e6e2aa00
 def from_blurr_export(
     path:str|Path, # A file that `learn.export` wrote
-    trust:bool=False, # An export is a pickle and runs code as it is read: only for files whose maker you trust
+    trust:bool=False, # An export is a pickle and runs code as it is read: only for files that you trust
     **kwargs # More for `from_blurr`
 ) -> HFLearner: # Without data, ready to predict and to be saved
-    "The native Learner of an exported blurr Learner"
-    if not trust: raise FastaiTLError('An export is a pickle, which runs code as it is read', 'trust=False', 'If you trust whoever made the file, pass `trust=True`')
-    before = bool(_patches.rows)
+    "Make the native Learner of an exported blurr Learner"
+    if not trust:
+        raise FastaiTLError('An export is a pickle, which runs code as it is read', 'trust=False',
+                            'If you trust the person who made the file, pass `trust=True`')
+    was_enabled = bool(_patches.rows)
     enable_blurr()
     try:
         learn = _load_export(path)
-        holder = next(m for m in learn.model.modules() if hasattr(m, 'hf_model'))
-        holder.hf_model = _built_anew(holder.hf_model)
+        wrapper = next(m for m in learn.model.modules() if hasattr(m, 'hf_model'))
+        wrapper.hf_model = _make_again(wrapper.hf_model)
         return from_blurr(learn, **kwargs)
     finally:
-        if not before: disable_blurr()
+        if not was_enabled:
+            disable_blurr()
