@@ -11,7 +11,7 @@ __all__ = ['TEMPERATURE_BOUNDS', 'TemperatureScaling', 'Calibrated']
 import numpy as np
 import pandas as pd
 from ..core import DataError, FastaiTLError, did_you_mean
-from .report import ScoreTable, accuracy_of
+from .report import ScoreTable
 from fastai_tl.evaluation.scores import (ScoredRows, bin_sums, brier, calibration_error, ratio, row_losses,
     wilson_interval)
 from ..plot import PALETTE, figure_style, in_words

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.evaluation.html.md"""
 # %% auto #0
 __all__ = ['Evaluation']
 
-# %% ../../nbs/732_evaluation.evaluation.ipynb #f947b5c2
+# %% ../../nbs/732_evaluation.evaluation.ipynb #e685e086
 from fastcore.all import patch
 from fastai.learner import Learner
 from .calibration import (Calibrated, calibration_scores, plot_confidence_panels,
@@ -26,7 +26,7 @@ from .thresholds import (abstention_threshold, best_thresholds, decide_by_thresh
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import spec_of
 
-# %% ../../nbs/732_evaluation.evaluation.ipynb #06a24274
+# %% ../../nbs/732_evaluation.evaluation.ipynb #7e85e59b
 class Evaluation(ScoredRows):
     "Probabilities, targets and losses of some rows, with all that can be asked of them"
     @classmethod
@@ -92,7 +92,7 @@ class Evaluation(ScoredRows):
     to_html = html_page
     save = save_report
 
-# %% ../../nbs/732_evaluation.evaluation.ipynb #f5ca8c10
+# %% ../../nbs/732_evaluation.evaluation.ipynb #734518a9
 def evaluated(learn, data=None, labels=None, ds_idx=1, dl=None):
     "Return the evaluation of a Learner for its task"
     if isinstance(data, int):
@@ -105,7 +105,7 @@ def evaluated(learn, data=None, labels=None, ds_idx=1, dl=None):
         return AnswerEvaluation.from_learner(learn, data, labels, ds_idx)
     return Evaluation.from_learner(learn, ds_idx, dl, data=data, labels=labels)
 
-# %% ../../nbs/732_evaluation.evaluation.ipynb #ec3d9201
+# %% ../../nbs/732_evaluation.evaluation.ipynb #c5f4edde
 @patch
 def evaluate(self:Learner,
     data=None, # A table with the columns of the training data, texts, or a number like `ds_idx`; own rows if `None`
@@ -126,7 +126,7 @@ def evaluate(self:BidirectionalLearner, # patched on here because evaluation com
     "Evaluate the averaged probabilities in one pass of each Learner over the rows"
     return evaluated(self, data, labels, ds_idx, dl)
 
-# %% ../../nbs/732_evaluation.evaluation.ipynb #756f09b7
+# %% ../../nbs/732_evaluation.evaluation.ipynb #b396d588
 @patch
 def calibrate(self:Learner,
     data=None, # A table with the columns of the training data, texts, or a number like `ds_idx`; own rows if `None`
@@ -148,14 +148,3 @@ def calibrate(self:BidirectionalLearner, # patched on here because evaluation co
 ) -> Calibrated: # With `temperature`, `table()`, `plot()` and `apply(ev)`
     "Fit a temperature for the averaged probabilities on validation data"
     return Calibrated(evaluated(self, data, labels, ds_idx, dl), n_folds)
-
-# %% ../../nbs/732_evaluation.evaluation.ipynb #fae4b6e4
-def activation_of(learn):
-    "Return the function that turns the scores of a Learner into probabilities" # until deploy.engines reads the spec
-    loss = learn.loss_func
-    return loss.activation if hasattr(loss, 'activation') else spec_of(learn).activate
-
-def class_names(dls, n_out=None):
-    "Return the names of the classes of DataLoaders" # until deploy.engines and interop.blurr read the spec
-    classes = spec_of(dls).classes
-    return None if classes is None else list(classes)
