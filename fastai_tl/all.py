@@ -12,6 +12,7 @@ from .data.labels import *
 from .data.splits import *
 from .data.near_duplicates import *
 from .data.tokenizers import *
+from .data.chinese_rules import *
 from .data.chinese import *
 from .data.display import *
 from .data.loaders import *
