@@ -20,7 +20,7 @@ from fastai.text.core import TitledStr
 from fastai.text.learner import LMLearner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
-from ..core import DataError
+from ..core import DataError, FastaiTLError
 from ..callbacks import evaluating
 from ..data.language_modeling import end_of_text, frame
 from ..data.tables import check_texts
@@ -28,6 +28,7 @@ from ..data.tokenizers import apply_rules
 from ..models.awd_lstm import allow_zero_weight_dropout
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
+from ..models.third_party import spec_of
 from ..tune.optimizer import LayerwiseOptimizer
 from .base import HFLearner, each_row, make_learner
 
@@ -133,8 +134,10 @@ def check_task(
     maker # Name of the class that makes such DataLoaders
 ):
     "Raise an error if the data were made for another task"
-    spec = getattr(dls, 'spec', None)
-    found = 'something else' if spec is None else spec.task
+    try:
+        found = spec_of(dls).task # also of a DataBlock's DataLoaders, which have no spec
+    except FastaiTLError:
+        found = 'something else'
     if found != task:
         raise DataError(f'The data must be made for {task}', f'data for {found}', f'Make them with `{maker}`')
 

@@ -1,4 +1,4 @@
-"""Question answering as a fastai Learner: the best span over all windows of a passage, or none, and scores of whole questions
+"""Question answering as a fastai Learner: the best span over all windows of a passage, or no answer, and scores of whole questions
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.qa.html.md"""
 
@@ -8,213 +8,279 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.qa.html.md"""
 __all__ = ['best_spans', 'AnswerLoss', 'normalize_answer', 'answer_scores', 'Answer', 'AnswerExact', 'AnswerF1', 'HFAnswerer',
            'hf_qa_learner']
 
-# %% ../../nbs/520_learners.qa.ipynb #aa9dc2f1
-import re, string, unicodedata
+# %% ../../nbs/520_learners.qa.ipynb #43f338ff
+import re
+import string
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-import numpy as np, torch, torch.nn.functional as F
-from fastcore.all import L, patch
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastcore.all import L
 from fastai.data.core import DataLoaders
 from fastai.learner import Metric
 from fastai.torch_core import TensorBase
 from ..core import DataError, FastaiTLError
-from ..data.qa import HFQADataLoaders, QAExample, TensorSpan
+from ..data.qa import HFQADataLoaders, QAExample
 from ..data.tagging import CJK
-from ..data.hf_tokenizer import TensorTokens
-from .base import HFLearner, make_learner
+from .base import HFLearner, each_row, make_learner
 
-# %% ../../nbs/520_learners.qa.ipynb #46c788f7
+# %% ../../nbs/520_learners.qa.ipynb #e7d5ce57
 def best_spans(
     start, # Score of each token as the first, (tokens,)
-    end, # Score of each as the last, (tokens,)
-    free, # Which tokens an answer may have, (tokens,) booleans
-    n_best:int=1, # How many spans
-    max_tokens:int=30 # Longest answer
+    end, # Score of each token as the last, (tokens,)
+    free, # Which tokens an answer can contain, (tokens,) booleans
+    n_best:int=1, # Number of spans
+    max_tokens:int=30 # Maximum length of an answer
 ) -> list: # `(score, first, last)`, the best first
     "The spans with the highest scores"
-    at = torch.as_tensor(free).nonzero().view(-1)
-    if not len(at): return []
-    total = start[at].float()[:,None]+end[at].float()[None]
-    apart = at[None]-at[:,None]
-    total = total.masked_fill((apart<0)|(apart>=max_tokens), -torch.inf).view(-1)
-    best = total.topk(min(n_best, int((total>-torch.inf).sum())))
-    return [(v, int(at[i//len(at)]), int(at[i%len(at)])) for v,i in zip(best.values.tolist(), best.indices.tolist())]
+    places = torch.as_tensor(free).nonzero().view(-1)
+    n = len(places)
+    if not n:
+        return []
+    scores = start[places].float()[:, None] + end[places].float()[None]
+    lengths = places[None] - places[:, None]
+    scores = scores.masked_fill((lengths < 0) | (lengths >= max_tokens), -torch.inf).view(-1)
+    n_possible = int((scores > -torch.inf).sum())
+    best = scores.topk(min(n_best, n_possible))
+    return [(score, int(places[i//n]), int(places[i % n]))
+            for score, i in zip(best.values.tolist(), best.indices.tolist())]
 
-# %% ../../nbs/520_learners.qa.ipynb #6f5f51d9
-def _rows(preds): return zip(*[o if isinstance(o, (L,list)) else o.unbind() for o in preds])
+# %% ../../nbs/520_learners.qa.ipynb #59daa4cf
+def _best_answer_span(start, end, none_at, max_tokens):
+    "First and last token of the best span of a window, from probabilities; padding has the probability 0"
+    start = start.log()
+    end = end.log()
+    is_real = start > -torch.inf
+    none = int(is_real.nonzero().max()) if none_at else 0 # the last token before the padding
+    free = is_real & (torch.arange(len(start)) != none)
+    no_answer = (float(start[none] + end[none]), none, none)
+    return max([no_answer, *best_spans(start, end, free, 1, max_tokens)])[1:]
 
-# %% ../../nbs/520_learners.qa.ipynb #070a60ba
+# %% ../../nbs/520_learners.qa.ipynb #b8a342e1
 class AnswerLoss:
     "Mean of the cross-entropies of an answer's first and last token"
     def __init__(self,
-        max_tokens:int=30, # Longest answer when a prediction is decoded
-        none_at:int=0, # Where the token for no answer stands: at the start, or at the end (-1)
+        max_tokens:int=30, # Maximum length of an answer when a prediction is decoded
+        none_at:int=0, # Place of the token for no answer: the start (0) or the end (-1)
         reduction:str='mean' # `mean`, `sum` or `none`
-    ): self.max_tokens,self.none_at,self.reduction = max_tokens,none_at,reduction
+    ):
+        self.max_tokens = max_tokens
+        self.none_at = none_at
+        self.reduction = reduction
+
     def __call__(self, preds, targ):
-        start,end = (F.cross_entropy(p.float(), t, reduction=self.reduction) for p,t in zip(preds, targ.as_subclass(torch.Tensor).T))
-        return TensorBase((start+end)/2)
-    def __repr__(self): return f'AnswerLoss(max_tokens={self.max_tokens}, none_at={self.none_at})'
+        targets = targ.as_subclass(torch.Tensor).T
+        start, end = (F.cross_entropy(p.float(), t, reduction=self.reduction) for p, t in zip(preds, targets))
+        return TensorBase((start + end)/2)
+
+    def __repr__(self):
+        return f'AnswerLoss(max_tokens={self.max_tokens}, none_at={self.none_at})'
+
     def activation(self,
         preds # Start and end logits, each (windows, tokens) or a list of rows
-    ):
-        "Probabilities of each token to be the first, and to be the last"
-        return tuple(L(r.softmax(-1) for r in o) if isinstance(o, (L,list)) else o.softmax(-1) for o in preds)
+    ): # The same for probabilities
+        "Probabilities of each token to be the first and to be the last"
+        return tuple(each_row(lambda row: row.softmax(-1), logits) for logits in preds)
 
-# %% ../../nbs/520_learners.qa.ipynb #0a92f68f
-@patch
-def decodes(self:AnswerLoss,
-    preds # Probabilities, as `activation` gives them
-):
-    "First and last token of each window's best span, of probabilities"
-    res = []
-    for s,e in _rows(preds):
-        s,e,n = s.log(),e.log(),(len(s)+self.none_at)%len(s)
-        if self.none_at: n = int((s>-torch.inf).nonzero().max()) # before the padding
-        free = (s>-torch.inf)&(torch.arange(len(s))!=n)
-        best = [(float(s[n]+e[n]), n, n)]+best_spans(s, e, free, 1, self.max_tokens)
-        res.append(max(best)[1:])
-    return TensorBase([[a,b,-1] for a,b in res])
+    def decodes(self,
+        preds # Start and end probabilities, from `activation`
+    ): # (windows, 3): first token, last token, -1
+        "First and last token of the best span of each window"
+        rows = zip(*(p if isinstance(p, (L, list)) else p.unbind() for p in preds))
+        spans = [_best_answer_span(start, end, self.none_at, self.max_tokens) for start, end in rows]
+        return TensorBase([[first, last, -1] for first, last in spans])
 
-# %% ../../nbs/520_learners.qa.ipynb #4c6e5146
+# %% ../../nbs/520_learners.qa.ipynb #561b5a2a
 def normalize_answer(
     text:str # An answer
-) -> list: # Its words, characters where it is Chinese
-    "What is compared of an answer, as SQuAD's script has it"
-    zh = re.search(f'[{CJK}]', text)
-    text = ''.join(c for c in text.lower() if c not in string.punctuation and not (zh and unicodedata.category(c)[0]=='P'))
+) -> list: # Its words; characters where it is Chinese
+    "The words of an answer that are compared, as in SQuAD's script"
+    has_cjk = re.search(f'[{CJK}]', text)
+    def is_punctuation(c): return c in string.punctuation or (has_cjk and unicodedata.category(c)[0] == 'P')
+    text = ''.join(c for c in text.lower() if not is_punctuation(c))
     text = re.sub(r'\b(a|an|the)\b', ' ', text)
-    return re.findall(f'[{CJK}]|[^\\s{CJK}]+', text) if zh else text.split()
+    return re.findall(f'[{CJK}]|[^\\s{CJK}]+', text) if has_cjk else text.split()
 
-# %% ../../nbs/520_learners.qa.ipynb #19f50adc
+# %% ../../nbs/520_learners.qa.ipynb #f609650c
+def _score(pred, target):
+    "Exact match and F1 of two lists of words"
+    is_same = float(pred == target)
+    if not pred or not target:
+        return is_same, is_same
+    n_common = sum((Counter(pred) & Counter(target)).values())
+    return is_same, 2*n_common/(len(pred) + len(target))
+
 def answer_scores(
-    pred:str, # The answer given, '' for none
-    answers # Those accepted
+    pred:str, # The answer given; '' for none
+    answers # The accepted answers
 ) -> tuple: # Exact match and F1, 0 to 1
-    "Score an answer against the best of those accepted"
-    return tuple(max(o) for o in zip(*[_score(normalize_answer(pred), normalize_answer(a)) for a in answers]))
+    "Score an answer against the best of the accepted ones"
+    scores = [_score(normalize_answer(pred), normalize_answer(answer)) for answer in answers]
+    return tuple(max(values) for values in zip(*scores))
 
-def _score(p, t):
-    if not p or not t: return (float(p==t),)*2
-    same = sum((Counter(p)&Counter(t)).values())
-    return float(p==t),2*same/(len(p)+len(t))
-
-# %% ../../nbs/520_learners.qa.ipynb #575bdc5e
+# %% ../../nbs/520_learners.qa.ipynb #0eb6e6ae
 @dataclass
 class Answer:
-    "A piece of a passage, or none"
-    text:str # As it stands in the passage, '' for none
-    start:int # Its first character, -1 for none
+    "A part of a passage, or no answer"
+    text:str # As written in the passage; '' for no answer
+    start:int # Its first character; -1 for no answer
     end:int # The character after its last
     score:float # Sum of the logits of its start and end
     confidence:float # Share among the candidates, by softmax
 
-# %% ../../nbs/520_learners.qa.ipynb #3c6c1b53
+# %% ../../nbs/520_learners.qa.ipynb #3b955714
 def window_candidates(x, start, end, n_best=20, max_tokens=30):
     "Score of no answer, and `(score, first character, character after the last)` of the best spans of a window"
-    x = x.as_subclass(torch.Tensor)
-    none = (x[2]==0).nonzero()[0,0]
-    spans = best_spans(start, end, (x[2]>0)&(x[3]>=x[2]), n_best, max_tokens)
-    return float(start[none]+end[none]),[(v, int(x[2,a])-1, int(x[3,b])) for v,a,b in spans]
+    begins, ends = x.as_subclass(torch.Tensor)[2:4] # counted from 1; 0 is the token for no answer, -1 the question
+    none = (begins == 0).nonzero()[0, 0]
+    spans = best_spans(start, end, (begins > 0) & (ends >= begins), n_best, max_tokens)
+    candidates = [(score, int(begins[first]) - 1, int(ends[last])) for score, first, last in spans]
+    return float(start[none] + end[none]), candidates
+
+def _trimmed(context, begin, end):
+    "An answer without space around it, and where it begins"
+    text = context[begin:end]
+    return text.strip(), begin + len(text) - len(text.lstrip())
 
 def best_answers(context, found, n_best=1, may_be_none=False, none_threshold=0.):
-    "The `n_best` answers of the candidates of a question's windows, as `window_candidates` gives them"
-    best,none = {},min(n for n,_ in found)
-    for v,a,b in sorted((c for _,cs in found for c in cs), reverse=True):
-        text = context[a:b].strip()
-        a += len(context[a:b])-len(context[a:b].lstrip())
-        if text: best.setdefault((a, a+len(text)), (v, text))
-    rows = [(v, text, a, b) for (a,b),(v,text) in best.items()]
-    if may_be_none or not rows: rows = sorted(rows+[(none+none_threshold, '', -1, -1)], key=lambda r: -r[0])
-    p = torch.tensor([r[0] for r in rows]).softmax(0).tolist()
-    return [Answer(text, a, b, v, c) for (v,text,a,b),c in zip(rows[:n_best], p)]
+    "The `n_best` answers to a question, from the `window_candidates` of its windows"
+    best = {}
+    for score, begin, end in sorted((c for _, candidates in found for c in candidates), reverse=True):
+        text, begin = _trimmed(context, begin, end)
+        if text:
+            best.setdefault((begin, begin + len(text)), (score, text))
+    rows = [(score, text, *span) for span, (score, text) in best.items()]
+    if may_be_none or not rows:
+        no_answer = min(score for score, _ in found) + none_threshold
+        rows = sorted([*rows, (no_answer, '', -1, -1)], key=lambda row: -row[0])
+    confidence = torch.tensor([score for score, *_ in rows]).softmax(0).tolist()
+    return [Answer(*place, score, p) for (score, *place), p in zip(rows[:n_best], confidence)]
 
-# %% ../../nbs/520_learners.qa.ipynb #cdb366fc
+# %% ../../nbs/520_learners.qa.ipynb #43bd14a0
 class AnswerExact(Metric):
     "Share of the questions whose answer is exactly right"
-    which,name = 0,'exact_match'
+    which = 0 # index into `answer_scores`
+    name = 'exact_match'
     def __init__(self,
         share=None, # Another of these metrics, whose answers are used again
-        max_tokens:int=30, # Longest answer
+        max_tokens:int=30, # Maximum length of an answer
         none_threshold:float=0. # Added to the score of no answer
-    ): self.share,self.max_tokens,self.none_threshold = share,max_tokens,none_threshold; self.reset()
-    def reset(self): self.found,self.tok = {},None
+    ):
+        self.share = share
+        self.max_tokens = max_tokens
+        self.none_threshold = none_threshold
+        self.reset()
+    def reset(self):
+        self.found = {}
+        self.tok = None
     def accumulate(self, learn):
-        if self.share is not None: return
+        if self.share is not None:
+            return
         self.tok = learn.dls.tok
-        for x,s,e,n in zip(learn.xb[0].cpu(), *(o.detach().float().cpu() for o in learn.pred), learn.yb[0][:,2].tolist()):
-            if n>=0: self.found.setdefault(n, []).append(window_candidates(x, s, e, 1, self.max_tokens))
+        starts, ends = (logits.detach().float().cpu() for logits in learn.pred)
+        questions = learn.yb[0][:, 2].tolist()
+        for x, start, end, question in zip(learn.xb[0].cpu(), starts, ends, questions):
+            if question >= 0:
+                candidates = window_candidates(x, start, end, 1, self.max_tokens)
+                self.found.setdefault(question, []).append(candidates)
+    def answers(self):
+        "Number of each question to its `Answer`"
+        return {question: best_answers(self.tok.examples[question].context, found, 1, self.tok.may_be_none,
+                                       self.none_threshold)[0]
+                for question, found in self.found.items()}
     @property
     def value(self):
-        m = self.share or self
-        return float(np.mean([answer_scores(a.text, m.tok.examples[n].answers)[self.which] for n,a in m.answers().items()])) if m.found else None
-    def __getstate__(self): return {**self.__dict__, 'found': {}, 'tok': None}
+        owner = self.share or self
+        if not owner.found:
+            return None
+        examples = owner.tok.examples
+        scores = [answer_scores(a.text, examples[question].answers) for question, a in owner.answers().items()]
+        return float(np.mean([score[self.which] for score in scores]))
+    def __getstate__(self):
+        return {**self.__dict__, 'found': {}, 'tok': None}
 
-# %% ../../nbs/520_learners.qa.ipynb #c0b2c0d0
-@patch
-def answers(self:AnswerExact):
-    "Number of each question to its `Answer`"
-    return {n: best_answers(self.tok.examples[n].context, f, 1, self.tok.may_be_none, self.none_threshold)[0] for n,f in self.found.items()}
-
-# %% ../../nbs/520_learners.qa.ipynb #8184daf1
+# %% ../../nbs/520_learners.qa.ipynb #f4d92af8
 class AnswerF1(AnswerExact):
     "Mean F1 of the words of the answers"
-    which,name = 1,'answer_f1'
+    which = 1
+    name = 'answer_f1'
 
-# %% ../../nbs/520_learners.qa.ipynb #c1424f12
+# %% ../../nbs/520_learners.qa.ipynb #c8ecfab4
+def _check_questions(questions):
+    for i, item in enumerate(questions):
+        is_pair = not isinstance(item, str) and len(item) == 2
+        if not is_pair or not all(isinstance(text, str) and text.strip() for text in item):
+            raise DataError('Each item must be a question and its passage, two strings with some characters',
+                            f'{item!r} in item {i}')
+
 class HFAnswerer(HFLearner):
     "A Learner that answers questions about passages"
+    def answers(self,
+        questions:list, # `(question, passage)` pairs
+        n_best:int=1, # Answers to each question
+        may_be_none:bool|None=None, # Whether a passage can have no answer; as in the training data if `None`
+        max_tokens:int|None=None, # Maximum length of an answer; that of the loss if `None`
+        none_threshold:float=0., # Added to the score of no answer
+        bs:int|None=None # Windows of a batch; as in validation if `None`
+    ) -> L: # An `Answer` for each question, or a list of them if `n_best>1`
+        "Answer questions about passages of any length"
+        _check_questions(questions)
+        examples = [QAExample(*pair) for pair in questions]
+        found = self._candidates(examples, n_best, max_tokens or getattr(self.loss_func, 'max_tokens', 30), bs)
+        may_be_none = self.dls.tok.may_be_none if may_be_none is None else may_be_none
+        res = [best_answers(e.context, found[id(e)], n_best, may_be_none, none_threshold) for e in examples]
+        return L(res if n_best > 1 else [answers[0] for answers in res])
+
+    def _candidates(self, examples, n_best, max_tokens, bs):
+        "The `window_candidates` of all windows of each example, by its `id`"
+        windows = self.dls.tok.windows(examples)
+        dl = self.dls.test_dl(windows, **({} if bs is None else dict(bs=bs)))
+        xs, (starts, ends), *_ = self.get_preds(dl=dl, with_input=True, act=lambda o: o)
+        found = {}
+        for window, x, start, end in zip(windows, xs, starts, ends):
+            candidates = window_candidates(x, start, end, n_best, max_tokens)
+            found.setdefault(id(window.example), []).append(candidates)
+        return found
+
+    def answer(self,
+        question:str, # The question
+        context:str, # The passage
+        **kwargs # More for `answers`: `n_best`, `may_be_none`, …
+    ) -> Answer: # Or a list of them if `n_best>1`
+        "Answer one question"
+        with self.no_bar(), self.no_logging():
+            return self.answers([(question, context)], **kwargs)[0]
+
+    def predict(self,
+        item, # `(question, passage)`
+        **kwargs # More for `answers`
+    ) -> Answer:
+        "Answer one question, as `answer` does"
+        return self.answer(*item, **kwargs)
+
+# %% ../../nbs/520_learners.qa.ipynb #bf2c61bc
+def _no_answer_at(tokenizer):
+    "Place of the token for no answer: the start (0), or the end (-1) as in XLNet"
+    ids = tokenizer('a', 'b')['input_ids']
+    return -1 if ids[-1] == tokenizer.cls_token_id != ids[0] else 0
 
 def hf_qa_learner(
     dls:DataLoaders, # From `HFQADataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
     metrics=None, # fastai metrics; exact match and F1 of whole questions if `None`
     loss_func=None, # `AnswerLoss` if `None`
-    max_tokens:int=30, # Longest answer
+    max_tokens:int=30, # Maximum length of an answer
     **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
 ) -> HFAnswerer:
     "A Learner that answers questions"
-    if not isinstance(dls, HFQADataLoaders): raise FastaiTLError('Question answering needs `HFQADataLoaders`', f'{type(dls).__name__}', 'Make them with HFQADataLoaders.from_df, .from_lists or .from_dataset')
-    if metrics is None: exact = AnswerExact(max_tokens=max_tokens); metrics = [exact, AnswerF1(share=exact)]
-    if loss_func is None: loss_func = AnswerLoss(max_tokens, -1 if dls.train_ds[0][0][2,0]!=0 else 0)
+    if not isinstance(dls, HFQADataLoaders):
+        raise FastaiTLError('Question answering needs `HFQADataLoaders`', f'{type(dls).__name__}',
+                            'Make them with HFQADataLoaders.from_df, .from_lists or .from_dataset')
+    if metrics is None:
+        exact = AnswerExact(max_tokens=max_tokens)
+        metrics = [exact, AnswerF1(share=exact)]
+    if loss_func is None:
+        loss_func = AnswerLoss(max_tokens, _no_answer_at(dls.tokenizer))
     return make_learner(dls, model, 'qa', cls=HFAnswerer, loss_func=loss_func, metrics=metrics, **kwargs)
-
-# %% ../../nbs/520_learners.qa.ipynb #8a53c3de
-@patch
-def answers(self:HFAnswerer,
-    questions:list, # `(question, passage)` pairs
-    n_best:int=1, # Answers to each question
-    may_be_none:bool|None=None, # May a passage have no answer? As in the training data if `None`
-    max_tokens:int|None=None, # Longest answer; the loss's if `None`
-    none_threshold:float=0., # Added to the score of no answer
-    bs:int|None=None # Windows of a batch; as validation if `None`
-) -> L: # An `Answer` for each question, or a list of them if `n_best>1`
-    "Answer questions about passages of any length"
-    for i,o in enumerate(questions):
-        if isinstance(o, str) or len(o)!=2 or not all(isinstance(t, str) and t.strip() for t in o): raise DataError('Each item must be a question and its passage, two strings with some characters', f'{o!r} in item {i}')
-    examples = [QAExample(*o) for o in questions]
-    windows = self.dls.tok.windows(examples)
-    dl,found = self.dls.test_dl(windows, **({} if bs is None else dict(bs=bs))),{}
-    xs,(starts,ends),*_ = self.get_preds(dl=dl, with_input=True, act=lambda o: o)
-    for w,x,s,e in zip(windows, xs, starts, ends): found.setdefault(id(w.example), []).append(window_candidates(x, s, e, n_best, max_tokens or getattr(self.loss_func, 'max_tokens', 30)))
-    none = self.dls.tok.may_be_none if may_be_none is None else may_be_none
-    res = [best_answers(e.context, found[id(e)], n_best, none, none_threshold) for e in examples]
-    return L(res if n_best>1 else [r[0] for r in res])
-
-# %% ../../nbs/520_learners.qa.ipynb #2bb0aba1
-@patch
-def answer(self:HFAnswerer,
-    question:str, # The question
-    context:str, # The passage
-    **kwargs # More for `answers`: `n_best`, `may_be_none`, …
-) -> Answer: # Or a list of them if `n_best>1`
-    "Answer one question"
-    with self.no_bar(), self.no_logging(): return self.answers([(question, context)], **kwargs)[0]
-
-@patch
-def predict(self:HFAnswerer,
-    item, # `(question, passage)`
-    **kwargs # More for `answers`
-) -> Answer:
-    "Answer one question, as `answer` does"
-    return self.answer(*item, **kwargs)

@@ -1,4 +1,4 @@
-"""Sequence-to-sequence models (T5, BART, Marian, …) as fastai Learners that translate, summarise, rewrite
+"""Sequence-to-sequence models (T5, BART, Marian, …) as fastai Learners that translate, summarize, rewrite
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.seq2seq.html.md"""
 
@@ -7,159 +7,211 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.seq2seq.html.md"""
 # %% auto #0
 __all__ = ['decoder_inputs', 'DecoderInputs', 'GeneratedMetric', 'generation_metrics', 'HFSeq2SeqLearner', 'hf_seq2seq_learner']
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #b6b657bb
-import numpy as np, torch
-from fastcore.all import L, patch
+# %% ../../nbs/525_learners.seq2seq.ipynb #dde69e80
+import numpy as np
+import torch
+from fastcore.all import L
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Metric
 from ..core import FastaiTLError, VocabError, derive_seed, optional, unknown_option
 from ..callbacks import evaluating
-from ..data.hf_tokenizer import TensorTokens, show_rows
+from ..data.hf_tokenizer import TensorTokens
+from ..data.display import show_rows
 from .base import HFLearner, make_learner
-from .language_modeling import TokenAccuracy, TokenLossFlat, TokenPerplexity, check_task, with_token_ids
+from .language_modeling import TokenLossFlat, check_task, token_metrics, with_token_ids
 from ..models.hf import HFModel
+from ..models.third_party import spec_of
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #97120756
+# %% ../../nbs/525_learners.seq2seq.ipynb #88011d4b
 def decoder_inputs(
     model:HFModel, # A sequence-to-sequence model
-    labels:torch.Tensor # Targets, (texts, tokens), -100 behind their ends
+    labels:torch.Tensor # Targets, (texts, tokens), -100 after their ends
 ) -> TensorTokens: # (texts, 1, tokens)
     "The targets shifted by one token, by the rule of the model"
-    hf,y = model.inner[0],labels.as_subclass(torch.Tensor)
-    try: ids = hf.prepare_decoder_input_ids_from_labels(y)
-    except (AttributeError, ValueError, TypeError) as e: raise FastaiTLError('The model must know how to shift a target for its decoder', f'a {type(hf).__name__} with decoder_start_token_id={hf.config.decoder_start_token_id}', 'Set `model.config.decoder_start_token_id` to the token that a text begins with') from e
-    real = torch.cat([torch.ones_like(y[:,:1], dtype=torch.bool), y[:,:-1]!=-100], 1)
-    return TensorTokens(ids.where(real, -1)[:,None])
+    hf = model.inner[0]
+    targets = labels.as_subclass(torch.Tensor)
+    try:
+        ids = hf.prepare_decoder_input_ids_from_labels(targets)
+    except (AttributeError, ValueError, TypeError) as e:
+        start = hf.config.decoder_start_token_id
+        raise FastaiTLError('The model must know how to shift a target for its decoder',
+                            f'a {type(hf).__name__} with decoder_start_token_id={start}',
+                            'Set `model.config.decoder_start_token_id` to the token that a text starts with') from e
+    is_read = torch.cat([torch.ones_like(targets[:, :1], dtype=torch.bool), targets[:, :-1] != -100], 1)
+    return TensorTokens(ids.where(is_read, -1)[:, None])
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #afb40dd7
+# %% ../../nbs/525_learners.seq2seq.ipynb #f751d794
 class DecoderInputs(Callback):
     "Give the decoder the target shifted by one token"
-    order = CastToTensor.order-1 # after `get_preds` has kept the source, before all inputs are cast
+    order = CastToTensor.order - 1 # after `get_preds` has kept the source, before all inputs are cast
     def before_batch(self):
         "Shift the target"
-        if not self.yb: raise FastaiTLError('To be compared with a target, a source needs one', 'sources alone', 'Use `learn.predict` or `learn.generate_texts` to get texts')
+        if not self.yb:
+            raise FastaiTLError('To be compared with a target, a source needs one', 'sources alone',
+                                'Use `learn.predict` or `learn.generate_texts` to get texts')
         self.learn.xb = (*self.xb[:1], decoder_inputs(self.model, self.yb[0]))
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #2ccd77d6
-class _Generated:
-    "Texts generated during a validation, and their references; shared by several metrics"
-    def __init__(self, n, seed, kwargs): self.n,self.seed,self.kwargs = n,seed,kwargs; self.clear()
-    def clear(self): self.preds,self.refs,self.seen,self.rows = [],[],0,None
-    def add(self, learn):
-        if learn.iter<self.seen: return # another metric has been here
-        if self.rows is None: self.rows,self.at = np.random.default_rng(derive_seed(self.seed, 'rows')).permutation(learn.dl.n)<self.n,0
-        rows = np.flatnonzero(self.rows[self.at:self.at+len(learn.y)])
-        self.seen,self.at = learn.iter+1,self.at+len(learn.y)
-        if not len(rows): return
-        self.preds += generate_from(learn, learn.xb[0][rows], **self.kwargs)
-        self.refs += [learn.tokenizer.decode(y[y>=0].tolist(), skip_special_tokens=True) for y in learn.y[rows].cpu()]
-
+# %% ../../nbs/525_learners.seq2seq.ipynb #7406ace4
 def generate_from(learn, x, max_new_tokens=None, **kwargs):
     "Texts for a batch of sources; lists of texts with `num_return_sequences`"
-    model,tok = learn.model,learn.tokenizer
+    model = learn.model
     x = x.as_subclass(TensorTokens).to(next(model.parameters()).device)
-    with evaluating(model): out = model.hf.generate(**model.named_inputs(x), max_new_tokens=max_new_tokens or learn.dls.max_target_length, **kwargs)
-    res,n = [tok.decode(o, skip_special_tokens=True) for o in out.cpu()],kwargs.get('num_return_sequences', 1)
-    return res if n==1 else [res[i:i+n] for i in range(0, len(res), n)]
+    max_new_tokens = max_new_tokens or spec_of(learn).max_target_length
+    with evaluating(model):
+        out = model.hf.generate(**model.named_inputs(x), max_new_tokens=max_new_tokens, **kwargs)
+    texts = [learn.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.cpu()]
+    n = kwargs.get('num_return_sequences', 1)
+    return texts if n == 1 else [texts[i:i + n] for i in range(0, len(texts), n)]
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #87b21d46
+# %% ../../nbs/525_learners.seq2seq.ipynb #ff29f1f9
+class SharedGeneration:
+    "Texts generated during a validation and their references, which several metrics share"
+    def __init__(self, n, seed, kwargs):
+        self.n = n
+        self.seed = seed
+        self.kwargs = kwargs
+        self.clear()
+    def clear(self):
+        self.preds = []
+        self.refs = []
+        self.n_batches = 0 # batches that were read
+        self.n_pairs = 0 # pairs that were read
+        self.is_drawn = None # for each pair of the validation set, whether it is one of the `n`
+    def add(self, learn):
+        "Generate for the drawn pairs of a batch, unless another metric has done so"
+        if learn.iter < self.n_batches:
+            return
+        if self.is_drawn is None:
+            rng = np.random.default_rng(derive_seed(self.seed, 'rows'))
+            self.is_drawn = rng.permutation(learn.dl.n) < self.n
+        rows = np.flatnonzero(self.is_drawn[self.n_pairs:self.n_pairs + len(learn.y)])
+        self.n_batches = learn.iter + 1
+        self.n_pairs += len(learn.y)
+        if len(rows):
+            self.preds += generate_from(learn, learn.xb[0][rows], **self.kwargs)
+            targets = learn.y[rows].cpu()
+            self.refs += [learn.tokenizer.decode(y[y >= 0].tolist(), skip_special_tokens=True) for y in targets]
+
+# %% ../../nbs/525_learners.seq2seq.ipynb #e06f5d7a
 class GeneratedMetric(Metric):
     "A score of the texts that a model generates for validation sources; see `generation_metrics`"
     def __init__(self,
         score:str, # Its name
-        func, # From lists of predictions and references to a number
+        func, # Function from lists of predictions and references to a number
         made # Where the texts are, shared with other metrics
-    ): self.score,self.func,self.made = score,func,made
-    def reset(self): self.made.clear()
-    def accumulate(self, learn): self.made.add(learn)
+    ):
+        self.score = score
+        self.func = func
+        self.made = made
+    def reset(self):
+        self.made.clear()
+    def accumulate(self, learn):
+        self.made.add(learn)
     @property
-    def value(self): return self.func(self.made.preds, self.made.refs) if self.made.preds else None
+    def value(self):
+        return self.func(self.made.preds, self.made.refs) if self.made.preds else None
     @property
-    def name(self): return self.score
+    def name(self):
+        return self.score
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #f8b57c67
-def _sacre(kind, **kwargs): return lambda p,r: getattr(optional('sacrebleu', 'seq2seq', f'`{kind}`'), f'corpus_{kind}')(p, [r], **kwargs).score
+# %% ../../nbs/525_learners.seq2seq.ipynb #c6475c57
+SCORES = ('bleu', 'chrf', 'rouge1', 'rouge2', 'rougeL')
 
-def _rouge(kind):
-    def score(p, r):
-        scorer = optional('rouge_score.rouge_scorer', 'seq2seq', f'`{kind}`').RougeScorer([kind])
-        return float(np.mean([scorer.score(b, a)[kind].fmeasure for a,b in zip(p, r)]))*100
-    return score
+def _import_scorer(score):
+    "The library that computes a score, or an error that says how to install it"
+    module = 'rouge_score.rouge_scorer' if 'rouge' in score else 'sacrebleu'
+    return optional(module, 'seq2seq', f'`{score}`')
 
-_scores = ('bleu','chrf','rouge1','rouge2','rougeL')
+def _scorer(score, tokenize=None):
+    "A function from lists of predictions and references to a number between 0 and 100"
+    options = {'tokenize': tokenize} if tokenize and score == 'bleu' else {}
+    def sacrebleu_score(preds, refs):
+        corpus_score = getattr(_import_scorer(score), f'corpus_{score}')
+        return corpus_score(preds, [refs], **options).score
+    def rouge_score(preds, refs):
+        scorer = _import_scorer(score).RougeScorer([score])
+        return float(np.mean([scorer.score(ref, pred)[score].fmeasure for pred, ref in zip(preds, refs)]))*100
+    return rouge_score if 'rouge' in score else sacrebleu_score
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #14b8f13c
+# %% ../../nbs/525_learners.seq2seq.ipynb #03c438d5
 def generation_metrics(
     *scores:str, # `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`; between 0 and 100
     n:int=100, # Validation pairs to generate for
     seed:int=42, # Which pairs
-    tokenize:str|None=None, # How BLEU cuts words: `zh` for Chinese, `ja-mecab`, …; sacrebleu's `13a` if `None`
+    tokenize:str|None=None, # Tokenizer of BLEU: `zh` for Chinese, `ja-mecab`, …; sacrebleu's `13a` if `None`
     **kwargs # More for `generate` of transformers: `num_beams`, `max_new_tokens`, …
 ) -> list: # Metrics, for `metrics=`
     "Metrics of generated texts that share one generation"
-    for s in scores:
-        if s not in _scores: raise unknown_option('scores', s, _scores)
-        optional('rouge_score' if 'rouge' in s else 'sacrebleu', 'seq2seq', f'`{s}`')
-    made = _Generated(n, seed, kwargs)
-    return [GeneratedMetric(s, _rouge(s) if 'rouge' in s else _sacre(s, **({'tokenize': tokenize} if tokenize and s=='bleu' else {})), made) for s in scores]
+    for score in scores:
+        if score not in SCORES:
+            raise unknown_option('scores', score, SCORES)
+        _import_scorer(score)
+    made = SharedGeneration(n, seed, kwargs)
+    return [GeneratedMetric(score, _scorer(score, tokenize), made) for score in scores]
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #e34cdfb7
+# %% ../../nbs/525_learners.seq2seq.ipynb #79a712a1
 class HFSeq2SeqLearner(HFLearner):
-    "A Learner around a sequence-to-sequence model"
+    "A Learner of a sequence-to-sequence model"
     def generate_texts(self,
         texts, # Sources
-        bs:int|None=None, # Sources at a time; as in validation if `None`
+        bs:int|None=None, # Sources of a batch; as in validation if `None`
         **kwargs # More for `generate` of transformers: `num_beams`, `max_new_tokens`, `forced_bos_token_id`, …
     ) -> list: # A text for each source; a list of texts for each with `num_return_sequences`
-        "Translate, summarise, rewrite: what the model was trained to do"
+        "Translate, summarize, rewrite: do what the model was trained to do"
         dl = self.dls.test_dl(texts, **({} if bs is None else {'bs': bs}))
-        made,order = [o for b in dl for o in generate_from(self, b[0], **kwargs)],dl.get_idxs()
-        return [o for _,o in sorted(zip(order, made), key=lambda p: p[0])]
+        made = [text for batch in dl for text in generate_from(self, batch[0], **kwargs)]
+        return [text for _, text in sorted(zip(dl.get_idxs(), made), key=lambda pair: pair[0])]
+
     def predict(self,
         item:str, # A source
         **kwargs # More for `generate` of transformers
-    ) -> str: # What the model makes of it
+    ) -> str: # The generated text
         "The text for a source"
         return self.generate_texts([item], **kwargs)[0]
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #58398ea5
-@patch
-def show_results(self:HFSeq2SeqLearner,
-    ds_idx:int=1, # Which DataLoader
-    dl=None, # Another DataLoader
-    max_n:int=9, # Pairs to show
-    shuffle:bool=True, # Draw them at random
-    trunc_at:int=150, # Words of a text to show
-    **kwargs # More for `generate` of transformers
-):
-    "Sources, targets, and what the model makes of the sources"
-    dl = dl or self.dls[ds_idx].new(shuffle=shuffle)
-    b = dl.one_batch()
-    its = dl.show_batch(b, max_n=max_n, show=False)[2]
-    show_rows({'source': its.itemgot(0), 'target': its.itemgot(1), 'generated': generate_from(self, b[0][:max_n], **kwargs)}, max_n, trunc_at)
+    def show_results(self,
+        ds_idx:int=1, # Which DataLoader
+        dl=None, # Another DataLoader
+        max_n:int=9, # Maximum number of pairs
+        shuffle:bool=True, # Draw them at random
+        trunc_at:int=150, # Words of a text to show
+        **kwargs # More for `generate` of transformers
+    ):
+        "Show sources, targets, and the texts that the model generates"
+        dl = dl or self.dls[ds_idx].new(shuffle=shuffle)
+        batch = dl.one_batch()
+        pairs = dl.show_batch(batch, max_n=max_n, show=False)[2]
+        generated = generate_from(self, batch[0][:max_n], **kwargs)
+        columns = {'source': pairs.itemgot(0), 'target': pairs.itemgot(1), 'generated': generated}
+        show_rows(columns, max_n, trunc_at)
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #01024cbb
-def _check_ends(hf, tokenizer):
-    "Padding and end of text must be the same for tokenizer and model: one is shifted, the other ends what is generated"
-    for n in ('pad','eos'):
-        ours,theirs = getattr(tokenizer, f'{n}_token_id', None),getattr(hf.inner[0].config, f'{n}_token_id', None)
-        if ours is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
-            raise VocabError(f'Tokenizer and model must agree on `{n}_token`, number {theirs} for the model', f'{ours} in the tokenizer', f'Use the tokenizer of the model, or set `model.config.{n}_token_id`')
+# %% ../../nbs/525_learners.seq2seq.ipynb #6f4c5e9c
+def _check_special_tokens(hf, tokenizer):
+    for name in ('pad', 'eos'):
+        in_tokenizer = getattr(tokenizer, f'{name}_token_id', None)
+        in_model = getattr(hf.inner[0].config, f'{name}_token_id', None)
+        known = in_model if isinstance(in_model, list) else [in_model]
+        if in_tokenizer is not None and in_tokenizer not in known:
+            raise VocabError(f'Tokenizer and model must agree on `{name}_token`, id {in_model} for the model',
+                             f'{in_tokenizer} in the tokenizer',
+                             f'Use the tokenizer of the model, or set `model.config.{name}_token_id`')
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #602e07ec
+# %% ../../nbs/525_learners.seq2seq.ipynb #a57f2eae
 def hf_seq2seq_learner(
     dls:DataLoaders, # From `HFSeq2SeqDataLoaders`, or from a `DataBlock` with an `HFTargetTextBlock`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
-    metrics=None, # fastai metrics; accuracy and perplexity by tokens if `None`; see `generation_metrics` for more
-    label_smoothing:float=0., # Share of the probability that is spread over all tokens; .1 is usual
+    metrics=None, # fastai metrics; accuracy and perplexity of tokens if `None`; see `generation_metrics` for more
+    label_smoothing:float=0., # Share of the probability spread over all tokens; .1 is usual
     loss_func=None, # `TokenLossFlat` if `None`
     cbs=None, # Callbacks
-    **kwargs # More for `load_hf` (`peft_config`, `gradient_checkpointing`, `attn_implementation`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
 ) -> HFSeq2SeqLearner:
-    "A model that makes texts of texts, such as T5, BART or Marian, as a Learner"
+    "Make a Learner of a model that turns texts into texts, such as T5, BART or Marian"
     check_task(dls, 'seq2seq', 'HFSeq2SeqDataLoaders')
-    learn = make_learner(dls, with_token_ids(model, dls.tokenizer), 'seq2seq', cls=HFSeq2SeqLearner, loss_func=loss_func or TokenLossFlat(label_smoothing), cbs=L(cbs)+DecoderInputs(),
-                         metrics=[TokenAccuracy(), TokenPerplexity()] if metrics is None else metrics, **kwargs)
-    _check_ends(learn.model, dls.tokenizer)
+    model = with_token_ids(model, dls.tokenizer)
+    metrics = token_metrics() if metrics is None else metrics
+    learn = make_learner(dls, model, 'seq2seq', cls=HFSeq2SeqLearner, cbs=L(cbs) + DecoderInputs(), metrics=metrics,
+                         loss_func=loss_func or TokenLossFlat(label_smoothing), **kwargs)
+    _check_special_tokens(learn.model, dls.tokenizer)
     return learn

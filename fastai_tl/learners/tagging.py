@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.tagging.html.md"""
 __all__ = ['TaggingLoss', 'TagAccuracy', 'entity_counts', 'entity_scores', 'EntityF1', 'Entity', 'TaggedSentence', 'tag_words',
            'HFTagger', 'hf_tagger_learner']
 
-# %% ../../nbs/515_learners.tagging.ipynb #e0cc4393
+# %% ../../nbs/515_learners.tagging.ipynb #62ce0e6d
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Metric
 from fastai.losses import CrossEntropyLossFlat
 from ..core import DataError, FastaiTLError, unknown_option
-from ..data.tagging import HFTagDataLoaders, cut_words, first_tokens, has_entities, tag_spans, tags_html
+from ..data.tagging import HFTagDataLoaders, cut_words, first_tokens
+from ..data.tags import has_entities, tag_spans, tags_html
 from ..data.hf_tokenizer import TensorTokens
 from .base import HFLearner, each_row, make_learner
 
-# %% ../../nbs/515_learners.tagging.ipynb #a0549bf9
+# %% ../../nbs/515_learners.tagging.ipynb #6aa2e995
 class TaggingLoss(CrossEntropyLossFlat):
     "Cross-entropy of the tokens that have a tag; without reduction, a mean for each sentence"
     def __call__(self,
@@ -44,7 +45,7 @@ class TaggingLoss(CrossEntropyLossFlat):
         "The most likely tags"
         return each_row(super().decodes, x)
 
-# %% ../../nbs/515_learners.tagging.ipynb #31fef54a
+# %% ../../nbs/515_learners.tagging.ipynb #72e9cea3
 def word_level(learn):
     "Predicted and true tags of the words of a batch that have one: a pair of tensors for each sentence"
     x = learn.xb[0].as_subclass(TensorTokens)
@@ -53,7 +54,7 @@ def word_level(learn):
     preds = learn.pred.detach().argmax(-1)
     return [(pred[keep].cpu(), true[keep].cpu()) for pred, true, keep in zip(preds, y, is_word)]
 
-# %% ../../nbs/515_learners.tagging.ipynb #b5e31af9
+# %% ../../nbs/515_learners.tagging.ipynb #eb245fa3
 class TagAccuracy(Metric):
     "Share of the words whose tag is right"
     def reset(self):
@@ -70,7 +71,7 @@ class TagAccuracy(Metric):
     def name(self):
         return 'tag_accuracy'
 
-# %% ../../nbs/515_learners.tagging.ipynb #ec5cc175
+# %% ../../nbs/515_learners.tagging.ipynb #7597e145
 def entity_counts(
     preds, # A list of tags for each sentence
     targets # The true ones
@@ -87,7 +88,7 @@ def entity_counts(
                 counts.setdefault(kind, [0, 0, 0])[i] += 1
     return counts
 
-# %% ../../nbs/515_learners.tagging.ipynb #514e6138
+# %% ../../nbs/515_learners.tagging.ipynb #b6c6e819
 _AVERAGES = ('micro', 'macro')
 
 def _check_average(average):
@@ -110,7 +111,7 @@ def entity_scores(
     scores = dict(precision=_ratio(right, predicted), recall=_ratio(right, true), f1=_ratio(2*right, predicted + true))
     return {name: float(values.mean()) for name, values in scores.items()}
 
-# %% ../../nbs/515_learners.tagging.ipynb #33e2ef66
+# %% ../../nbs/515_learners.tagging.ipynb #9817cfc9
 class EntityF1(Metric):
     "F1 of the entities, as CoNLL's `conlleval` counts them"
     def __init__(self,
@@ -138,7 +139,7 @@ class EntityF1(Metric):
     def __getstate__(self):
         return {**self.__dict__, 'preds': [], 'targets': []}
 
-# %% ../../nbs/515_learners.tagging.ipynb #7dcd26e9
+# %% ../../nbs/515_learners.tagging.ipynb #be2d7b81
 def _window_end(sizes, begin, room):
     "The word after the last of a window of at most `room` tokens; a window has at least one word"
     end = begin
@@ -168,7 +169,7 @@ def windows_of(sizes, room, stride):
             return windows
         begin = _next_begin(sizes, begin, end, stride)
 
-# %% ../../nbs/515_learners.tagging.ipynb #89471306
+# %% ../../nbs/515_learners.tagging.ipynb #e2047171
 def context_around(begin, end, n_words):
     "For each word of a window, the distance to the nearer cut; the ends of the sentence are no cuts"
     words = np.arange(begin, end)
@@ -176,7 +177,7 @@ def context_around(begin, end, n_words):
     right = end - 1 - words if end < n_words else np.full_like(words, n_words)
     return np.minimum(left, right)
 
-# %% ../../nbs/515_learners.tagging.ipynb #2ffd44c9
+# %% ../../nbs/515_learners.tagging.ipynb #b6a5778e
 def _word_sizes(tok, sentences):
     "Number of tokens of each word"
     enc = tok.tokenizer([tok.read(s) for s in sentences], is_split_into_words=True, add_special_tokens=False,
@@ -199,7 +200,7 @@ def _merge_windows(sentences, windows, xs, preds, n_tags):
         context[i][at] = around[better]
     return probs
 
-# %% ../../nbs/515_learners.tagging.ipynb #c97ec2a1
+# %% ../../nbs/515_learners.tagging.ipynb #8c501383
 @dataclass
 class Entity:
     "An entity: words `start` to `end` (exclusive) of a sentence"
@@ -219,7 +220,7 @@ class TaggedSentence:
     def _repr_html_(self):
         return tags_html(self.words, self.tags)
 
-# %% ../../nbs/515_learners.tagging.ipynb #f3a83c8d
+# %% ../../nbs/515_learners.tagging.ipynb #2c6ca089
 def tag_words(
     probs, # (words, tags), from `learn.word_probs`
     vocab # Name of each tag
@@ -230,7 +231,7 @@ def tag_words(
     tags = [vocab[i] if p.any() else no_token for i, p in zip(best, probs)]
     return tags, [float(p[i]) for i, p in zip(best, probs)]
 
-# %% ../../nbs/515_learners.tagging.ipynb #617e0910
+# %% ../../nbs/515_learners.tagging.ipynb #5486fd1a
 def _cut_sentence(sentence, i, sep):
     "`(word, begin, end)` of a sentence; `None` as begin and end where it came as words"
     if not isinstance(sentence, str) and not all(isinstance(w, str) for w in sentence):
@@ -238,7 +239,8 @@ def _cut_sentence(sentence, i, sep):
         raise DataError('Words must be strings', f'{bad!r} in sentence {i}')
     words = cut_words(sentence, sep) if isinstance(sentence, str) else [(w, None, None) for w in sentence]
     if not words:
-        raise DataError('Each sentence must have at least one word', f'none in sentence {i}', 'Leave out empty sentences')
+        raise DataError('Each sentence must have at least one word', f'none in sentence {i}',
+                        'Leave out empty sentences')
     return words
 
 def _tagged_sentence(sentence, cut, probs, vocab, sep):
@@ -253,7 +255,7 @@ def _tagged_sentence(sentence, cut, probs, vocab, sep):
                 for kind, start, end in spans]
     return TaggedSentence([word for word, *_ in cut], tags, confidence, entities)
 
-# %% ../../nbs/515_learners.tagging.ipynb #e421aa29
+# %% ../../nbs/515_learners.tagging.ipynb #c99f6014
 class HFTagger(HFLearner):
     "A Learner that gives each word of a sentence a tag"
     def word_probs(self,
@@ -269,7 +271,7 @@ class HFTagger(HFLearner):
         options = {} if bs is None else dict(bs=bs)
         dl = self.dls.test_dl([sentences[i][begin:end] for i, begin, end in windows], **options)
         xs, preds, *_ = self.get_preds(dl=dl, with_input=True)
-        return _merge_windows(sentences, windows, xs, preds, len(self.dls.vocab))
+        return _merge_windows(sentences, windows, xs, preds, len(self.dls.spec.classes))
 
     def tag(self,
         sentences:list, # Lists of words, or strings
@@ -279,10 +281,10 @@ class HFTagger(HFLearner):
         "Tag sentences of any length, each word once"
         if isinstance(sentences, str):
             raise DataError('`tag` needs a list of sentences', 'one string', 'Put it into a list, or use `predict`')
-        sep = self.dls.sep
-        cuts = [_cut_sentence(s, i, sep) for i, s in enumerate(sentences)]
+        spec = self.dls.spec
+        cuts = [_cut_sentence(s, i, spec.word_sep) for i, s in enumerate(sentences)]
         probs = self.word_probs([[word for word, *_ in cut] for cut in cuts], stride, bs)
-        return L(_tagged_sentence(s, cut, p, self.dls.vocab, sep) for s, cut, p in zip(sentences, cuts, probs))
+        return L(_tagged_sentence(s, cut, p, spec.classes, spec.word_sep) for s, cut, p in zip(sentences, cuts, probs))
 
     def predict(self,
         item, # A string, or a list of words
@@ -292,7 +294,7 @@ class HFTagger(HFLearner):
         with self.no_bar(), self.no_logging():
             return self.tag([item], **kwargs)[0]
 
-# %% ../../nbs/515_learners.tagging.ipynb #7f9e93cb
+# %% ../../nbs/515_learners.tagging.ipynb #7ec3c782
 def hf_tagger_learner(
     dls:DataLoaders, # From `HFTagDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -304,7 +306,7 @@ def hf_tagger_learner(
     if not isinstance(dls, HFTagDataLoaders):
         raise FastaiTLError('A tagger needs `HFTagDataLoaders`', f'{type(dls).__name__}',
                             'Make them with HFTagDataLoaders.from_df, .from_lists or .from_dataset')
-    classes = list(dls.vocab)
+    classes = list(dls.spec.classes)
     if metrics is None:
         metrics = [TagAccuracy(), EntityF1()] if has_entities(classes) else [TagAccuracy()]
     loss_func = TaggingLoss() if loss_func is None else loss_func
