@@ -23,6 +23,8 @@ from .data.classification import *
 from .data.tags import *
 from .data.tagging import *
 from .data.qa import *
+from .data.token_blocks import *
+from .data.token_masking import *
 from .data.language_modeling import *
 from .data.seq2seq import *
 from .data.augmentation import *

@@ -22,7 +22,7 @@ from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
 from ..core import DataError, FastaiTLError
 from ..callbacks import evaluating
-from ..data.language_modeling import end_of_text, frame
+from ..data.token_blocks import end_of_text, frame
 from ..data.tables import check_texts
 from ..data.tokenizers import apply_rules
 from ..models.awd_lstm import allow_zero_weight_dropout
