@@ -28,9 +28,10 @@ AVERAGES = tuple(f'{average}_{score}' for average in ('macro', 'weighted', 'micr
 COUNT_SCORES = ('accuracy', 'balanced_accuracy', 'mcc', 'kappa', 'exact_match', *AVERAGES)
 PROBABILITY_SCORES = ('log_loss', 'roc_auc', 'average_precision')
 CALIBRATION_SCORES = ('ece', 'ece_mass', 'mce', 'brier', 'nll')
+REGRESSION_SCORES = ('rmse', 'mae', 'r2', 'spearman')
 
 # %% ../../nbs/740_evaluation.callback.ipynb #1f5067c0
-WATCHED = (*COUNT_SCORES, *PROBABILITY_SCORES, *CALIBRATION_SCORES, 'rmse', 'mae', 'r2', 'spearman')
+WATCHED = (*COUNT_SCORES, *PROBABILITY_SCORES, *CALIBRATION_SCORES, *REGRESSION_SCORES) # Scores known by name
 
 # %% ../../nbs/740_evaluation.callback.ipynb #b4381ba1
 def score_name(score):

@@ -63,7 +63,7 @@ def prediction_table(
     return df.sort_values('loss', ascending=False, kind='stable') if 'loss' in df else df
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #f429f861
-FIGURES = ('confusion_matrix', 'confidence_analysis', 'reliability', 'risk_coverage', 'residuals')
+FIGURES = ('confusion_matrix', 'confidence_analysis', 'reliability', 'risk_coverage', 'residuals') # Names of figures
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #3b216501
 FIGURES_OF_TASK = dict(classification=FIGURES[:4], multilabel=FIGURES[1:4], regression=FIGURES[4:])
