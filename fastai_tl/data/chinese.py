@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.chinese.html.md"""
 __all__ = ['CUTS', 'ChineseTokenizer', 'SubwordCut', 'train_subwords', 'train_chinese_tokenizer', 'chinese_report',
            'language_tools']
 
-# %% ../../nbs/121_data.chinese.ipynb #21b2f75c
+# %% ../../nbs/121_data.chinese.ipynb #5cebbe2f
 import re, unicodedata
 from collections import Counter
 from functools import cache
@@ -21,7 +21,7 @@ from .decoding import HAN, LETTER, TK_GLUE, TK_SPACE, is_letter, join_marked, un
 from .tokenizers import WordLevelTokenizer
 from ..files import digest
 
-# %% ../../nbs/121_data.chinese.ipynb #69d08842
+# %% ../../nbs/121_data.chinese.ipynb #7fa7fcf9
 _SPECIAL_TOKENS = {*defaults.text_spec_tok, TK_SPACE, TK_GLUE, 'xxfake'}
 _NUMBER = rf'[0-9]+(?:[.,:/][0-9]+)+(?!{LETTER})'
 _WORD = rf"{LETTER}{{1,40}}(?:['’]{LETTER}{{1,40}}){{0,3}}"
@@ -47,7 +47,7 @@ def _with_repetitions(text, cut):
         end = match.end()
     return pieces + cut(text[end:]) if end < len(text) else pieces
 
-# %% ../../nbs/121_data.chinese.ipynb #cbdb39bd
+# %% ../../nbs/121_data.chinese.ipynb #47537ef7
 def _mark_glue(tokens):
     "Cut words that look like special tokens in two, and mark words that have no space between them"
     marked = []
@@ -74,7 +74,7 @@ def _mark_repetitions(tokens):
     for token in tokens:
         yield from (TK_REP, str(len(token)), token[0]) if isinstance(token, _Repetition) else (token,)
 
-# %% ../../nbs/121_data.chinese.ipynb #79c40c32
+# %% ../../nbs/121_data.chinese.ipynb #f84de51d
 def marked_tokens(
     text:str, # A normalized text
     cut # Function from a string to its pieces, which joined are the string
@@ -90,7 +90,7 @@ def marked_tokens(
         tokens = _mark_spaces(tokens)
     return list(_mark_repetitions(tokens)) if has_repetitions else tokens
 
-# %% ../../nbs/121_data.chinese.ipynb #858a9577
+# %% ../../nbs/121_data.chinese.ipynb #064a1542
 class _CharCutter:
     name = 'chars'
 
@@ -121,7 +121,7 @@ class _MappedCutter:
 
 CUTS = {cutter.name: cutter for cutter in (_CharCutter, _JiebaCutter, _MappedCutter)}
 
-# %% ../../nbs/121_data.chinese.ipynb #22d29103
+# %% ../../nbs/121_data.chinese.ipynb #446d158b
 def _to_codes(text): return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
 
 def _from_codes(codes): return codes.tobytes().decode('utf-32-le', 'surrogatepass')
@@ -139,7 +139,7 @@ def _keep_lengths(text, converted):
     pairs = zip(text.split('\n'), converted.split('\n'), strict=True)
     return '\n'.join(after if len(before) == len(after) else before for before, after in pairs)
 
-# %% ../../nbs/121_data.chinese.ipynb #9b10ba17
+# %% ../../nbs/121_data.chinese.ipynb #9ea15746
 def map_cuts(
     texts:list, # Strings
     convert, # Function from string to string that keeps the number of characters
@@ -161,11 +161,11 @@ def map_cuts(
     marked = _from_codes(np.insert(codes, np.flatnonzero(starts_piece[1:])+1, 0))
     return [pieces.split('\0') for pieces in marked.removesuffix('\0\n\0').split('\0\n\0')]
 
-# %% ../../nbs/121_data.chinese.ipynb #7a018a68
+# %% ../../nbs/121_data.chinese.ipynb #fb10f62f
 class ChineseTokenizer:
     "Tokenize Chinese texts for fastai's pipeline, and decode tokens"
     def __init__(self,
-        cut='chars', # `chars`, `jieba`, `mapped`, or a function from a list of runs to their pieces, see `train_subwords`
+        cut='chars', # `chars`, `jieba`, `mapped`, or a function from runs to lists of pieces, see `train_subwords`
         bos:bool=True # Whether each text begins with `xxbos`, as with fastai's rules
     ):
         if isinstance(cut, str) and cut not in CUTS:
@@ -223,7 +223,7 @@ class ChineseTokenizer:
         "Return the text of tokens"
         return join_marked(word for word, _ in undo_rules(tokens, space=''))
 
-# %% ../../nbs/121_data.chinese.ipynb #bac26391
+# %% ../../nbs/121_data.chinese.ipynb #8f84f3c1
 class SubwordCut:
     "Cut runs of characters with a model of the library `tokenizers`"
     def __init__(self,
@@ -241,7 +241,7 @@ class SubwordCut:
         encodings = self.model.encode_batch(list(runs), add_special_tokens=False)
         return [[run[first:end] for first, end in encoding.offsets] for run, encoding in zip(runs, encodings)]
 
-# %% ../../nbs/121_data.chinese.ipynb #ffe78456
+# %% ../../nbs/121_data.chinese.ipynb #006d5209
 def train_subwords(
     texts, # Strings to learn from
     vocab_size:int=8000, # Maximum number of pieces; each character of the texts is one
@@ -261,10 +261,10 @@ def train_subwords(
     model.train_from_iterator(runs, trainer)
     return SubwordCut(model)
 
-# %% ../../nbs/121_data.chinese.ipynb #76da659c
+# %% ../../nbs/121_data.chinese.ipynb #42253f78
 _BERT_TOKENS = dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')
 
-# %% ../../nbs/121_data.chinese.ipynb #b55f8f0a
+# %% ../../nbs/121_data.chinese.ipynb #58ea6484
 def train_chinese_tokenizer(
     texts, # Strings to learn from
     vocab_size:int=8000, # Maximum number of tokens
@@ -292,7 +292,7 @@ def train_chinese_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=max_length, model_input_names=inputs,
                                    **_BERT_TOKENS)
 
-# %% ../../nbs/121_data.chinese.ipynb #229c9387
+# %% ../../nbs/121_data.chinese.ipynb #0799f85f
 def _wordpiece_vocab(counts, min_freq):
     "Return special tokens, the letters of all words, and the frequent words, most frequent first"
     letters = sorted({letter for word in counts if len(word) > 1 for letter in word})
@@ -301,7 +301,7 @@ def _wordpiece_vocab(counts, min_freq):
     words = [word for word, count in by_frequency if count >= min_freq]
     return list(dict.fromkeys([*_BERT_TOKENS.values(), *pieces, *words]))
 
-# %% ../../nbs/121_data.chinese.ipynb #99010889
+# %% ../../nbs/121_data.chinese.ipynb #8b56ae82
 _han = re.compile(f'[{HAN}]')
 
 def _is_encodable(char, encoding):
@@ -315,7 +315,7 @@ def _is_simplified(char):
     is_han = bool(_han.match(char))
     return is_han and _is_encodable(char, 'gb2312') and not _is_encodable(VARIANTS.get(char, char), 'big5')
 
-# %% ../../nbs/121_data.chinese.ipynb #8c97eb8d
+# %% ../../nbs/121_data.chinese.ipynb #de120b74
 def char_shares(
     texts:list, # Strings
     vocab=None # Tokens of a model
@@ -336,7 +336,7 @@ def char_shares(
         shares['unknown'] = share(lambda c: bool(_han.match(c)) and c not in known, n_han)
     return shares
 
-# %% ../../nbs/121_data.chinese.ipynb #0e6b164e
+# %% ../../nbs/121_data.chinese.ipynb #6118915f
 _ADVICE = dict(
     chinese=(lambda share: share < .01,
              'hardly a Chinese character: is this the right column, and `lang` the right language?'),
@@ -361,7 +361,7 @@ def chinese_report(
               if kind in shares and applies(shares[kind])]
     return pd.Series({**shares, 'advice': '; '.join(advice)}, dtype=object)
 
-# %% ../../nbs/121_data.chinese.ipynb #367ef6e4
+# %% ../../nbs/121_data.chinese.ipynb #34eec2ae
 def language_tools(
     lang:str='en', # `en`, or `zh-tw` for Traditional Chinese
     tok=None, # A tokenizer instead of the language's own; for Chinese also a name of `CUTS`
@@ -374,7 +374,7 @@ def language_tools(
         tok = ChineseTokenizer(tok or 'chars')
     return tok, list(CHINESE_RULES if rules is None else rules)
 
-# %% ../../nbs/121_data.chinese.ipynb #5d691e40
+# %% ../../nbs/121_data.chinese.ipynb #2f9f75ce
 def tools_from_settings(
     settings:dict # What `tokenizer_settings` returned
 ) -> tuple: # Tokenizer and rules
@@ -386,7 +386,8 @@ def tools_from_settings(
         tok, known_rules = ChineseTokenizer(settings['cut'], settings['bos']), [*CHINESE_RULES, widen_punctuation]
     else:
         raise VocabError("The encoder's tokenizer must be the word tokenizer, "
-                         'or a Chinese one without a model of its own, to be made again', str(settings), 'Pass a Learner that has its DataLoaders')
+                         'or a Chinese one without a model of its own, to be made again',
+                         str(settings), 'Pass a Learner that has its DataLoaders')
     rule_of = {rule.__name__: rule for rule in known_rules}
     return tok, [_rule_of_name(name, rule_of) for name in settings.get('rules', rule_of)]
 
