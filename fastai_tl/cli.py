@@ -186,9 +186,9 @@ def _predict_hf(folder, texts, lang, max_length):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from fastai_tl.data.classification import language_rules
-    from fastai_tl.data.tokenizers import _ruled
+    from fastai_tl.data.tokenizers import apply_rules
     tok,model = AutoTokenizer.from_pretrained(folder),AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    for t,ruled in zip(texts, _ruled(language_rules(lang), texts)):
+    for t,ruled in zip(texts, apply_rules(language_rules(lang), texts)):
         with torch.no_grad(): p = model(**tok(ruled, truncation=True, max_length=max_length, return_tensors='pt')).logits.softmax(-1)[0]
         print(f'{model.config.id2label[int(p.argmax())]}\t{float(p.max()):.3f}\t{t}')
 

@@ -20,7 +20,7 @@ from fastai.text.data import make_vocab, reverse_text
 from fastai.torch_core import default_device
 from ..core import DataError, derive_seed
 from .chinese import ChineseTokenizer
-from .labels import target_tfms
+from .labels import label_tfms
 from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
@@ -137,7 +137,7 @@ def classifier_dls(
     # lists, since fastai maps transforms over the members of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
     reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
-    tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)], [itemgetter(1), *target_tfms(task, classes)]]
+    tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)], [itemgetter(1), *label_tfms(task, classes)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]
     dsets = Datasets(items, tfms, splits=splits, dl_type=SortedDL, n_inp=1)
     loaders = _sorted_loaders(dsets, [texts.lens[train].tolist(), texts.lens[valid].tolist()], bs, seq_len)
@@ -162,7 +162,7 @@ def empty_dls(
         loaders = [LMDataLoader(ds, lens=[], bs=bs, seq_len=seq_len) for ds in (dsets.train, dsets.valid)]
         batch_types = (LMTensorText, TensorText)
     else:
-        targets = [itemgetter(1), *target_tfms(spec.task, spec.classes)]
+        targets = [itemgetter(1), *label_tfms(spec.task, spec.classes)]
         dsets = empty_datasets([[itemgetter(0), *tfms], targets], [[list, *types], [list]])
         loaders = _sorted_loaders(dsets, [[], []], bs, seq_len)
         batch_types = (TensorText, TARGET_TYPES[spec.task])

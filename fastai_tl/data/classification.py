@@ -17,7 +17,7 @@ from fastai.data.core import Datasets
 from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, did_you_mean, shorten
 from .hf_tokenizer import HFTokenize, PadTokens, TensorTokens, TokensDL, hf_tokenize
-from .labels import check_labels, target_tfms
+from .labels import check_labels, label_tfms
 from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
@@ -83,7 +83,7 @@ def hf_classifier_dls(
     classes = check_split(labels, task, train, valid)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
     tok = hf_tokenize(tokenizer, **kwargs)
-    tfms = [[itemgetter(0), tok], [itemgetter(1), *target_tfms(task, classes)]]
+    tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(task, classes)]]
     weights = draw_weights([labels[i] for i in train], task) if weighted else None
     side = tok.tokenizer.padding_side
     dls = tokens_dls(HFTextDataLoaders, items, len(train), tfms, side, bs, val_bs, path, weights)
@@ -278,7 +278,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
     ): # `HFTextDataLoaders`
         "Make DataLoaders without rows, for a model that predicts new texts"
         tok = HFTokenize(tokenizer, spec.max_length, spec.truncation, verbose=False, rules=text_rules(spec.rules))
-        tfms = [[itemgetter(0), tok], [itemgetter(1), *target_tfms(spec.task, spec.classes)]]
+        tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(spec.task, spec.classes)]]
         types = [[LabelledText, list if spec.pairs else str, TensorTokens], [LabelledText]]
         dls = loaders_of(cls, empty_datasets(tfms, types), tok.tokenizer.padding_side, bs)
         set_batch_types(dls, TensorTokens, TARGET_TYPES[spec.task])

@@ -77,5 +77,3 @@ def label_tfms(
     if task == 'multilabel':
         return [MultiCategorize(vocab=classes), OneHotEncode(len(classes))]
     return [RegressionSetup(c=1)]
-
-target_tfms = label_tfms # until every caller uses the new name

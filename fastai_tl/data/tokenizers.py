@@ -64,8 +64,6 @@ def apply_rules(
             text = rule(text)
         yield text if text.isascii() else _lone_surrogate.sub('\ufffd', text)
 
-_ruled = apply_rules # until every caller uses the new name
-
 # %% ../../nbs/118_data.tokenizers.ipynb #2152cd1c
 class TokenizedTexts:
     "Tokenized texts: `words` has each token once, and each text is indexes into `words`"

@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from ..core import DataError, FastaiTLError, shorten
 from ..data.classification import HFTextDataLoaders, LabelledText, tokens_dls
 from ..data.hf_tokenizer import HFTokenize
-from ..data.labels import target_tfms
+from ..data.labels import label_tfms
 from ..data.language_modeling import HFCausalLMDataLoaders, HFMaskedLMDataLoaders
 from ..data.qa import HFQADataLoaders, QAExample, hf_qa_dls
 from ..data.seq2seq import HFSeq2SeqDataLoaders
@@ -211,7 +211,7 @@ def _classification(learn, parts, rows, n_train, options):
         return HFTextDataLoaders.from_spec(spec, parts.tokenizer, options['bs'])
     label_of = _label_reader(spec)
     items = [LabelledText([_text(x), label_of(y)]) for x, y in rows]
-    tfms = [[itemgetter(0), tok], [itemgetter(1), *target_tfms(spec.task, classes)]]
+    tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(spec.task, classes)]]
     dls = tokens_dls(HFTextDataLoaders, items, n_train, tfms, tok.tokenizer.padding_side, options['bs'],
                      options['val_bs'], options['path'])
     return dls.with_spec(spec.replace(pairs=not isinstance(items[0][0], str)), tok.tokenizer)
