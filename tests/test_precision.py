@@ -302,7 +302,7 @@ def test_older_pytorch_cannot_tell(monkeypatch):
 def test_best_of_the_device_if_no_dtype_is_given(monkeypatch, have, want):
     "A CUDA card without bfloat16 computes in float16, with a scale"
     names = {torch.bfloat16: 'bf16', torch.float16: 'fp16'}
-    monkeypatch.setattr(precision, '_why_not', lambda kind, dtype: '' if names[dtype] in have else f'no {names[dtype]}')
+    monkeypatch.setattr(precision, 'why_no_autocast', lambda kind, dtype: '' if names[dtype] in have else f'no {names[dtype]}')
     learn = bert_learner().to_mixed_precision()
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')

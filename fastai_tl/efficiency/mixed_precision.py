@@ -39,13 +39,14 @@ def has_bf16(
 # %% ../../nbs/305_efficiency.mixed_precision.ipynb #66cc574c
 _DTYPES = dict(bf16=torch.bfloat16, bfloat16=torch.bfloat16, fp16=torch.float16, float16=torch.float16)
 
-def _as_dtype(dtype):
+def as_dtype(dtype):
+    "Return the PyTorch dtype that `bf16`, `fp16` or their long names stand for"
     name = str(dtype).removeprefix('torch.')
     if name not in _DTYPES:
         raise unknown_option('dtype', dtype, _DTYPES)
     return _DTYPES[name]
 
-def _why_not(kind, dtype):
+def why_no_autocast(kind, dtype):
     "Return why autocast to `dtype` is of no use on a kind of device; empty if it is of use"
     if not is_autocast_available(kind):
         return f'PyTorch has no autocast for {kind!r}'
@@ -66,7 +67,7 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
         force:bool=False, # Use `dtype` (bfloat16 if `None`) even if the device is slow with it
         **kwargs # Passed to the `GradScaler` that float16 needs, such as `init_scale`
     ):
-        self.dtype = dtype if dtype is None else _as_dtype(dtype)
+        self.dtype = dtype if dtype is None else as_dtype(dtype)
         self.force = force
         mode = AMPMode.FP16 if self.dtype == torch.float16 else AMPMode.BF16
         super().__init__(mode, **kwargs)
@@ -78,7 +79,7 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
     def _choose(self, kind):
         "Return the dtype to compute in on this kind of device; warn once if it is not the one asked for"
         candidates = [self.dtype] if self.dtype else [torch.bfloat16, torch.float16]
-        reasons = [_why_not(kind, dtype) for dtype in candidates]
+        reasons = [why_no_autocast(kind, dtype) for dtype in candidates]
         can_force = is_autocast_available(kind)
         if self.force and can_force:
             return candidates[0]

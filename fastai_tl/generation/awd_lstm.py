@@ -27,7 +27,7 @@ class LSTMState:
     def take(self,
         rows # Indexes of rows, possibly repeated
     ) -> 'LSTMState':
-        "The state of some rows"
+        "Return the state of some rows"
         return LSTMState([(hidden[rows], cell[rows]) for hidden, cell in self.layers], self.weights)
     def reorder_cache(self,
         beam_idx # For each beam, the row that it continues
@@ -37,7 +37,7 @@ class LSTMState:
 
 # %% ../../nbs/610_generation.awd_lstm.ipynb #a9d68e50
 def _packed_linear(weight, rows):
-    "A function for `x @ weight.T + bias`, with the weights rearranged if that helps"
+    "Return a function for `x @ weight.T + bias`, with the weights rearranged if that helps"
     def plain(x, bias): return F.linear(x, weight, bias)
     supported = weight.device.type == 'cpu' and weight.dtype in (torch.float32, torch.bfloat16)
     if not supported or rows < 2 or not torch.backends.mkldnn.is_available():
@@ -73,7 +73,7 @@ class AWDReader:
     def zeros(self,
         n:int # Number of texts
     ) -> LSTMState:
-        "The state before anything is read"
+        "Return the state before anything is read"
         sizes = [w_hh.shape[1] for _, w_hh in self.cells]
         return LSTMState([(self.emb.new_zeros(n, size), self.emb.new_zeros(n, size)) for size in sizes])
 
@@ -93,7 +93,7 @@ class AWDReader:
         return x, state.take(packed.unsorted_indices)
 
     def _layers(self, x, state, batch_sizes=None):
-        "PyTorch's LSTM with the weights before dropout"
+        "Run PyTorch's LSTM with the weights before dropout"
         after = []
         options = (True, 1, 0., False, False) # biases, layers, dropout, training, bidirectional
         for (lstm, w_hh), (hidden, cell) in zip(self.cells, state.layers):
@@ -109,7 +109,7 @@ class AWDReader:
     def prepare(self,
         rows:int # Texts of a step
     ) -> tuple: # For each layer its two functions and biases, the function of the output, and its bias
-        "The weights in the layout that a step for `rows` texts prefers"
+        "Bring the weights into the layout that a step for `rows` texts prefers"
         cells = []
         for lstm, w_hh in self.cells:
             bias = (lstm.bias_ih_l0 + lstm.bias_hh_l0).detach()
@@ -176,7 +176,7 @@ class _Stateful:
 # %% ../../nbs/610_generation.awd_lstm.ipynb #4edfc1ef
 @functools.cache
 def stateful_class() -> type:
-    "The class of an AWD_LSTM that transformers can generate with"
+    "Make the class of an AWD_LSTM that transformers can generate with"
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
     config = type('AWDConfig', (PreTrainedConfig,), dict(model_type='awd_lstm'))
     return type('AWDForGeneration', (_Stateful, GenerationMixin, PreTrainedModel), dict(config_class=config))
@@ -187,7 +187,7 @@ def stateful_model(
     pad_id:int=1, # Id of the padding token
     never=() # Ids of the tokens that are never written
 ):
-    "A model of transformers around an AWD_LSTM; they share their weights"
+    "Make a model of transformers around an AWD_LSTM, which shares its weights"
     from transformers import GenerationConfig
     cls = stateful_class()
     reader = AWDReader(model)

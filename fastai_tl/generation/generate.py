@@ -42,7 +42,7 @@ class GeneratedText:
         return self.text
 
     def logprobs(self) -> pd.DataFrame: # token | logprob | probability
-        "How likely each token was to the model itself, before temperature and other controls"
+        "Compute how likely each token was to the model itself, before temperature and other controls"
         tm = self.model
         if tm.task == 'seq2seq':
             raise FastaiTLError('A causal model or an AWD_LSTM is needed', f'a {type(tm.model).__name__}')
@@ -57,7 +57,7 @@ def _to_html(text):
     return html.escape(text).replace('\n', '<br>')
 
 def _item_html(generated):
-    "A generated text as an item of a list: prompt and completion in the order of the text"
+    "Write a generated text as an item of a list: prompt and completion in the order of the text"
     prompt = f'<span style="opacity:.55">{_to_html(generated.prompt)}</span>'
     completion = _to_html(generated.completion)
     content = prompt + completion
@@ -74,7 +74,7 @@ class GeneratedTexts(list):
         "The texts as strings"
         return [str(o) for o in self]
     def to_frame(self) -> pd.DataFrame: # prompt | completion | finish | tokens
-        "A row for each text"
+        "Return a table with a row for each text"
         rows = [dict(prompt=o.prompt, completion=o.completion, finish=o.finish, tokens=len(o.ids)) for o in self]
         return pd.DataFrame(rows)
     def __str__(self):
@@ -99,7 +99,7 @@ class _Job:
     required:RequiredWords|None=None
 
     def batch(self, contexts):
-        "Token ids and attention mask of some prompts"
+        "Return token ids and attention mask of some prompts"
         is_left = self.tm.task != 'seq2seq'
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         rows = [torch.tensor(context) for context in contexts]
@@ -140,7 +140,7 @@ def _check_prompts(prompts, prefix):
     return prompts
 
 def _encode_prompts(tm, prompts, prefix):
-    "The token ids that the model reads for each prompt"
+    "Return the token ids that the model reads for each prompt"
     options = dict(whole=True) if tm.task == 'seq2seq' else {}
     needs_space = tm.is_awd_lstm and prefix
     texts = [prefix + (' ' if needs_space and prompt else '') + prompt for prompt in prompts]
@@ -184,7 +184,7 @@ def _fit_lengths(tm, contexts, config):
 
 # %% ../../nbs/625_generation.generate.ipynb #9821195c
 def _generator(tm):
-    "What has transformers' `generate`: the model itself, or the wrapper of an AWD_LSTM"
+    "Return what has transformers' `generate`: the model itself, or the wrapper of an AWD_LSTM"
     if tm.task == 'masked_lm':
         raise FastaiTLError('A model that writes is needed',
                             f'a {type(tm.model).__name__}, which fills in masked words',
@@ -233,7 +233,7 @@ def _make_job(tm, config, contexts, options):
 
 # %% ../../nbs/625_generation.generate.ipynb #8e5d035a
 def _group_prompts(contexts, bs, same_length):
-    "Indexes of prompts that form a batch"
+    "Group the indexes of prompts that form a batch"
     groups = []
     for i in sorted(range(len(contexts)), key=lambda i: len(contexts[i])):
         group = groups[-1] if groups else []
@@ -246,7 +246,7 @@ def _group_prompts(contexts, bs, same_length):
 
 @contextlib.contextmanager
 def _seeded(seed, device):
-    "A context with its own random numbers if there is a seed"
+    "Use other random numbers in this context if there is a seed"
     if seed is None:
         yield
         return
@@ -256,7 +256,7 @@ def _seeded(seed, device):
 
 # %% ../../nbs/625_generation.generate.ipynb #b3c0bf6b
 def _join(tm, prompt, context, ids):
-    "The completion of a prompt, and the whole text"
+    "Return the completion of a prompt, and the whole text"
     if tm.task == 'seq2seq':
         completion = tm.adapter.decode(ids)
         return completion, completion
@@ -272,7 +272,7 @@ def _generated_text(tm, prompt, context, ids, why):
     return GeneratedText(prompt, completion, text, ids, why, context, tm)
 
 def _generate_all(job, prompts, contexts, bs, same_length, seed):
-    "The texts of all prompts, in the order of the prompts"
+    "Generate the texts of all prompts, in the order of the prompts"
     rows = {}
     with evaluating(job.tm.model), _seeded(seed, job.tm.device):
         for group in _group_prompts(contexts, bs, same_length):

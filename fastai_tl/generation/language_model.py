@@ -22,7 +22,7 @@ from ..models.third_party import text_parts
 
 # %% ../../nbs/605_generation.language_model.ipynb #87d8ff9c
 def _longest_input(model):
-    "The positions of a Hugging Face model; without a table of positions (rotary), the length in its configuration"
+    "Return the number of positions; without a table of positions (rotary), the length in the configuration"
     config = model.config.get_text_config(decoder=True)
     if getattr(config, 'position_embedding_type', '') == 'alibi':
         return None
@@ -54,12 +54,12 @@ class TextModel:
 
 # %% ../../nbs/605_generation.language_model.ipynb #909e5d03
 def _find_hf_lm(model):
-    "The outermost Hugging Face model inside `model`"
+    "Find the outermost Hugging Face model inside `model`"
     def is_hf(m): return hasattr(getattr(m, 'config', None), 'model_type') and hasattr(m, 'get_output_embeddings')
     return next((m for m in model.modules() if is_hf(m)), None)
 
 def _hf_task(hf):
-    "The task of a Hugging Face language model, or `None` for any other model"
+    "Return the task of a Hugging Face language model, or `None` for any other model"
     has_generate = callable(getattr(hf, 'generate', None))
     if getattr(hf.config, 'is_encoder_decoder', False):
         return 'seq2seq' if has_generate else None
@@ -82,7 +82,7 @@ def _is_hf_tokenizer(o):
     return callable(getattr(o, 'convert_ids_to_tokens', None))
 
 def _tokenizer_and_rules(learn, tokenizer):
-    "The Hugging Face tokenizer of a Learner, unless one is given, and the rules applied to each text first"
+    "Find the Hugging Face tokenizer of a Learner, unless one is given, and the rules of its texts"
     own = getattr(learn, 'tokenizer', None)
     if tokenizer is None and _is_hf_tokenizer(own):
         tokenizer = own
@@ -96,7 +96,7 @@ def _tokenizer_and_rules(learn, tokenizer):
 
 # %% ../../nbs/605_generation.language_model.ipynb #ffe13c69
 def _from_hf(hf, learn, tokenizer):
-    "A Hugging Face language model, with the tokenizer and the rules of its Learner if it has one"
+    "Wrap a Hugging Face language model, with the tokenizer and the rules of its Learner if it has one"
     task = _hf_task(hf)
     if task is None:
         raise _not_a_lm(hf)
@@ -110,7 +110,7 @@ def _from_hf(hf, learn, tokenizer):
     return TextModel(hf, HFTokenizerAdapter(tokenizer, hf.config, rules), task)
 
 def _from_awd_lstm(learn):
-    "The AWD_LSTM language model of a Learner, without the modules that may wrap it"
+    "Take the AWD_LSTM language model out of a Learner"
     def is_lm(m): return isinstance(m, torch.nn.Sequential) and len(m) and isinstance(m[0], AWD_LSTM)
     model = next((m for m in learn.model.modules() if is_lm(m)), None)
     if model is None:
@@ -119,7 +119,7 @@ def _from_awd_lstm(learn):
 
 # %% ../../nbs/605_generation.language_model.ipynb #cc980add
 def _load(name, tokenizer):
-    "A language model of transformers and its tokenizer, by folder or name"
+    "Load a language model of transformers and its tokenizer, by folder or name"
     import transformers
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -133,7 +133,7 @@ def _load(name, tokenizer):
                             f'{name!r} ({reason})') from e
 
 def _from_encoder(enc):
-    "The language model that a saved encoder was part of"
+    "Rebuild the language model that a saved encoder was part of"
     if enc.decoder_bias is None:
         raise FastaiTLError('An encoder is needed that was part of a language model',
                             'one without the bias of the output layer')

@@ -26,14 +26,14 @@ from .scoring import score_texts
 _word = re.compile(rf'[{WIDE}]|[^\s{WIDE}]+')
 
 def _measures(nll, tokens, unk, chars, words, name):
-    "The measures of a text, or of a corpus, from its sums"
+    "Compute the measures of a text, or of a corpus, from its sums"
     def per(n): return nll/n if n else float('nan')
     def exp(x): return float('inf') if x > 700 else math.exp(x)
     return {name: exp(per(tokens)), 'bits_per_char': per(chars)/math.log(2), 'per_word': exp(per(words)),
             'unk_share': unk/tokens if tokens else float('nan'), 'tokens': tokens, 'nll': nll}
 
 def _sums(scored):
-    "Negative log-likelihood, tokens, unknown tokens, characters and words of a text"
+    "Return negative log-likelihood, tokens, unknown tokens, characters and words of a text"
     if not scored.ids:
         return float(scored.nll.sum()), 0, scored.unk, 0, 0
     scored_part = scored.text[len(scored.text) - scored.chars:]
@@ -72,12 +72,12 @@ class PerplexityResult:
 
 # %% ../../nbs/630_generation.perplexity.ipynb #9989b9db
 def _text_columns(model_or_name):
-    "The columns in which the texts of a Learner's data are; `text` for any other model"
+    "Return the columns in which the texts of a Learner's data are; `text` for any other model"
     spec = getattr(getattr(model_or_name, 'dls', None), 'spec', None)
     return 'text' if spec is None else spec.columns.get('text', 'text')
 
 def _check_texts(texts, text_col):
-    "A list of strings, some of them possibly empty"
+    "Return a list of strings, some of them possibly empty"
     if isinstance(texts, str):
         return [texts]
     if isinstance(texts, pd.DataFrame) or hasattr(texts, 'suffix'):
@@ -101,7 +101,7 @@ def text_perplexity(
     bos:bool|None=None, # Put the token for the beginning of a text in front; `None`: if there is one
     dtype=None # Type of the matrix products, `bf16` or `fp16`; that of the weights if `None`
 ) -> PerplexityResult: # `texts`, a row for each; `corpus`, for all together
-    "Perplexity of each text and of all together; of a masked model the pseudo-perplexity"
+    "Compute the perplexity of each text and of all together; of a masked model the pseudo-perplexity"
     tm = text_model(model_or_name, tokenizer)
     texts = _check_texts(texts, _text_columns(model_or_name))
     return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos, dtype), tm.task == 'masked_lm')
@@ -113,7 +113,7 @@ def perplexity(self:Learner,
     texts, # A string or several, a DataFrame with the columns of the data, or the path of a table or a folder
     **kwargs
 ) -> PerplexityResult:
-    "Perplexity of each text and of all together"
+    "Compute the perplexity of each text and of all together"
     return text_perplexity(self, texts, **kwargs)
 
 # %% ../../nbs/630_generation.perplexity.ipynb #e70c169f
@@ -123,14 +123,14 @@ def calculate_perplexity(
     tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
     **kwargs # More for `text_perplexity`
 ) -> float:
-    "The perplexity of one text, without its first token"
+    "Compute the perplexity of one text, without its first token"
     if not isinstance(text, str):
         raise DataError('One text is needed', f'a {type(text).__name__}', 'For several use `text_perplexity`')
     return float(text_perplexity(model_or_name, text, tokenizer, **{'bos': False, **kwargs}))
 
 # %% ../../nbs/630_generation.perplexity.ipynb #705181e5
 def _find_logits(pred):
-    "The logits in the output of a model"
+    "Find the logits in the output of a model"
     if isinstance(pred, torch.Tensor):
         return pred if pred.ndim == 3 else None
     if hasattr(pred, 'logits'):
@@ -140,7 +140,7 @@ def _find_logits(pred):
     return next((o for o in items if isinstance(o, torch.Tensor) and o.ndim == 3), None)
 
 def _input_ids(xb):
-    "The token ids that the model was given"
+    "Find the token ids that the model was given"
     x = xb[0] if isinstance(xb, (list, tuple)) and xb else xb
     if hasattr(x, 'keys'):
         x = x['input_ids'] if 'input_ids' in x.keys() else None
@@ -161,7 +161,7 @@ class CorpusPerplexity(Metric):
         self.total = 0.
         self.count = 0
     def _needs_shift(self, xb, y):
-        "Whether the targets are the inputs, as in transformers' own loss"
+        "Return whether the targets are the inputs, as in transformers' own loss"
         if self.shift is not None:
             return self.shift
         x = _input_ids(xb)

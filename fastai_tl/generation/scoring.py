@@ -19,7 +19,7 @@ from ..core import FastaiTLError
 from ..callbacks import evaluating
 from ..data.hf_tokenizer import pad_rows
 from ..efficiency.linear_cross_entropy import lazy_heads, linear_cross_entropy
-from ..efficiency.mixed_precision import _as_dtype, _why_not
+from ..efficiency.mixed_precision import as_dtype, why_no_autocast
 from .awd_lstm import AWDReader
 from .language_model import TextModel
 
@@ -29,7 +29,7 @@ def window_spans(
     width:int, # Maximum number of tokens that the model reads at once
     stride:int # Tokens that each window after the first scores
 ) -> list: # `(begin, end, done)`: the model reads tokens `begin` to `end-1` and is scored on tokens `done+1` to `end`
-    "Windows that score each token but the first exactly once"
+    "Make windows that score each token but the first exactly once"
     if n < 2:
         return []
     end = min(width, n - 1)
@@ -46,7 +46,7 @@ LOGITS_BUDGET = {'cpu': 2**22, 'other': 2**26}
 _LAZY_VOCAB = 2**11 # where no logits are kept, a token counts as much as a vocabulary of this size
 
 def _batches(sizes, bs, vocab, device):
-    "Lists of indexes into `sizes`, which has `(tokens read, logits kept)` of each row; the longest rows first"
+    "List batches of indexes into `sizes`, `(tokens read, logits kept)` of each row; the longest rows first"
     budget = LOGITS_BUDGET.get(device.type, LOGITS_BUDGET['other'])
     batches = []
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
@@ -59,7 +59,7 @@ def _batches(sizes, bs, vocab, device):
     return batches
 
 def _pad_batch(seqs, value, device):
-    "Token ids with padding at the end, and the attention mask"
+    "Return token ids with padding at the end, and the attention mask"
     rows = [torch.tensor(s) for s in seqs]
     ids = pad_rows(rows, value)
     mask = pad_rows([torch.ones_like(row) for row in rows], 0)
@@ -70,19 +70,19 @@ def _to_numpy(x):
     return x.double().cpu().numpy()
 
 def _nll(logits, targets):
-    "Negative log-likelihood of each row in nats, computed at least in float32"
+    "Compute the negative log-likelihood of each row in nats, at least in float32"
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return _to_numpy(F.cross_entropy(logits, targets, reduction='none'))
 
 # %% ../../nbs/615_generation.scoring.ipynb #f7384c3f
 def _lazy_logits(model):
-    "A context in which a causal model gives `LazyLogits`, if its output layer is a plain linear layer"
+    "Let a causal model give `LazyLogits` in this context, if its output layer is a plain linear layer"
     head = model.get_output_embeddings()
     return lazy_heads(head) if type(head) is torch.nn.Linear else contextlib.nullcontext(False)
 
 @contextlib.contextmanager
 def _fused_gelu(model):
-    "A context in which the tanh approximation of GELU is PyTorch's own, the same up to rounding"
+    "Use PyTorch's own tanh approximation of GELU in this context, the same up to rounding"
     from transformers.activations import FastGELUActivation, NewGELUActivation
     slow = (NewGELUActivation, FastGELUActivation)
     found = [(m, name, act) for m in model.modules() for name, act in m.named_children() if type(act) in slow]
@@ -95,7 +95,7 @@ def _fused_gelu(model):
             setattr(m, name, act)
 
 def _is_causal(model):
-    "Whether every attention layer declares that it is causal"
+    "Return whether every attention layer declares that it is causal"
     declared = [m.is_causal for m in model.modules() if hasattr(m, 'is_causal')]
     return bool(declared) and all(declared)
 
@@ -108,7 +108,7 @@ def _check_vocab(seqs, vocab):
                             'Use the tokenizer of the model, or `model.resize_token_embeddings(len(tokenizer))`')
 
 def _score_causal(tm, seqs, width, stride, bs):
-    "Negative log-likelihood of each token but the first, of each list of token ids"
+    "Compute the negative log-likelihood of each token but the first, of each list of token ids"
     model = tm.model
     vocab = model.config.get_text_config(decoder=True).vocab_size
     _check_vocab(seqs, vocab)
@@ -146,7 +146,7 @@ def _score_windows(tm, spans, seqs, scores, keeps, needs_mask, options):
 
 # %% ../../nbs/615_generation.scoring.ipynb #5d5df82e
 def _score_awd_lstm(tm, seqs, bs, chunk=256):
-    "Negative log-likelihood of each token but the first, of each list of token ids"
+    "Compute the negative log-likelihood of each token but the first, of each list of token ids"
     reader = AWDReader(tm.model)
     scores = [np.zeros(max(len(s) - 1, 0)) for s in seqs]
     rows = [i for i, s in enumerate(seqs) if len(s) > 1]
@@ -171,7 +171,7 @@ def _score_chunks(reader, rows, seqs, scores, chunk):
 
 # %% ../../nbs/615_generation.scoring.ipynb #97ab9e5c
 def _window_size(tm, max_length, stride, bs):
-    "Width and stride of the windows, checked"
+    "Check width and stride of the windows, and return them"
     limit = tm.max_positions
     width = (limit or 1024) if max_length is None else max_length
     if width < 1 or (limit and width > limit):
@@ -191,14 +191,14 @@ def score_ids(
     max_length:int|None=None, # See `score_texts`
     bs:int=16 # Maximum number of rows of a batch
 ) -> list: # For each list an array, one shorter
-    "Negative log-likelihood in nats of each token but the first, given those before it"
+    "Compute the negative log-likelihood in nats of each token but the first, given those before it"
     width, stride = _window_size(tm, max_length, stride, bs)
     with evaluating(tm.model):
         return _score_awd_lstm(tm, seqs, bs) if tm.is_awd_lstm else _score_causal(tm, seqs, width, stride, bs)
 
 # %% ../../nbs/615_generation.scoring.ipynb #35104b2a
 def _masked_windows(n, width, stride):
-    "For each token the start of the window that it is scored in"
+    "Return for each token the start of the window that it is scored in"
     if n <= width:
         return [0]*n
     begins = [*range(0, n - width, stride), n - width]
@@ -207,7 +207,7 @@ def _masked_windows(n, width, stride):
 
 # %% ../../nbs/615_generation.scoring.ipynb #1fd220c7
 def _masked_rows(wholes, width, stride):
-    "`(text, token, row of token ids, place of the mask)` for each token of each text"
+    "Yield `(text, token, row of token ids, place of the mask)` for each token of each text"
     for text, (front, ids, back) in enumerate(wholes):
         room = width - len(front) - len(back)
         for token, begin in enumerate(_masked_windows(len(ids), room, min(stride, room))):
@@ -225,7 +225,7 @@ def _score_masked_rows(tm, rows, scores):
         scores[text][token] = nll
 
 def _score_masked(tm, wholes, width, stride, bs):
-    "Negative log-likelihood of each token given all others, of each text in its template"
+    "Compute the negative log-likelihood of each token given all others, of each text in its template"
     if tm.adapter.tokenizer.mask_token_id is None:
         raise FastaiTLError('A masked model needs a tokenizer with a mask token', 'one without')
     rows = list(_masked_rows(wholes, width, stride))
@@ -251,7 +251,7 @@ class TokenScores:
 
 # %% ../../nbs/615_generation.scoring.ipynb #67ce3c93
 def _sequence(tm, text, bos):
-    "The token ids that a causal model reads of a text, and where each token is"
+    "Return the token ids that a causal model reads of a text, and where each token is"
     is_empty = not text or (tm.is_awd_lstm and not text.strip())
     ids, spans = ([], None) if is_empty else tm.adapter.encode_spans(text)
     start = tm.adapter.bos_id
@@ -282,11 +282,11 @@ def _score_with_masked_model(tm, texts, stride, max_length, bs):
 
 # %% ../../nbs/615_generation.scoring.ipynb #ed69c6f2
 def _autocast(tm, dtype):
-    "A context with matrix products in `dtype`, where the device is not slow with it"
+    "Compute matrix products in `dtype` in this context, unless the device is slow with it"
     if dtype is None:
         return contextlib.nullcontext()
-    dtype = _as_dtype(dtype)
-    reason = _why_not(tm.device.type, dtype)
+    dtype = as_dtype(dtype)
+    reason = why_no_autocast(tm.device.type, dtype)
     if not reason:
         return torch.autocast(tm.device.type, dtype=dtype)
     warnings.warn(f'{reason}: computing in the dtype of the weights')

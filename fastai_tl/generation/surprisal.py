@@ -21,7 +21,7 @@ from ..plot import figure_style, has_cjk, in_words
 
 # %% ../../nbs/635_generation.surprisal.ipynb #ff917e03
 def _pieces_by_spans(scored):
-    "`(piece of the text, indexes of its tokens)`; tokens within one character form one piece"
+    "Return `(piece of the text, indexes of its tokens)`; tokens within one character form one piece"
     pieces = []
     for i, (start, end) in enumerate(scored.spans):
         if pieces and (start < pieces[-1][2] or start == end):
@@ -32,7 +32,7 @@ def _pieces_by_spans(scored):
     return [(scored.text[start:end], idxs) for idxs, start, end in pieces]
 
 def _pieces_by_words(tm, scored):
-    "`(piece of the text, indexes of its tokens)`, for a tokenizer that does not report spans"
+    "Return `(piece of the text, indexes of its tokens)`, for a tokenizer that does not report spans"
     n_skipped = len(scored.read) - len(scored.ids) # tokens that were read and not scored
     groups = tm.adapter.word_groups(scored.read)
     words = [word for word, _ in groups]
@@ -47,19 +47,19 @@ def _pieces_by_words(tm, scored):
 
 # %% ../../nbs/635_generation.surprisal.ipynb #836576d7
 def _color(share):
-    "RGB of a share of the strongest color, each 0 to 1, and the color of letters on it"
+    "Return RGB of a share of the strongest color, each 0 to 1, and the color of letters on it"
     import matplotlib
     rgb = matplotlib.colormaps['Oranges'](.85*share)[:3]
     return rgb, 'white' if share > .75 else 'black'
 
 def _strongest(bits, vmax):
-    "Bits of the strongest color"
+    "Return the bits of the strongest color"
     if vmax:
         return vmax
     return max(float(np.quantile(bits, .98)) if len(bits) else 1., 1e-6)
 
 def _to_span(piece, bits, top):
-    "A piece of text in HTML, with its color"
+    "Write a piece of text in HTML, with its color"
     rgb, letters = _color(min(bits/top, 1.))
     background = ','.join(f'{255*v:.0f}' for v in rgb)
     style = f'background:rgb({background});color:{letters};padding:.1em 0;white-space:pre-wrap'
@@ -70,11 +70,11 @@ def _printable(piece):
     return piece.strip().replace('$', r'\$').replace('\n', ' ')
 
 def _space_before(piece, size):
-    "Width of the space at the start of a piece in points; text extents do not include it"
+    "Return the width of the space at the start of a piece in points; text extents do not include it"
     return size*.28 if piece[:1].isspace() else 0.
 
 def _widths(ax, pieces, size):
-    "The width of each piece in points"
+    "Measure the width of each piece in points"
     renderer = ax.figure.canvas.get_renderer()
     widths = []
     for piece in pieces:
@@ -92,7 +92,7 @@ def _can_break(piece):
     return piece[:1].isspace() or has_cjk(piece)
 
 def _lay_out(pieces, widths, line_width):
-    "`(x, line)` of each piece, and the number of lines"
+    "Return `(x, line)` of each piece, and the number of lines"
     places = []
     x = 0.
     line = 0
@@ -157,7 +157,7 @@ class Surprisal:
         spans = ''.join(_to_span(piece, bits, top) for piece, bits in zip(self.pieces, self.bits))
         return f'<div style="line-height:1.9">{spans}</div>'
     def to_frame(self) -> pd.DataFrame: # piece | bits
-        "A row for each piece"
+        "Return a table with a row for each piece"
         return pd.DataFrame(dict(piece=self.pieces, bits=self.bits))
 
     def plot(self,
@@ -193,7 +193,7 @@ def token_surprisal(
     tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
     **kwargs # `stride`, `max_length`, `bs`, `bos`, as in `text_perplexity`
 ) -> Surprisal: # Shows as colored text in a notebook; `plot` draws a figure
-    "Surprisal of each piece of a text, given the text before it (for a masked model, given all the rest)"
+    "Compute the surprisal of each piece of a text, given the text before it (for a masked model, all the rest)"
     if not isinstance(text, str):
         raise DataError('One text is needed', f'a {type(text).__name__}')
     tm = text_model(model_or_name, tokenizer)
@@ -209,5 +209,5 @@ def token_surprisal(self:Learner,
     text:str, # One text
     **kwargs
 ) -> Surprisal:
-    "Surprisal of each piece of a text"
+    "Compute the surprisal of each piece of a text"
     return token_surprisal(self, text, **kwargs) # the function

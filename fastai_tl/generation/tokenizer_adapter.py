@@ -21,7 +21,7 @@ from ..models.third_party import text_parts
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #b37cc7dc
 def _merge_subwords(tokens):
-    "Words, each with the indexes of the subword tokens that it is made of"
+    "Return words, each with the indexes of the subword tokens that it is made of"
     words = []
     for i, token in enumerate(tokens):
         if token.startswith('▁') or not words:
@@ -33,7 +33,7 @@ def _merge_subwords(tokens):
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #ea86613e
 def _tokenize_with(tokenizer, rules):
-    "A function from a text to its tokens"
+    "Return a function from a text to its tokens"
     before = compose(*rules)
     # a tokenizer that can decode marks spaces itself
     after = compose(*([] if hasattr(tokenizer, 'decode') else defaults.text_postproc_rules))
@@ -70,19 +70,19 @@ class FastaiTokenizerAdapter:
     def numericalize(self,
         tokens # Tokens of the tokenizer
     ) -> list:
-        "The ids of tokens"
+        "Return the ids of tokens"
         return [self.o2i.get(t, self.unk_id) for t in tokens]
 
     def to_tokens(self,
         ids # Token ids
     ) -> list:
-        "The tokens of ids"
+        "Return the tokens of ids"
         return [self.vocab[i] for i in ids]
 
     def encode(self,
         text:str # Any text; an empty one stands for the beginning of a text
     ) -> list: # Token ids in the order in which the model reads them
-        "A text as the model reads it"
+        "Encode a text as the model reads it"
         ids = self.numericalize(self.tokenize(text) if text.strip() else [BOS])
         if not self.backwards:
             return ids
@@ -91,13 +91,13 @@ class FastaiTokenizerAdapter:
     def encode_spans(self,
         text:str # Any text
     ) -> tuple: # Token ids, and `None`: fastai's tokenizers do not report where a token is in the text
-        "A text as the model reads it, with the place of each token"
+        "Encode a text as the model reads it, with the place of each token"
         return self.encode(text), None
 
     def encode_word(self,
         word:str # A word or a phrase
     ) -> list: # Lists of token ids, each one way to write it; empty if a part of it is unknown
-        "The ways in which the model can write a word: with its capitals, and in lower case"
+        "List the ways in which the model can write a word: with its capitals, and in lower case"
         marks = self.numericalize([TK_MAJ, TK_UP])
         cased = [i for i in self.encode(word) if i != self.bos_id]
         plain = [i for i in cased if i == self.unk_id or i not in marks]
@@ -108,7 +108,7 @@ class FastaiTokenizerAdapter:
     def word_groups(self,
         ids # Token ids in the order in which the model reads them
     ) -> list: # `(word, indexes into ids)` in reading order of the text
-        "The words of a text, each with the token ids that it is made of"
+        "Return the words of a text, each with the token ids that it is made of"
         tokens = [self.vocab[int(i)] for i in (reversed(list(ids)) if self.backwards else ids)]
         parts = _merge_subwords(tokens) if self.subword else [(t, [i]) for i, t in enumerate(tokens)]
         words = undo_rules([t for t, _ in parts], self.space)
@@ -120,14 +120,14 @@ class FastaiTokenizerAdapter:
     def decode(self,
         ids # Token ids in the order in which the model reads them
     ) -> str:
-        "The text of token ids"
+        "Return the text of token ids"
         return self.join(w for w, _ in self.word_groups(ids))
 
     def complete(self,
         prompt_ids, # Token ids that the model has read
         ids # Token ids that it has written
     ) -> str: # What to put after the prompt (before it if the model reads backwards)
-        "The text of the completion, with the space that belongs between it and the prompt"
+        "Return the text of the completion, with the space that belongs between it and the prompt"
         prompt = self.decode(prompt_ids)
         whole = self.decode([*prompt_ids, *ids])
         if self.backwards:
@@ -138,7 +138,7 @@ class FastaiTokenizerAdapter:
     def from_dls(cls,
         dls:DataLoaders # DataLoaders of a fastai language model
     ) -> 'FastaiTokenizerAdapter':
-        "The adapter of DataLoaders"
+        "Make the adapter of DataLoaders"
         parts = text_parts(dls)
         if parts.vocab is None:
             raise DataError('The DataLoaders must be those of an AWD_LSTM', 'a Hugging Face tokenizer',
@@ -150,7 +150,7 @@ class FastaiTokenizerAdapter:
     def from_encoder(cls,
         enc:Encoder # An encoder with the settings of its tokenizer
     ) -> 'FastaiTokenizerAdapter':
-        "The adapter of a saved encoder"
+        "Make the adapter of a saved encoder"
         tokenizer, rules = tools_from_settings(enc.tokenizer)
         return cls(enc.vocab, _tokenize_with(tokenizer, rules), enc.backwards, hasattr(tokenizer, 'decode'))
 
@@ -158,11 +158,11 @@ class FastaiTokenizerAdapter:
 _wide = re.compile(f'[{WIDE}]')
 
 def _first_given(*values):
-    "The first value that is not `None`"
+    "Return the first value that is not `None`"
     return first(v for v in values if v is not None)
 
 def _prompt_length(special):
-    "How many tokens of a text are left without the special tokens at its end; one if there are only special tokens"
+    "Count the tokens without the special tokens at the end; one if there are only special tokens"
     if special and all(special):
         return 1
     n = len(special)
@@ -199,20 +199,20 @@ class HFTokenizerAdapter:
     def to_tokens(self,
         ids # Token ids
     ) -> list:
-        "The tokens of ids"
+        "Return the tokens of ids"
         return self.tokenizer.convert_ids_to_tokens(ids)
 
     def read(self,
         text:str # Any text
     ) -> str:
-        "The text after the rules that the model was trained with"
+        "Apply the rules that the model was trained with"
         return next(apply_rules(self.rules, [text]))
 
     def encode_spans(self,
         text:str, # Any text
         whole:bool=False # Whether to keep the special tokens at the end
     ) -> tuple: # Token ids, and the `(start, end)` of each in the text; `None` if the tokenizer does not report it
-        "A text as the model reads it, with the place of each token"
+        "Encode a text as the model reads it, with the place of each token"
         fast = getattr(self.tokenizer, 'is_fast', False)
         enc = self.tokenizer(text, truncation=False, return_special_tokens_mask=True, return_offsets_mapping=fast,
                              return_attention_mask=False, verbose=False)
@@ -223,7 +223,7 @@ class HFTokenizerAdapter:
     def encode_whole(self,
         text:str # Any text
     ) -> tuple: # Special tokens before the text, ids of the text, special tokens after it, spans of the ids
-        "A text with its whole template, as a masked model reads it"
+        "Encode a text with its whole template, as a masked model reads it"
         ids, spans = self.encode_spans(text, whole=True)
         enc = self.tokenizer(text, truncation=False, return_special_tokens_mask=True, verbose=False)
         plain = [i for i, special in enumerate(enc['special_tokens_mask']) if not special]
@@ -234,14 +234,14 @@ class HFTokenizerAdapter:
         text:str, # Any text; an empty one stands for the beginning of a text
         whole:bool=False # Whether to keep the special tokens at the end
     ) -> list: # Token ids
-        "A text as the model reads it"
+        "Encode a text as the model reads it"
         ids = self.encode_spans(self.read(text), whole)[0] if text else []
         return ids or listify(self.bos_id)
 
     def encode_word(self,
         word:str # A word or a phrase
     ) -> list: # Lists of token ids, each one way to write it
-        "The ways in which the model can write a word: inside a text, and at its beginning"
+        "List the ways in which the model can write a word: inside a text, and at its beginning"
         word = self.read(word)
         forms = [word] if _wide.match(word[:1]) else [' ' + word, word]
         ways = [self.tokenizer(form, add_special_tokens=False)['input_ids'] for form in forms]
@@ -250,7 +250,7 @@ class HFTokenizerAdapter:
     def decode(self,
         ids # Token ids
     ) -> str:
-        "The text of token ids, without special tokens"
+        "Return the text of token ids, without special tokens"
         text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return re.sub(f'(?<={_wide.pattern}) (?={_wide.pattern})', '', text) if self.spaced else text
 
@@ -258,7 +258,7 @@ class HFTokenizerAdapter:
         prompt_ids, # Token ids that the model has read
         ids # Token ids that it has written
     ) -> str: # What to put after the prompt
-        "The text of the completion, with the space that belongs between it and the prompt"
+        "Return the text of the completion, with the space that belongs between it and the prompt"
         prompt = self.decode(prompt_ids)
         whole = self.decode([*prompt_ids, *ids])
         return whole[len(prompt):] if whole.startswith(prompt) else self.decode(ids)
@@ -266,12 +266,12 @@ class HFTokenizerAdapter:
     def word_groups(self,
         ids # Token ids
     ) -> list: # `(piece of the text, indexes into ids)`
-        "The pieces of a text; tokens that are parts of one character form one piece"
+        "Return the pieces of a text; tokens that are parts of one character form one piece"
         return list(_complete_pieces(self, ids))
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #16b7320b
 def _complete_pieces(adapter, ids):
-    "`(piece of the text, indexes into ids)`; bytes wait, at most eight, until they form a character"
+    "Yield `(piece of the text, indexes into ids)`; bytes wait, at most eight, until they form a character"
     start = 0
     for i in range(len(ids)):
         piece = adapter.complete(ids[:start], ids[start:i + 1])

@@ -34,7 +34,7 @@ def best_spans(
     n_best:int=1, # Number of spans
     max_tokens:int=30 # Maximum length of an answer
 ) -> list: # `(score, first, last)`, the best first
-    "The spans with the highest scores"
+    "Find the spans with the highest scores"
     places = torch.as_tensor(free).nonzero().view(-1)
     n = len(places)
     if not n:
@@ -49,7 +49,7 @@ def best_spans(
 
 # %% ../../nbs/520_learners.qa.ipynb #59daa4cf
 def _best_answer_span(start, end, none_at, max_tokens):
-    "First and last token of the best span of a window, from probabilities; padding has the probability 0"
+    "Return first and last token of the best span of a window, from probabilities; those of padding are 0"
     start = start.log()
     end = end.log()
     is_real = start > -torch.inf
@@ -81,13 +81,13 @@ class AnswerLoss:
     def activation(self,
         preds # Start and end logits, each (windows, tokens) or a list of rows
     ): # The same for probabilities
-        "Probabilities of each token to be the first and to be the last"
+        "Return the probabilities of each token to be the first and to be the last"
         return tuple(each_row(lambda row: row.softmax(-1), logits) for logits in preds)
 
     def decodes(self,
         preds # Start and end probabilities, from `activation`
     ): # (windows, 3): first token, last token, -1
-        "First and last token of the best span of each window"
+        "Return first and last token of the best span of each window"
         rows = zip(*(p if isinstance(p, (L, list)) else p.unbind() for p in preds))
         spans = [_best_answer_span(start, end, self.none_at, self.max_tokens) for start, end in rows]
         return TensorBase([[first, last, -1] for first, last in spans])
@@ -96,7 +96,7 @@ class AnswerLoss:
 def normalize_answer(
     text:str # An answer
 ) -> list: # Its words; characters where it is Chinese
-    "The words of an answer that are compared, as in SQuAD's script"
+    "Return the words of an answer that are compared, as in SQuAD's script"
     has_cjk = re.search(f'[{CJK}]', text)
     def is_punctuation(c): return c in string.punctuation or (has_cjk and unicodedata.category(c)[0] == 'P')
     text = ''.join(c for c in text.lower() if not is_punctuation(c))
@@ -105,7 +105,7 @@ def normalize_answer(
 
 # %% ../../nbs/520_learners.qa.ipynb #f609650c
 def _score(pred, target):
-    "Exact match and F1 of two lists of words"
+    "Compute exact match and F1 of two lists of words"
     is_same = float(pred == target)
     if not pred or not target:
         return is_same, is_same
@@ -132,7 +132,7 @@ class Answer:
 
 # %% ../../nbs/520_learners.qa.ipynb #3b955714
 def window_candidates(x, start, end, n_best=20, max_tokens=30):
-    "Score of no answer, and `(score, first character, character after the last)` of the best spans of a window"
+    "Return the score of no answer, and `(score, first character, character after the last)` of the best spans"
     begins, ends = x.as_subclass(torch.Tensor)[2:4] # counted from 1; 0 is the token for no answer, -1 the question
     none = (begins == 0).nonzero()[0, 0]
     spans = best_spans(start, end, (begins > 0) & (ends >= begins), n_best, max_tokens)
@@ -140,12 +140,12 @@ def window_candidates(x, start, end, n_best=20, max_tokens=30):
     return float(start[none] + end[none]), candidates
 
 def _trimmed(context, begin, end):
-    "An answer without space around it, and where it begins"
+    "Return an answer without space around it, and where it begins"
     text = context[begin:end]
     return text.strip(), begin + len(text) - len(text.lstrip())
 
 def best_answers(context, found, n_best=1, may_be_none=False, none_threshold=0.):
-    "The `n_best` answers to a question, from the `window_candidates` of its windows"
+    "Choose the `n_best` answers to a question, from the `window_candidates` of its windows"
     best = {}
     for score, begin, end in sorted((c for _, candidates in found for c in candidates), reverse=True):
         text, begin = _trimmed(context, begin, end)
@@ -186,7 +186,7 @@ class AnswerExact(Metric):
                 candidates = window_candidates(x, start, end, 1, self.max_tokens)
                 self.found.setdefault(question, []).append(candidates)
     def answers(self):
-        "Number of each question to its `Answer`"
+        "Map the number of each question to its `Answer`"
         return {question: best_answers(self.tok.examples[question].context, found, 1, self.tok.may_be_none,
                                        self.none_threshold)[0]
                 for question, found in self.found.items()}
@@ -234,7 +234,7 @@ class HFAnswerer(HFLearner):
         return L(res if n_best > 1 else [answers[0] for answers in res])
 
     def _candidates(self, examples, n_best, max_tokens, bs):
-        "The `window_candidates` of all windows of each example, by its `id`"
+        "Return the `window_candidates` of all windows of each example, by its `id`"
         windows = self.dls.tok.windows(examples)
         dl = self.dls.test_dl(windows, **({} if bs is None else dict(bs=bs)))
         xs, (starts, ends), *_ = self.get_preds(dl=dl, with_input=True, act=lambda o: o)
@@ -262,7 +262,7 @@ class HFAnswerer(HFLearner):
 
 # %% ../../nbs/520_learners.qa.ipynb #bf2c61bc
 def _no_answer_at(tokenizer):
-    "Place of the token for no answer: the start (0), or the end (-1) as in XLNet"
+    "Return the place of the token for no answer: the start (0), or the end (-1) as in XLNet"
     ids = tokenizer('a', 'b')['input_ids']
     return -1 if ids[-1] == tokenizer.cls_token_id != ids[0] else 0
 
@@ -274,7 +274,7 @@ def hf_qa_learner(
     max_tokens:int=30, # Maximum length of an answer
     **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
 ) -> HFAnswerer:
-    "A Learner that answers questions"
+    "Make a Learner that answers questions"
     if not isinstance(dls, HFQADataLoaders):
         raise FastaiTLError('Question answering needs `HFQADataLoaders`', f'{type(dls).__name__}',
                             'Make them with HFQADataLoaders.from_df, .from_lists or .from_dataset')

@@ -28,7 +28,7 @@ def decoder_inputs(
     model:HFModel, # A sequence-to-sequence model
     labels:torch.Tensor # Targets, (texts, tokens), -100 after their ends
 ) -> TensorTokens: # (texts, 1, tokens)
-    "The targets shifted by one token, by the rule of the model"
+    "Shift the targets by one token, by the rule of the model"
     hf = model.inner[0]
     targets = labels.as_subclass(torch.Tensor)
     try:
@@ -54,7 +54,7 @@ class DecoderInputs(Callback):
 
 # %% ../../nbs/525_learners.seq2seq.ipynb #7406ace4
 def generate_from(learn, x, max_new_tokens=None, **kwargs):
-    "Texts for a batch of sources; lists of texts with `num_return_sequences`"
+    "Generate texts for a batch of sources; lists of texts with `num_return_sequences`"
     model = learn.model
     x = x.as_subclass(TensorTokens).to(next(model.parameters()).device)
     max_new_tokens = max_new_tokens or spec_of(learn).max_target_length
@@ -119,12 +119,12 @@ class GeneratedMetric(Metric):
 SCORES = ('bleu', 'chrf', 'rouge1', 'rouge2', 'rougeL')
 
 def _import_scorer(score):
-    "The library that computes a score, or an error that says how to install it"
+    "Import the library that computes a score, or say how to install it"
     module = 'rouge_score.rouge_scorer' if 'rouge' in score else 'sacrebleu'
     return optional(module, 'seq2seq', f'`{score}`')
 
 def _scorer(score, tokenize=None):
-    "A function from lists of predictions and references to a number between 0 and 100"
+    "Return a function from lists of predictions and references to a number between 0 and 100"
     options = {'tokenize': tokenize} if tokenize and score == 'bleu' else {}
     def sacrebleu_score(preds, refs):
         corpus_score = getattr(_import_scorer(score), f'corpus_{score}')
@@ -142,7 +142,7 @@ def generation_metrics(
     tokenize:str|None=None, # Tokenizer of BLEU: `zh` for Chinese, `ja-mecab`, …; sacrebleu's `13a` if `None`
     **kwargs # More for `generate` of transformers: `num_beams`, `max_new_tokens`, …
 ) -> list: # Metrics, for `metrics=`
-    "Metrics of generated texts that share one generation"
+    "Make metrics of generated texts that share one generation"
     for score in scores:
         if score not in SCORES:
             raise unknown_option('scores', score, SCORES)
@@ -167,7 +167,7 @@ class HFSeq2SeqLearner(HFLearner):
         item:str, # A source
         **kwargs # More for `generate` of transformers
     ) -> str: # The generated text
-        "The text for a source"
+        "Generate the text for a source"
         return self.generate_texts([item], **kwargs)[0]
 
     def show_results(self,

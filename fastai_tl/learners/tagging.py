@@ -39,15 +39,15 @@ class TaggingLoss(CrossEntropyLossFlat):
             return loss
         return loss.view(targ.shape).sum(-1)/is_tagged.sum(-1).clamp(min=1)
     def activation(self, x):
-        "Probabilities of the tags"
+        "Return the probabilities of the tags"
         return each_row(super().activation, x)
     def decodes(self, x):
-        "The most likely tags"
+        "Return the most likely tags"
         return each_row(super().decodes, x)
 
 # %% ../../nbs/515_learners.tagging.ipynb #72e9cea3
 def word_level(learn):
-    "Predicted and true tags of the words of a batch that have one: a pair of tensors for each sentence"
+    "Return predicted and true tags of the words of a batch that have one: a pair of tensors for each sentence"
     x = learn.xb[0].as_subclass(TensorTokens)
     y = learn.yb[0].as_subclass(torch.Tensor)
     is_word = first_tokens(x.places) & (y != -100)
@@ -76,7 +76,7 @@ def entity_counts(
     preds, # A list of tags for each sentence
     targets # The true ones
 ) -> dict: # Type to `[right, predicted, true]`
-    "Number of right, predicted and true entities of each type"
+    "Count right, predicted and true entities of each type"
     counts = {}
     for pred, true in zip(preds, targets, strict=True):
         if len(pred) != len(true):
@@ -96,7 +96,7 @@ def _check_average(average):
         raise unknown_option('average', average, _AVERAGES)
 
 def _ratio(a, b):
-    "`a/b`, and 0 where `b` is 0"
+    "Return `a/b`, and 0 where `b` is 0"
     return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
 def entity_scores(
@@ -104,7 +104,7 @@ def entity_scores(
     targets, # The true ones
     average:str='micro' # Over all entities (`micro`), or the mean over their types (`macro`)
 ) -> dict: # `precision`, `recall` and `f1`
-    "Precision, recall and F1 of entities"
+    "Compute precision, recall and F1 of entities"
     _check_average(average)
     counts = np.array(list(entity_counts(preds, targets).values()) or [[0, 0, 0]], dtype=float)
     right, predicted, true = (counts.sum(0, keepdims=True) if average == 'micro' else counts).T
@@ -141,7 +141,7 @@ class EntityF1(Metric):
 
 # %% ../../nbs/515_learners.tagging.ipynb #be2d7b81
 def _window_end(sizes, begin, room):
-    "The word after the last of a window of at most `room` tokens; a window has at least one word"
+    "Return the word after the last of a window of at most `room` tokens; a window has at least one word"
     end = begin
     n_tokens = 0
     while end < len(sizes) and (n_tokens + sizes[end] <= room or end == begin):
@@ -150,7 +150,7 @@ def _window_end(sizes, begin, room):
     return end
 
 def _next_begin(sizes, begin, end, stride):
-    "The first word of the next window, which shares at most `stride` tokens with this one"
+    "Return the first word of the next window, which shares at most `stride` tokens with this one"
     following = end
     n_shared = 0
     while following - 1 > begin and n_shared + sizes[following - 1] <= stride:
@@ -159,7 +159,7 @@ def _next_begin(sizes, begin, end, stride):
     return following
 
 def windows_of(sizes, room, stride):
-    "Windows `(first word, word after the last)` of at most `room` tokens, over words of `sizes` tokens"
+    "Make windows `(first word, word after the last)` of at most `room` tokens, over words of `sizes` tokens"
     windows = []
     begin = 0
     while True:
@@ -171,7 +171,7 @@ def windows_of(sizes, room, stride):
 
 # %% ../../nbs/515_learners.tagging.ipynb #e2047171
 def context_around(begin, end, n_words):
-    "For each word of a window, the distance to the nearer cut; the ends of the sentence are no cuts"
+    "Return for each word of a window the distance to the nearer cut; the ends of the sentence are no cuts"
     words = np.arange(begin, end)
     left = words - begin if begin > 0 else np.full_like(words, n_words)
     right = end - 1 - words if end < n_words else np.full_like(words, n_words)
@@ -179,14 +179,14 @@ def context_around(begin, end, n_words):
 
 # %% ../../nbs/515_learners.tagging.ipynb #b6a5778e
 def _word_sizes(tok, sentences):
-    "Number of tokens of each word"
+    "Count the tokens of each word"
     enc = tok.tokenizer([tok.read(s) for s in sentences], is_split_into_words=True, add_special_tokens=False,
                         verbose=False)
     words = [[w for w in enc.word_ids(i) if w is not None] for i in range(len(sentences))]
     return [np.bincount(ws, minlength=len(s)).tolist() for ws, s in zip(words, sentences)]
 
 def _merge_windows(sentences, windows, xs, preds, n_tags):
-    "The probabilities of each word, from the window where it has most context"
+    "Take the probabilities of each word from the window where it has most context"
     probs = [np.zeros((len(s), n_tags), dtype=np.float32) for s in sentences]
     context = [np.full(len(s), -1) for s in sentences]
     for (i, begin, end), x, pred in zip(windows, xs, preds, strict=True):
@@ -225,7 +225,7 @@ def tag_words(
     probs, # (words, tags), from `learn.word_probs`
     vocab # Name of each tag
 ) -> tuple: # A tag for each word, and its probability
-    "The most likely tag of each word; `O`, or the first tag, for a word without a token"
+    "Return the most likely tag of each word; `O`, or the first tag, for a word without a token"
     best = probs.argmax(-1)
     no_token = 'O' if 'O' in vocab else vocab[0]
     tags = [vocab[i] if p.any() else no_token for i, p in zip(best, probs)]
@@ -233,7 +233,7 @@ def tag_words(
 
 # %% ../../nbs/515_learners.tagging.ipynb #5486fd1a
 def _cut_sentence(sentence, i, sep):
-    "`(word, begin, end)` of a sentence; `None` as begin and end where it came as words"
+    "Return `(word, begin, end)` of a sentence; `None` as begin and end where it came as words"
     if not isinstance(sentence, str) and not all(isinstance(w, str) for w in sentence):
         bad = next(w for w in sentence if not isinstance(w, str))
         raise DataError('Words must be strings', f'{bad!r} in sentence {i}')
@@ -244,7 +244,7 @@ def _cut_sentence(sentence, i, sep):
     return words
 
 def _tagged_sentence(sentence, cut, probs, vocab, sep):
-    "Words, tags and entities of one sentence"
+    "Put words, tags and entities of one sentence together"
     tags, confidence = tag_words(probs, vocab)
     def text(start, end):
         if isinstance(sentence, str):
@@ -263,7 +263,7 @@ class HFTagger(HFLearner):
         stride:int=32, # Tokens that two windows of a long sentence share
         bs:int|None=None # Sentences of a batch; as in validation if `None`
     ) -> list: # For each sentence an array, (words, tags); a row of zeros for a word without a token
-        "The probabilities of the tags of each word"
+        "Return the probabilities of the tags of each word"
         tok = self.dls.tok
         room = tok.max_length - tok.tokenizer.num_special_tokens_to_add()
         windows = [(i, begin, end) for i, sizes in enumerate(_word_sizes(tok, sentences))
@@ -302,7 +302,7 @@ def hf_tagger_learner(
     loss_func=None, # `TaggingLoss()` if `None`
     **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
 ) -> HFTagger:
-    "A Learner that tags words"
+    "Make a Learner that tags words"
     if not isinstance(dls, HFTagDataLoaders):
         raise FastaiTLError('A tagger needs `HFTagDataLoaders`', f'{type(dls).__name__}',
                             'Make them with HFTagDataLoaders.from_df, .from_lists or .from_dataset')
