@@ -9,8 +9,8 @@ from fastai.text.all import (AWD_LSTM, BCEWithLogitsLossFlat, CategoryBlock, Col
 from transformers import BertConfig
 from fastai_tl.all import (CHINESE_RULES, BidirectionalLearner, FastaiTLError, HFCausalLMDataLoaders,
                            HFMaskedLMDataLoaders, HFQADataLoaders, HFSeq2SeqDataLoaders, HFTagDataLoaders,
-                           HFTargetTextBlock, HFTextBlock, HFTextDataLoaders, TextSpec, classifier_dls, hf_classifier_learner,
-                           language_model_dls, tokenize_texts_once, texts_vocab, train_tokenizer)
+                           HFTargetTextBlock, HFTextBlock, HFTextDataLoaders, TextSpec, classifier_dls,
+                           hf_classifier_learner, language_model_dls, tokenize_texts_once, texts_vocab, train_tokenizer)
 from fastai_tl.core import DataError
 from fastai_tl.models.third_party import row_texts, spec_of, text_parts
 

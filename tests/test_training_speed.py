@@ -99,7 +99,7 @@ def test_hugging_face_models(kind):
 
 def test_logits_are_never_made(monkeypatch):
     "Training and validation with metrics: no tensor as large as the logits is asked for"
-    import fastai_tl.efficiency.linear_cross_entropy as chunked
+    import fastai_tl.efficiency.chunked_loss as chunked
     monkeypatch.setattr(chunked.LazyLogits, 'full', lambda self: pytest.fail('full logits'))
     for kind in ('causal', 'masked'):
         learn = hf_lm(kind).chunked_loss()

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from ..core import FastaiTLError
 from ..callbacks import evaluating
 from ..data.hf_tokenizer import pad_rows
-from ..efficiency.linear_cross_entropy import lazy_heads, linear_cross_entropy
+from ..efficiency.chunked_loss import lazy_head
+from ..efficiency.linear_cross_entropy import linear_cross_entropy
 from ..efficiency.mixed_precision import as_dtype, why_no_autocast
 from .awd_lstm import AWDReader
 from .language_model import TextModel
@@ -78,7 +79,7 @@ def _nll(logits, targets):
 def _lazy_logits(model):
     "Let a causal model give `LazyLogits` in this context, if its output layer is a plain linear layer"
     head = model.get_output_embeddings()
-    return lazy_heads(head) if type(head) is torch.nn.Linear else contextlib.nullcontext(False)
+    return lazy_head(head) if type(head) is torch.nn.Linear else contextlib.nullcontext(False)
 
 @contextlib.contextmanager
 def _fused_gelu(model):
