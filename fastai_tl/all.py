@@ -66,6 +66,8 @@ from .learners.tagging import *
 from .learners.qa import *
 from .learners.seq2seq import *
 from .learners.bidirectional import *
+from .learners.ulmfit_run import *
+from .learners.ulmfit_stages import *
 from .learners.ulmfit import *
 from .learners.auto import *
 from .generation.tokenizer_adapter import *

@@ -153,7 +153,8 @@ def empty_dls(
 ) -> SpecDataLoaders:
     "Make DataLoaders without rows, for an AWD_LSTM that reads new texts"
     tok = tokenizer.tok if isinstance(tokenizer, Tokenizer) else tokenizer
-    reader = TextTokenizer(tok, text_rules(spec.rules))
+    has_rules = isinstance(tokenizer, TextTokenizer)
+    reader = tokenizer if has_rules else TextTokenizer(tok, text_rules(spec.rules))
     tfms = text_tfms(reader, vocab, spec.backwards)
     types = [Tokenizer.input_types, L, TensorText]
     seq_len = spec.seq_len or 72

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.classification.html.md"""
 # %% auto #0
 __all__ = ['awd_classifier_learner', 'hf_classifier_learner']
 
-# %% ../../nbs/505_learners.classification.ipynb #e3a923e1
+# %% ../../nbs/505_learners.classification.ipynb #079666cd
 import torch
 from fastcore.all import merge
 from fastai.data.core import DataLoaders
@@ -26,7 +26,7 @@ from ..models.third_party import spec_of
 from ..tune.optimizer import LayerwiseOptimizer
 from .base import HFLearner, make_learner
 
-# %% ../../nbs/505_learners.classification.ipynb #fd00165c
+# %% ../../nbs/505_learners.classification.ipynb #5223a7db
 _LOSSES = dict(classification=CrossEntropyLossFlat, multilabel=BCEWithLogitsLossFlat, regression=MSELossFlat)
 _AWD_METRICS = dict(classification=[accuracy], multilabel=[accuracy_multi], regression=[rmse])
 
@@ -50,7 +50,7 @@ def awd_classifier_learner(
     return TextLearner(dls, model, loss_func=_LOSSES[task](), opt_func=LayerwiseOptimizer, splitter=layer_splitter(),
                        train_bn=False, metrics=metrics, **kwargs)
 
-# %% ../../nbs/505_learners.classification.ipynb #4f99006f
+# %% ../../nbs/505_learners.classification.ipynb #e92c9c74
 def _targets(dls):
     "Targets of the training rows"
     return [y for *_, y in (dls.train_ds[i] for i in range(len(dls.train_ds)))]
@@ -70,7 +70,7 @@ def _balanced_weights(dls, task, n):
     positive = torch.stack([torch.as_tensor(y) for y in targets]).float().mean(0)
     return (1-positive) / positive.clamp(min=1/n_texts)
 
-# %% ../../nbs/505_learners.classification.ipynb #c3383d9c
+# %% ../../nbs/505_learners.classification.ipynb #be4812d4
 def _class_weights(dls, task, given):
     "Weights of the classes as a tensor"
     if task == 'regression':
@@ -89,7 +89,7 @@ def _loss_func(dls, task, class_weights):
     weights = _class_weights(dls, task, class_weights)
     return _LOSSES[task](weight=weights) if task == 'classification' else _LOSSES[task](pos_weight=weights)
 
-# %% ../../nbs/505_learners.classification.ipynb #0089b41a
+# %% ../../nbs/505_learners.classification.ipynb #0409300c
 def _hf_metrics(task):
     if task == 'classification':
         return [accuracy, F1Score(average='macro')]

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.language_modeling.html.md""
 __all__ = ['awd_lm_learner', 'TokenLossFlat', 'TokenAccuracy', 'TokenPerplexity', 'HFCausalLMLearner', 'hf_causal_lm_learner',
            'HFMaskedLMLearner', 'hf_masked_lm_learner']
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #9022aa62
+# %% ../../nbs/510_learners.language_modeling.ipynb #4ca0ed89
 import copy
 import torch, torch.nn.functional as F
 from fastcore.all import merge
@@ -32,7 +32,7 @@ from ..models.third_party import spec_of
 from ..tune.optimizer import LayerwiseOptimizer
 from .base import HFLearner, each_row, make_learner
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #a4daff59
+# %% ../../nbs/510_learners.language_modeling.ipynb #3080fb9d
 def awd_lm_learner(
     dls:DataLoaders, # From `language_model_dls`
     config:dict|None=None, # Sizes: `emb_sz`, `n_hid`, `n_layers`; fastai's 400, 1152 and 3 if `None`
@@ -43,11 +43,12 @@ def awd_lm_learner(
     "Make a Learner of an AWD_LSTM language model"
     config = merge(awd_lstm_lm_config, config or {})
     model = get_language_model(AWD_LSTM, len(text_vocab(dls)), config=config, drop_mult=drop_mult)
+    model = allow_zero_weight_dropout(model)
     metrics = [accuracy, Perplexity()] if metrics is None else metrics
-    return LMLearner(dls, allow_zero_weight_dropout(model), loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer,
+    return LMLearner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer,
                      splitter=layer_splitter(), train_bn=False, metrics=metrics, **kwargs)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #1086f791
+# %% ../../nbs/510_learners.language_modeling.ipynb #7825b939
 _IGNORED = -100 # the target of tokens that are not predicted, as in PyTorch and transformers
 
 class TokenLossFlat(CrossEntropyLossFlat):
@@ -78,7 +79,7 @@ class TokenLossFlat(CrossEntropyLossFlat):
         "Return the most probable tokens"
         return each_row(super().decodes, x)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #ce1d3037
+# %% ../../nbs/510_learners.language_modeling.ipynb #f8a1d4ad
 class TokenAccuracy(Metric):
     "Share of the targets that are predicted, each token counting the same"
     def reset(self):
@@ -109,7 +110,7 @@ class TokenPerplexity(Metric):
     def value(self):
         return float(torch.tensor(self.total/self.count, dtype=torch.double).exp()) if self.count else None
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #7a757a64
+# %% ../../nbs/510_learners.language_modeling.ipynb #45e30368
 def with_token_ids(
     model, # A config of transformers, or anything else
     tokenizer # The tokenizer of the texts
@@ -127,7 +128,7 @@ def with_token_ids(
         config.decoder_start_token_id = config.pad_token_id
     return config
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #6d27ace0
+# %% ../../nbs/510_learners.language_modeling.ipynb #5fb75982
 def check_task(
     dls, # DataLoaders
     task, # The task that is needed
@@ -145,7 +146,7 @@ def token_metrics():
     "Make the metrics of a language model"
     return [TokenAccuracy(), TokenPerplexity()]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #d91a3d3a
+# %% ../../nbs/510_learners.language_modeling.ipynb #9d095224
 class HFCausalLMLearner(HFLearner):
     "A Learner of a causal language model"
     def predict(self,
@@ -170,7 +171,7 @@ class HFCausalLMLearner(HFLearner):
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
         return before + ids or [end_of_text(self.tokenizer)]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #fc35efb1
+# %% ../../nbs/510_learners.language_modeling.ipynb #3dcbde0d
 def hf_causal_lm_learner(
     dls:DataLoaders, # From `HFCausalLMDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -184,7 +185,7 @@ def hf_causal_lm_learner(
     return make_learner(dls, with_token_ids(model, dls.tokenizer), 'causal_lm', cls=HFCausalLMLearner,
                         loss_func=loss_func or TokenLossFlat(), metrics=metrics, **kwargs)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #9dba09dc
+# %% ../../nbs/510_learners.language_modeling.ipynb #35917faf
 class HFMaskedLMLearner(HFLearner):
     "A Learner of a masked language model"
     def predict(self,
@@ -208,7 +209,7 @@ class HFMaskedLMLearner(HFLearner):
         filled = tokenizer.decode(ids.masked_scatter(is_mask, found), skip_special_tokens=True)
         return TitledStr(filled), found, probs[is_mask]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #68b22ae9
+# %% ../../nbs/510_learners.language_modeling.ipynb #80e694e5
 def hf_masked_lm_learner(
     dls:DataLoaders, # From `HFMaskedLMDataLoaders`
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.resume.html.md"""
 # %% auto #0
 __all__ = ['start_epoch_from_seed', 'check_same', 'ResumableFit', 'RunStage', 'StopOnNaN']
 
-# %% ../../nbs/430_tune.resume.ipynb #8db9a478
+# %% ../../nbs/430_tune.resume.ipynb #75e5fb61
 import json, random
 from pathlib import Path
 import pandas as pd, torch
@@ -21,7 +21,7 @@ from ..core import RunError, TrainingError, derive_seed, seed_everything, shorte
 from ..files import load_tree, read_json, save_tree, write_json
 from ..efficiency.feature_cache import transforms_of
 
-# %% ../../nbs/430_tune.resume.ipynb #475b59be
+# %% ../../nbs/430_tune.resume.ipynb #ad4ac71a
 def _epoch_transforms(dl):
     "The transforms of a DataLoader that have a method `start_epoch`"
     return [t for t in transforms_of(dl) if hasattr(type(t), 'start_epoch')]
@@ -46,7 +46,7 @@ def start_epoch_from_seed(
             _unshuffle(dl)
     seed_everything(seed, *parts)
 
-# %% ../../nbs/430_tune.resume.ipynb #e1a13c68
+# %% ../../nbs/430_tune.resume.ipynb #0dbbf4db
 def _state_of_cb(cb):
     "What a Callback needs to continue, or `None`"
     if hasattr(type(cb), 'state_dict'):
@@ -71,7 +71,7 @@ def _state_of_cbs(cbs):
     states = {name: _state_of_cb(cb) for name, cb in _by_name(cbs).items()}
     return {name: state for name, state in states.items() if state is not None}
 
-# %% ../../nbs/430_tune.resume.ipynb #2eab2148
+# %% ../../nbs/430_tune.resume.ipynb #9c0e2efa
 def _number(value):
     return value.item() if hasattr(value, 'item') else value
 
@@ -89,7 +89,7 @@ def _restore_recorder(recorder, state):
     recorder.values = [L(row) for row in state['values']]
     recorder.smooth_loss.count, recorder.smooth_loss.val = state['smooth']
 
-# %% ../../nbs/430_tune.resume.ipynb #d6f9afe8
+# %% ../../nbs/430_tune.resume.ipynb #ad40d92d
 def _restore_opt(opt, state):
     "Load moments, and keep the hyper-parameters that the fit has set"
     hypers = [dict(h) for h in opt.hypers]
@@ -116,7 +116,7 @@ def _restore_cbs(cbs, states, opt):
             opt.set_hyper('lr', state.pop('lr'))
         cb.__dict__.update(state)
 
-# %% ../../nbs/430_tune.resume.ipynb #1e512267
+# %% ../../nbs/430_tune.resume.ipynb #afbfea37
 def check_same(
     saved:dict, # Settings of the run that is resumed
     now:dict, # Settings of this call
@@ -129,7 +129,7 @@ def check_same(
         raise RunError(f'{where} was begun with other settings', shorten(changed, 6),
                        'Use the old settings to resume it, use another folder, or delete it to start again')
 
-# %% ../../nbs/430_tune.resume.ipynb #02562e7c
+# %% ../../nbs/430_tune.resume.ipynb #32604ca8
 class ResumableFit(Callback):
     "Save a checkpoint after every epoch, and resume from it if it exists"
     order = Recorder.order+20 # after the Recorder and the trackers have seen the epoch
@@ -205,7 +205,7 @@ class ResumableFit(Callback):
         return dict(epoch=self.epoch+1, settings=self._all_settings(), model=dict(self.model.state_dict()), opt=moments,
                     recorder=_state_of_recorder(self.recorder), cbs=_state_of_cbs(self.learn.cbs))
 
-# %% ../../nbs/430_tune.resume.ipynb #a32e9af3
+# %% ../../nbs/430_tune.resume.ipynb #44446965
 class RunStage:
     "The folder of one fit of a longer run: its settings, its checkpoint and its results"
     def __init__(self,
@@ -230,13 +230,17 @@ class RunStage:
             return len(read_json(self.file)['history'])
         return load_tree(self.checkpoint)['epoch'] if self.checkpoint.exists() else 0
 
+    def saved_settings(self) -> dict:
+        "Read the settings that the stage was begun with"
+        return read_json(self.file)['settings']
+
     def begin(self,
         settings:dict # What must be the same when the stage is resumed; JSON
     ) -> bool: # Whether the stage is already done
         "Start the stage, or resume it with the same settings; until its first epoch is saved they may change"
         settings = json.loads(json.dumps(settings, default=lambda o: o.tolist())) # as it will be read; arrays as lists
         if self.done or self.checkpoint.exists():
-            check_same(read_json(self.file)['settings'], settings, self.folder)
+            check_same(self.saved_settings(), settings, self.folder)
         else:
             write_json(self.file, dict(done=False, settings=settings))
         return self.done
@@ -259,7 +263,7 @@ class RunStage:
                            'Call it with the same settings to resume it')
         return pd.DataFrame(read_json(self.file)['history']).rename_axis('epoch')
 
-# %% ../../nbs/430_tune.resume.ipynb #f5e8c29f
+# %% ../../nbs/430_tune.resume.ipynb #cd6b4bf5
 class StopOnNaN(Callback):
     "Raise an error at the first training loss that is infinite or not a number"
     run_valid = False
