@@ -1,4 +1,4 @@
-"""Training texts that change a little each time: words dropped, swapped, masked, or replaced by a masked language model; nothing to download, off unless asked for
+"""Training texts that change a little each time: words dropped, swapped, masked, or replaced by a masked language model
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.augmentation.html.md"""
 
@@ -7,35 +7,41 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.augmentation.html.md"""
 # %% auto #0
 __all__ = ['DropWords', 'SwapWords', 'MaskSpans', 'ReplaceWords', 'AugmentText', 'augment_texts']
 
-# %% ../../nbs/147_data.augmentation.ipynb #02185346
+# %% ../../nbs/147_data.augmentation.ipynb #b1af5888
 import re
 from dataclasses import dataclass, field
 import numpy as np, torch
-from fastcore.all import L, chunked, patch
+from fastcore.all import L, chunked
 from fasttransform import DisplayedTransform
 from fastai.data.core import DataLoaders
 from fastai.text.data import Numericalize
 from ..core import FastaiTLError, VocabError, derive_seed
 from ..callbacks import evaluating
-from .tagging import CJK, HFTokenizeWords
 from .hf_tokenizer import HFTokenize
+from .tagging import CJK, HFTokenizeWords
 
-# %% ../../nbs/147_data.augmentation.ipynb #f7cb2b75
+# %% ../../nbs/147_data.augmentation.ipynb #3c7a6fc8
 _signs = CJK+'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20' # with full-width punctuation
 _word = re.compile(f'[{_signs}]|[^\\s{_signs}]+')
 
-def _taken_apart(x):
-    "Words of a text or of a list of tokens, each with what stands before it, and what follows the last"
-    if not isinstance(x, str): return [('',w) for w in x],''
-    res,end = [],0
-    for m in _word.finditer(x): res.append((x[end:m.start()], m.group())); end = m.end()
-    return res,x[end:]
+def _split_words(x):
+    "Words of a text or of a list of tokens, each with what is before it, and what follows the last"
+    if not isinstance(x, str):
+        return [('', word) for word in x], ''
+    parts = []
+    end = 0
+    for match in _word.finditer(x):
+        parts.append((x[end:match.start()], match.group()))
+        end = match.end()
+    return parts, x[end:]
 
-def _put_together(parts, rest, like):
-    if not isinstance(like, str): return type(like)(w for _,w in parts)
-    return ''.join(b+w for b,w in parts).lstrip()+rest
+def _join_words(parts, rest, like):
+    "The text, or the list of tokens, of words and what is before them"
+    if not isinstance(like, str):
+        return type(like)(word for _, word in parts)
+    return ''.join(before+word for before, word in parts).lstrip() + rest
 
-# %% ../../nbs/147_data.augmentation.ipynb #b9343560
+# %% ../../nbs/147_data.augmentation.ipynb #e07ecc85
 @dataclass
 class DropWords:
     "Leave words out"
@@ -44,11 +50,11 @@ class DropWords:
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
     ):
-        parts,rest = _taken_apart(x)
-        kept = [o for o,r in zip(parts, rng.random(len(parts))) if r>=self.p]
-        return _put_together(kept or parts, rest, x)
+        parts, rest = _split_words(x)
+        kept = [part for part, draw in zip(parts, rng.random(len(parts))) if draw >= self.p]
+        return _join_words(kept or parts, rest, x)
 
-# %% ../../nbs/147_data.augmentation.ipynb #1dcec1d7
+# %% ../../nbs/147_data.augmentation.ipynb #b205b15a
 @dataclass
 class SwapWords:
     "Exchange words with their right neighbours"
@@ -57,124 +63,158 @@ class SwapWords:
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
     ):
-        parts,rest = _taken_apart(x)
-        words = [w for _,w in parts]
-        for i in np.flatnonzero(rng.random(max(len(words)-1, 0))<self.p/2): words[i],words[i+1] = words[i+1],words[i]
-        return _put_together([(b,w) for (b,_),w in zip(parts, words)], rest, x)
+        parts, rest = _split_words(x)
+        words = [word for _, word in parts]
+        for i in np.flatnonzero(rng.random(max(len(words)-1, 0)) < self.p/2):
+            words[i], words[i+1] = words[i+1], words[i]
+        return _join_words([(before, word) for (before, _), word in zip(parts, words)], rest, x)
 
-# %% ../../nbs/147_data.augmentation.ipynb #07fa24f4
+# %% ../../nbs/147_data.augmentation.ipynb #27e2d3ac
 @dataclass
 class MaskSpans:
-    "Hide words that follow each other behind a mask token"
-    mask:str='[MASK]' # What stands in the place of each word: the tokenizer's mask or unknown token
+    "Replace spans of words by a mask token"
+    mask:str='[MASK]' # Replaces each word: the tokenizer's mask token or unknown token
     p:float=.15 # Share of the words
     length:float=3. # Mean length of a span, in words (geometric, as in SpanBERT)
     def __call__(self,
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
     ):
-        parts,rest = _taken_apart(x)
+        parts, rest = _split_words(x)
         n = len(parts)
-        hidden,wanted = set(),min(int(self.p*n+rng.random()), n-1)
-        while len(hidden)<wanted:
-            a = rng.integers(n)
-            hidden |= set(range(a, min(a+rng.geometric(1/self.length), n, a+wanted-len(hidden))))
-        return _put_together([(b, self.mask if i in hidden else w) for i,(b,w) in enumerate(parts)], rest, x)
+        hidden = set()
+        n_hidden = min(int(self.p*n+rng.random()), n-1)
+        while len(hidden) < n_hidden:
+            start = rng.integers(n)
+            stop = min(start+rng.geometric(1/self.length), n, start+n_hidden-len(hidden))
+            hidden |= set(range(start, stop))
+        masked = [(before, self.mask if i in hidden else word) for i, (before, word) in enumerate(parts)]
+        return _join_words(masked, rest, x)
 
-# %% ../../nbs/147_data.augmentation.ipynb #04df2508
+# %% ../../nbs/147_data.augmentation.ipynb #f6cd96f4
+def _sampled(logits, k, rng):
+    "One of the `k` likeliest tokens of each row, drawn by probability"
+    values, tokens = logits.topk(k)
+    cumulated = values.softmax(-1).cumsum(-1).cpu().numpy()
+    draw = rng.random((len(cumulated), 1))*cumulated[:, -1:]
+    chosen = torch.as_tensor((cumulated < draw).sum(1, keepdims=True), device=tokens.device)
+    return tokens.gather(1, chosen)[:, 0]
+
+# %% ../../nbs/147_data.augmentation.ipynb #7ff38be4
 @dataclass
 class ReplaceWords:
-    "Put other likely words in the place of some, by a masked language model"
+    "Replace some words by other likely words, with a masked language model"
     model:object # A masked language model of transformers
     tokenizer:object # Its tokenizer
     p:float=.15 # Share of the tokens that are replaced
     top_k:int=10 # Draw among so many likeliest tokens
     variants:int=4 # How many versions of each text are made
     bs:int=32 # Texts of a batch
-    max_length:int=128 # Longer texts keep what is beyond so many tokens out
+    max_length:int=128 # Versions of longer texts end at so many tokens
     made:dict=field(default_factory=dict, repr=False) # The versions of each text
     def __call__(self,
         x, # A text
         rng # A NumPy `Generator`
     ):
-        if not isinstance(x, str): raise FastaiTLError('A masked language model replaces words of texts', f'a {type(x).__name__}')
-        if x not in self.made: self.prepare([x], rng)
+        if not isinstance(x, str):
+            raise FastaiTLError('A masked language model replaces words of texts', f'a {type(x).__name__}')
+        if x not in self.made:
+            self.prepare([x], rng)
         return self.made[x][rng.integers(self.variants)]
 
-# %% ../../nbs/147_data.augmentation.ipynb #db2785ed
-def _sampled(logits, k, rng):
-    "One of the `k` likeliest of each row, drawn by probability"
-    v,i = logits.topk(k)
-    c = v.softmax(-1).cumsum(-1).cpu().numpy()
-    return i.gather(1, torch.as_tensor((c<rng.random((len(c), 1))*c[:,-1:]).sum(1, keepdims=True), device=i.device))[:,0]
+    def prepare(self,
+        texts, # Texts
+        rng # A NumPy `Generator`
+    ):
+        "Make the versions of some texts"
+        if getattr(self.tokenizer, 'mask_token_id', None) is None:
+            raise VocabError('Replacing words needs a tokenizer with a mask token', 'one without')
+        for part in chunked([text for text in texts for _ in range(self.variants)], self.bs):
+            for text, ids in zip(part, self._replaced(part, rng)):
+                self.made.setdefault(text, []).append(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-# %% ../../nbs/147_data.augmentation.ipynb #29f7829d
-@patch
-def prepare(self:ReplaceWords,
-    texts, # Texts
-    rng # A NumPy `Generator`
-):
-    "Make the versions of some texts"
-    tok,device = self.tokenizer,next(self.model.parameters()).device
-    if getattr(tok, 'mask_token_id', None) is None: raise VocabError('Replacing words needs a tokenizer with a mask token', 'one without')
-    for part in chunked([t for t in texts for _ in range(self.variants)], self.bs):
-        enc = tok(part, truncation=True, max_length=self.max_length, padding=True, return_special_tokens_mask=True, return_tensors='pt')
-        special = enc.pop('special_tokens_mask').bool()
-        hidden = torch.as_tensor(rng.random(special.shape)<self.p) & ~special
-        ids = enc['input_ids'].clone()
-        with evaluating(self.model): out = self.model(**{k: v.to(device) for k,v in {**enc, 'input_ids': ids.masked_fill(hidden, tok.mask_token_id)}.items()}).logits
-        if hidden.any(): ids[hidden] = _sampled(out[hidden.to(device)], self.top_k, rng).to(ids.device)
-        for t,i in zip(part, ids): self.made.setdefault(t, []).append(tok.decode(i, skip_special_tokens=True))
+    def _replaced(self, texts, rng):
+        "Token ids of some texts, with some of them replaced"
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True,
+                                 return_special_tokens_mask=True, return_tensors='pt')
+        special = encoded.pop('special_tokens_mask').bool()
+        hidden = torch.as_tensor(rng.random(special.shape) < self.p) & ~special
+        ids = encoded['input_ids'].clone()
+        masked = {**encoded, 'input_ids': ids.masked_fill(hidden, self.tokenizer.mask_token_id)}
+        device = next(self.model.parameters()).device
+        with evaluating(self.model):
+            logits = self.model(**{name: tensor.to(device) for name, tensor in masked.items()}).logits
+        if hidden.any():
+            ids[hidden] = _sampled(logits[hidden.to(device)], self.top_k, rng).to(ids.device)
+        return ids
 
-# %% ../../nbs/147_data.augmentation.ipynb #5578d5c8
+# %% ../../nbs/147_data.augmentation.ipynb #e83f5398
 class RandTransform(DisplayedTransform):
-    "Marks what changes texts from one epoch to the next, as fastai's class of that name, which would bring torchvision along"
+    "A transform that changes texts from one epoch to the next; fastai's class of this name would import torchvision"
     split_idx = 0 # training only
 
-# %% ../../nbs/147_data.augmentation.ipynb #9f8c4675
+# %% ../../nbs/147_data.augmentation.ipynb #db36cca8
 class AugmentText(RandTransform):
     "Change some of the training texts, each by one of several ways"
     def __init__(self,
         how:list, # Callables `(text, rng)` such as `DropWords()`
         share:float=.5, # Share of the texts that are changed each time
-        seed:int|None=None, # Fixes what is drawn; by NumPy's global generator if `None`
-        pairs:bool=True # Are lists pairs of texts? Else they are tokens
+        seed:int|None=None, # Seed of what is drawn; by NumPy's global generator if `None`
+        pairs:bool=True # Whether lists are pairs of texts; otherwise they are tokens
     ):
-        self.how,self.share,self.pairs = list(how),share,pairs
-        self.seed,self.rng = seed,np.random.default_rng(seed) if seed is not None else None
+        self.how = list(how)
+        self.share = share
+        self.pairs = pairs
+        self.seed = seed
+        self.rng = None if seed is None else np.random.default_rng(seed)
         super().__init__()
+    def start_epoch(self,
+        *parts # What identifies the epoch
+    ):
+        "Make what is drawn from here on depend only on the seed, if there is one, and on `parts`"
+        if self.seed is not None:
+            self.rng = np.random.default_rng(derive_seed(self.seed, 'augment', *parts))
     def encodes(self, x:str|list|L):
-        rng = self.rng if self.rng is not None else np.random.default_rng(np.random.randint(2**31))
-        if rng.random()>=self.share: return x
-        f = self.how[rng.integers(len(self.how))]
-        if isinstance(x, str) or not self.pairs: return f(x, rng)
-        return type(x)(f(o, rng) for o in x)
+        rng = np.random.default_rng(np.random.randint(2**31)) if self.rng is None else self.rng
+        if rng.random() >= self.share:
+            return x
+        way = self.how[rng.integers(len(self.how))]
+        if isinstance(x, str) or not self.pairs:
+            return way(x, rng)
+        return type(x)(way(text, rng) for text in x)
 
-# %% ../../nbs/147_data.augmentation.ipynb #f4b8720e
-@patch
-def start_epoch(self:AugmentText,
-    *parts # What names the epoch
-):
-    "Make what is drawn from here on depend on the seed, if there is one, and on `parts` only"
-    if self.seed is not None: self.rng = np.random.default_rng(derive_seed(self.seed, 'augment', *parts))
+# %% ../../nbs/147_data.augmentation.ipynb #be1d7da1
+def _tokenizing_step(dls, tfms):
+    "Where texts are tokenized among the transforms"
+    at = next((i for i, tfm in enumerate(tfms) if isinstance(tfm, (HFTokenize, Numericalize))), None)
+    if at is not None and not isinstance(tfms[at], HFTokenizeWords):
+        return at
+    got = f'a {type(dls).__name__}'
+    if at is not None:
+        got = 'a tagger, whose tags would no longer be at their words'
+    raise FastaiTLError('Augmentation needs DataLoaders of texts, each with a label of its own', got)
 
-# %% ../../nbs/147_data.augmentation.ipynb #08a04a76
+def _train_texts(dls):
+    "The distinct training texts; both texts of a pair"
+    texts = [[item[0]] if isinstance(item[0], str) else item[0] for item in dls.train_ds.items]
+    return list(dict.fromkeys(text for of_item in texts for text in of_item))
+
+# %% ../../nbs/147_data.augmentation.ipynb #e2a27ac7
 def augment_texts(
     dls:DataLoaders, # Of texts, for a Hugging Face model or an AWD_LSTM
-    *how, # `DropWords()`, `SwapWords()`, `MaskSpans()`, `ReplaceWords(…)` or functions `(text, rng)`; none takes augmentation off again
+    *how, # `DropWords()`, `SwapWords()`, `MaskSpans()`, `ReplaceWords(…)` or functions `(text, rng)`; none turns it off
     share:float=.5, # Share of the training texts that are changed each time
-    seed:int|None=None # Fixes what is drawn
+    seed:int|None=None # Seed of what is drawn
 ) -> DataLoaders: # The same
-    "Change training texts a little each time they are drawn; validation and prediction see texts as they are"
-    tl = dls.train_ds.tls[0]
-    fs = [f for f in tl.tfms.fs if not isinstance(f, AugmentText)]
-    at = next((i for i,f in enumerate(fs) if isinstance(f, (HFTokenize, Numericalize))), None)
-    if at is None or isinstance(fs[at], HFTokenizeWords): raise FastaiTLError('Augmentation needs DataLoaders of texts, each with a label of its own', 'a tagger, whose tags would no longer stand at their words' if at is not None else f'a {type(dls).__name__}')
+    "Change training texts a little each time they are drawn; validation and prediction read texts as they are"
+    tfms = [tfm for tfm in dls.train_ds.tls[0].tfms.fs if not isinstance(tfm, AugmentText)]
+    at = _tokenizing_step(dls, tfms)
+    reads_texts = isinstance(tfms[at], HFTokenize)
+    for way in how:
+        if isinstance(way, ReplaceWords) and reads_texts:
+            way.prepare(_train_texts(dls), np.random.default_rng(seed))
     if how:
-        for f in how:
-            if isinstance(f, ReplaceWords) and isinstance(fs[at], HFTokenize): f.prepare(_texts(dls), np.random.default_rng(seed))
-        fs.insert(at, AugmentText(how, share, seed, isinstance(fs[at], HFTokenize)))
-    for t in (dls.train_ds.tls[0], dls.valid_ds.tls[0]): t.tfms.fs = L(fs)
+        tfms.insert(at, AugmentText(how, share, seed, pairs=reads_texts))
+    for ds in (dls.train_ds, dls.valid_ds):
+        ds.tls[0].tfms.fs = L(tfms)
     return dls
-
-def _texts(dls): return list(dict.fromkeys(t for o in dls.train_ds.items for t in ([o[0]] if isinstance(o[0], str) else o[0])))

@@ -281,8 +281,6 @@ def pad_rows(
         out[..., place] = row
     return padded
 
-def _pad_stack(ts, value, left=False): return list(pad_rows(ts, value, left))
-
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #714dd2f6
 class PadTokens(Transform):
     "Pad the token tensors of some samples to the longest of them"

@@ -7,141 +7,178 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.seq2seq.html.md"""
 # %% auto #0
 __all__ = ['TokenizeTargets', 'HFTargetTextBlock', 'HFSeq2SeqDataLoaders']
 
-# %% ../../nbs/142_data.seq2seq.ipynb #3296f494
+# %% ../../nbs/142_data.seq2seq.ipynb #68446156
 from operator import itemgetter
-import pandas as pd, torch
-from fastcore.all import L, patch
+import pandas as pd
+from fastcore.all import delegates
 from fasttransform import DisplayedTransform
 from fastai.data.block import TransformBlock
-from fastai.data.core import DataLoaders, Datasets
+from fastai.data.core import Datasets
 from fastai.text.core import TitledStr
 from fastai.torch_core import default_device
 from ..core import DataError
+from .classification import HFTableDataLoaders, LabelledText
+from .hf_tokenizer import HFTokenize, PadTokens, TensorTargets, TensorTokens, load_tokenizer
+from .language_modeling import TokenTargetsDL
 from .loaders import empty_datasets, language_rules, rule_names, set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import split_rows
-from .language_modeling import TokenTargetsDL
-from .classification import HFTableDataLoaders, LabelledText
-from .hf_tokenizer import HFTokenize, PadTokens, TensorTargets, TensorTokens, load_tokenizer
 from .tables import check_texts, column
 
-# %% ../../nbs/142_data.seq2seq.ipynb #2df003b6
+# %% ../../nbs/142_data.seq2seq.ipynb #13bc897d
 class AsTarget:
     "A tokenizer that takes its texts as targets"
-    def __init__(self, tokenizer): self.of = tokenizer
-    def __call__(self, texts, **kwargs): return self.of(text_target=texts, **kwargs)
-    def __getattr__(self, k):
-        if k in ('of','model_input_names') or k.startswith('__'): raise AttributeError(k)
-        return getattr(self.of, k)
-    model_input_names = ('input_ids',) # no token types
+    model_input_names = ('input_ids',) # targets have no token types
+    def __init__(self, tokenizer):
+        self.of = tokenizer
+    def __call__(self, texts, **kwargs):
+        return self.of(text_target=texts, **kwargs)
+    def __getattr__(self, name):
+        if name in ('of', 'model_input_names') or name.startswith('__'):
+            raise AttributeError(name)
+        return getattr(self.of, name)
 
-# %% ../../nbs/142_data.seq2seq.ipynb #fbb547f5
+# %% ../../nbs/142_data.seq2seq.ipynb #02ff6d45
 class TokenizeTargets(DisplayedTransform):
-    "Target texts to `TensorTargets`; each is cut once"
+    "Turn target texts into `TensorTargets`; each is tokenized once"
     task = 'seq2seq'
     def __init__(self,
         tokenizer, # A name, a folder, or a tokenizer of transformers
         max_length:int|None=None, # Tokens of a target with its special ones; the tokenizer's own limit if `None`
-        verbose:bool=True, # Say how many targets were cut short
-        rules=() # Functions from string to string, applied to each target before
+        verbose:bool=True, # Print how many targets were truncated
+        rules=() # Functions from string to string, applied to each target first
     ):
-        self.target_tok = HFTokenize(AsTarget(load_tokenizer(tokenizer)), max_length, verbose=verbose, rules=rules)
+        as_target = AsTarget(load_tokenizer(tokenizer))
+        self.target_tok = HFTokenize(as_target, max_length, verbose=verbose, rules=rules)
         super().__init__()
     @property
-    def max_target_length(self): "Tokens of a target with its special ones"; return self.target_tok.max_length
-    def setup(self, items=None, train_setup=False): "Cut all targets of a dataset"; self.target_tok.setup(items, train_setup)
-    def encodes(self, x:str): return TensorTargets(self.target_tok.tokens(x).ids)
-    def decodes(self, x:TensorTargets): return TitledStr(self.target_tok.tokenizer.decode(x[x>=0].tolist(), skip_special_tokens=True))
+    def max_target_length(self):
+        "Tokens of a target with its special ones"
+        return self.target_tok.max_length
+    def setup(self, items=None, train_setup=False):
+        "Tokenize all targets of a dataset"
+        self.target_tok.setup(items, train_setup)
+    def encodes(self, x:str):
+        return TensorTargets(self.target_tok.tokens(x).ids)
+    def decodes(self, x:TensorTargets):
+        return TitledStr(self.target_tok.tokenizer.decode(x[x >= 0].tolist(), skip_special_tokens=True))
 
-# %% ../../nbs/142_data.seq2seq.ipynb #3816937c
+# %% ../../nbs/142_data.seq2seq.ipynb #83cf7aad
 class HFTargetTextBlock(TransformBlock):
     "Target texts for a sequence-to-sequence model, in fastai's DataBlock API"
     def __init__(self,
         tokenizer, # A name, a folder, or a tokenizer of transformers
         max_length:int|None=None, # Tokens of a target with its special ones; the tokenizer's own limit if `None`
-        verbose:bool=True # Say how many targets were cut short
-    ): super().__init__(type_tfms=[TokenizeTargets(tokenizer, max_length, verbose)], dl_type=TokenTargetsDL, dls_kwargs=dict(before_batch=[PadTokens('right')], num_workers=0))
+        verbose:bool=True # Print how many targets were truncated
+    ):
+        options = dict(before_batch=[PadTokens('right')], num_workers=0)
+        targets = TokenizeTargets(tokenizer, max_length, verbose)
+        super().__init__(type_tfms=[targets], dl_type=TokenTargetsDL, dls_kwargs=options)
 
-# %% ../../nbs/142_data.seq2seq.ipynb #076428c7
+# %% ../../nbs/142_data.seq2seq.ipynb #c33534f3
+def pair_tfms(
+    tokenizer, # A tokenizer of transformers
+    max_length:int|None=None, # Tokens of a source; the tokenizer's own limit if `None`
+    max_target_length:int|None=None, # Tokens of a target; the same as `max_length` if `None`
+    verbose:bool=True, # Print how many texts were truncated
+    lang:str='en' # `zh-tw` normalizes each text with `CHINESE_RULES`
+) -> tuple: # `HFTokenize` for sources, `TokenizeTargets` for targets
+    "The transforms of source and target"
+    rules = language_rules(lang)
+    source = HFTokenize(tokenizer, max_length, verbose=verbose, rules=rules)
+    return source, TokenizeTargets(tokenizer, max_target_length or max_length, verbose, rules)
+
+def _pair_loaders(cls, dsets, bs, val_bs=None, path='.'):
+    "DataLoaders of class `cls` of sources and targets, padded on the right"
+    options = dict(before_batch=[PadTokens('right')], num_workers=0)
+    train_bs = min(bs, len(dsets.train)) if len(dsets.train) else bs
+    train = TokenTargetsDL(dsets.train, bs=train_bs, shuffle=True, **options)
+    valid = TokenTargetsDL(dsets.valid, bs=val_bs or 2*bs, **options)
+    return cls(train, valid, path=path, device=default_device())
+
+def _checked_pairs(sources, targets, index=None):
+    "Sources and targets as lists of strings of equal length"
+    sources, targets = check_texts(sources, index, 'source'), check_texts(targets, index, 'target')
+    if len(sources) != len(targets):
+        raise DataError('Each source needs a target', f'{len(sources)} sources and {len(targets)} targets')
+    return sources, targets
+
+# %% ../../nbs/142_data.seq2seq.ipynb #3e4515f2
 class HFSeq2SeqDataLoaders(HFTableDataLoaders):
     "DataLoaders of source and target texts"
-    def test_dl(self,
-        test_items, # Sources, or with `with_labels` pairs of source and target
-        rm_type_tfms=None, # fastai's
-        with_labels:bool=False, # The items are pairs
-        **kwargs # More for fastai's `test_dl`
-    ) -> TokenTargetsDL:
-        "Other texts, prepared as those for validation"
-        items = [LabelledText(check_texts(o)) for o in test_items] if with_labels else check_texts(test_items)
-        return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
+    @classmethod
+    @delegates(pair_tfms)
+    def from_lists(cls,
+        sources, # Strings
+        targets, # Strings, one a source
+        tokenizer, # A name, a folder, or a tokenizer of transformers
+        valid=None, # The split, one a pair: booleans, or `train`, `valid`, `test` (left out); random if `None`
+        valid_pct:float=.1, # Share of the pairs to hold out
+        seed:int=42, # Seed of the random split
+        bs:int=16, # Pairs of a training batch
+        val_bs:int|None=None, # Pairs of a validation batch; twice `bs` if `None`
+        path='.', # Folder of the DataLoaders
+        **kwargs # `max_length`, `max_target_length`, `verbose` and `lang`
+    ): # `HFSeq2SeqDataLoaders`
+        "Make DataLoaders from sources and targets in lists"
+        sources, targets = _checked_pairs(sources, targets)
+        tokenizer = load_tokenizer(tokenizer)
+        train, held = split_rows(targets, 'regression', valid, valid_pct, seed)
+        for part, what in ((train, 'training'), (held, 'validation')):
+            if not part:
+                raise DataError(f'At least one pair is needed for {what}', 'none', 'Give it more, or check `valid`')
+        source, target = pair_tfms(tokenizer, **kwargs)
+        items = [LabelledText([sources[i], targets[i]]) for i in train+held]
+        splits = [list(range(len(train))), list(range(len(train), len(items)))]
+        dsets = Datasets(items, [[itemgetter(0), source], [itemgetter(1), target]], splits=splits, n_inp=1)
+        spec = TextSpec('seq2seq', lang=kwargs.get('lang', 'en'), rules=rule_names(source.rules),
+                        max_length=source.max_length, max_target_length=target.max_target_length,
+                        columns=dict(source='source', target='target'))
+        return _pair_loaders(cls, dsets, bs, val_bs, path).with_spec(spec, tokenizer, source.rules)
+
+    @classmethod
+    @delegates(from_lists, but=['valid'])
+    def from_df(cls,
+        df:pd.DataFrame, # A row a pair
+        tokenizer, # A name, a folder, or a tokenizer of transformers
+        source_col='source', # Column of the sources
+        target_col='target', # Column of the targets
+        valid_col:str|None=None, # Column of the split: booleans, or `train`, `valid`, `test` (left out)
+        **kwargs # More for `from_lists`
+    ): # `HFSeq2SeqDataLoaders`
+        "Make DataLoaders from a DataFrame"
+        pairs = _checked_pairs(column(df, source_col), column(df, target_col), df.index)
+        valid = None if valid_col is None else column(df, valid_col)
+        dls = cls.from_lists(*pairs, tokenizer, valid=valid, **kwargs)
+        dls.spec = dls.spec.replace(columns=dict(source=source_col, target=target_col))
+        return dls
 
     @classmethod
     def from_spec(cls,
-        spec:TextSpec, # Of the data that the model was trained with
+        spec:TextSpec, # The spec of the data that the model was trained with
         tokenizer, # A name, a folder, or a tokenizer of transformers
         bs:int=16 # Pairs of a batch
-    ): # DataLoaders of this class
+    ): # `HFSeq2SeqDataLoaders`
         "Make DataLoaders without rows, for a model that reads new sources"
         tokenizer, rules = load_tokenizer(tokenizer), text_rules(spec.rules)
         source = HFTokenize(tokenizer, spec.max_length, verbose=False, rules=rules)
         target = TokenizeTargets(tokenizer, spec.max_target_length or spec.max_length, False, rules)
         types = [[LabelledText, str, TensorTokens], [LabelledText, str, TensorTargets]]
         dsets = empty_datasets([[itemgetter(0), source], [itemgetter(1), target]], types)
-        dls = set_batch_types(_pair_loaders(cls, dsets, bs, 2*bs, '.'), TensorTokens, TensorTargets)
+        dls = set_batch_types(_pair_loaders(cls, dsets, bs), TensorTokens, TensorTargets)
         return dls.with_spec(spec, tokenizer, rules)
 
-# %% ../../nbs/142_data.seq2seq.ipynb #4a922c1e
-@patch(cls_method=True)
-def from_lists(cls:HFSeq2SeqDataLoaders,
-    sources, # Strings
-    targets, # Strings, one a source
-    tokenizer, # A name, a folder, or a tokenizer of transformers
-    valid=None, # Which validate, one a pair: booleans, or `train`, `valid`, `test` (left out); drawn if `None`
-    valid_pct:float=.1, # Share of the pairs to hold out
-    seed:int=42, # Which pairs are held out
-    max_length:int|None=None, # Tokens of a source; the tokenizer's own limit if `None`
-    max_target_length:int|None=None, # Tokens of a target; the same as `max_length` if `None`
-    bs:int=16, # Pairs of a training batch
-    val_bs:int|None=None, # Pairs of a validation batch; twice `bs` if `None`
-    path='.', # Folder of the DataLoaders
-    verbose:bool=True, # Say how many texts were cut short
-    lang:str='en' # `zh-tw` normalises each text by `CHINESE_RULES` before it is cut
-) -> HFSeq2SeqDataLoaders:
-    "From sources and targets in lists"
-    sources,targets,tokenizer = check_texts(sources, what='source'),check_texts(targets, what='target'),load_tokenizer(tokenizer)
-    if len(sources)!=len(targets): raise DataError('Each source needs a target', f'{len(sources)} sources and {len(targets)} targets')
-    train,held = split_rows(targets, 'regression', valid, valid_pct, seed)
-    for p,what in ((train,'training'),(held,'validation')):
-        if not p: raise DataError(f'At least one pair is needed for {what}', 'none', 'Give it more, or check `valid`')
-    rules = language_rules(lang)
-    source = HFTokenize(tokenizer, max_length, verbose=verbose, rules=rules)
-    target = TokenizeTargets(tokenizer, max_target_length or max_length, verbose, rules)
-    dls = _pair_dls(cls, [LabelledText([sources[i], targets[i]]) for i in train+held], len(train), source, target, min(bs, len(train)), val_bs or 2*bs, path)
-    spec = TextSpec('seq2seq', lang=lang, rules=rule_names(rules), max_length=source.max_length, max_target_length=target.max_target_length,
-                    columns=dict(source='source', target='target'))
-    return dls.with_spec(spec, tokenizer, rules)
-
-# %% ../../nbs/142_data.seq2seq.ipynb #ec0f1650
-def _pair_dls(cls, items, n, source, target, bs, val_bs, path):
-    dsets = Datasets(items, [[itemgetter(0), source], [itemgetter(1), target]], splits=[list(range(n)), list(range(n, len(items)))], n_inp=1)
-    return _pair_loaders(cls, dsets, bs, val_bs, path)
-
-def _pair_loaders(cls, dsets, bs, val_bs, path):
-    kw = dict(before_batch=[PadTokens('right')], num_workers=0)
-    return cls(TokenTargetsDL(dsets.train, bs=bs, shuffle=True, **kw), TokenTargetsDL(dsets.valid, bs=val_bs, **kw), path=path, device=default_device())
-
-# %% ../../nbs/142_data.seq2seq.ipynb #c5eb6b28
-@patch(cls_method=True)
-def from_df(cls:HFSeq2SeqDataLoaders,
-    df:pd.DataFrame, # A row a pair
-    tokenizer, # A name, a folder, or a tokenizer of transformers
-    source_col='source', # Column of the sources
-    target_col='target', # Column of the targets
-    valid_col:str|None=None, # Column that says which rows validate: booleans, or `train`, `valid`, `test` (left out)
-    **kwargs # More for `from_lists`
-) -> HFSeq2SeqDataLoaders:
-    "From a DataFrame"
-    pairs = [check_texts(column(df, c), df.index, w) for c,w in ((source_col,'source'),(target_col,'target'))]
-    dls = cls.from_lists(*pairs, tokenizer, valid=None if valid_col is None else column(df, valid_col), **kwargs)
-    dls.spec = dls.spec.replace(columns=dict(source=source_col, target=target_col))
-    return dls
+    def test_dl(self,
+        test_items, # Sources, or with `with_labels` pairs of source and target; or a table like the first one
+        rm_type_tfms=None, # fastai's
+        with_labels:bool=False, # Whether the items are pairs
+        **kwargs # More for fastai's `test_dl`
+    ) -> TokenTargetsDL:
+        "Make a DataLoader of other texts, prepared like those for validation"
+        items = test_items
+        if isinstance(items, pd.DataFrame):
+            names = [self.spec.columns[part] for part in (('source', 'target') if with_labels else ('source',))]
+            parts = [check_texts(column(items, name), items.index) for name in names]
+            items = list(zip(*parts)) if with_labels else parts[0]
+        items = [LabelledText(check_texts(pair)) for pair in items] if with_labels else check_texts(items)
+        return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
