@@ -98,4 +98,8 @@ from .deploy.manifest import *
 from .deploy.bundle import *
 from .interop.blurr_compat import *
 from .interop.blurr import *
-from .quickstart import *
+from .quickstart.presets import *
+from .quickstart.base import *
+from .quickstart.ulmfit import *
+from .quickstart.transformer import *
+from .quickstart.run import *

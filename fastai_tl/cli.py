@@ -1,4 +1,4 @@
-"""The `fastai-tl` command
+"""The `fastai-tl` command: quickstart, status, predict, generate, perplexity
 
 Docs: https://fastai-tl.github.io/fastai_tl/cli.html.md"""
 
@@ -7,207 +7,338 @@ Docs: https://fastai-tl.github.io/fastai_tl/cli.html.md"""
 # %% auto #0
 __all__ = ['SETTINGS', 'read_settings', 'main']
 
-# %% ../nbs/990_cli.ipynb #4e95da3a
+# %% ../nbs/990_cli.ipynb #a576e089
 import argparse, configparser, json, sys
 from pathlib import Path
 from . import __version__
 from .core import FastaiTLError, did_you_mean
 
-# %% ../nbs/990_cli.ipynb #0b4eb795
-def _flag(v): return {'yes':True, 'true':True, 'on':True, '1':True, 'no':False, 'false':False, 'off':False, '0':False, '':False}[v.lower()]
-def _list(f): return lambda v: [f(o) for o in v.replace(',', ' ').split()]
+# %% ../nbs/990_cli.ipynb #f925118a
+def _yes_or_no(text):
+    known = dict(yes=True, true=True, on=True, no=False, false=False, off=False)
+    return {**known, '1': True, '0': False, '': False}[text.lower()]
 
-SETTINGS = dict(data=str, out=str, text_col=str, label_col=str, seed=int, model=str, bidirectional=_flag, full=_flag, font=str, lang=str, # of a run
-                emb_sz=int, n_hid=int, n_layers=int, max_vocab=int, lm_epochs=int, lm_bs=int, # of the language models
-                epochs=_list(int), rates=_list(float), bs=int, drop_mult=float) # of the classifier
+def _list_of(convert):
+    return lambda text: [convert(item) for item in text.replace(',', ' ').split()]
 
-# %% ../nbs/990_cli.ipynb #24115479
+_RUN_SETTINGS = dict(data=str, out=str, text_col=str, label_col=str, seed=int, model=str, bidirectional=_yes_or_no,
+                     full=_yes_or_no, font=str, lang=str)
+_LM_SETTINGS = dict(emb_sz=int, n_hid=int, n_layers=int, max_vocab=int, lm_epochs=int, lm_bs=int)
+_CLASSIFIER_SETTINGS = dict(epochs=_list_of(int), rates=_list_of(float), bs=int, drop_mult=float)
+SETTINGS = {**_RUN_SETTINGS, **_LM_SETTINGS, **_CLASSIFIER_SETTINGS}
+_TYPES = {_yes_or_no: 'yes or no', int: 'int', float: 'float', str: 'str'}
+
+# %% ../nbs/990_cli.ipynb #3e9fb197
 def read_settings(
-    file=None # The file; `settings.ini` in this folder, if there is one, when `None`
+    file=None # Path of the file; `settings.ini` in this folder, if it exists, when `None`
 ) -> dict: # Name to value
     "Read the section `[fastai_tl]` of a settings file"
     path = Path(file or 'settings.ini')
-    if file is not None and not path.is_file(): raise FastaiTLError(f'{path} must be a settings file', 'nothing there')
-    ini,res = configparser.ConfigParser(inline_comment_prefixes=('#',), default_section='no section lends to others'),{}
-    try: ini.read(path, encoding='utf-8')
-    except configparser.Error as e:
-        if file is None: return {} # somebody else's file
-        raise FastaiTLError(f'{path} must be a settings file', str(e).splitlines()[0]) from None
-    for k,v in (ini['fastai_tl'].items() if 'fastai_tl' in ini else ()): res |= _one(path, k, v.strip())
-    return res
+    if file is not None and not path.is_file():
+        raise FastaiTLError(f'{path} must be a settings file', 'nothing there')
+    # a section name that no file has, so that no section provides defaults for the others
+    ini = configparser.ConfigParser(inline_comment_prefixes=('#',), default_section='no default section')
+    try:
+        ini.read(path, encoding='utf-8')
+    except configparser.Error as error:
+        if file is None: # a file of another program
+            return {}
+        raise FastaiTLError(f'{path} must be a settings file', str(error).splitlines()[0]) from None
+    items = ini['fastai_tl'].items() if 'fastai_tl' in ini else ()
+    given = {name: text.strip() for name, text in items}
+    return {name: _convert(path, name, text) for name, text in given.items() if text or name not in SETTINGS}
 
-# %% ../nbs/990_cli.ipynb #4b3e5176
-def _one(path, k, v):
-    "One setting, converted; an empty one is left to its default"
-    if k not in SETTINGS: raise FastaiTLError(f'{path} has an unknown setting', repr(k), did_you_mean(k, SETTINGS))
-    if not v: return {}
-    try: return {k: SETTINGS[k](v)}
-    except (ValueError, KeyError): raise FastaiTLError(f'{path}: `{k}` must be {getattr(SETTINGS[k], "__name__", "").strip("_") or "a list of numbers"}', repr(v)) from None
+# %% ../nbs/990_cli.ipynb #debeed14
+def _convert(path, name, text):
+    "Convert the text of a setting to its type"
+    if name not in SETTINGS:
+        raise FastaiTLError(f'{path} has an unknown setting', repr(name), did_you_mean(name, SETTINGS))
+    convert = SETTINGS[name]
+    try:
+        return convert(text)
+    except (ValueError, KeyError):
+        wanted = _TYPES.get(convert, 'a list of numbers')
+        raise FastaiTLError(f'{path}: `{name}` must be {wanted}', repr(text)) from None
 
-def _sizes(s, full):
-    "The sizes of a quickstart that settings change"
-    from fastai_tl.quickstart import FULL, QUICK
-    if s.get('model'): return {k: s[k] for k in ('epochs','rates','bs') if k in s}
-    base = FULL if full else QUICK
-    res = {k: s[k] for k in ('max_vocab','epochs','rates','bs','drop_mult') if k in s}
-    cfg,lm = {k: s[k] for k in ('emb_sz','n_hid','n_layers') if k in s},{k[3:]: s[k] for k in ('lm_epochs','lm_bs') if k in s}
-    if 'rates' in s: res['scratch_rates'] = s['rates']
-    if cfg: res['config'] = {**base['config'], **cfg}
-    if lm: res['lm'] = {**base['lm'], **lm}
-    return res
+def _changed_sizes(settings, full):
+    "Return the settings that change the preset of a quickstart"
+    from fastai_tl.quickstart.presets import FULL, QUICK
+    def given(*names): return {name: settings[name] for name in names if name in settings}
+    if settings.get('model'):
+        return given('epochs', 'rates', 'bs')
+    preset = FULL if full else QUICK
+    changes = given('max_vocab', 'epochs', 'rates', 'bs', 'drop_mult')
+    if 'rates' in settings:
+        changes['scratch_rates'] = settings['rates']
+    if config := given('emb_sz', 'n_hid', 'n_layers'):
+        changes['config'] = {**preset['config'], **config}
+    if lm := given('lm_epochs', 'lm_bs'):
+        changes['lm'] = {**preset['lm'], **{name.removeprefix('lm_'): value for name, value in lm.items()}}
+    return changes
 
-# %% ../nbs/990_cli.ipynb #78e5f27f
+# %% ../nbs/990_cli.ipynb #6c98558d
+def _add_quickstart(commands):
+    parser = commands.add_parser(
+        'quickstart', help='three stages of transfer on real text, offline, in minutes',
+        description='Three stages of transfer on real text, compared with simple baselines. '
+                    'After a stop with Ctrl-C the same command continues.')
+    add = parser.add_argument
+    add('--out', help='folder of the results (quickstart, and the names of what is not the default: '
+                      'quickstart-mine for mine.csv, quickstart-minilm)')
+    add('--data', help="a .csv, .tsv, .jsonl or .parquet file, a folder with a subfolder for each class, "
+                       "or 'imdb' (downloaded); docstrings, offline, if left out")
+    add('--text', dest='text_col', help='column of the texts (text)')
+    add('--label', dest='label_col', help='column of the labels (label)')
+    add('--seed', type=int, help='seed of everything random (42)')
+    add('--bidirectional', action='store_true', default=None, help='train models in both directions')
+    add('--model', help="a Transformer instead of the three stages: 'minilm' (the extra minilm), "
+                        "a name on the Hugging Face hub, or a folder")
+    add('--lang', help='language of the texts and the figures: en, or zh-tw for Traditional Chinese (en)')
+    add('--full', action='store_true', default=None, help='larger model and all texts; takes much longer')
+    add('--quiet', action='store_true', help='no progress bars and tables')
+    add('--cfg', help='a settings file, instead of settings.ini in this folder')
+
+def _add_status(commands):
+    parser = commands.add_parser('status', help='show what is done in a run')
+    parser.add_argument('run', help='folder of a quickstart or of a ULMFiT run')
+
+# %% ../nbs/990_cli.ipynb #cbcd3cfc
+def _add_predict(commands):
+    parser = commands.add_parser('predict', help='classify texts with a trained run or a bundle')
+    parser.add_argument('run', help='folder of a quickstart, or of a bundle')
+    parser.add_argument('texts', nargs='*', help='texts; lines of standard input if there are none')
+
+def _add_language_model(commands, name, texts, purpose):
+    "Add the arguments that `generate` and `perplexity` share"
+    description = f'{purpose.capitalize()}. Without {texts} and --file, lines of standard input are read.'
+    parser = commands.add_parser(name, help=purpose, description=description)
+    add = parser.add_argument
+    add('model', help='folder or name of a model of transformers, folder of a quickstart or of a ULMFiT run, '
+                      'or an encoder.safetensors')
+    add('texts', nargs='*', metavar=texts[:-1].upper(), help=texts)
+    add('--file', help='a text file with one text per line, or a .csv, .tsv, .jsonl or .parquet table')
+    add('--text', dest='text_col', default='text', help='column of a table (text)')
+    add('--json', action='store_true', help='print JSON, one object per line')
+    add('--bs', type=int, default=16, help='texts in a batch (16)')
+    return add
+
+def _add_perplexity(commands):
+    add = _add_language_model(commands, 'perplexity', 'texts', 'measure how well a language model expects texts')
+    add('--stride', type=int, help='tokens that each further window of a long text scores')
+    add('--max-length', type=int, help='tokens that the model reads at once')
+
+# %% ../nbs/990_cli.ipynb #88c7a462
+def _add_generate(commands):
+    add = _add_language_model(commands, 'generate', 'prompts', 'write texts with a language model')
+    add('--max-new-tokens', type=int, help='maximum number of new tokens (50)')
+    add('--num-return-sequences', type=int, help='texts for each prompt (1)')
+    add('--temperature', type=float, help='below 1: more cautious')
+    add('--top-k', type=int, help='sample from the k most likely tokens')
+    add('--top-p', type=float, help='sample from the most likely tokens that have this probability together')
+    add('--num-beams', type=int, help='number of beams of a beam search')
+    add('--seed', type=int, help='the same seed gives the same texts')
+    add('--stop', action='append', dest='stop_strings', help='end a text at this string; may be given several times')
+    add('--option', action='append', default=[], metavar='NAME=VALUE',
+        help='any other option of generation, such as repetition_penalty=1.2')
+    add('--stream', action='store_true', help='print one text while it is written')
+
 def _parser():
-    p = argparse.ArgumentParser(prog='fastai-tl', description='Transfer learning for text, the fastai way.')
-    p.add_argument('--version', action='version', version=f'fastai-tl {__version__}')
-    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    q = sub.add_parser('quickstart', help='three stages of transfer on real text, offline, in minutes', description='Three stages of transfer on real text, beside what they have to beat. Stopped with Ctrl-C, the same command goes on.')
-    q.add_argument('--out', help='folder of the results (quickstart, and the names of what is not as by default: quickstart-mine for mine.csv, quickstart-minilm)')
-    q.add_argument('--data', help="a .csv, .tsv, .jsonl or .parquet file, a folder with a subfolder a class, or 'imdb' (downloaded); docstrings, offline, if left out")
-    q.add_argument('--text', dest='text_col', help='column of the texts (text)')
-    q.add_argument('--label', dest='label_col', help='column of the labels (label)')
-    q.add_argument('--seed', type=int, help='everything random follows from it (42)')
-    q.add_argument('--bidirectional', action='store_true', default=None, help='train models in both directions')
-    q.add_argument('--model', help="a Transformer instead of the three stages: 'minilm' (the extra minilm), a name on the Hugging Face hub, or a folder")
-    q.add_argument('--lang', help='of the texts and the figures: en, or zh-tw for Traditional Chinese (en)')
-    q.add_argument('--full', action='store_true', default=None, help='larger model, all texts, the time that it needs')
-    q.add_argument('--quiet', action='store_true', help='no progress bars and tables')
-    q.add_argument('--cfg', help='a settings file, instead of settings.ini in this folder')
-    s = sub.add_parser('status', help='what is done in a run'); s.add_argument('run', help='folder of a quickstart or of a ULMFiT run')
-    t = sub.add_parser('predict', help='classify texts with a trained run or a bundle'); t.add_argument('run', help='folder of a quickstart, or of a bundle'); t.add_argument('texts', nargs='*', help='texts; lines of standard input if none is given')
-    _language_parsers(sub)
-    return p
+    parser = argparse.ArgumentParser(prog='fastai-tl', description='Transfer learning for text, the fastai way.')
+    parser.add_argument('--version', action='version', version=f'fastai-tl {__version__}')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for add_command in (_add_quickstart, _add_status, _add_predict, _add_generate, _add_perplexity):
+        add_command(commands)
+    return parser
 
-# %% ../nbs/990_cli.ipynb #51e877a5
-def _language_parsers(sub):
-    "What language models do"
-    where = 'folder or name of a model of transformers, folder of a quickstart or of a ULMFiT run, or an encoder.safetensors'
-    for name,what,h in (('generate','prompts','write texts with a language model'), ('perplexity','texts','measure how well a language model expects texts')):
-        q = sub.add_parser(name, help=h, description=h.capitalize()+f'. Without {what} and --file, lines of standard input are read.')
-        q.add_argument('model', help=where); q.add_argument('texts', nargs='*', metavar=what[:-1].upper(), help=what)
-        q.add_argument('--file', help='a text file with one a line, or a .csv, .tsv, .jsonl or .parquet table'); q.add_argument('--text', dest='text_col', default='text', help='column of a table (text)')
-        q.add_argument('--json', action='store_true', help='print JSON, one object a line'); q.add_argument('--bs', type=int, default=16, help='texts in a batch (16)')
-        if name=='perplexity': q.add_argument('--stride', type=int, help='tokens that each further window of a long text scores'); q.add_argument('--max-length', type=int, help='tokens that the model reads at once')
-        else: _generate_options(q)
-
-def _generate_options(q):
-    for k,t,h in (('max-new-tokens', int, 'tokens to write at most (50)'), ('num-return-sequences', int, 'texts for each prompt (1)'), ('temperature', float, 'below 1 more cautious'), ('top-k', int, 'draw from the likeliest k'),
-                  ('top-p', float, 'draw from the likeliest that make up this share'), ('num-beams', int, 'beam search'), ('seed', int, 'repeats the texts')): q.add_argument(f'--{k}', type=t, help=h)
-    q.add_argument('--stop', action='append', dest='stop_strings', help='end a text at this string; may be given several times')
-    q.add_argument('--option', action='append', default=[], metavar='NAME=VALUE', help='any other option of generation, such as repetition_penalty=1.2')
-    q.add_argument('--stream', action='store_true', help='print one text as it is written')
-
-# %% ../nbs/990_cli.ipynb #99ad653c
-def _quickstart(a):
+# %% ../nbs/990_cli.ipynb #71a6e75e
+def _quickstart(args):
     from fastai_tl.plot import set_font
-    from fastai_tl.quickstart import quickstart
-    s = read_settings(a.cfg)
-    s |= {k: v for k,v in vars(a).items() if v is not None and k in SETTINGS}
-    if 'font' in s: set_font(s['font'])
-    kw = {k: s[k] for k in ('data','out','text_col','label_col','seed','bidirectional','model','lang') if k in s}
-    quickstart(full=s.get('full', False), progress=not a.quiet, **kw, **_sizes(s, s.get('full', False)))
+    from fastai_tl.quickstart.run import run_quickstart
+    settings = read_settings(args.cfg)
+    settings |= {name: value for name, value in vars(args).items() if value is not None and name in SETTINGS}
+    if 'font' in settings:
+        set_font(settings['font'])
+    names = ('data', 'out', 'text_col', 'label_col', 'seed', 'bidirectional', 'model', 'lang')
+    options = {name: settings[name] for name in names if name in settings}
+    full = settings.get('full', False)
+    run_quickstart(full=full, progress=not args.quiet, **options, **_changed_sizes(settings, full))
 
-def _status(a):
-    from fastai_tl.learners.ulmfit import ULMFiT
+# %% ../nbs/990_cli.ipynb #69bb034c
+def _read_summary(run):
+    "Return the summary of a quickstart, `None` if it is not finished"
+    from fastai_tl.files import read_json
+    file = Path(run)/'summary.json'
+    return read_json(file) if file.exists() else None
+
+def _status(args):
     import pandas as pd
-    from fastai_tl.files import read_json
-    f = Path(a.run)/'summary.json'
-    if f.exists() and (s := read_json(f)).get('kind')=='transformer': return print(f"{a.run}\n{pd.DataFrame(s['stages']).to_string(index=False)}\naccuracy {s['accuracy']:.1%}")
-    runs = sorted(o for o in Path(a.run).glob('runs/*') if o.is_dir()) or [Path(a.run)]
-    for r in runs:
-        st = ULMFiT(r).status()
-        print(f'{r}\n{st.to_string(index=False, na_rep="") if len(st) else "nothing is begun"}')
-
-# %% ../nbs/990_cli.ipynb #4dc62e95
-def _predict(a):
-    from fastai_tl.files import read_json
     from fastai_tl.learners.ulmfit import ULMFiT
-    f,texts = Path(a.run)/'summary.json',a.texts or [l.strip() for l in sys.stdin if l.strip()]
-    if (Path(a.run)/'bundle.json').exists(): return _predict_bundle(a.run, texts)
-    if not f.exists(): raise FastaiTLError(f'{a.run} must be the folder of a finished quickstart, or a bundle', 'no summary.json or bundle.json there', f'Run: fastai-tl quickstart --out {a.run}')
-    s = read_json(f)
-    if s.get('kind')=='transformer': return _predict_hf(Path(a.run)/s['model'], texts, s.get('lang', 'en'), s['size']['max_length'])
-    ulm = ULMFiT(Path(a.run)/s.get('run', 'runs/stages 1+2'), config=s['size']['config'], bidirectional=s['bidirectional'], progress=False, lang=s.get('lang', 'en'))
-    learn = ulm.load_classifier(s['chosen'][s['best']]['name'])
-    for t in texts:
-        with learn.no_bar(): label,idx,p = learn.predict(t)
-        print(f'{label}\t{float(p.max()):.3f}\t{t}')
+    summary = _read_summary(args.run)
+    if summary and summary.get('kind') == 'transformer':
+        stages = pd.DataFrame(summary['stages']).to_string(index=False)
+        print(f"{args.run}\n{stages}\naccuracy {summary['accuracy']:.1%}")
+        return
+    runs = sorted(path for path in Path(args.run).glob('runs/*') if path.is_dir()) or [Path(args.run)]
+    for run in runs:
+        status = ULMFiT(run).status()
+        table = status.to_string(index=False, na_rep='') if len(status) else 'nothing has begun'
+        print(f'{run}\n{table}')
 
-# %% ../nbs/990_cli.ipynb #464d8bd6
-def _language_model(where):
-    "What `generate` and `text_perplexity` take, from a path or a name"
-    p = Path(where)
-    if not p.exists() or (p/'config.json').exists(): return where
-    from fastai_tl.models.encoder import Encoder
-    found = [p] if p.is_file() else [f for s in ('domain','general') for f in sorted(p.rglob(f'forward/{s}/encoder.safetensors'))[-1:]]
-    if not found: raise FastaiTLError(f'{where} must hold a language model', 'neither a config.json of transformers nor the encoder of a run')
-    return Encoder.load(found[0])
+# %% ../nbs/990_cli.ipynb #07a2733f
+def _print_prediction(label, confidence, text):
+    labels = ','.join(map(str, _as_list(label)))
+    probabilities = ','.join(f'{p:.3f}' for p in _as_list(confidence))
+    print(f'{labels}\t{probabilities}\t{text}')
 
-def _given(a):
-    "Texts from the arguments, a file, or standard input"
-    if a.texts and a.file: raise FastaiTLError('Texts come from the arguments or from --file', 'both')
-    if a.file and Path(a.file).suffix in ('.csv','.tsv','.jsonl','.parquet'):
-        from fastai_tl.data.tables import read_texts, read_table, column
-        return read_texts(column(read_table(a.file), a.text_col))
-    if a.file and not Path(a.file).is_file(): raise FastaiTLError(f'{a.file} must be a file', 'nothing there')
-    lines = a.texts or [l.rstrip('\r\n') for l in (Path(a.file).read_text(encoding='utf-8').splitlines() if a.file else sys.stdin)]
-    if not (lines := [l for l in lines if a.texts or l.strip()]): raise FastaiTLError('At least one text is needed', 'none')
-    return lines
+def _as_list(value):
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
-# %% ../nbs/990_cli.ipynb #9418a71c
-def _option(o):
-    k,eq,v = o.partition('=')
-    if not eq: raise FastaiTLError('--option must be NAME=VALUE', o)
-    try: return k.replace('-', '_'),json.loads(v)
-    except ValueError: return k.replace('-', '_'),v
+# %% ../nbs/990_cli.ipynb #3a383142
+def _predict(args):
+    texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
+    if (Path(args.run)/'bundle.json').exists():
+        return _predict_with_bundle(args.run, texts)
+    summary = _read_summary(args.run)
+    if summary is None:
+        expected = f'{args.run} must be the folder of a finished quickstart, or a bundle'
+        todo = f'Run: fastai-tl quickstart --out {args.run}'
+        raise FastaiTLError(expected, 'no summary.json or bundle.json there', todo)
+    predict = _predict_with_transformer if summary.get('kind') == 'transformer' else _predict_with_ulmfit
+    predict(args.run, summary, texts)
 
-def _generate(a):
-    from fastai_tl.generation.generate import generate
-    names = ('max_new_tokens','num_return_sequences','temperature','top_k','top_p','num_beams','seed','stop_strings','bs')
-    kw = {k: getattr(a, k) for k in names if getattr(a, k) is not None} | dict(map(_option, a.option))
-    prompts,model = _given(a),_language_model(a.model)
-    if a.stream:
-        print(prompts[0], end='')
-        for piece in generate(model, prompts, stream=True, **kw): print(piece, end='', flush=True)
-        print(); return
-    for o in generate(model, prompts, **kw): print(json.dumps(dict(prompt=o.prompt, completion=o.completion, finish=o.finish), ensure_ascii=False) if a.json else f'{o.text}\n')
+def _predict_with_ulmfit(run, summary, texts):
+    from fastai_tl.learners.ulmfit import ULMFiT
+    ulm = ULMFiT(Path(run)/summary.get('run', 'runs/stages 1+2'), config=summary['size']['config'],
+                 bidirectional=summary['bidirectional'], progress=False, lang=summary.get('lang', 'en'))
+    learn = ulm.load_classifier(summary['chosen'][summary['best']]['name'])
+    for text in texts:
+        with learn.no_bar():
+            label, _, probs = learn.predict(text)
+        _print_prediction(label, float(probs.max()), text)
 
-# %% ../nbs/990_cli.ipynb #2672c352
-def _perplexity(a):
-    from fastai_tl.generation.perplexity import text_perplexity
-    r = text_perplexity(_language_model(a.model), _given(a), stride=a.stride, max_length=a.max_length, bs=a.bs)
-    rows = [*r.texts.to_dict('records'), dict(r.corpus)]
-    if not a.json: print(f'{r.name}\tbits_per_char\tunk_share\ttokens\ttext')
-    for o in rows: print(json.dumps({k: v if v==v else None for k,v in o.items()}, ensure_ascii=False) if a.json else f"{o[r.name]:.2f}\t{o['bits_per_char']:.3f}\t{o['unk_share']:.3f}\t{o['tokens']}\t{o.get('text', f'all {len(r)} texts')}")
-
-# %% ../nbs/990_cli.ipynb #be083275
-def _predict_hf(folder, texts, lang, max_length):
-    "Classify with a tuned Transformer, in transformers' own format"
+# %% ../nbs/990_cli.ipynb #a327d366
+def _predict_with_transformer(run, summary, texts):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from fastai_tl.data.classification import language_rules
+    from fastai_tl.data.loaders import language_rules
     from fastai_tl.data.tokenizers import apply_rules
-    tok,model = AutoTokenizer.from_pretrained(folder),AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    for t,ruled in zip(texts, apply_rules(language_rules(lang), texts)):
-        with torch.no_grad(): p = model(**tok(ruled, truncation=True, max_length=max_length, return_tensors='pt')).logits.softmax(-1)[0]
-        print(f'{model.config.id2label[int(p.argmax())]}\t{float(p.max()):.3f}\t{t}')
+    folder = Path(run)/summary['model']
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    rules = language_rules(summary.get('lang', 'en'))
+    max_length = summary['size']['max_length']
+    for text, prepared in zip(texts, apply_rules(rules, texts)):
+        inputs = tokenizer(prepared, truncation=True, max_length=max_length, return_tensors='pt')
+        with torch.no_grad():
+            probs = model(**inputs).logits.softmax(-1)[0]
+        _print_prediction(model.config.id2label[int(probs.argmax())], float(probs.max()), text)
 
-# %% ../nbs/990_cli.ipynb #6af5b680
-def _predict_bundle(folder, texts):
-    "Label, its probability and the text, with what `save_bundle` wrote; several labels are joined by commas, a value has no probability"
+def _predict_with_bundle(folder, texts):
     from fastai_tl.deploy.bundle import load_bundle
-    pred = load_bundle(folder, verbose=False)
-    if not hasattr(pred, 'predict_iter'): raise FastaiTLError(f'{folder} must hold a classifier or a regression', f'the bundle of a {type(pred).__name__}', 'Load it in Python: load_bundle(folder)')
-    words = lambda v,f: ','.join(map(f, [] if v is None else v if isinstance(v, list) else [v]))
-    for t,o in zip(texts, pred.predict_iter(texts)): print(f"{words(o.label, str)}\t{words(o.confidence, '{:.3f}'.format)}\t{t}")
+    predictor = load_bundle(folder, verbose=False)
+    if not hasattr(predictor, 'predict_iter'):
+        got = f'the bundle of a {type(predictor).__name__}'
+        raise FastaiTLError(f'{folder} must hold a classifier or a regression', got,
+                            'Load it in Python: load_bundle(folder)')
+    for text, prediction in zip(texts, predictor.predict_iter(texts)):
+        _print_prediction(prediction.label, prediction.confidence, text)
 
-# %% ../nbs/990_cli.ipynb #532fadf0
+# %% ../nbs/990_cli.ipynb #8161ccea
+def _language_model(where):
+    "Return what `generate` and `text_perplexity` take, from a path or a name"
+    path = Path(where)
+    if not path.exists() or (path/'config.json').exists():
+        return where
+    from fastai_tl.models.encoder import Encoder
+    if path.is_file():
+        return Encoder.load(path)
+    for stage in ('domain', 'general'):
+        if encoders := sorted(path.rglob(f'forward/{stage}/encoder.safetensors')):
+            return Encoder.load(encoders[-1])
+    raise FastaiTLError(f'{where} must hold a language model',
+                        'neither a config.json of transformers nor the encoder of a run')
+
+# %% ../nbs/990_cli.ipynb #a8231bd2
+def _given_texts(args):
+    "Return the texts of the arguments, of a file, or of standard input"
+    if args.texts and args.file:
+        raise FastaiTLError('Texts come from the arguments or from --file', 'both')
+    texts = args.texts or _texts_of_file(args)
+    if not texts:
+        raise FastaiTLError('At least one text is needed', 'none')
+    return texts
+
+def _texts_of_file(args):
+    if args.file and Path(args.file).suffix in ('.csv', '.tsv', '.jsonl', '.parquet'):
+        from fastai_tl.data.tables import column, read_table, read_texts
+        return read_texts(column(read_table(args.file), args.text_col))
+    if args.file and not Path(args.file).is_file():
+        raise FastaiTLError(f'{args.file} must be a file', 'nothing there')
+    lines = Path(args.file).read_text(encoding='utf-8').splitlines() if args.file else sys.stdin
+    return [line.rstrip('\r\n') for line in lines if line.strip()]
+
+# %% ../nbs/990_cli.ipynb #c19e50fc
+def _option(text):
+    "Return the name and the value of NAME=VALUE"
+    name, equals, value = text.partition('=')
+    if not equals:
+        raise FastaiTLError('--option must be NAME=VALUE', text)
+    try:
+        value = json.loads(value)
+    except ValueError:
+        pass # a string without quotes
+    return name.replace('-', '_'), value
+
+def _generate(args):
+    from fastai_tl.generation.generate import generate
+    names = ('max_new_tokens', 'num_return_sequences', 'temperature', 'top_k', 'top_p', 'num_beams', 'seed',
+             'stop_strings', 'bs')
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options |= dict(map(_option, args.option))
+    prompts = _given_texts(args)
+    model = _language_model(args.model)
+    if args.stream:
+        print(prompts[0], end='')
+        for piece in generate(model, prompts, stream=True, **options):
+            print(piece, end='', flush=True)
+        print()
+        return
+    for res in generate(model, prompts, **options):
+        row = dict(prompt=res.prompt, completion=res.completion, finish=res.finish)
+        print(json.dumps(row, ensure_ascii=False) if args.json else f'{res.text}\n')
+
+# %% ../nbs/990_cli.ipynb #cef4a2a9
+def _perplexity(args):
+    from fastai_tl.generation.perplexity import text_perplexity
+    model = _language_model(args.model)
+    res = text_perplexity(model, _given_texts(args), stride=args.stride, max_length=args.max_length, bs=args.bs)
+    rows = [*res.texts.to_dict('records'), dict(res.corpus)]
+    if args.json:
+        for row in rows:
+            no_nan = {name: value if value == value else None for name, value in row.items()}
+            print(json.dumps(no_nan, ensure_ascii=False))
+        return
+    print(f'{res.name}\tbits_per_char\tunk_share\ttokens\ttext')
+    for row in rows:
+        text = row.get('text', f'all {len(res)} texts')
+        print(f"{row[res.name]:.2f}\t{row['bits_per_char']:.3f}\t{row['unk_share']:.3f}\t{row['tokens']}\t{text}")
+
+# %% ../nbs/990_cli.ipynb #158c59d0
+_COMMANDS = dict(quickstart=_quickstart, status=_status, predict=_predict, generate=_generate, perplexity=_perplexity)
+
 def main(
     args=None # Words of the command line; those of the process if `None`
 ) -> int: # Exit status: 0 done, 1 an error for the user, 130 stopped
-    "The `fastai-tl` command"
-    a = _parser().parse_args(args)
-    try: {'quickstart': _quickstart, 'status': _status, 'predict': _predict, 'generate': _generate, 'perplexity': _perplexity}[a.command](a)
-    except FastaiTLError as e: print(f'fastai-tl: {e.message}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('\nStopped. The same command goes on from the last finished epoch.', file=sys.stderr); return 130
+    "Run the command `fastai-tl`"
+    args = _parser().parse_args(args)
+    try:
+        _COMMANDS[args.command](args)
+    except FastaiTLError as error:
+        print(f'fastai-tl: {error.message}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\nStopped. The same command continues from the last finished epoch.', file=sys.stderr)
+        return 130
     return 0

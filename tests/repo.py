@@ -25,7 +25,6 @@ NOT_PROJECT = (
     '_docs',
     '_proc',
     'site',
-    'quickstart',
     'runs',
 )
 _name = re.compile(r'^(?P<number>\d\d\d)_(?:(?P<folder>[a-z0-9]+)\.)?(?P<module>[a-z0-9_]+)\.ipynb$')

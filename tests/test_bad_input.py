@@ -121,7 +121,7 @@ def test_published_weights_without_network(ulm, monkeypatch):
     def fails(*a, **k): raise OSError('Network is unreachable')
     monkeypatch.setattr(external, 'untar_data', fails)
     with pytest.raises(FastaiTLError, match='must be downloaded once.*Network is unreachable.*pretrain on texts of your own'): ulm.pretrain(weights='wikitext103')
-    from fastai_tl.quickstart import imdb_data
+    from fastai_tl.datasets.quickstart import imdb_data
     with pytest.raises(FastaiTLError, match='leave `data` out to work offline'): imdb_data()
 
 
