@@ -7,14 +7,14 @@ Docs: https://fastai-tl.github.io/fastai_tl/files.html.md"""
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'read_json', 'save_tree', 'load_tree']
 
-# %% ../nbs/040_files.ipynb #820314b1
+# %% ../nbs/040_files.ipynb #f1b7062d
 import hashlib, json, os, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 from .core import FastaiTLError
 
-# %% ../nbs/040_files.ipynb #9f563143
+# %% ../nbs/040_files.ipynb #bb6c0cdb
 @contextmanager
 def atomic_path(
     path:str|Path # Where the file will be
@@ -35,14 +35,14 @@ def atomic_path(
     finally:
         Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/040_files.ipynb #ec4d2a02
+# %% ../nbs/040_files.ipynb #ddb5b847
 def current_umask() -> int: # The permission bits that new files do not get
     "Return the umask of the process"
     mask = os.umask(0) # the only way to read it is to set it
     os.umask(mask)
     return mask
 
-# %% ../nbs/040_files.ipynb #c9e54c9f
+# %% ../nbs/040_files.ipynb #fb500043
 def write_json(
     path:str|Path, # Where to write
     obj # Anything that JSON can hold
@@ -52,7 +52,7 @@ def write_json(
     with atomic_path(path) as tmp:
         tmp.write_text(text + '\n', encoding='utf-8')
 
-# %% ../nbs/040_files.ipynb #e572c0d7
+# %% ../nbs/040_files.ipynb #0b79f0d7
 def read_json(
     path:str|Path # The file
 ):
@@ -62,7 +62,7 @@ def read_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise FastaiTLError(f'{path} must be a JSON file', f'{e}', 'Delete it or bring it back from a copy') from None
 
-# %% ../nbs/040_files.ipynb #5de9b706
+# %% ../nbs/040_files.ipynb #587808e3
 def _encode_tree(tree, tensors, seen):
     "Replace each tensor in `tree` by its number in `tensors`, and each node by `{type: content}`"
     if isinstance(tree, torch.Tensor):
@@ -76,7 +76,8 @@ def _encode_tree(tree, tensors, seen):
         return {'value': tree}
     if hasattr(tree, 'item') and getattr(tree, 'ndim', None) == 0:
         return {'value': tree.item()}
-    raise FastaiTLError('A saved tree holds dicts, lists, tensors, numbers, strings and None', f'a {type(tree).__name__}')
+    expected = 'A saved tree holds dicts, lists, tensors, numbers, strings and None'
+    raise FastaiTLError(expected, f'a {type(tree).__name__}')
 
 def _tensor_number(tensor, tensors, seen):
     "Return the number of a tensor, as a string; add it to `tensors` if it is new"
@@ -91,7 +92,7 @@ def _checked_key(key):
         raise FastaiTLError('Keys of a saved tree are strings or integers', repr(key))
     return key
 
-# %% ../nbs/040_files.ipynb #5a89f867
+# %% ../nbs/040_files.ipynb #a6af571e
 def _decode_tree(node, tensors):
     "Reverse `_encode_tree`"
     (kind, content), = node.items()
@@ -111,7 +112,7 @@ def _tree_checksum(tensors, tree_json):
         checksum.update(tensors[k].reshape(-1).view(torch.uint8).numpy())
     return checksum.hexdigest()
 
-# %% ../nbs/040_files.ipynb #9cb61b7f
+# %% ../nbs/040_files.ipynb #42a81c3e
 def save_tree(
     path:str|Path, # Where to write; the usual ending is `.safetensors`
     tree # Nested dicts, lists and tuples of tensors, numbers, strings and None
@@ -124,7 +125,7 @@ def save_tree(
     with atomic_path(path) as tmp:
         save_file(tensors, str(tmp), metadata=meta)
 
-# %% ../nbs/040_files.ipynb #ce1a4d58
+# %% ../nbs/040_files.ipynb #db093b78
 def load_tree(
     path:str|Path # A file that `save_tree` wrote
 ): # The tree, its tensors on the CPU
@@ -144,7 +145,7 @@ def load_tree(
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
         raise damaged from None
 
-# %% ../nbs/040_files.ipynb #a1c97f43
+# %% ../nbs/040_files.ipynb #75585a45
 def digest(
     *parts # Strings, bytes, numbers, or (nested) lists and dicts of them
 ) -> str: # 32 hexadecimal digits

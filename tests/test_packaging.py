@@ -48,9 +48,10 @@ def metadata(wheel):
 
 
 def test_holds_the_package_alone(wheel):
-    "Every module, and neither notebooks nor tests nor settings.ini"
+    "Every module, the resources and `py.typed`; no notebooks, no tests, no settings.ini"
     inside = {n for n in wheel if '.dist-info/' not in n}
-    assert inside == {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob('*.py')}
+    files = [*PACKAGE.rglob('*.py'), PACKAGE/'py.typed', *(PACKAGE/'resources').iterdir()]
+    assert inside == {p.relative_to(ROOT).as_posix() for p in files}
     assert any(n.endswith('/LICENSE') for n in wheel)
 
 
