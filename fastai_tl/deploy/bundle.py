@@ -364,7 +364,7 @@ def _learner_of_bundle(path, dls=None):
     if _vocab(ours) != _vocab(theirs):
         raise DataError('The DataLoaders must have the vocabulary of the bundle', 'another one',
                         'Make them with `pred.engine.tokenizer`, or with `pred.engine.vocab` for an AWD_LSTM')
-    if _class_names(ours) != _class_names(theirs):
+    if _class_labels(ours) != _class_labels(theirs):
         raise DataError(f'The DataLoaders must have the classes {shorten(ours.spec.classes)}',
                         shorten(theirs.spec.classes or ()))
     learn.dls = dls
@@ -373,5 +373,5 @@ def _learner_of_bundle(path, dls=None):
 def _vocab(parts):
     return dict(parts.tokenizer.get_vocab()) if parts.vocab is None else list(parts.vocab)
 
-def _class_names(parts):
+def _class_labels(parts):
     return [str(c) for c in parts.spec.classes or ()]
