@@ -1,4 +1,4 @@
-"""One factory for all tasks: `hf_learner` finds out what to make from the model's class and from the data
+"""One factory for all tasks: `hf_learner` finds the task from the model's class and from the data
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.auto.html.md"""
 
@@ -7,53 +7,71 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.auto.html.md"""
 # %% auto #0
 __all__ = ['LEARNERS', 'TASK_BY_CLASS', 'task_of_class', 'hf_learner']
 
-# %% ../../nbs/540_learners.auto.ipynb #87d6da3d
+# %% ../../nbs/540_learners.auto.ipynb #3fb87ea8
 from pathlib import Path
 from fastai.data.core import DataLoaders
 from ..core import FastaiTLError, shorten, unknown_option
+from ..models.hf import load_config
+from ..models.third_party import spec_of
 from .base import HFLearner
 from .classification import hf_classifier_learner
 from .language_modeling import hf_causal_lm_learner, hf_masked_lm_learner
 from .qa import hf_qa_learner
 from .seq2seq import hf_seq2seq_learner
 from .tagging import hf_tagger_learner
-from ..models.hf import load_config
 
-# %% ../../nbs/540_learners.auto.ipynb #1f03986f
-LEARNERS = dict(classification=hf_classifier_learner, tagging=hf_tagger_learner, qa=hf_qa_learner, causal_lm=hf_causal_lm_learner, masked_lm=hf_masked_lm_learner, seq2seq=hf_seq2seq_learner)
+# %% ../../nbs/540_learners.auto.ipynb #2573247a
+LEARNERS = dict(classification=hf_classifier_learner, tagging=hf_tagger_learner, qa=hf_qa_learner,
+                causal_lm=hf_causal_lm_learner, masked_lm=hf_masked_lm_learner, seq2seq=hf_seq2seq_learner)
 
-TASK_BY_CLASS = {'ForSequenceClassification': 'classification', 'ForTokenClassification': 'tagging', 'ForQuestionAnswering': 'qa', 'ForQuestionAnsweringSimple': 'qa', 'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm', 'ForMaskedLM': 'masked_lm',
-                 'ForConditionalGeneration': 'seq2seq', 'MTModel': 'seq2seq', 'EncoderDecoderModel': 'seq2seq'}
+TASK_BY_CLASS = {
+    'ForSequenceClassification': 'classification', 'ForTokenClassification': 'tagging', 'ForQuestionAnswering': 'qa',
+    'ForQuestionAnsweringSimple': 'qa', 'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm',
+    'ForMaskedLM': 'masked_lm', 'ForConditionalGeneration': 'seq2seq', 'MTModel': 'seq2seq', 'EncoderDecoderModel': 'seq2seq'}
 
-# %% ../../nbs/540_learners.auto.ipynb #b6f630e1
 def task_of_class(
     name:str # Name of a class of transformers
 ) -> str|None: # A task; `None` if the name does not tell
-    "What a class of transformers is for, by the end of its name"
-    return next((t for end,t in TASK_BY_CLASS.items() if name.endswith(end)), None)
+    "Find what a class of transformers is for, by the end of its name"
+    return next((task for end, task in TASK_BY_CLASS.items() if name.endswith(end)), None)
 
-# %% ../../nbs/540_learners.auto.ipynb #f8084583
-def _class_names(model):
-    "Names of the classes that a model is, or that its config names"
-    if isinstance(model, (str,Path)): model = load_config(model)
-    if hasattr(model, 'to_diff_dict'): return list(model.architectures or ())
-    return [type(model.get_base_model() if hasattr(model, 'get_base_model') else model).__name__]
+# %% ../../nbs/540_learners.auto.ipynb #d6b08f05
+def _classes_of(model):
+    "Name of a model's class, or the names that a config has"
+    if isinstance(model, (str, Path)):
+        model = load_config(model)
+    if hasattr(model, 'to_diff_dict'):
+        return list(model.architectures or ())
+    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    return [type(base).__name__]
+
+def _task_of_data(dls):
+    "The task of DataLoaders, or `None` if nothing tells it"
+    try:
+        return spec_of(dls).task
+    except FastaiTLError:
+        return None
 
 def _find_task(dls, model):
-    names = _class_names(model)
-    by_class,by_data = next((t for t in map(task_of_class, names) if t), None),getattr(dls, 'task', None)
-    has_head = not isinstance(model, (str,Path)) and not hasattr(model, 'to_diff_dict')
-    task = by_class if has_head else by_data or ('classification' if hasattr(dls.train_ds, 'loss_func') else by_class)
-    if task is None: raise FastaiTLError('The class of the model must say what it is for', shorten(names) or 'a config without `architectures`', f'Name the task: task={" or ".join(map(repr, LEARNERS))}')
-    return task
+    "The task by the model's class if it has a head, else by the data, else by the class in the config"
+    names = _classes_of(model)
+    by_class = next((task for task in map(task_of_class, names) if task), None)
+    has_head = not isinstance(model, (str, Path)) and not hasattr(model, 'to_diff_dict')
+    task = by_class if has_head else _task_of_data(dls) or by_class
+    if task is None:
+        raise FastaiTLError('The class of the model must say what it is for',
+                            shorten(names) or 'a config without `architectures`',
+                            f'Name the task: task={" or ".join(map(repr, LEARNERS))}')
+    return 'classification' if task in ('multilabel', 'regression') else task
 
-# %% ../../nbs/540_learners.auto.ipynb #4badf823
+# %% ../../nbs/540_learners.auto.ipynb #2891ef3e
 def hf_learner(
     dls:DataLoaders, # DataLoaders for one of the tasks
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
-    task:str|None=None, # A key of `LEARNERS`; found out if `None`
+    task:str|None=None, # A key of `LEARNERS`; found from model and data if `None`
     **kwargs # More for the factory of the task
 ) -> HFLearner:
-    "A Learner for what the model and the data are made for"
-    if task is not None and task not in LEARNERS: raise unknown_option('task', task, LEARNERS)
+    "Make a Learner for the task of the model and the data"
+    if task is not None and task not in LEARNERS:
+        raise unknown_option('task', task, LEARNERS)
     return LEARNERS[task or _find_task(dls, model)](dls, model, **kwargs)
