@@ -13,9 +13,15 @@ from fastai_tl.all import *
 
 @pytest.fixture
 def learn(tmp_path):
-    df = pd.DataFrame([dict(text=f'row {i} of the table is {w}' + ' indeed'*(i % 4), label=w) for i in range(30) for w in ('good', 'bad')])
-    ulm = ULMFiT(tmp_path/'run', config=dict(emb_sz=16, n_hid=24, n_layers=2), progress=False, min_freq=1)
-    learn = ulm.classifier(df, encoder=None, epochs=[1, 1, 1, 4], lr=5e-2, bs=8, drop_mult=.1)
+    df = pd.DataFrame(
+        [
+            dict(text=f'row {i} of the table is {w}' + ' indeed' * (i % 4), label=w)
+            for i in range(30)
+            for w in ('good', 'bad')
+        ]
+    )
+    ulm = ULMFiT(tmp_path / 'run', config=dict(emb_sz=16, n_hid=24, n_layers=2), progress=False, min_freq=1)
+    learn = ulm.classifier(df, encoder=None, epochs=[1, 1, 1, 4], lr=5e-2, bs=8, drop_mult=0.1)
     learn.remove_cb(learn.progress)
     learn.logger = lambda *a: None
     return learn
@@ -24,10 +30,10 @@ def learn(tmp_path):
 def test_export_and_load(learn, tmp_path):
     text = 'row 7 of the table is good'
     before = learn.predict(text)
-    learn.export(tmp_path/'x.pkl')
-    after = load_learner(tmp_path/'x.pkl').predict(text)
+    learn.export(tmp_path / 'x.pkl')
+    after = load_learner(tmp_path / 'x.pkl').predict(text)
     assert after[0] == before[0] and torch.allclose(after[2], before[2])
-    learn.fit_one_cycle(1, 1e-3)   # and goes on training after the export
+    learn.fit_one_cycle(1, 1e-3)  # and goes on training after the export
 
 
 def test_save_and_load_with_optimizer(learn):
@@ -48,7 +54,10 @@ def test_lr_find_leaves_the_model_alone(learn):
 
 def test_predictions_are_in_the_order_of_the_rows(learn):
     p, y, loss = learn.get_preds(with_loss=True)
-    rows = [(int(t), learn.predict(' '.join(x[0]))[2]) for x, t in zip(learn.dls.valid_ds.items, [o[1] for o in learn.dls.valid_ds])]
+    rows = [
+        (int(t), learn.predict(' '.join(x[0]))[2])
+        for x, t in zip(learn.dls.valid_ds.items, [o[1] for o in learn.dls.valid_ds])
+    ]
     assert [t for t, _ in rows] == y.tolist()
     assert torch.allclose(loss, -p[range(len(y)), y].log(), atol=1e-4)
 
@@ -60,7 +69,9 @@ def test_interpretation_agrees_with_evaluate(learn):
 
 def test_other_callbacks_inside_a_gradual_fit(learn):
     learn.unfreeze()
-    learn.fit_gradual([1, 1, 1, 3], lr=1e-2, cbs=[SaveModelCallback(), GradientAccumulation(16), EarlyStoppingCallback(patience=5)])
+    learn.fit_gradual(
+        [1, 1, 1, 3], lr=1e-2, cbs=[SaveModelCallback(), GradientAccumulation(16), EarlyStoppingCallback(patience=5)]
+    )
     assert len(learn.recorder.values) == 6
 
 
@@ -74,10 +85,14 @@ def test_freeze_and_unfreeze(learn):
 
 
 def test_fastais_own_learner(learn):
-    "The recipe, the table and the resumable fit work on a Learner that this package did not make, with fastai's splitter and optimizer"
+    "`fit_gradual` and `layer_table` work on a Learner that fastai made, with its splitter and optimizer"
     from fastai.text.all import AWD_LSTM, text_classifier_learner
-    theirs = text_classifier_learner(learn.dls, AWD_LSTM, pretrained=False, config=dict(emb_sz=16, n_hid=24, n_layers=3))
-    with theirs.no_bar(), theirs.no_logging(): gu = theirs.fit_gradual([1, 1, 1, 4], lr=5e-2)
+
+    theirs = text_classifier_learner(
+        learn.dls, AWD_LSTM, pretrained=False, config=dict(emb_sz=16, n_hid=24, n_layers=3)
+    )
+    with theirs.no_bar(), theirs.no_logging():
+        gu = theirs.fit_gradual([1, 1, 1, 4], lr=5e-2)
     assert theirs.layer_table().layers.tolist() == ['embeddings', 'rnns.0', 'rnns.1', 'rnns.2', 'head']
     assert gu.table().groups.tolist() == [1, 2, 3, 5] and gu.table().layers.iloc[1] == 'rnns.2 – head'
     assert gu.table().train_loss.iloc[-1] < gu.table().train_loss.iloc[0]
@@ -85,7 +100,9 @@ def test_fastais_own_learner(learn):
 
 def test_a_learner_with_one_group_gets_layer_groups():
     from fastai.test_utils import synth_learner
+
     learn = synth_learner()
     learn.model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
-    with learn.no_bar(), learn.no_logging(): gu = learn.fit_gradual(lr=1e-2)
+    with learn.no_bar(), learn.no_logging():
+        gu = learn.fit_gradual(lr=1e-2)
     assert gu.table().groups.tolist() == [1, 2]

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.auto.html.md"""
 # %% auto #0
 __all__ = ['LEARNERS', 'TASK_BY_CLASS', 'task_of_class', 'hf_learner']
 
-# %% ../../nbs/540_learners.auto.ipynb #3fb87ea8
+# %% ../../nbs/540_learners.auto.ipynb #29714f07
 from pathlib import Path
 from fastai.data.core import DataLoaders
 from ..core import FastaiTLError, shorten, unknown_option
@@ -20,14 +20,15 @@ from .qa import hf_qa_learner
 from .seq2seq import hf_seq2seq_learner
 from .tagging import hf_tagger_learner
 
-# %% ../../nbs/540_learners.auto.ipynb #2573247a
+# %% ../../nbs/540_learners.auto.ipynb #3d7bbcb8
 LEARNERS = dict(classification=hf_classifier_learner, tagging=hf_tagger_learner, qa=hf_qa_learner,
                 causal_lm=hf_causal_lm_learner, masked_lm=hf_masked_lm_learner, seq2seq=hf_seq2seq_learner)
 
 TASK_BY_CLASS = {
     'ForSequenceClassification': 'classification', 'ForTokenClassification': 'tagging', 'ForQuestionAnswering': 'qa',
     'ForQuestionAnsweringSimple': 'qa', 'ForCausalLM': 'causal_lm', 'LMHeadModel': 'causal_lm',
-    'ForMaskedLM': 'masked_lm', 'ForConditionalGeneration': 'seq2seq', 'MTModel': 'seq2seq', 'EncoderDecoderModel': 'seq2seq'}
+    'ForMaskedLM': 'masked_lm', 'ForConditionalGeneration': 'seq2seq', 'MTModel': 'seq2seq',
+    'EncoderDecoderModel': 'seq2seq'}
 
 def task_of_class(
     name:str # Name of a class of transformers
@@ -35,7 +36,7 @@ def task_of_class(
     "Find what a class of transformers is for, by the end of its name"
     return next((task for end, task in TASK_BY_CLASS.items() if name.endswith(end)), None)
 
-# %% ../../nbs/540_learners.auto.ipynb #d6b08f05
+# %% ../../nbs/540_learners.auto.ipynb #6bf43a85
 def _classes_of(model):
     "Name of a model's class, or the names that a config has"
     if isinstance(model, (str, Path)):
@@ -64,7 +65,7 @@ def _find_task(dls, model):
                             f'Name the task: task={" or ".join(map(repr, LEARNERS))}')
     return 'classification' if task in ('multilabel', 'regression') else task
 
-# %% ../../nbs/540_learners.auto.ipynb #2891ef3e
+# %% ../../nbs/540_learners.auto.ipynb #e5f6b3d4
 def hf_learner(
     dls:DataLoaders, # DataLoaders for one of the tasks
     model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
