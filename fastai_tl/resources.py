@@ -7,12 +7,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/resources.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/010_resources.ipynb #cc9528b7
+# %% ../nbs/010_resources.ipynb #1fb7f699
 import json
 from importlib.resources import files
 from .core import FastaiTLError
 
-# %% ../nbs/010_resources.ipynb #1dea3ca5
+# %% ../nbs/010_resources.ipynb #d877940d
 def read_text(
     name:str # Path in `fastai_tl/resources/`, such as `'translations.zh-tw.json'`
 ) -> str: # The content of the file
@@ -22,18 +22,19 @@ def read_text(
         raise FastaiTLError(f'The package must contain resources/{name}', 'no such file', 'Install fastai_tl again')
     return file.read_text(encoding='utf-8')
 
-# %% ../nbs/010_resources.ipynb #ef6fbfc7
+# %% ../nbs/010_resources.ipynb #f84bbffb
 def read_json(
     name:str # Path in `fastai_tl/resources/`
 ): # What the file holds
     "Read a JSON file of the package's resources"
     return json.loads(read_text(name))
 
-# %% ../nbs/010_resources.ipynb #4992af4a
+# %% ../nbs/010_resources.ipynb #a4dc46e1
 def read_csv(
     name:str, # Path in `fastai_tl/resources/`
     **kwargs # More for `pandas.read_csv`
 ): # A DataFrame
     "Read a CSV file of the package's resources"
-    import io, pandas as pd
+    import io
+    import pandas as pd
     return pd.read_csv(io.StringIO(read_text(name)), **kwargs)

@@ -1,6 +1,5 @@
 """Bad input: a clear error or a documented behaviour, nothing dropped silently, nothing half-written."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch

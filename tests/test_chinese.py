@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from fastai_tl.all import *
 from fastai_tl.core import DataError, FastaiTLError
-from fastai_tl.data.decoding import HAN, join_marked
+from fastai_tl.data.decoding import HAN
 from fastai_tl.data.loaders import rule_names
 from fastai_tl.data.tokenizers import tokenizer_settings
 from fastai_tl.plot import figure_style, in_words
@@ -46,7 +46,8 @@ SPACES = [' ', '  ', '\n', '\t', '\u3000', '\xa0']
 EMOJI = ['👍', '👍🏽', '👨\u200d👩\u200d👧', '❤️', '❤️\u200d🔥', '🇹🇼', '😀😀😀']
 REPETITIONS = ['哈哈哈', '！！！！', '～～～', '....', '。。。', 'aaaa', '1111']
 SPECIAL_TOKENS = [*defaults.text_spec_tok, 'xxsp', 'xxglue', 'xxfake', 'xx']
-FORMS = ['ＬＩＮＥ', '１２３', 'ｶﾞ', '①', '㎡', '㈱', '裏着', 'é', 'e\u0301', 'ñ', 'ß', 'дa', '한국', 'ไทย', 'हिन्दी', 'عرب']
+FORMS = ['ＬＩＮＥ', '１２３', 'ｶﾞ', '①', '㎡', '㈱', '裏着', 'é', 'e\u0301', 'ñ', 'ß', 'дa', '한국', 'ไทย', 'हिन्दी',
+         'عرب']
 INVISIBLE = ['\u200b', '\u200d', '\ufeff', '\u202e', '\x00', '\x7f', '\ue000', '\U000f0000', '\ud800', '\udfff',
              '\ufe0f', '\u2060']
 pieces = st.one_of(
@@ -84,7 +85,7 @@ def test_round_trip_of_anything(toks, text):
 
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(mixed, max_size=6), raw=st.booleans())
-@example(texts=['', '哈哈哈哈', '\0配樂\0實在', '12:3', '4.5元', '好\ud800壞', ''], raw=True).via('texts that could run together')
+@example(texts=['', '哈哈哈哈', '\0配樂\0實在', '12:3', '4.5元', '好\ud800壞', ''], raw=True).via('could run together')
 def test_a_batch_is_its_texts(toks, texts, raw):
     "The tokens of a text do not depend on its batch, nor on whether the cutter takes whole texts or runs of characters"
     if not raw:
@@ -265,7 +266,8 @@ def test_ulmfit_in_chinese(run):
     assert accuracy > .7 and label == '正面'
     generated = lm.generate(['雖然房間'], max_new_tokens=20, num_return_sequences=3, seed=1)
     assert all(o.text.startswith('雖然房間') for o in generated)
-    space = text_model(lm).adapter.o2i['xxsp']  # the texts have `住了 3 天`: a space is only where the model generates one
+    # the texts have `住了 3 天`, so the model may generate a space; nothing else adds one
+    space = text_model(lm).adapter.o2i['xxsp']
     for o in generated:
         n_spaces = len(re.findall(f'[{HAN}，。] [{HAN}]', o.completion))
         assert 'xx' not in o.text and n_spaces <= list(o.ids).count(space), o.text
@@ -444,7 +446,6 @@ def test_own_rules_have_no_name():
 
 def test_lone_surrogates_in_texts_for_transformers():
     "They are read as the replacement character; a table of pandas refuses them"
-    texts = ['很好吃', '很差']*8
     tok = train_tokenizer(['很好\ufffd吃', '很差'], 300, max_length=16)
     def ids(text): return HFTokenize(tok, 16)(text).tolist()
     assert ids('很好\ud800吃') == ids('很好\ufffd吃') != ids('很好吃')
