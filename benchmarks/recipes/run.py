@@ -104,7 +104,7 @@ class Data:
         self.train,self.dev,self.test = pool[:size], pool[size:size+N_DEV], test[:a.n_test] if a.n_test else test
         parts = [self.train, self.dev, self.test]
         if self.task == 'tagging':
-            from fastai_tl.data.tagging import tag_vocab
+            from fastai_tl.data.tags import tag_vocab
             self.classes = tag_vocab([*pool.tags, *test.tags])
         else: self.classes = sorted(set(pool.label))
         from transformers import AutoTokenizer
@@ -151,7 +151,7 @@ def scores(logp, rows, classes, task):
     p,t = np.concatenate(logp),np.concatenate(truth)
     res = dict(error=100*per_row['wrong'].sum()/len(t), nll=per_row['nll'].sum()/len(t), ece=calibration_error(np.exp(p.max(1)), p.argmax(1) == t, 15)[0], f1=None)
     if task == 'tagging':
-        from fastai_tl.data.tagging import tag_spans
+        from fastai_tl.data.tags import tag_spans
         spans = [[set(tag_spans([classes[i] for i in o])) for o in (p.argmax(1), t)] for p,t in zip(logp, truth)]
         per_row['spans'] = np.array([(len(p & t), len(p), len(t)) for p,t in spans])
         right,pred,true = per_row['spans'].sum(0)

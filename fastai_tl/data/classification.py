@@ -18,12 +18,12 @@ from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, did_you_mean, shorten
 from .hf_tokenizer import HFTokenize, PadTokens, TensorTokens, TokensDL, hf_tokenize
 from .labels import check_labels, label_tfms
-from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, language_rules, rule_names
+from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import check_split, split_rows
 from .tables import check_texts, column, read_folder, read_table
-from .windows import pool_windows, text_windows
+from .windows import text_windows
 
 # %% ../../nbs/130_data.classification.ipynb #719c8152
 class HFTableDataLoaders(SpecDataLoaders):
@@ -108,26 +108,8 @@ def _windowed_dls(texts, labels, task, train, valid, tokenizer, stride, **kwargs
     splits = list(range(n_train)), list(range(n_train, len(windows)))
     dls = hf_classifier_dls(windows, of_window, task, *splits, tokenizer, **kwargs)
     dls.window_rows = window_rows
-    dls.window_stride = stride
     dls.spec = dls.spec.replace(windows=stride)
     return dls
-
-# %% ../../nbs/130_data.classification.ipynb #dcc50eb6
-# until deploy.bundle and others read `dls.rules` and `spec.lang`
-def data_rules(dls):
-    def has(tfm):
-        return {'rules', 'tokenizer'} <= getattr(tfm, '__dict__', {}).keys()
-    if has(dls.valid_ds):
-        return list(dls.valid_ds.rules)
-    return next((list(f.rules) for tl in getattr(dls.valid_ds, 'tls', ()) for f in tl.tfms.fs if has(f)), [])
-
-def rules_language(rules):
-    found = next((lang for lang in ('en', 'zh-tw') if list(language_rules(lang)) == list(rules)), None)
-    if found is None:
-        raise FastaiTLError('Rules must be those of a language',
-                            f'others: {shorten([getattr(r, "__name__", r) for r in rules])}',
-                            'Apply your own rules to the texts before')
-    return found
 
 # %% ../../nbs/130_data.classification.ipynb #b09cd330
 def _texts_of(df, text_col):
@@ -282,7 +264,6 @@ class HFTextDataLoaders(HFTableDataLoaders):
         types = [[LabelledText, list if spec.pairs else str, TensorTokens], [LabelledText]]
         dls = loaders_of(cls, empty_datasets(tfms, types), tok.tokenizer.padding_side, bs)
         set_batch_types(dls, TensorTokens, TARGET_TYPES[spec.task])
-        dls.window_stride = spec.windows
         return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
     def test_dl(self,

@@ -27,7 +27,7 @@ from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import need_rows, split_rows
 from .tables import column
-from .tags import has_entities, split_tag, tag_spans, tag_vocab, tags_html
+from .tags import tag_vocab, tags_html
 from .tokenizers import apply_rules
 
 # %% ../../nbs/133_data.tagging.ipynb #3fc65ac3

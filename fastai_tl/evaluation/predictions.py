@@ -17,7 +17,7 @@ from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import _ConstantFunc
 from ..callbacks import evaluating
 from ..core import DataError, shorten, unknown_option
-from ..data.classification import pool_windows, text_windows
+from ..data.windows import pool_windows, text_windows
 from ..data.labels import check_labels
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec, activate
 from ..data.tables import check_texts, column

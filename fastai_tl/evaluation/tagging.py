@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from ..core import DataError, shorten
 from ..data.tables import column
-from ..data.tagging import check_tagged, tag_spans
+from ..data.tagging import check_tagged
+from ..data.tags import tag_spans
 from .report import ScoreTable
 from .scores import averages, class_scores, percentiles, resample_counts
 
