@@ -20,7 +20,7 @@ from ..data.awd_lstm import texts_vocab
 from ..data.chinese import chinese_report, language_tools
 from ..data.tables import read_texts
 from ..data.tokenizers import TokenizedTexts, tokenize_texts_once, tokenizer_settings
-from ..files import digest, read_json
+from ..files import digest
 from ..models.encoder import Encoder
 from ..tune.resume import RunStage
 

@@ -232,6 +232,10 @@ def _plan_epochs(epochs, n_stages, family, min_steps, n_batches):
         return planned, ''
     return planned, f'; more epochs than usual, since one has {n_batches} steps'
 
+def _plan_cache(learn, cache, recipe, has_frozen):
+    "Whether frozen layers are computed once a stage"
+    return recipe.cache and has_frozen and _can_cache(learn) if cache == 'auto' else cache
+
 # %% ../../nbs/442_tune.transfer_plan.ipynb #50be9857
 @patch
 def transfer_plan(self:Learner,
@@ -258,8 +262,7 @@ def transfer_plan(self:Learner,
     epochs, remark = _plan_epochs(epochs, len(groups), family, min_steps, n_batches)
     groups, rates = groups[-len(epochs):], rates[-len(epochs):] # the last stages, if there are not enough epochs
     lrs = rates*lr if lr is not None else rates*recipe.lr*_last_stage_lr(self, task)
-    if cache == 'auto':
-        cache = recipe.cache and groups[0] < len(layers) and _can_cache(self)
+    cache = _plan_cache(self, cache, recipe, groups[0] < len(layers))
     spread = recipe.spread if spread is None else spread
     return TransferPlan(name, why + remark, family, groups, epochs, lrs, spread, cache, layers, n_batches,
                         clip=_clip(self, family, task, clip), **_schedule(family, schedule, warmup))
