@@ -692,8 +692,8 @@ def fit_broken_off(learn, where, error, fit):
 
 
 def as_ever(learn, ref, path, tol=1e-5):
-    """Check that nothing is left behind, and that predictor, export and another fit work; `ref` is an untouched model with
-    the same weights"""
+    """Check that nothing is left behind, and that predictor, export and another fit work; `ref` is an untouched model
+    with the same weights"""
     import copy
     from fastai.learner import load_learner
     from torch.overrides import _get_current_function_mode_stack
@@ -802,8 +802,8 @@ def awd_model(bptt=20, max_len=1440):
 
 @pytest.mark.parametrize('max_len', [1440, 40, None])
 def test_pooling_does_not_depend_on_the_batch(max_len):
-    """Texts shorter than a chunk, of several chunks, and longer than what is pooled: the same result in any batch as alone,
-    and alone the same as fastai's; without padding exactly fastai's numbers"""
+    """Texts shorter than a chunk, of several chunks, and longer than what is pooled: the same result in any batch as
+    alone, and alone the same as fastai's; without padding exactly fastai's numbers"""
     fastai, ours = awd_model(max_len=max_len), pool_real_tokens(awd_model(max_len=max_len))
     assert list(fastai.state_dict()) == list(ours.state_dict())
     g = torch.Generator().manual_seed(0)
@@ -822,7 +822,7 @@ def test_pooling_does_not_depend_on_the_batch(max_len):
 
 
 def test_awd_classifier_in_a_batch_and_alone(tmp_path):
-    "A text has the same prediction after a fit with or without cache, by get_preds, predict, Predictor, bundle and export"
+    "The prediction for a text is the same with or without cache, by get_preds, predict, Predictor, bundle and export"
     from fastai.learner import load_learner
 
     rng = np.random.default_rng(0)

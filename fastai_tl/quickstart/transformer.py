@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickstart.transformer.html.md"""
 # %% auto #0
 __all__ = ['TransformerQuickstart']
 
-# %% ../../nbs/965_quickstart.transformer.ipynb #c1a404f4
+# %% ../../nbs/965_quickstart.transformer.ipynb #cccdbf12
 from pathlib import Path
 import numpy as np
 from fastcore.all import delegates
@@ -23,7 +23,7 @@ from .base import Quickstart, save_figure
 from ..tune.learning_rates import discriminative_lrs
 from ..tune.resume import ResumableFit
 
-# %% ../../nbs/965_quickstart.transformer.ipynb #a5f1d706
+# %% ../../nbs/965_quickstart.transformer.ipynb #9720fd22
 class TransformerQuickstart(Quickstart):
     "A quickstart that fine-tunes a pre-trained Transformer"
     @delegates(Quickstart)
