@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.third_party.html.md"""
 __all__ = ['WRAPPERS', 'unwrap_model', 'spec_of', 'TextParts', 'text_parts', 'row_texts', 'ForeignParts', 'foreign_parts',
            'plain_loss', 'row_losses_of', 'coarse_splitter']
 
-# %% ../../nbs/230_models.third_party.ipynb #b7937254
+# %% ../../nbs/230_models.third_party.ipynb #813c4378
 import functools
 from collections import UserList
 from contextlib import contextmanager
@@ -25,11 +25,12 @@ from fastai.text.models.core import LinearDecoder
 from ..core import DataError, FastaiTLError, shorten
 from ..data.chinese import CHINESE_RULES
 from ..data.hf_tokenizer import HFTokenize
+from ..data.loaders import rule_names
 from ..data.spec import CLASSIFICATION_TASKS, TASKS, TextSpec, activate
 from ..data.tokenizers import tokenizer_settings
 from .execution_order import hf_models
 
-# %% ../../nbs/230_models.third_party.ipynb #e2cccdee
+# %% ../../nbs/230_models.third_party.ipynb #4ed85220
 WRAPPERS = dict(
     BaseModelWrapper='hf_model', HF_BaseModelWrapper='hf_model', FastHugsModel='transformer', HFModel='hf',
     DataParallel='module', DistributedDataParallel='module', OptimizedModule='_orig_mod')
@@ -47,7 +48,7 @@ def unwrap_model(
         model = inner
     return model
 
-# %% ../../nbs/230_models.third_party.ipynb #e286f358
+# %% ../../nbs/230_models.third_party.ipynb #ea3ace99
 def _transform_lists(dls):
     "For each dataset its lists of transforms: first the text's, then the label's"
     return [list(getattr(getattr(dl, 'dataset', None), 'tls', ())) for dl in getattr(dls, 'loaders', ())]
@@ -66,7 +67,7 @@ def _batch_transforms(dls):
                  for event in ('after_item', 'before_batch', 'after_batch')]
     return [f for pipeline in pipelines for f in getattr(pipeline, 'fs', ())]
 
-# %% ../../nbs/230_models.third_party.ipynb #13c865cd
+# %% ../../nbs/230_models.third_party.ipynb #263680f1
 def _is_hf_tokenizer(o):
     return callable(getattr(o, 'convert_ids_to_tokens', None))
 
@@ -80,7 +81,7 @@ def _hf_tokenizer(learn, dls):
 def _first_of(kind, transforms):
     return first(f for f in transforms if isinstance(f, kind))
 
-# %% ../../nbs/230_models.third_party.ipynb #97e99010
+# %% ../../nbs/230_models.third_party.ipynb #8eb578e5
 def _task_of_activation(activation):
     "The classification task for which `activate` does the same as `activation`, or `None`"
     scores = torch.tensor([[.5, -1., 2.], [0., 3., 1.]])
@@ -104,7 +105,7 @@ def _task_of_loss(loss):
         return None
     return 'classification' if 'crossentropy' in name or 'nll' in name else 'regression'
 
-# %% ../../nbs/230_models.third_party.ipynb #a7fd2746
+# %% ../../nbs/230_models.third_party.ipynb #113c19a5
 _LABEL_TASKS = {MultiCategorize: 'multilabel', EncodedMultiCategorize: 'multilabel', Categorize: 'classification',
                 RegressionSetup: 'regression'}
 _HEAD_TASKS = dict(TokenClassification='tagging', QuestionAnswering='qa', MaskedLM='masked_lm',
@@ -124,7 +125,7 @@ def _task_of_model(model):
     heads = [type(hf).__name__ for hf in hf_models(model)]
     return first(task for name, task in _HEAD_TASKS.items() if any(name in head for head in heads))
 
-# %% ../../nbs/230_models.third_party.ipynb #3c46db08
+# %% ../../nbs/230_models.third_party.ipynb #5764fcf0
 def _infer_task(learn, dls):
     "The task of a Learner or of DataLoaders that have no spec, or an error"
     said = getattr(dls, 'task', None)
@@ -146,7 +147,7 @@ _TASK_HINT = ("Use fastai's CategoryBlock, MultiCategoryBlock or RegressionBlock
 def _known_loss(loss):
     return None if loss is None else _task_of_loss(loss)
 
-# %% ../../nbs/230_models.third_party.ipynb #ba92afc2
+# %% ../../nbs/230_models.third_party.ipynb #2fcfe1b3
 def _is_name(o):
     return isinstance(o, (str, int, float, bool)) or not hasattr(o, '__len__')
 
@@ -163,7 +164,7 @@ def _infer_classes(dls, task):
         return tuple(vocab)
     return tuple(vocab[-1]) if len(vocab) > 1 else None
 
-# %% ../../nbs/230_models.third_party.ipynb #bd1853d8
+# %% ../../nbs/230_models.third_party.ipynb #5b753299
 def _named_column(columns):
     "One column, or a list of several, if they have names"
     names = [c for c in L(columns) if isinstance(c, str)]
@@ -178,10 +179,7 @@ def _infer_columns(dls):
     res = dict(text=_named_column(text_columns), label=_named_column(getattr(label, 'cols', ())))
     return {part: column for part, column in res.items() if column}
 
-# %% ../../nbs/230_models.third_party.ipynb #2a796b45
-def _rule_name(rule):
-    return getattr(rule, '__name__', str(rule))
-
+# %% ../../nbs/230_models.third_party.ipynb #74f67755
 def _rules_lang(rules):
     return 'zh-tw' if rules and all(rule in rules for rule in CHINESE_RULES) else 'en'
 
@@ -190,11 +188,11 @@ def _hf_fields(dls, tokenizer):
     transform = _first_of(HFTokenize, _text_transforms(dls))
     rules = getattr(transform, 'rules', [])
     return dict(
-        family='huggingface', lang=_rules_lang(rules), rules=tuple(map(_rule_name, rules)),
+        family='huggingface', lang=_rules_lang(rules), rules=rule_names(rules),
         tokenizer=dict(name=getattr(tokenizer, 'name_or_path', '')),
         max_length=getattr(transform, 'max_length', None), truncation=getattr(transform, 'truncation', True))
 
-# %% ../../nbs/230_models.third_party.ipynb #69bbfa50
+# %% ../../nbs/230_models.third_party.ipynb #b8970afc
 def _reads_backwards(dls):
     return 'reverse_text' in [getattr(f, '__name__', getattr(f, 'name', '')) for f in _text_transforms(dls)]
 
@@ -212,7 +210,7 @@ def _fastai_fields(dls, tokenizer):
     return dict(family='fastai', lang=_rules_lang(tokenizer.rules), rules=rules, tokenizer=settings,
                 backwards=_reads_backwards(dls), seq_len=_seq_len(dls))
 
-# %% ../../nbs/230_models.third_party.ipynb #fde6b069
+# %% ../../nbs/230_models.third_party.ipynb #feeaf672
 def _infer_spec(learn, dls):
     "The spec of a Learner or of DataLoaders that others made"
     task = _infer_task(learn, dls)
@@ -226,7 +224,7 @@ def _infer_spec(learn, dls):
     return TextSpec(task, classes=_infer_classes(dls, task), columns=_infer_columns(dls), label_delim=label_delim,
                     max_target_length=getattr(targets, 'max_target_length', None), **fields)
 
-# %% ../../nbs/230_models.third_party.ipynb #d42bcee2
+# %% ../../nbs/230_models.third_party.ipynb #91f7073c
 _LOSS_HINT = ("Use CrossEntropyLossFlat for one class a text, BCEWithLogitsLossFlat for several and MSELossFlat for "
               "values, or give your loss function the method `activation(scores)`")
 
@@ -242,7 +240,7 @@ def _fit_to_loss(spec, loss):
     threshold = getattr(loss, 'thresh', spec.threshold)
     return spec if (task, threshold) == (spec.task, spec.threshold) else spec.replace(task=task, threshold=threshold)
 
-# %% ../../nbs/230_models.third_party.ipynb #3333daab
+# %% ../../nbs/230_models.third_party.ipynb #44b558c3
 def _dls_of(learn_or_dls):
     return learn_or_dls if isinstance(learn_or_dls, DataLoaders) else learn_or_dls.dls
 
@@ -258,7 +256,7 @@ def spec_of(
     loss = getattr(learn, 'loss_func', None)
     return spec if loss is None or not spec.is_classification else _fit_to_loss(spec, loss)
 
-# %% ../../nbs/230_models.third_party.ipynb #1123c03a
+# %% ../../nbs/230_models.third_party.ipynb #6a8e30f5
 @dataclass
 class TextParts:
     "What turns the texts of a Learner into numbers"
@@ -288,7 +286,7 @@ def text_parts(
     tokenizer = tokenizer.tok if isinstance(tokenizer, Tokenizer) else tokenizer
     return TextParts(spec, tokenizer, list(rules), _token_vocab(dls) if spec.family == 'fastai' else None)
 
-# %% ../../nbs/230_models.third_party.ipynb #a0eef8a2
+# %% ../../nbs/230_models.third_party.ipynb #15fd6819
 def _token_vocab(dls):
     "The token of each number, of a fastai tokenizer"
     numericalize = _first_of(Numericalize, _text_transforms(dls))
@@ -298,7 +296,7 @@ def _token_vocab(dls):
                         'Make them with TextDataLoaders, a TextBlock, `classifier_dls` or `language_model_dls`')
     return list(numericalize.vocab)
 
-# %% ../../nbs/230_models.third_party.ipynb #35db04cf
+# %% ../../nbs/230_models.third_party.ipynb #aa32e9e6
 def _first_part(row):
     return row[0] if isinstance(row, (list, tuple, UserList)) and len(row) else row
 
@@ -319,7 +317,7 @@ def row_texts(
         return None
     return [' '.join(map(str, tokens)) for tokens in texts]
 
-# %% ../../nbs/230_models.third_party.ipynb #ab48fec0
+# %% ../../nbs/230_models.third_party.ipynb #b65a071a
 @dataclass
 class ForeignParts:
     "What a Learner of another library is made of"
@@ -339,7 +337,7 @@ def foreign_parts(
         return None
     return ForeignParts('blurr', unwrap_model(learn.model), transform.hf_tokenizer, transform)
 
-# %% ../../nbs/230_models.third_party.ipynb #ab60b39b
+# %% ../../nbs/230_models.third_party.ipynb #7dfcb9a2
 def _is_precalculated(loss_func):
     return any('PreCalculated' in c.__name__ for c in type(loss_func).__mro__)
 
@@ -359,7 +357,7 @@ def plain_loss(
                             'Turn the Learner into a native one with `from_blurr(learn)`')
     return CrossEntropyLossFlat(axis=getattr(loss_func, 'axis', -1))
 
-# %% ../../nbs/230_models.third_party.ipynb #58fabc22
+# %% ../../nbs/230_models.third_party.ipynb #1d6b85f3
 @contextmanager
 def row_losses_of(
     learn # A Learner
@@ -372,7 +370,7 @@ def row_losses_of(
     finally:
         learn.loss_func = before
 
-# %% ../../nbs/230_models.third_party.ipynb #7668d7ac
+# %% ../../nbs/230_models.third_party.ipynb #e6198c6d
 _COARSE = ('blurr_splitter', 'hf_splitter', 'blurr_seq2seq_splitter', 'hf_seq2seq_splitter')
 
 def coarse_splitter(
