@@ -20,16 +20,6 @@ from ..models.encoder import Encoder
 from ..models.hf import max_positions
 from ..models.third_party import text_parts
 
-# %% ../../nbs/605_generation.language_model.ipynb #87d8ff9c
-def _longest_input(model):
-    "Return the number of positions; without a table of positions (rotary), the length in the configuration"
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, 'position_embedding_type', '') == 'alibi':
-        return None
-    lengths = [getattr(config, name, None) for name in ('max_position_embeddings', 'n_positions', 'max_seq_len')]
-    configured = next((n for n in lengths if isinstance(n, int) and n > 0), None)
-    return max_positions(model) or configured
-
 # %% ../../nbs/605_generation.language_model.ipynb #75593c73
 @dataclass
 class TextModel:
@@ -50,7 +40,7 @@ class TextModel:
     @property
     def max_positions(self):
         "The longest text that the model reads at once, in tokens; `None` if there is no limit"
-        return None if self.is_awd_lstm else _longest_input(self.model)
+        return None if self.is_awd_lstm else max_positions(self.model, configured=True)
 
 # %% ../../nbs/605_generation.language_model.ipynb #909e5d03
 def _find_hf_lm(model):
