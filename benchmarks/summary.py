@@ -1,7 +1,8 @@
-"""Write benchmarks/README.md: a table of all benchmarks, from the title and the one-line result at the top of each one's README.
+"""Write benchmarks/README.md: a table of all benchmarks, from the title and the one-line result at the top of each
+one's README.
 
-python benchmarks/summary.py            write it
-python benchmarks/summary.py --check    fail if it is not up to date"""
+python benchmarks/summary.py            write it python benchmarks/summary.py --check    fail if it is not up to
+date"""
 
 import re
 import sys
@@ -9,33 +10,26 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GROUPS = {
-    'Accuracy': ('transfer_gain', 'trec6_minilm', 'recipes', 'layer_rates', 'hotel_reviews', 'chinese_ner'),
+    'Accuracy': 'transfer_gain trec6_minilm recipes layer_rates hotel_reviews chinese_ner'.split(),
     'Speed and memory': (
-        'training',
-        'mixed_precision',
-        'feature_cache',
-        'compilation',
-        'prediction',
-        'generation',
-        'evaluation',
-        'chinese_tokenizers',
-        'chinese_million',
-        'import_time',
-        'gpu',
-    ),
-    'Coverage': ('architectures', 'blurr_flows'),
+        'training mixed_precision feature_cache compilation prediction generation evaluation '
+        'chinese_tokenizers chinese_million import_time gpu'
+    ).split(),
+    'Coverage': 'architectures blurr_flows'.split(),
 }
 INTRO = '''# Benchmarks
 
-Each benchmark runs what it compares in turn in one process and reports ratios or paired differences, with their spread. None is a test,
-since machines are noisy. All figures are from two processor cores without a GPU; the page of each benchmark names the processor's instructions
-(bfloat16 and AMX make a large difference), the conditions, and what it does not show.
+Each benchmark runs what it compares in turn in one process and reports ratios or paired differences, with their range.
+None is a test, since machines are noisy. All figures are from two processor cores without a GPU. The page of each
+benchmark names the processor's instructions (bfloat16 and AMX make a large difference), the conditions, and what it
+does not show.
 
 A benchmark is a folder: `run.py` (its docstring says what it measures and how to call it), `README.md`, and `results/`.
+Timing, ratios and tables are in `common.py`.
 '''
 QUICKSTART = '''
-`fastai-tl quickstart` is a benchmark of its own: it prints what a majority vote, word counts and training from scratch reach on the same
-rows. Its table is in the [README](../README.md).
+`fastai-tl quickstart` is a benchmark of its own: it prints what a majority vote, word counts and training from scratch
+reach on the same rows. Its table is in the [README](../README.md).
 '''
 
 

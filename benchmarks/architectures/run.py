@@ -3,16 +3,29 @@
 
     python benchmarks/architectures/run.py [--only NAME …] [--json FILE] [--md FILE]
 
-Every class of transformers' mappings for sequence classification and for causal language modelling is built from a small configuration (its own default, with sizes
-shrunk by the names of the attributes) in a process of its own, with a limit on time and memory. Its groups are then compared with what can be found out without `layer_groups`:
+Every class of transformers' mappings for sequence classification and for causal language modelling is built from a
+small configuration (its own default, with sizes reduced by the names of the attributes) in a process of its own,
+with a limit on time and memory. Its groups are then compared with what can be found out without `layer_groups`:
 
 - *once*: each parameter that requires a gradient is in exactly one group, and no other parameter is in any;
-- *blocks*: there are as many groups between embeddings and head as the configuration says there are layers, and a layer's parameters are in one group;
-- *flow*: nothing that a group changes comes before it. Each group between the ends, and each parameter outside the layers, is disturbed, and the outputs of all layers are looked at:
-  a group may only change its own layer's output and those above; what changes no layer but the model's output must be in the head; what is fed by no layer must be with the embeddings;
+- *blocks*: there are as many groups between embeddings and head as the configuration has layers, and a layer's
+  parameters are in one group;
+- *flow*: a group changes nothing that comes before it. The check disturbs each group between the ends, and each
+  parameter outside the layers, and looks at the outputs of all layers: a group may only change its own layer's
+  output and those above; what changes no layer but the model's output must be in the head; what is fed by no layer
+  must be with the embeddings;
 - *top*: after one step with `freeze_to(-1)` the parameters of the head have changed, and no others."""
 
-import argparse, json, logging, os, re, resource, signal, time, traceback, warnings
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
 from collections import Counter, defaultdict
 from copy import deepcopy
 from dataclasses import fields
@@ -22,47 +35,39 @@ from pathlib import Path
 import torch
 from torch import nn
 
-LIMIT_S, LIMIT_BYTES, MAX_PARAMS = 90, 4 << 30, 4_000_000  # time and memory of one class, and the size of its model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
 
-# attribute of a configuration -> small value; the first pattern that matches counts, None keeps the default
-SMALL = [
-    (re.compile(f'(?:{p})$'), v)
-    for p, v in (
-        (
-            r'.*(dropout|_token_id|_index|eps|theta|factor|scaling|_std|_range|period|offset|ratio|temperature|wavelength).*',
-            None,
-        ),
-        (r'.*layers_per.*|.*(skip|shared|nextn|dense|window)_.*layers|max_window_layers', None),
-        (
-            r'(encoder|decoder|num_hidden|hidden|num|n|num_encoder|num_decoder)_layers?|num_blocks|depth|num_layers_per_stack|num_self_attends_per_block',
-            3,
-        ),
-        (r'.*vocab_size(_.*)?|.*group_vocab|num_hash_buckets', 120),
-        (r'.*(kv|key_value|key|value|query)_(heads|groups)', 2),
-        (r'rotary_dim', 4),
-        (r'.*heads?', 4),
-        (r'.*head_dim|.*head_size|dim_head|d_head|d_kv|kv_channels|mamba_(d_head|headdim)', 8),
-        (
-            r'adapter_(in|out)_dim|.*hidden_size.*|.*(d_model|n_embd|d_latents|lru_width)|(emb|embed|embedding|word_embed_proj)_dim|dim|.*embed(ding)?_(size|dim)|.*emb_size|dim_model_base',
-            32,
-        ),
-        (
-            r'.*(intermediate|ffn|inner|feed_forward|ff)_?(hidden_|inner_)?(size|dim)(_mlp)?|d_ff|d_inner|dff|dim_ff|hidden_dim|n_inner|adapter_.*dim|prompt_mid_dim',
-            48,
-        ),
-        (r'intra_bottleneck_size', 16),
-        (
-            r'.*max_.*positions?.*|n_positions|n_ctx|max_seq_len|max_sequence_length|context_length|model_max_length|.*max_length|max_.*embeddings',
-            64,
-        ),
-        (r'.*experts?_per_tok(en)?|moe_topk|moe_k|moe_top_?k|top_k_experts|.*index_topk', 2),
-        (r'.*n(um)?_.*experts', 4),
-        (r'n_groups?|topk_group|num_expert_group|mamba_n_?groups', 1),
-        (r'.*_rank', 8),
-    )
-]
+LIMIT_S = 90  # time for one class
+LIMIT_BYTES = 4 << 30  # memory for one class
+MAX_PARAMS = 4_000_000  # size of its model
 
-# what the defaults leave open or contradict once they are shrunk: model type -> values
+# patterns for the attributes of a configuration, and their small value; the first match counts, None keeps the default
+SMALL_VALUES = {
+    r'.*(dropout|_token_id|_index|eps|theta|factor|scaling|_std|_range|period|offset|ratio|temperature).*': None,
+    r'.*wavelength.*|.*layers_per.*|.*(skip|shared|nextn|dense|window)_.*layers|max_window_layers': None,
+    r'(encoder|decoder|num_hidden|hidden|num|n|num_encoder|num_decoder)_layers?|num_blocks|depth': 3,
+    r'num_layers_per_stack|num_self_attends_per_block': 3,
+    r'.*vocab_size(_.*)?|.*group_vocab|num_hash_buckets': 120,
+    r'.*(kv|key_value|key|value|query)_(heads|groups)': 2,
+    r'rotary_dim': 4,
+    r'.*heads?': 4,
+    r'.*head_dim|.*head_size|dim_head|d_head|d_kv|kv_channels|mamba_(d_head|headdim)': 8,
+    r'adapter_(in|out)_dim|.*hidden_size.*|.*(d_model|n_embd|d_latents|lru_width)': 32,
+    r'(emb|embed|embedding|word_embed_proj)_dim|dim|.*embed(ding)?_(size|dim)|.*emb_size|dim_model_base': 32,
+    r'.*(intermediate|ffn|inner|feed_forward|ff)_?(hidden_|inner_)?(size|dim)(_mlp)?': 48,
+    r'd_ff|d_inner|dff|dim_ff|hidden_dim|n_inner|adapter_.*dim|prompt_mid_dim': 48,
+    r'intra_bottleneck_size': 16,
+    r'.*max_.*positions?.*|n_positions|n_ctx|max_seq_len|max_sequence_length': 64,
+    r'context_length|model_max_length|.*max_length|max_.*embeddings': 64,
+    r'.*experts?_per_tok(en)?|moe_topk|moe_k|moe_top_?k|top_k_experts|.*index_topk': 2,
+    r'.*n(um)?_.*experts': 4,
+    r'n_groups?|topk_group|num_expert_group|mamba_n_?groups': 1,
+    r'.*_rank': 8,
+}
+SMALL = [(re.compile(f'(?:{p})$'), v) for p, v in SMALL_VALUES.items()]
+
+# what the defaults leave open, or contradict when they are small: model type -> values
 MEND = dict(
     bamba=dict(mamba_d_head=16),
     falcon_h1=dict(mamba_d_ssm=32, mamba_d_head=8),
@@ -103,7 +108,9 @@ def small_values(cls):
         default = cls()
     except Exception:
         default = None
-    n, res, subs = getattr(default, 'num_hidden_layers', 0), {}, getattr(cls, 'sub_configs_defaults', None) or {}
+    n = getattr(default, 'num_hidden_layers', 0)
+    subs = getattr(cls, 'sub_configs_defaults', None) or {}
+    res = {}
     names = {f.name for f in fields(cls)}
     for f in fields(cls):
         try:
@@ -207,8 +214,10 @@ LAYERS = dict(  # where the number of blocks has another name
 
 
 def in_list(model, name):
-    "The path of the outermost list item that parameter `name` lies in, lists of lists as one; `None` if there is none"
-    m, path, found = model, [], None
+    "The path of the outermost list item that contains parameter `name`, lists of lists as one; `None` if there is none"
+    m = model
+    path = []
+    found = None
     for part in name.split('.')[:-1]:
         is_list = isinstance(m, nn.ModuleList)
         if found and not is_list:
@@ -221,10 +230,11 @@ def in_list(model, name):
 
 
 class Recorder:
-    "Run `model` on one text, and keep what the modules at `paths` take and give in their first call"
+    "Run `model` on one text, and keep inputs and outputs of the first call of the modules at `paths`"
 
     def __init__(self, model, paths, inputs):
-        self.model, self.inputs, self.mods = model, inputs, {p: model.get_submodule(p) for p in paths}
+        self.model, self.inputs = model, inputs
+        self.mods = {p: model.get_submodule(p) for p in paths}
 
     def __call__(self):
         self.got = {}
@@ -353,7 +363,7 @@ def check_flow(model, groups, inputs, fixed):
 
 
 def check_top(model, inputs):
-    from fastai_tl.models.layer_groups import LayerFreezer, layer_groups
+    from fastai_tl.models.layer_groups import LayerFreezer
 
     freezer = LayerFreezer(model)
     freezer.freeze_to(-1)
@@ -440,9 +450,10 @@ def verdict(row):
 def summary(rows):
     built = [r for r in rows if r['built']]
     right, run = [r for r in built if not r['problems']], [r for r in built if r.get('traced')]
+    share = f'{len(right) / max(1, len(built)):.1%}'
     return (
-        f'{len(rows)} classes, {len(built)} could be built, {len(right)} of these are grouped rightly ({len(right) / max(1, len(built)):.1%}); '
-        f'{len(run)} could be run on a text and passed through all checks, the rest through those without running'
+        f'{len(rows)} classes, {len(built)} could be built, {len(right)} of these have correct groups ({share}); '
+        f'{len(run)} could be run on a text and had all checks, the others those that need no run'
     )
 
 
@@ -455,32 +466,21 @@ def markdown(rows):
         names = [o for o in r.get('layers', []) if o not in ('embeddings', 'head')]
         table.append(f"| `{r['cls']}` | {r.get('groups', '')} | {len(names) or ''} | {verdict(r)} |")
     checks = __doc__.split('\n\n')
-    return (
-        '\n\n'.join(
-            [
-                '# Layer groups of every architecture',
-                f"transformers {version('transformers')}, torch {version('torch').split('+')[0]}. **{summary(rows)}.**",
-                checks[2],
-                checks[3] if len(checks) > 3 else '',
-                '\n'.join(table),
-            ]
-        )
-        .replace('\n\n\n', '\n\n')
-        .rstrip()
-        + '\n'
-    )
+    versions = f"transformers {version('transformers')}, torch {version('torch').split('+')[0]}"
+    title = '# Layer groups of every architecture'
+    parts = [title, f'{versions}. **{summary(rows)}.**', *checks[2:4], '\n'.join(table)]
+    return '\n\n'.join(parts).replace('\n\n\n', '\n\n').rstrip() + '\n'
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = common.parser(__doc__, 'json')
     ap.add_argument('--only', nargs='*', default=[], help='model types or classes')
-    ap.add_argument('--json', type=Path, help='also write all rows to this file')
     ap.add_argument('--md', type=Path, help='also write the table to this file')
     a = ap.parse_args()
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    import fastai_tl.models.layer_groups  # once, before the children are made
+    import fastai_tl.models.layer_groups  # noqa: F401 (once, before the child processes start)
 
     rows = []
     for task, cfg, cls in classes():
@@ -489,8 +489,7 @@ def main():
         rows.append(dict(task=task, model=cfg.model_type, cls=cls.__name__, **in_child(check, cfg, cls)))
         print(f"{cls.__name__:45} {rows[-1].get('groups', ''):>3} {verdict(rows[-1])}", flush=True)
     print(summary(rows))
-    if a.json:
-        a.json.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
+    common.write_json(a.json, rows)
     if a.md:
         a.md.write_text(markdown(rows), encoding='utf-8')
 

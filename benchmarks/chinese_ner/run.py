@@ -1,22 +1,29 @@
-"""Entities in Traditional Chinese: MSRA (6,500 sentences to train, 1,500 to test, its own split), a small model that starts from nothing, and the same model after masked language modelling.
+"""Entities in Traditional Chinese (MSRA): a small model from scratch, and the same model after masked language
+modelling.
 
     python benchmarks/chinese_ner/run.py --data FOLDER --out FOLDER
 
-`--data` holds zh_tw/msra_ner.parquet (tokens, tags, split) and zh_tw/shopping_reviews.parquet (text). No pre-trained model is used and nothing is downloaded: the masked language model reads the training sentences and shopping
-reviews, on the spot, and `save_encoder` and `load_encoder` carry its body into the tagger. A tenth of the training sentences validate; no test sentence decides anything. Both train in bfloat16 where
-the machine has it. A way that is finished in --out is not done again. Writes results.json."""
+`--data` holds zh_tw/msra_ner.parquet (tokens, tags, split; 6,500 sentences to train, 1,500 to test, its own split)
+and zh_tw/shopping_reviews.parquet (text). No pre-trained model is used and nothing is downloaded: the masked
+language model reads the training sentences and shopping reviews, and `save_encoder` and `load_encoder` carry its
+encoder into the tagger. A tenth of the training sentences validate; no decision uses the test sentences. Both
+train in bfloat16 if the machine has it. Ways that are finished in --out are skipped. Writes results.json."""
 
-import argparse, json, os, time
+import json
+import sys
+import time
 from pathlib import Path
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-import numpy as np, pandas as pd
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import offline, parser, set_threads
+
+offline(silent=False)
+import numpy as np
+import pandas as pd
 
 
 def parse():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data'))
+    ap = parser(__doc__, 'data', 'threads')
     ap.add_argument('--out', default='chinese_ner')
     ap.add_argument('--arch', default='modernbert', choices=['bert', 'convbert', 'modernbert'])
     ap.add_argument('--width', type=int, default=128)
@@ -28,103 +35,93 @@ def parse():
     ap.add_argument('--rows', type=int, help='only so many sentences of each split, to try the script')
     ap.add_argument('--ways', nargs='+', default=['from scratch', 'after masked language modelling'])
     ap.add_argument('--seed', type=int, default=0)
-    ap.add_argument('--threads', type=int)
     return ap.parse_args()
 
 
 def config(a, n):
     from transformers import BertConfig, ConvBertConfig, ModernBertConfig
 
-    kw = dict(
-        hidden_size=a.width,
-        num_hidden_layers=a.layers,
-        num_attention_heads=4,
-        intermediate_size=2 * a.width,
-        vocab_size=n,
-        max_position_embeddings=128,
-    )
+    sizes = dict(hidden_size=a.width, num_hidden_layers=a.layers, num_attention_heads=4, intermediate_size=2 * a.width)
+    sizes |= dict(vocab_size=n, max_position_embeddings=128)
     if a.arch == 'bert':
-        return BertConfig(**kw)
+        return BertConfig(**sizes)
     if a.arch == 'convbert':
-        return ConvBertConfig(**kw, embedding_size=a.width, head_ratio=2, conv_kernel_size=5, pad_token_id=0)
-    return ModernBertConfig(
-        **kw,
-        local_attention=16,
-        global_attn_every_n_layers=2,
-        pad_token_id=0,
-        cls_token_id=2,
-        sep_token_id=3,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+        return ConvBertConfig(**sizes, embedding_size=a.width, head_ratio=2, conv_kernel_size=5, pad_token_id=0)
+    ids = dict(pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
+    return ModernBertConfig(**sizes, local_attention=16, global_attn_every_n_layers=2, **ids)
 
 
-def main():
-    a = parse()
-    import torch
+def load(a):
+    "Sentences with tags and split (a tenth of the training sentences validate), and shopping reviews"
+    from fastai_tl.all import normalize_chinese
 
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    from fastai.callback.schedule import fit_one_cycle  # noqa: F401
-    from fastai_tl.all import (
-        HFMaskedLMDataLoaders,
-        HFTagDataLoaders,
-        hf_masked_lm_learner,
-        hf_tagger_learner,
-        entity_scores,
-        normalize_chinese,
-        seed_everything,
-        train_chinese_tokenizer,
-    )
-
-    out = Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
-    df = pd.read_parquet(Path(a.data) / 'zh_tw' / 'msra_ner.parquet')
+    folder = Path(a.data) / 'zh_tw'
+    df = pd.read_parquet(folder / 'msra_ner.parquet')
     if a.rows:
         df = df.groupby('split').head(a.rows).reset_index(drop=True)
     df['tokens'] = [[normalize_chinese(w) or w for w in t] for t in df.tokens]
     train = df.index[df.split == 'train']
     df.loc[np.random.default_rng(0).permutation(train)[: len(train) // 10], 'split'] = 'valid'
-    shop = [
-        normalize_chinese(t)[:120]
-        for t in pd.read_parquet(Path(a.data) / 'zh_tw' / 'shopping_reviews.parquet').text.sample(
-            a.reviews, random_state=0
-        )
-    ]
-    texts = [''.join(t) for t in df.tokens[df.split == 'train']]
-    tokz = train_chinese_tokenizer(texts + shop, 6000, max_length=128)
+    reviews = pd.read_parquet(folder / 'shopping_reviews.parquet').text.sample(a.reviews, random_state=0)
+    return df, [normalize_chinese(t)[:120] for t in reviews]
+
+
+def pretrain(a, texts, tok, body):
+    "Train a masked language model and save its encoder"
+    from fastai_tl.all import HFMaskedLMDataLoaders, hf_masked_lm_learner
+
+    dls = HFMaskedLMDataLoaders.from_texts(texts, tok, valid_pct=0.02, bs=32, max_length=128)
+    lm = hf_masked_lm_learner(dls, config(a, len(tok)))
+    lm.to_mixed_precision().chunked_loss()
+    with lm.no_bar():
+        lm.fit_one_cycle(a.lm_epochs, 2e-3)
+    lm.save_encoder(body)
+
+
+def train_tagger(a, df, tok, body=None):
+    "A tagger, with the encoder of `body` if there is one"
+    from fastai_tl.all import HFTagDataLoaders, hf_tagger_learner
+
+    dls = HFTagDataLoaders.from_df(df, tok, valid_col='split', max_length=128, bs=16, verbose=False)
+    learn = hf_tagger_learner(dls, config(a, len(tok)))
+    if body:
+        learn.load_encoder(body)
+    learn.to_mixed_precision()
+    with learn.no_bar():
+        learn.fit_one_cycle(a.epochs, a.lr)
+    return learn
+
+
+def main():
+    a = parse()
+    set_threads(a.threads)
+    from fastai.callback.schedule import fit_one_cycle  # noqa: F401
+    from fastai_tl.all import entity_scores, seed_everything, train_chinese_tokenizer
+
+    out = Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    df, reviews = load(a)
+    texts = [''.join(t) for t in df.tokens[df.split == 'train']] + reviews
+    tok = train_chinese_tokenizer(texts, 6000, max_length=128)
+    test = df[df.split == 'test']
     file = out / 'results.json'
+    body = out / 'body.safetensors'
     res = json.loads(file.read_text(encoding='utf-8'))['runs'] if file.exists() else {}
     for way in a.ways:
         if way in res:
             continue
-        t0 = time.perf_counter()
+        begin = time.perf_counter()
         seed_everything(a.seed)
-        body = out / 'body.safetensors'
-        if way != 'from scratch' and not body.exists():
-            lm = hf_masked_lm_learner(
-                HFMaskedLMDataLoaders.from_texts(texts + shop, tokz, valid_pct=0.02, bs=32, max_length=128),
-                config(a, len(tokz)),
-            )
-            lm.to_mixed_precision().chunked_loss()
-            with lm.no_bar():
-                lm.fit_one_cycle(a.lm_epochs, 2e-3)
-            lm.save_encoder(body)
-        dls = HFTagDataLoaders.from_df(df, tokz, valid_col='split', max_length=128, bs=16, verbose=False)
-        learn = hf_tagger_learner(dls, config(a, len(tokz)))
-        if way != 'from scratch':
-            learn.load_encoder(body)
-        learn.to_mixed_precision()
-        with learn.no_bar():
-            learn.fit_one_cycle(a.epochs, a.lr)
-        test = df[df.split == 'test']
+        from_scratch = way == 'from scratch'
+        if not from_scratch and not body.exists():
+            pretrain(a, texts, tok, body)
+        learn = train_tagger(a, df, tok, None if from_scratch else body)
         with learn.no_bar():
             pred = learn.tag([list(t) for t in test.tokens])
-        s = entity_scores([list(p.tags) for p in pred], [list(t) for t in test.tags])
-        res[way] = dict(
-            **s, valid=[float(v) for v in learn.recorder.values[-1] if v is not None], seconds=time.perf_counter() - t0
-        )
-        print(way, s, flush=True)
+        scores = entity_scores([list(p.tags) for p in pred], [list(t) for t in test.tags])
+        valid = [float(v) for v in learn.recorder.values[-1] if v is not None]
+        res[way] = dict(**scores, valid=valid, seconds=time.perf_counter() - begin)
+        print(way, scores, flush=True)
         file.write_text(json.dumps(dict(settings=vars(a), runs=res), default=str, ensure_ascii=False), encoding='utf-8')
 
 

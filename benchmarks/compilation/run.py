@@ -1,15 +1,22 @@
 #!/usr/bin/env python
-"""Where `torch.compile` pays: a training step as it is and compiled, in seconds, and how long compiling takes.
+"""Where `torch.compile` pays: seconds of a training step as it is and compiled, and how long compiling takes.
 
-    python benchmarks/compilation/run.py [--models minilm] [--rounds 5] [--threads N] [--device cpu] [--cpu-time] [--json FILE]
+    python benchmarks/compilation/run.py [--models minilm] [--rounds 5] [--threads N] [--device cpu] [--cpu-time]
+                                         [--json FILE]
 
-A BERT of MiniLM's size (6 layers, 384 wide, random weights) with batches of 16 x 128 random tokens, forwards, backwards and optimizer, in float32 and, where the device has it, bfloat16; `base` is BERT base. Each is compared with itself as it is, and with `fast_dropout()` on a CPU. Rounds are interleaved. A last
-column says after how many steps compiling has paid for itself."""
+A BERT of MiniLM's size (6 layers, 384 wide, random weights) with batches of 16 x 128 random tokens: forward,
+backward and optimizer, in float32 and, if the device has it, bfloat16; `base` is BERT base. Each is compared with
+the uncompiled model and, on a CPU, with `fast_dropout()`. Rounds are interleaved. The last column is the number of
+steps after which compiling has paid for itself."""
 
-import argparse, json, statistics as st, time, warnings
+import statistics as st
+import sys
 from pathlib import Path
 
-warnings.filterwarnings('ignore')
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import chosen_clock, interleave, offline, parser, ratio, seconds, set_threads, table, write_json
+
+offline()
 SIZES = dict(
     minilm=dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     base={},
@@ -26,7 +33,8 @@ def stepper(a, size, half, compiled=False, fast=False):
 
     seed_everything(0)
     model = BertForSequenceClassification(BertConfig(**SIZES[size])).to(a.device).train()
-    x, y = torch.randint(0, 30_000, (16, 128), device=a.device), torch.randint(0, 2, (16,), device=a.device)
+    x = torch.randint(0, 30_000, (16, 128), device=a.device)
+    y = torch.randint(0, 2, (16,), device=a.device)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     if compiled:
         model.compile(dynamic=False)
@@ -43,62 +51,53 @@ def stepper(a, size, half, compiled=False, fast=False):
     return step
 
 
+def measure(a, size, half, clock):
+    "One row for each way of training a step"
+    ways = {'as it is': stepper(a, size, half)}
+    if a.device == 'cpu':
+        ways['fast_dropout'] = stepper(a, size, half, fast=True)
+    ways['compiled'] = stepper(a, size, half, True)
+    first = {k: seconds(step) for k, step in ways.items()}
+    times = interleave(ways, a.rounds, warm_up=0, clock=clock)
+    for k, v in times.items():
+        gain = st.median(times['as it is']) - st.median(v)
+        r = ratio(times['as it is'], v)
+        yield dict(
+            model=size,
+            dtype='bfloat16' if half else 'float32',
+            variant=k,
+            seconds=st.median(v),
+            ratio=r['ratio'],
+            best=r['best'],
+            first_step=first[k],
+            pays_after=first[k] / gain if k == 'compiled' and gain > 0 else None,
+        )
+
+
+def cells(r):
+    "A row of the printed table"
+    pays = '' if r['pays_after'] is None else round(r['pays_after'])
+    faster = f"{r['ratio']:.2f} ({r['best']:.2f})"
+    return [r['model'], r['dtype'], r['variant'], f"{r['seconds']:.3f}", faster, f"{r['first_step']:.1f}", pays]
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__, 'rounds', 'threads', 'device', 'cpu-time', 'json')
     p.add_argument('--models', nargs='+', default=['minilm'], choices=list(SIZES))
-    p.add_argument('--rounds', type=int, default=5)
-    p.add_argument('--threads', type=int)
-    p.add_argument('--device', default='cpu')
-    p.add_argument('--cpu-time', action='store_true', help='seconds of the processor instead of the clock')
-    p.add_argument('--json', type=Path)
     a = p.parse_args()
-    import torch
     from fastai_tl.all import has_bf16
 
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    clock, rows = time.process_time if a.cpu_time else time.perf_counter, []
+    set_threads(a.threads)
+    clock = chosen_clock(a.cpu_time)
+    rows = []
     for size in a.models:
         for half in (False, True)[: 1 + has_bf16(a.device)]:
-            fs = {
-                'as it is': stepper(a, size, half),
-                **({'fast_dropout': stepper(a, size, half, fast=True)} if a.device == 'cpu' else {}),
-                'compiled': stepper(a, size, half, True),
-            }
-            secs, first = {k: [] for k in fs}, {}
-            for k, f in fs.items():
-                t = time.perf_counter()
-                f()
-                first[k] = time.perf_counter() - t
-            for r in range(a.rounds):
-                for k in list(fs)[r % len(fs) :] + list(fs)[: r % len(fs)]:
-                    t = clock()
-                    fs[k]()
-                    secs[k].append(clock() - t)
-            for k, v in secs.items():
-                gain = st.median(secs['as it is']) - st.median(v)
-                rows.append(
-                    dict(
-                        model=size,
-                        dtype='bfloat16' if half else 'float32',
-                        variant=k,
-                        seconds=st.median(v),
-                        ratio=st.median(b / o for b, o in zip(secs['as it is'], v)),
-                        best=min(secs['as it is']) / min(v),
-                        first_step=first[k],
-                        pays_after=first[k] / gain if k == 'compiled' and gain > 0 else None,
-                    )
-                )
-                print(rows[-1], flush=True)
-            if a.json:
-                a.json.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
-    print(
-        '\n| model | dtype | variant | seconds a step | times as fast as it is (best) | first step, s | pays after steps |\n|---|---|---|---:|---:|---:|---:|'
-    )
-    for r in rows:
-        print(
-            f"| {r['model']} | {r['dtype']} | {r['variant']} | {r['seconds']:.3f} | {r['ratio']:.2f} ({r['best']:.2f}) | {r['first_step']:.1f} | {'' if r['pays_after'] is None else round(r['pays_after'])} |"
-        )
+            for row in measure(a, size, half, clock):
+                rows.append(row)
+                print(row, flush=True)
+            write_json(a.json, rows)
+    columns = ['model', 'dtype', 'variant', 'seconds a step:', 'times as fast as it is (best):']
+    print('\n' + table([*columns, 'first step, s:', 'pays after steps:'], map(cells, rows)))
 
 
 if __name__ == '__main__':

@@ -1,43 +1,41 @@
 #!/usr/bin/env python
-"""What it is worth to compute frozen layers once: cached stages and the single-position top layer beside the naive frozen epoch, in turn, in one process.
+"""What it is worth to compute frozen layers once: cached stages and the single-position top layer against naive
+frozen epochs.
 
-    python benchmarks/feature_cache/run.py [--data PATH] [--texts 96] [--rounds 5] [--threads 1] [--device cpu] [--json FILE] [--only NAME ...]
+    python benchmarks/feature_cache/run.py [--data PATH] [--texts 96] [--rounds 5] [--threads 1] [--device cpu]
+                                           [--json FILE] [--only NAME ...]
 
-MiniLM (6 layers, 384 wide, the extra `minilm`; or `--model NAME`) and fastai's AWD_LSTM classifier (400/1152/3) on movie reviews (`--data`: a folder with `train/pos` and `train/neg`, as IMDb has, or a
-parquet table) or, without it, on the offline corpus; at most 128 tokens. The peer of every line is the same Learner with the same batches and rates, frozen to the same depth, in float32, with
-fastai's loop and nothing kept. A line is an epoch of training (cached epochs find their states computed), or a whole stage of several epochs whose states are computed within the
-time, for the training texts (there are no validation batches in either side). Before the clock starts, the logits of the whole model and of the cached one are compared. A round runs
-each line once, in an order that changes; the first round only warms up. Ratios are taken within a round."""
+MiniLM (6 layers, 384 wide, the extra `minilm`; or `--model NAME`) and fastai's AWD_LSTM classifier (400/1152/3) on
+movie reviews (`--data`: a folder with `train/pos` and `train/neg`, as IMDb has, or a parquet table) or, without
+it, on the offline corpus; at most 128 tokens. Each line is compared with the same Learner with the same batches
+and rates, frozen to the same depth, in float32, with fastai's loop and without a cache. A line is an epoch of
+training (cached epochs find their states computed), or a whole stage of several epochs that includes the time of
+computing the states, for the training texts (neither side has validation batches). Before that, the script
+compares the logits of the whole model and of the cached one. A round runs each line once, in an order that
+changes; the first round only warms up. Ratios are taken within a round."""
 
-import argparse, json, platform, random, statistics as st, time, warnings
+import platform
+import random
+import statistics as st
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import chosen_clock, offline, parser, quiet, ranged, ratio, seconds, set_threads, table, write_json
+
+DATA_HELP = 'folder with train/pos/*.txt and train/neg/*.txt, or a parquet table with text, label and split'
+
 
 def parse():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument(
-        '--data',
-        type=Path,
-        help='folder with train/pos/*.txt and train/neg/*.txt, or a parquet table with text, label and split',
-    )
+    ap = parser(__doc__, 'rounds', 'threads', 'device', 'cpu-time', 'json')
+    ap.add_argument('--data', type=Path, help=DATA_HELP)
     ap.add_argument('--model', help='a name or folder instead of MiniLM')
     ap.add_argument('--texts', type=int, default=96, help='training texts')
     ap.add_argument('--bs', type=int, default=16)
-    ap.add_argument('--rounds', type=int, default=5, help='counted rounds')
-    ap.add_argument('--threads', type=int, help="PyTorch's threads")
-    ap.add_argument('--device', default='cpu')
-    ap.add_argument('--json', type=Path, help='also write the figures to this file')
-    ap.add_argument(
-        '--only',
-        nargs='+',
-        default=['epochs', 'stages', 'awd'],
-        choices=['epochs', 'stage', 'stages', 'awd'],
-        help='`stage`: those of 3 epochs alone',
-    )
-    ap.add_argument(
-        '--cpu-time', action='store_true', help='seconds of the processor instead of the clock; needs one thread'
-    )
+    parts = ['epochs', 'stage', 'stages', 'awd']
+    default = ['epochs', 'stages', 'awd']
+    ap.add_argument('--only', nargs='+', default=default, choices=parts, help='`stage`: only the stages of 3 epochs')
     a = ap.parse_args()
     if a.rounds < 1 or a.texts < 32:
         ap.error('--rounds must be at least 1 and --texts 32')
@@ -52,24 +50,16 @@ def texts(a):
         from fastai_tl.all import docstring_corpus
 
         df = docstring_corpus(label='library')
-        return (
-            df[df.text.str.len() > 300].sample(a.texts + 32, random_state=0)[['text', 'label']].reset_index(drop=True)
-        )
-    if a.data.is_file():
+        df = df[df.text.str.len() > 300]
+    elif a.data.is_file():
         df = pd.read_parquet(a.data)
-        return df[df.split == 'train'].sample(a.texts + 32, random_state=0)[['text', 'label']].reset_index(drop=True)
-    rows = [(p, l) for l in ('neg', 'pos') for p in sorted((a.data / 'train' / l).iterdir())]
-    random.Random(0).shuffle(rows)
-    return pd.DataFrame(
-        [dict(text=p.read_text(encoding='utf8').replace('<br />', ' '), label=l) for p, l in rows[: a.texts + 32]]
-    )
-
-
-def quiet(learn):
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda *o: None
-    learn._do_epoch_validate = lambda *o, **k: None  # training alone is timed, on both sides
-    return learn
+        df = df[df.split == 'train']
+    else:
+        files = [(p, label) for label in ('neg', 'pos') for p in sorted((a.data / 'train' / label).iterdir())]
+        random.Random(0).shuffle(files)
+        read = lambda p: p.read_text(encoding='utf8').replace('<br />', ' ')
+        return pd.DataFrame([dict(text=read(p), label=label) for p, label in files[: a.texts + 32]])
+    return df.sample(a.texts + 32, random_state=0)[['text', 'label']].reset_index(drop=True)
 
 
 def minilm(a, df):
@@ -77,187 +67,159 @@ def minilm(a, df):
 
     name = a.model or minilm_folder()
     seed_everything(0)
-    dls = HFTextDataLoaders.from_df(
-        df.assign(held=[False] * a.texts + [True] * 32), name, valid_col='held', max_length=128, bs=a.bs, verbose=False
-    )
+    df = df.assign(held=[False] * a.texts + [True] * 32)
+    dls = HFTextDataLoaders.from_df(df, name, valid_col='held', max_length=128, bs=a.bs, verbose=False)
     return quiet(hf_classifier_learner(dls.to(a.device), name))
 
 
 def awd(a, df):
-    import torch
     from fastai_tl.all import awd_classifier_learner, classifier_dls, seed_everything, texts_vocab, tokenize_texts_once
 
     seed_everything(0)
     toks = tokenize_texts_once([' '.join(t.split()[:110]) for t in df.text])  # about 128 tokens
-    dls = classifier_dls(
-        toks,
-        df.label.tolist(),
-        'classification',
-        list(range(a.texts)),
-        list(range(a.texts, a.texts + 32)),
-        texts_vocab(toks),
-        bs=a.bs,
-    )
-    return quiet(
-        awd_classifier_learner(
-            dls, 'classification', df.label.nunique(), dict(emb_sz=400, n_hid=1152, n_layers=3), path='.'
-        )
-    )
+    train, valid = list(range(a.texts)), list(range(a.texts, a.texts + 32))
+    labels = df.label.tolist()
+    dls = classifier_dls(toks, labels, 'classification', train, valid, texts_vocab(toks), bs=a.bs)
+    sizes = dict(emb_sz=400, n_hid=1152, n_layers=3)
+    return quiet(awd_classifier_learner(dls, 'classification', df.label.nunique(), sizes, path='.'))
 
 
-def main():
-    a = parse()
-    warnings.filterwarnings('ignore')
-    import torch
-    import transformers
+class Line:
+    "A Learner that trains for some epochs with the top `top` groups; it keeps the computed states if `keep`"
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    if a.cpu_time and torch.get_num_threads() != 1:
-        raise SystemExit('--cpu-time needs --threads 1: it adds up the seconds of all threads')
-    from fastai_tl.all import CachedPrefix
-    from fastai_tl.efficiency.feature_cache import draw_items
-
-    df, lines, notes = texts(a), {}, {}
-
-    def line(make, top, bf16=False, cache=None, epochs=1, keep=True, fast=False):
-        "A function that trains for some epochs with the top `top` groups, and leaves the states computed if `keep`"
-        learn = make(a, df)
+    def __init__(self, learn, top, bf16=False, cache=None, epochs=1, keep=True, fast=False):
+        self.learn = learn
+        self.epochs = epochs
+        self.keep = keep
         learn.create_opt()
         learn.opt.freeze_to(-top)
         if bf16:
             learn.to_mixed_precision('bf16')
         if fast:
             learn.fast_dropout()
-        cb = cache and cache()
-        if cb:
-            learn.add_cb(cb)
+        self.cache = cache and cache()
+        if self.cache:
+            learn.add_cb(self.cache)
 
-        def run():
-            if cb and not keep:
-                cb.forget()
-            learn.fit(epochs, 1e-5)
+    def __call__(self):
+        if self.cache and not self.keep:
+            self.cache.forget()
+        self.learn.fit(self.epochs, 1e-5)
 
-        run.learn, run.cb = learn, cb
-        return run
 
-    def parity(name, run):
-        "Logits of the whole model and from the states that were kept, on the training texts, in float32 with states in their own dtype"
-        run()
-        c, model = run.cb.caches['training'], run.learn.model
-        (x, *_), states = c.batch(c.order[:32])
-        full = draw_items(run.learn.dls.train, c.order[:32])[0].as_subclass(torch.Tensor)
-        model.eval()
-        first = lambda o: o[0] if isinstance(o, tuple) else o
-        with torch.no_grad():
-            ref = first(model(full))
-            with (
-                run.cb.one if run.cb.one is not None and not c.has_vectors else torch.no_grad(),
-                c.prefix.replay(states.float()),
-            ):
-                got = first(model(x.as_subclass(torch.Tensor)))
-        notes[name] = dict(
-            logits_differ=(got - ref).abs().max().item(), largest_logit=ref.abs().max().item(), states=str(c.store)
-        )
-        print(
-            f'{name}: logits differ by {notes[name]["logits_differ"]:.1e} (largest {notes[name]["largest_logit"]:.2f}); kept: {c.store}',
-            flush=True,
-        )
+def parity(name, line):
+    "Difference of the logits of the whole model and from the kept states, on the training texts, in float32"
+    import torch
+    from fastai_tl.efficiency.feature_cache import draw_items
 
-    groups, peers = {}, {}
+    line()
+    cache = line.cache.caches['training']
+    model = line.learn.model
+    single = line.cache.one
+    (x, *_), states = cache.batch(cache.order[:32])
+    full = draw_items(line.learn.dls.train, cache.order[:32])[0].as_subclass(torch.Tensor)
+    model.eval()
+    first = lambda o: o[0] if isinstance(o, tuple) else o
+    with torch.no_grad():
+        ref = first(model(full))
+        top = single if single is not None and not cache.has_vectors else torch.no_grad()
+        with top, cache.prefix.replay(states.float()):
+            got = first(model(x.as_subclass(torch.Tensor)))
+    apart, largest = (got - ref).abs().max().item(), ref.abs().max().item()
+    print(f'{name}: logits differ by {apart:.1e} (largest {largest:.2f}); kept: {cache.store}', flush=True)
+    return dict(logits_differ=apart, largest_logit=largest, states=str(cache.store))
 
-    def add(name, run, base):
-        groups[name], peers[name] = run, base
-        if run.cb:
-            parity(name, run)
 
-    off, on = (lambda: CachedPrefix(one_position=False, verbose=False)), (lambda: CachedPrefix(verbose=False))
-    naive = {}
+class Bench:
+    "The lines to compare and the naive epochs that they are compared with"
 
-    def base(make, top, epochs):
-        "A naive stage is so many equal epochs: one is timed and multiplied"
+    def __init__(self, a, df):
+        self.a, self.df = a, df
+        self.naive, self.lines = {}, {}
+        self.peers, self.notes = {}, {}
+
+    def add(self, name, make, top, epochs=1, **kwargs):
+        "Add a cached line; its peer is a naive stage: one naive epoch, timed once and multiplied"
         key = f'{make.__name__}, {top} group{"s" if top > 1 else ""} train'
-        if key not in naive:
-            naive[key] = line(make, top)
-        name = f'{key}, {epochs} naive epoch{"s" if epochs > 1 else ""}'
-        groups[name], peers[name] = (key, epochs), None
-        return name
+        line = Line(make(self.a, self.df), top, epochs=epochs, **kwargs)
+        if key not in self.naive:
+            self.naive[key] = Line(make(self.a, self.df), top)
+        self.lines[name], self.peers[name] = line, (key, epochs)
+        self.notes[name] = parity(name, line)
 
-    if 'epochs' in a.only:
-        add('k=5, float32', line(minilm, 2, cache=off), base(minilm, 2, 1))
-        add('k=5, float32, single position', line(minilm, 2, cache=on), base(minilm, 2, 1))
-        add('k=5, bfloat16, single position', line(minilm, 2, True, on), base(minilm, 2, 1))
-        add('k=3, float32', line(minilm, 4, cache=off), base(minilm, 4, 1))
-        add('k=3, bfloat16, single position', line(minilm, 4, True, on), base(minilm, 4, 1))
-    if 'stages' in a.only or 'stage' in a.only:
-        add('k=5, float32, stage of 3 epochs', line(minilm, 2, cache=off, epochs=3, keep=False), base(minilm, 2, 3))
-        add(
-            'k=5, float32, fast dropout, stage of 3 epochs',
-            line(minilm, 2, cache=off, epochs=3, keep=False, fast=True),
-            base(minilm, 2, 3),
-        )
-        add(
-            'k=5, float32, single position, stage of 3 epochs',
-            line(minilm, 2, cache=on, epochs=3, keep=False),
-            base(minilm, 2, 3),
-        )
-    if 'stages' in a.only:
-        add('head, float32, stage of 10 epochs', line(minilm, 1, cache=on, epochs=10, keep=False), base(minilm, 1, 10))
-        add('head, bfloat16, stage of 10 epochs', line(minilm, 1, True, on, epochs=10, keep=False), base(minilm, 1, 10))
-    if 'awd' in a.only:
-        add(
-            'AWD_LSTM head, float32, stage of 10 epochs',
-            line(awd, 1, cache=on, epochs=10, keep=False),
-            base(awd, 1, 10),
-        )
-        add(
-            'AWD_LSTM head, bfloat16, stage of 10 epochs',
-            line(awd, 1, True, on, epochs=10, keep=False),
-            base(awd, 1, 10),
-        )
-    times, clock = {n: [] for n in groups}, time.process_time if a.cpu_time else time.perf_counter
-    units = {**naive, **{n: f for n, f in groups.items() if peers[n]}}
-    for r in range(a.rounds + 1):
-        names, took = list(units), {}
-        random.Random(r).shuffle(names)
-        for n in names:
-            t = clock()
-            units[n]()
-            if a.device != 'cpu':
-                torch.accelerator.synchronize()
-            took[n] = clock() - t
-        if r:
-            for n in groups:
-                times[n].append(took[n] if peers[n] else took[groups[n][0]] * groups[n][1])
-        print(f'round {r}: {sum(took.values()):.0f} s', flush=True)
-    rows = []
-    for n in groups:
-        if peers[n] is None:
-            continue
-        b, c = times[peers[n]], times[n]
-        ratios = [x / y for x, y in zip(b, c)]
-        rows.append(
-            dict(
-                line=n,
-                peer=peers[n],
-                median=st.median(ratios),
-                low=min(ratios),
-                high=max(ratios),
-                best=min(b) / min(c),
-                seconds=c,
-                peer_seconds=b,
-                **notes[n],
-            )
-        )
-    print(
-        f'\n| {a.device}, {torch.get_num_threads()} thread(s), {a.texts} texts | naive, s | s | median ratio (range) | best round to best round | logits differ by |\n|---|---:|---:|---|---:|---:|'
-    )
-    for r in rows:
-        print(
-            f"| {r['line']} | {st.median(r['peer_seconds']):.2f} | {st.median(r['seconds']):.3f} | {r['median']:.1f} ({r['low']:.1f} to {r['high']:.1f}) | {r['best']:.1f} | {r['logits_differ']:.0e} |"
-        )
+    def run(self, clock):
+        "Seconds of each line and of its peer, round by round; the first round only warms up"
+        units = self.naive | self.lines
+        rounds = []
+        for r in range(self.a.rounds + 1):
+            names = list(units)
+            random.Random(r).shuffle(names)
+            took = {n: seconds(units[n], clock, self.a.device) for n in names}
+            if r:
+                rounds.append(took)
+            print(f'round {r}: {sum(took.values()):.0f} s', flush=True)
+        return {n: [t[n] for t in rounds] for n in units}
+
+    def rows(self, times):
+        "One dict for each line: ratios to its peer, seconds of both, and the parity"
+        for name, (key, epochs) in self.peers.items():
+            base = [t * epochs for t in times[key]]
+            peer = f'{key}, {epochs} naive epoch{"s" if epochs > 1 else ""}'
+            r = ratio(base, times[name])
+            ratios = dict(median=r['ratio'], low=r['low'], high=r['high'], best=r['best'])
+            yield dict(line=name, peer=peer, **ratios, seconds=times[name], peer_seconds=base, **self.notes[name])
+
+
+def add_lines(bench, only):
+    "The lines of the parts in `only`"
+    from fastai_tl.all import CachedPrefix
+
+    off = dict(cache=lambda: CachedPrefix(one_position=False, verbose=False))
+    on = dict(cache=lambda: CachedPrefix(verbose=False))
+    half = dict(on, bf16=True)
+    if 'epochs' in only:
+        bench.add('k=5, float32', minilm, 2, **off)
+        bench.add('k=5, float32, single position', minilm, 2, **on)
+        bench.add('k=5, bfloat16, single position', minilm, 2, **half)
+        bench.add('k=3, float32', minilm, 4, **off)
+        bench.add('k=3, bfloat16, single position', minilm, 4, **half)
+    if 'stages' in only or 'stage' in only:
+        stage = dict(epochs=3, keep=False)
+        bench.add('k=5, float32, stage of 3 epochs', minilm, 2, **off, **stage)
+        bench.add('k=5, float32, fast dropout, stage of 3 epochs', minilm, 2, **off, **stage, fast=True)
+        bench.add('k=5, float32, single position, stage of 3 epochs', minilm, 2, **on, **stage)
+    stage = dict(epochs=10, keep=False)
+    if 'stages' in only:
+        bench.add('head, float32, stage of 10 epochs', minilm, 1, **on, **stage)
+        bench.add('head, bfloat16, stage of 10 epochs', minilm, 1, **half, **stage)
+    if 'awd' in only:
+        bench.add('AWD_LSTM head, float32, stage of 10 epochs', awd, 1, **on, **stage)
+        bench.add('AWD_LSTM head, bfloat16, stage of 10 epochs', awd, 1, **half, **stage)
+
+
+def cells(r):
+    "A row of the printed table"
+    times = f"{st.median(r['peer_seconds']):.2f}", f"{st.median(r['seconds']):.3f}"
+    spread = ranged(dict(r, ratio=r['median']), digits=1)
+    return [r['line'], *times, spread, f"{r['best']:.1f}", f"{r['logits_differ']:.0e}"]
+
+
+def main():
+    a = parse()
+    offline()
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    set_threads(a.threads)
+    clock = chosen_clock(a.cpu_time)
+    bench = Bench(a, texts(a))
+    add_lines(bench, a.only)
+    rows = list(bench.rows(bench.run(clock)))
+    title = f'{a.device}, {torch.get_num_threads()} thread(s), {a.texts} texts'
+    columns = [title, 'naive, s:', 's:', 'median ratio (range)', 'best round to best round:', 'logits differ by:']
+    print('\n' + table(columns, map(cells, rows)))
     info = dict(
         device=a.device,
         machine=platform.machine(),
@@ -268,8 +230,7 @@ def main():
         rounds=a.rounds,
         data='folder' if a.data else 'offline corpus',
     )
-    if a.json:
-        a.json.write_text(json.dumps(dict(info=info, rows=rows), indent=1))
+    write_json(a.json, dict(info=info, rows=rows))
 
 
 if __name__ == '__main__':

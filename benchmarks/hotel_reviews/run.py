@@ -1,46 +1,47 @@
-"""Traditional Chinese hotel reviews (ChnSentiCorp, its own split, 6,212 to train and 1,553 to test): what stage 2 of ULMFiT on other people's reviews is worth.
+"""Traditional Chinese hotel reviews (ChnSentiCorp): what stage 2 of ULMFiT on other reviews is worth.
 
     python benchmarks/hotel_reviews/run.py --data FOLDER --out FOLDER
 
-`--data` holds zh_tw/hotel_reviews.csv (text, label, split) and zh_tw/shopping_reviews.parquet (text, category; its labels are not used). Three ways: ULMFiT with `lang='zh-tw'`, characters, whose language model has read
-`--reviews` shopping reviews (those of hotels first, the rest drawn; those that are also test reviews left out); the same classifier from nothing, all layers at one rate from the start; TF-IDF of character 1- to 3-grams with
-logistic regression. A tenth of the training rows validate; with the first seed they choose each way's rate (ULMFiT) and strength (TF-IDF), and no test row decides anything. One language model serves all seeds; it trains in
-bfloat16 where the machine has it. Whatever is finished in --out is not done again, and an epoch that was begun is begun anew. Prints a Markdown table and writes results.json."""
+`--data` holds zh_tw/hotel_reviews.csv (text, label, split; 6,212 to train and 1,553 to test, its own split) and
+zh_tw/shopping_reviews.parquet (text, category; its labels are not used). There are three ways:
 
-import argparse, json, os, time
+- ULMFiT with `lang='zh-tw'` and characters, whose language model has read `--reviews` shopping reviews (those of
+  hotels first, then a random draw, without reviews that are also test reviews);
+- the same classifier from scratch, all layers at one rate from the start;
+- TF-IDF of character 1- to 3-grams with logistic regression.
+
+A tenth of the training rows validate; with the first seed they choose each way's rate (ULMFiT) or regularisation
+(TF-IDF). No decision uses the test rows. One language model serves all seeds; it trains in bfloat16 if the machine
+has it. Results that are in --out are kept; an interrupted epoch starts again. Prints a Markdown table and writes
+results.json."""
+
+import json
+import sys
+import time
 from pathlib import Path
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-import numpy as np, pandas as pd
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import offline, parser, set_threads, table
+
+offline(silent=False)
+import numpy as np
+import pandas as pd
 
 WAYS = ('TF-IDF', 'from scratch', 'stages 2 and 3')
 RATES = {'from scratch': (3e-3, 1e-2), 'stages 2 and 3': (1e-2, 3e-2)}
 
 
 def parse():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data'))
+    ap = parser(__doc__, 'data', 'seeds', 'threads')
     ap.add_argument('--out', default='hotel_reviews')
-    ap.add_argument('--seeds', type=int, default=3)
-    ap.add_argument(
-        '--size',
-        type=int,
-        nargs=3,
-        default=(160, 256, 1),
-        help='width of the embedding, of the layers, number of layers',
-    )
+    size = 'width of the embedding, of the layers, number of layers'
+    ap.add_argument('--size', type=int, nargs=3, default=(160, 256, 1), help=size)
     ap.add_argument('--reviews', type=int, default=20_000, help='shopping reviews that the language model reads')
     ap.add_argument('--lm-epochs', type=int, default=4)
-    ap.add_argument(
-        '--epochs',
-        type=int,
-        nargs='+',
-        default=[1, 1, 4],
-        help='epochs of each stage of unfreezing; the classifier from scratch has their sum',
-    )
+    epochs = 'epochs of each stage of unfreezing; the classifier from scratch has their sum'
+    ap.add_argument('--epochs', type=int, nargs='+', default=[1, 1, 4], help=epochs)
     ap.add_argument('--chars', type=int, default=240, help='characters of a review that the ULMFiT classifiers read')
-    ap.add_argument('--rows', type=int, help='only so many reviews of each kind, to try the script')
-    ap.add_argument('--threads', type=int)
+    ap.add_argument('--rows', type=int, help='use only so many reviews of each kind, to try the script')
     return ap.parse_args()
 
 
@@ -56,16 +57,15 @@ def load(a):
     train = hotel.index[hotel.split == 'train']
     hotel.loc[np.random.default_rng(0).permutation(train)[: len(train) // 10], 'split'] = 'valid'
     shop = shop[~same].sample(frac=1, random_state=0)
-    shop = pd.concat([shop[shop.category == '酒店'], shop[shop.category != '酒店']]).text.str[: a.chars][
-        : a.rows or a.reviews
-    ]
+    shop = pd.concat([shop[shop.category == '酒店'], shop[shop.category != '酒店']])
+    shop = shop.text.str[: a.chars][: a.rows or a.reviews]
     if a.rows:
         hotel = hotel.groupby('split').head(a.rows)
     return hotel.reset_index(drop=True), list(shop), int(same.sum())
 
 
 def tfidf(hotel, chosen):
-    "Predictions on the test rows; the strength of the prior is chosen on the validation rows"
+    "Predictions on the test rows; the validation rows choose the regularisation"
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -83,26 +83,19 @@ def ulmfit(a, hotel, shop, way, seed, lr):
     from fastai_tl.all import AutocastPrecision, LazyLogitsCallback, ULMFiT
 
     cfg = dict(zip(('emb_sz', 'n_hid', 'n_layers'), a.size))
-    enc, fit = None, dict(epochs=[sum(a.epochs)], groups=[a.size[2] + 2], spread=1)
+    options = dict(config=cfg, lang='zh-tw', max_vocab=5000, progress=False)
+    runs = Path(a.out) / 'runs'
     if way == 'stages 2 and 3':
-        lm = ULMFiT(Path(a.out) / 'runs' / 'lm', config=cfg, lang='zh-tw', max_vocab=5000, progress=False)
-        lm.finetune_lm(
-            shop,
-            encoder=None,
-            epochs=a.lm_epochs,
-            lr=1e-2,
-            drop_mult=0.1,
-            wd=0.01,
-            bs=32,
-            valid_pct=0.02,
-            cbs=[AutocastPrecision(), LazyLogitsCallback()],
-        )
-        enc, fit = lm.encoder('domain'), dict(epochs=a.epochs, spread=10)
+        lm = ULMFiT(runs / 'lm', **options)
+        settings = dict(lr=1e-2, drop_mult=0.1, wd=0.01, bs=32, valid_pct=0.02)
+        cbs = [AutocastPrecision(), LazyLogitsCallback()]
+        lm.finetune_lm(shop, encoder=None, epochs=a.lm_epochs, cbs=cbs, **settings)
+        fit = dict(encoder=lm.encoder('domain'), epochs=a.epochs, spread=10)
+    else:
+        fit = dict(encoder=None, epochs=[sum(a.epochs)], groups=[a.size[2] + 2], spread=1)
     short = hotel.assign(text=hotel.text.str[: a.chars])
-    ulm = ULMFiT(
-        Path(a.out) / 'runs' / f'{way} {seed}', config=cfg, lang='zh-tw', max_vocab=5000, seed=seed, progress=False
-    )
-    learn = ulm.classifier(short, valid_col='split', encoder=enc, lr=lr, drop_mult=0.3, bs=32, name=f'lr {lr:g}', **fit)
+    ulm = ULMFiT(runs / f'{way} {seed}', seed=seed, **options)
+    learn = ulm.classifier(short, valid_col='split', lr=lr, drop_mult=0.3, bs=32, name=f'lr {lr:g}', **fit)
     with learn.no_bar():
         acc = float(learn.validate()[1])
         p = learn.get_preds(dl=learn.dls.test_dl(list(short[short.split == 'test'].text)))[0]
@@ -120,92 +113,73 @@ def run(a, hotel, shop, way, seed, chosen):
 
 def scores(pred, true):
     "Accuracy and macro F1 in percent; rows along the last axis, two classes as booleans"
-    tp, tn, wrong = (pred & true).sum(-1), (~pred & ~true).sum(-1), (pred != true).sum(-1)
-    return 100 * (pred == true).mean(-1), 50 * (
-        2 * tp / np.maximum(2 * tp + wrong, 1) + 2 * tn / np.maximum(2 * tn + wrong, 1)
-    )
+    tp, tn = (pred & true).sum(-1), (~pred & ~true).sum(-1)
+    wrong = (pred != true).sum(-1)
+    f1 = [2 * right / np.maximum(2 * right + wrong, 1) for right in (tp, tn)]
+    return 100 * (pred == true).mean(-1), 50 * sum(f1)
 
 
 def paired(preds, true, a, b, n=2000):
-    "Points of accuracy and of macro F1 of `a` over `b`, means of the seeds, and their 95 % intervals when seeds and rows are drawn anew"
-    rng, draws = np.random.default_rng(0), []
-    gain = lambda rows, seeds: [
-        float((x - y).mean()) for x, y in zip(*(scores(preds[w][seeds][:, rows], true[rows]) for w in (a, b)))
-    ]
+    "Points of accuracy and of macro F1 of `a` over `b`, with 95 % bootstrap intervals over seeds and rows"
+    rng = np.random.default_rng(0)
     k = len(preds[a])
-    for _ in range(n):
-        draws.append(gain(rng.integers(0, len(true), len(true)), rng.integers(0, k, k)))
-    return [
-        (m, *np.percentile(d, (2.5, 97.5))) for m, d in zip(gain(np.arange(len(true)), np.arange(k)), np.array(draws).T)
-    ]
+
+    def gain(rows, seeds):
+        both = [scores(preds[w][seeds][:, rows], true[rows]) for w in (a, b)]
+        return [float((x - y).mean()) for x, y in zip(*both)]
+
+    draws = [gain(rng.integers(0, len(true), len(true)), rng.integers(0, k, k)) for _ in range(n)]
+    means = gain(np.arange(len(true)), np.arange(k))
+    return [(m, *np.percentile(d, (2.5, 97.5))) for m, d in zip(means, np.array(draws).T)]
 
 
 def report(rows, true):
-    preds = {
-        w: np.array([r['positive'] for r in rows if r['way'] == w], bool)
-        for w in WAYS
-        if any(r['way'] == w for r in rows)
-    }
+    preds = {}
+    for w in WAYS:
+        found = [r['positive'] for r in rows if r['way'] == w]
+        if found:
+            preds[w] = np.array(found, bool)
     k = min(map(len, preds.values()))
     preds = {w: p[:k] for w, p in preds.items()}
-    said = lambda d: '{:+.1f} ({:+.1f} to {:+.1f})'.format(*d)
-    print(
-        f'\n| hotel reviews, {len(true):,} test rows, {k} seed(s) | accuracy %, mean ± sd | macro F1 %, mean ± sd | accuracy against TF-IDF, points (95 % interval) | macro F1 against TF-IDF |\n|---|---:|---:|---:|---:|'
-    )
+    as_text = lambda d: '{:+.1f} ({:+.1f} to {:+.1f})'.format(*d)
+    lines = []
     for w, p in preds.items():
-        acc, f1 = scores(p, true)
-        against = ('', '') if w == 'TF-IDF' else map(said, paired(preds, true, w, 'TF-IDF'))
-        print(
-            f'| {w} | '
-            + ' | '.join([f'{v.mean():.1f} ± {v.std(ddof=1) if k > 1 else 0:.1f}' for v in (acc, f1)] + list(against))
-            + ' |'
-        )
+        means = [f'{v.mean():.1f} ± {v.std(ddof=1) if k > 1 else 0:.1f}' for v in scores(p, true)]
+        against = ('', '') if w == 'TF-IDF' else map(as_text, paired(preds, true, w, 'TF-IDF'))
+        lines.append([w, *means, *against])
+    title = f'hotel reviews, {len(true):,} test rows, {k} seed(s)'
+    against = ['accuracy against TF-IDF, points (95 % interval):', 'macro F1 against TF-IDF:']
+    print('\n' + table([title, 'accuracy %, mean ± sd:', 'macro F1 %, mean ± sd:', *against], lines))
     if {*WAYS[1:]} <= set(preds):
-        print(
-            '\nStage 2 against none: {} points of accuracy, {} of macro F1'.format(
-                *map(said, paired(preds, true, *WAYS[:0:-1]))
-            )
-        )
+        accuracy, f1 = map(as_text, paired(preds, true, *WAYS[:0:-1]))
+        print(f'\nStage 2 against none: {accuracy} points of accuracy, {f1} of macro F1')
 
 
 def main():
     a = parse()
-    import torch
-
-    if a.threads:
-        torch.set_num_threads(a.threads)
+    set_threads(a.threads)
     hotel, shop, same = load(a)
     file = Path(a.out) / 'results.json'
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(file.read_text(encoding='utf-8'))['runs'] if file.exists() else []
     true = (hotel[hotel.split == 'test'].label == '正面').to_numpy()
-    print(
-        f'{len(hotel):,} hotel reviews; {len(shop):,} shopping reviews; {same:,} were left out that are among the test reviews',
-        flush=True,
-    )
+    counts = f'{len(hotel):,} hotel reviews; {len(shop):,} shopping reviews'
+    print(f'{counts}; {same:,} more were left out: they are test reviews too', flush=True)
     for seed in range(a.seeds):
         for way in WAYS:
             if any(r['way'] == way and r['seed'] == seed for r in rows):
                 continue
-            chosen, t = next((r['chosen'] for r in rows if r['way'] == way), None), time.perf_counter()
+            chosen = next((r['chosen'] for r in rows if r['way'] == way), None)
+            begin = time.perf_counter()
             pred, chosen = run(a, hotel, shop, way, seed, chosen)
             positive = np.array(pred) == '正面'
-            acc, f1 = scores(positive, true)
-            rows.append(
-                dict(
-                    way=way,
-                    seed=seed,
-                    chosen=chosen,
-                    accuracy=float(acc),
-                    macro_f1=float(f1),
-                    seconds=time.perf_counter() - t,
-                    positive=positive.astype(int).tolist(),
-                )
-            )
-            print({k: v for k, v in rows[-1].items() if k != 'positive'}, flush=True)
-            file.write_text(
-                json.dumps(dict(settings=vars(a), left_out=same, runs=rows), ensure_ascii=False), encoding='utf-8'
-            )
+            accuracy, f1 = map(float, scores(positive, true))
+            row = dict(way=way, seed=seed, chosen=chosen, accuracy=accuracy, macro_f1=f1)
+            row['seconds'] = time.perf_counter() - begin
+            print(row, flush=True)
+            rows.append(dict(row, positive=positive.astype(int).tolist()))
+            settings = dict(settings=vars(a), left_out=same, runs=rows)
+            file.write_text(json.dumps(settings, ensure_ascii=False), encoding='utf-8')
     report(rows, true)
 
 

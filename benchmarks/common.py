@@ -1,0 +1,141 @@
+"""What the benchmarks share: command line options, interleaved rounds, ratios with their range, quiet Learners,
+tables and JSON."""
+
+import argparse
+import json
+import os
+import statistics as st
+import time
+import warnings
+from pathlib import Path
+
+DATA = os.environ.get('FASTAI_TL_DATA', '../shared/data')
+OPTIONS = {
+    'rounds': dict(type=int, default=5, help='counted rounds'),
+    'threads': dict(type=int, help="PyTorch's threads"),
+    'device': dict(default='cpu'),
+    'cpu-time': dict(action='store_true', help='processor time instead of wall-clock time; needs one thread'),
+    'data': dict(default=DATA, help='folder with the data sets'),
+    'seeds': dict(type=int, default=3),
+    'json': dict(type=Path, help='also write the figures to this file'),
+}
+
+
+def offline(silent=True):
+    "Keep transformers off the network and its tokenizers in one process; call before importing it"
+    os.environ.setdefault('HF_HUB_OFFLINE', '1')
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    if silent:
+        warnings.filterwarnings('ignore')
+
+
+def parser(doc, *options, **defaults):
+    "A command line parser that shows `doc`, with some of OPTIONS and their defaults"
+    ap = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in options:
+        ap.add_argument(f'--{name}', **OPTIONS[name])
+    ap.set_defaults(**defaults)
+    return ap
+
+
+def set_threads(threads):
+    "Set PyTorch's number of threads, if one is given"
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def chosen_clock(cpu_time):
+    "The clock of `--cpu-time` or of the wall"
+    import torch
+
+    if not cpu_time:
+        return time.perf_counter
+    if torch.get_num_threads() != 1:
+        raise SystemExit('--cpu-time needs --threads 1: it adds up the seconds of all threads')
+    return time.process_time
+
+
+# --- time ---
+
+
+def synchronize(device):
+    "Wait until the device has finished its work"
+    import torch
+
+    if device != 'cpu':
+        torch.accelerator.synchronize()
+
+
+def seconds(f, clock=time.perf_counter, device='cpu'):
+    "Seconds that `f` takes; where `f` returns a float, it has timed itself and that counts"
+    synchronize(device)
+    begin = clock()
+    own = f()
+    synchronize(device)
+    return own if isinstance(own, float) else clock() - begin
+
+
+def rotated(names, i):
+    "The names in an order that changes from round to round"
+    names = list(names)
+    i = i % len(names)
+    return names[i:] + names[:i]
+
+
+def interleave(variants, rounds, warm_up=1, **kwargs):
+    "Seconds of each variant in each round; the first `warm_up` rounds are not counted"
+    times = {name: [] for name in variants}
+    for r in range(rounds + warm_up):
+        for name in rotated(variants, r):
+            t = seconds(variants[name], **kwargs)
+            if r >= warm_up:
+                times[name].append(t)
+    return times
+
+
+# --- results ---
+
+
+def ratio(base, other, scale=1.0):
+    "Median, lowest and highest ratio of the rounds, and the ratio of the best rounds"
+    ratios = [scale * b / o for b, o in zip(base, other)]
+    return dict(ratio=st.median(ratios), low=min(ratios), high=max(ratios), best=scale * min(base) / min(other))
+
+
+def ranged(r, digits=2):
+    "A ratio and its range as text"
+    return f"{r['ratio']:.{digits}f} ({r['low']:.{digits}f} to {r['high']:.{digits}f})"
+
+
+def show(name, results, width=16, digits=2):
+    "Print each result of an experiment: a ratio with its range, or the rounded figures"
+    for k, v in results.items():
+        figures = {i: round(o, digits) for i, o in v.items()}
+        if 'ratio' in v:
+            figures = f"{v['ratio']:.2f} ({v['low']:.2f} to {v['high']:.2f}; best against best {v['best']:.2f})"
+        print(f'{name:10} {k:{width}}', figures, flush=True)
+
+
+def table(columns, rows):
+    "A Markdown table; a column whose name ends in `:` is aligned to the right"
+    heads = [c.removesuffix(':') for c in columns]
+    rules = ['---:' if c.endswith(':') else '---' for c in columns]
+    lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(rules)}|"]
+    return '\n'.join([*lines, *(f"| {' | '.join(map(str, r))} |" for r in rows)])
+
+
+def write_json(file, figures, indent=1):
+    "Write the figures to a file, if there is one"
+    if file:
+        file.write_text(json.dumps(figures, indent=indent) + '\n', encoding='utf-8')
+
+
+def quiet(learn, validate=False):
+    "The Learner without progress bar and log, and without validation unless `validate`: training alone is timed"
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *o: None
+    if not validate:
+        learn._do_epoch_validate = lambda *o, **k: None
+    return learn
