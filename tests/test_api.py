@@ -3,11 +3,13 @@
 import ast, importlib, inspect, types
 
 import pytest
-from fastcore.docments import docments
 from fasttransform import Transform
 
 from repo import *
 from test_law import all_patches, patched
+
+sys.path.append(str(ROOT / 'tools'))
+from docs_api import parameter_docs
 
 exported = [nb for nb in notebooks() if nb.py.exists()]  # that none is missing is for test_notebooks.py to say
 each_notebook = pytest.mark.parametrize('nb', exported, ids=ids)
@@ -74,8 +76,8 @@ def undocumented(o):
     own = list(f.__code__.co_varnames[: f.__code__.co_argcount + f.__code__.co_kwonlyargcount])
     if not hasattr(f, '__delwrap__'):
         own += [p.name for p in inspect.signature(f).parameters.values() if p.kind is p.VAR_KEYWORD]
-    docs = docments(o if isinstance(o, type) else f, args_kwargs=True)
-    return [n for n in own if n not in ('self', 'cls') and not n.startswith('_') and not docs.get(n)]
+    docs = parameter_docs(o if isinstance(o, type) else f)
+    return [n for n in own if n not in ('self', 'cls') and not n.startswith('_') and not (docs.get(n) or {}).get('docment')]
 
 
 @each_notebook

@@ -2,7 +2,7 @@
 
 Names come from the exported cells of the numbered notebooks, signatures and docments from the imported package."""
 
-import ast, importlib, inspect, re, textwrap
+import ast, dataclasses, importlib, inspect, re, textwrap
 from collections import namedtuple
 from dataclasses import dataclass, field
 
@@ -282,10 +282,43 @@ def field_comments(e):
     )
 
 
+def dataclass_docs(cls):
+    "The comments behind the fields of a dataclass, whose `__init__` has no source that docments could read"
+    res = {}
+    for c in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(c):
+            source = textwrap.dedent(inspect.getsource(c))
+            lines = source.splitlines()
+            body = ast.parse(source).body[0].body
+            res |= {n.target.id: lines[n.end_lineno - 1].partition('#')[2].strip() for n in body if isinstance(n, ast.AnnAssign)}
+    return {name: dict(docment=comment) for name, comment in res.items()}
+
+
+def its_class(f):
+    "The dataclass whose `__init__` is `f`; `f` itself if it is no dataclass's"
+    cls = getattr(f, '__globals__', {}).get(f.__qualname__.split('.')[0])
+    return cls if dataclasses.is_dataclass(cls) and cls.__init__ is f else f
+
+
+def parameter_docs(obj):
+    "The docments of a function or a class, in full, with those of what it delegates to"
+    f = obj.__init__ if isinstance(obj, type) else obj
+    to = getattr(f, '__delwrap__', None)
+    if to is None:
+        return dataclass_docs(obj) if dataclasses.is_dataclass(obj) else docments(obj, full=True, returns=True, args_kwargs=True)
+    del f.__delwrap__
+    try:
+        own = docments(obj, full=True, returns=True, args_kwargs=True)
+    finally:
+        f.__delwrap__ = to
+    inherited = {name: d for name, d in parameter_docs(its_class(to)).items() if name != 'return'}
+    return {**inherited, **{name: d for name, d in own.items() if name not in inherited or (d or {}).get('docment')}}
+
+
 def parameters(e):
     "The parameters of an entry, and what it returns, each with type, default and meaning"
     ps, own = signature(e), as_written(e)
-    docs = docments(e.obj, full=True, returns=True, args_kwargs=True) if callable(e.obj) else {}
+    docs = parameter_docs(e.obj) if callable(e.obj) else {}
     fields, res = field_comments(e), []
     for p in ps or ():
         d, (anno, default) = docs.get(p.name) or {}, own.get(p.name, (None, None))

@@ -83,7 +83,10 @@ def load_tokenizer(
                             'Wrap a tokenizer of `tokenizers` in `PreTrainedTokenizerFast(tokenizer_object=…)`')
     return tokenizer
 
-def model_max_length(tokenizer, default=512):
+def model_max_length(
+    tokenizer, # A tokenizer of transformers
+    default:int=512 # The limit if the tokenizer has none
+) -> int: # Tokens
     "The tokenizer's own limit of tokens, or `default` if it has none"
     return tokenizer.model_max_length if tokenizer.model_max_length < 1e6 else default
 

@@ -141,7 +141,9 @@ class HFTokenizeQA(DisplayedTransform):
             span = token_span(begin, data[3], start, start+len(answer)) if answer else None
             yield QAWindow(examples[k], data, *(span or (none_at, none_at)))
 
-    def number(self, examples):
+    def number(self,
+        examples # `QAExample`s; those with an answer that have no number get one
+    ):
         "Number labelled questions, so that a metric finds them again"
         for example in examples:
             if example.number < 0:

@@ -87,7 +87,9 @@ class TextSpec:
         "Turn the logits of a model for this task into probabilities"
         return activate(scores, self.task, temperature)
 
-    def replace(self, **changes) -> 'TextSpec':
+    def replace(self,
+        **changes # Fields and their new values
+    ) -> 'TextSpec':
         "Return the same spec with other values of some fields"
         return replace(self, **changes)
 

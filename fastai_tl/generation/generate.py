@@ -391,7 +391,7 @@ def generate(
 @delegates(generate, but=['model_or_name'], keep=True)
 def generate(self:Learner,
     prompts='', # A string or several; an empty one stands for the beginning of a text
-    **kwargs
+    **kwargs # As in `generate`
 ) -> GeneratedTexts:
     "Continue each prompt"
     return generate(self, prompts, **kwargs) # the function

@@ -181,7 +181,10 @@ class ClassifierOptions:
         if self.schedule not in STAGE_SCHEDULES:
             raise unknown_option('schedule', self.schedule, STAGE_SCHEDULES)
 
-    def fit(self, learn, cbs):
+    def fit(self,
+        learn, # The classifier
+        cbs # Callbacks
+    ):
         "Train a classifier by gradual unfreezing"
         return learn.fit_gradual(self.epochs, lr=self.lr, lrs=self.lrs, spread=self.spread, groups=self.groups,
                                  schedule=self.schedule, wd=self.wd, cbs=cbs)
