@@ -36,7 +36,7 @@ def site(tmp_path_factory):
 # --- The tool ---
 
 
-def page(docs, *cells, src='nbs/90_x.y.ipynb', by_name=None):
+def page(docs, *cells, src='nbs/900_x.y.ipynb', by_name=None):
     "A page of made-up cells, on a site whose reference knows `by_name`"
     from docs_page import Page, Site
 

@@ -11,7 +11,7 @@ __all__ = ['CLASSIFICATION_TASKS', 'LANGUAGE_MODEL_TASKS', 'TASKS', 'activate', 
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from ..core import DataError, FastaiTLError, did_you_mean, lang_code, shorten, unknown_option
+from ..core import DataError, did_you_mean, lang_code, shorten, unknown_option
 from ..files import read_json, write_json
 
 # %% ../../nbs/100_data.spec.ipynb #5e5cc581

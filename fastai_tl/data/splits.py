@@ -180,7 +180,7 @@ def time_folds(
     times, # Time of each row: dates, or numbers
     n_folds:int=5, # Number of validation windows
     valid_size:int|None=None, # Distinct times in a validation window; `None`: all windows have the same number
-    gap=0, # Left out before a window: a number of distinct times, or a duration such as `'7D'`
+    gap:int|str|pd.Timedelta=0, # Left out before a window: a number of distinct times, or a duration such as `'7D'`
     train_size=None # Rolling window: a number of distinct times, or a duration; `None`: all of the past
 ) -> list: # A `Fold` for each window, the earliest first
     "Make folds that train on the past and validate on what follows"

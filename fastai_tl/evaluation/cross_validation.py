@@ -409,7 +409,7 @@ def time_series_validate(
     time_col, # Column of the times: dates, or numbers
     n_folds:int=5, # Number of validation windows
     valid_size:int|None=None, # Distinct times in a validation window; all windows the same size if `None`
-    gap=0, # Left out before it: a number of distinct times, or a duration such as `'7D'`
+    gap:int|str|pd.Timedelta=0, # Left out before it: a number of distinct times, or a duration such as `'7D'`
     train_size=None, # Rolling window: a number of distinct times, or a duration; all of the past if `None`
     label_col='label', # Column of the labels
     seed:int=42, # Seed of each fold's training
