@@ -18,7 +18,7 @@ from ..plot import PALETTE, figure_style, in_words
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #624f1127
 def decisions(ev, label=None):
-    "Return confidence and rightness of each decision; for a class, its probability and whether it is true"
+    "Return confidence and correctness of each prediction; with `label`, probability and truth of that class"
     if ev.task == 'regression':
         raise FastaiTLError('Confidence needs classes', 'a regression', 'See `plot_residuals()`')
     if label is not None:
@@ -37,18 +37,18 @@ def decisions(ev, label=None):
 def reliability_table(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n_bins:int=10, # Number of bins
-    mass:bool=False, # Bins with the same number of rows each, instead of bins of the same width
-    label=None, # Look at the probability of this class instead of the decision
-    level:float=.95 # Share of the intervals that contain the true value
+    mass:bool=False, # Bins with the same number of rows each, instead of bins of equal width
+    label=None, # Use the probability of this class instead of that of the predicted class
+    level:float=.95 # Level of the interval: .95 for a 95 % interval
 ) -> ScoreTable: # from | to | confidence | accuracy | low | high | count; empty bins are left out
-    "Return mean confidence and share of right decisions of each bin"
+    "Return mean confidence and accuracy of each bin"
     conf, right = decisions(ev, label)
     if not len(conf):
-        raise DataError('A table of confidence needs at least one row', 'none')
-    edges, n, k, c = bin_sums(conf, right, n_bins, mass)
-    low, high = wilson_interval(k, n, level)
-    df = pd.DataFrame({'from': edges[:-1], 'to': edges[1:], 'confidence': ratio(c, n), 'accuracy': ratio(k, n),
-                       'low': low, 'high': high, 'count': n.astype(int)})
+        raise DataError('A reliability table needs at least one row', 'none')
+    edges, count, n_right, conf_sum = bin_sums(conf, right, n_bins, mass)
+    low, high = wilson_interval(n_right, count, level)
+    df = pd.DataFrame({'from': edges[:-1], 'to': edges[1:], 'confidence': ratio(conf_sum, count),
+                       'accuracy': ratio(n_right, count), 'low': low, 'high': high, 'count': count.astype(int)})
     return ScoreTable(df[df['count'] > 0].reset_index(drop=True))
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #80ef6e60
@@ -56,7 +56,7 @@ def calibration_scores(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n_bins:int=15 # Number of bins of ECE and MCE
 ) -> dict: # `ece`, `ece_mass`, `mce`, `brier`, `nll`, `confidence`, `accuracy`
-    "Return how far confidence and truth are apart"
+    "Return calibration errors, Brier score, NLL, mean confidence and accuracy"
     conf, right = decisions(ev)
     if not len(conf):
         raise DataError('Calibration needs at least one row', 'none')
@@ -68,7 +68,7 @@ def calibration_scores(
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #706943b5
 FILLS = (dict(facecolor=PALETTE[5], edgecolor=PALETTE[0], linewidth=.8),
-         dict(facecolor='none', edgecolor=PALETTE[1], hatch='////', linewidth=1.2)) # distinct without color too
+         dict(facecolor='none', edgecolor=PALETTE[1], hatch='////', linewidth=1.2)) # can be distinguished without color
 
 def accuracy_errors(table):
     "Return the lengths of the error bars below and above the accuracy of each bin"
@@ -84,7 +84,7 @@ def draw_confidences(ax, conf, right, n_bins, words):
     ax.legend(frameon=False)
 
 def draw_bin_accuracy(ax, table, words):
-    "Draw the accuracy of each bin with its interval, and the line where it would equal the confidence"
+    "Draw the accuracy of each bin with its interval, and the diagonal where accuracy equals confidence"
     center = (table['from']+table['to'])/2
     width = np.maximum(table['to']-table['from'], .004)
     ax.bar(center, table.accuracy, width=width*.92, color=PALETTE[0], alpha=.85, linewidth=0)
@@ -103,7 +103,7 @@ def plot_confidence_panels(
     lang:str|None=None, # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
     figsize:tuple=(10, 3.8) # Width and height in inches
 ):
-    "Plot how confident right and wrong predictions are, and how many of each bin are right"
+    "Plot how confident right and wrong predictions are, and the accuracy of each bin"
     conf, right = decisions(ev)
     table = reliability_table(ev, n_bins)
     words = lambda o: in_words(o, lang)
@@ -137,10 +137,10 @@ def plot_reliability_diagram(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n_bins:int=10, # Number of bins
     mass:bool=False, # Bins with the same number of rows each
-    label=None, # Look at the probability of this class instead of the decision
+    label=None, # Use the probability of this class instead of that of the predicted class
     lang:str|None=None # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
 ):
-    "Plot accuracy against confidence with 95 % intervals, and the number of rows"
+    "Plot accuracy against confidence with 95 % intervals, and the number of rows in each bin"
     words = lambda o: in_words(o, lang)
     table = reliability_table(ev, n_bins, mass, label)
     if label is None:
@@ -151,22 +151,22 @@ def plot_reliability_diagram(
 TEMPERATURE_BOUNDS = (.02, 50.)
 
 def scores_of(p, task):
-    "Return scores that the softmax or sigmoid turns into `p`, up to a constant"
+    "Return logits that the softmax or sigmoid turns back into the probabilities `p`"
     if task == 'classification':
         return np.log(np.maximum(p.astype(float), np.finfo(np.float32).tiny))
-    half_step = np.finfo(p.dtype).eps/2
+    half_step = np.finfo(p.dtype).eps/2 # so that the logits of 0 and 1 are finite
     p = np.clip(p.astype(float), half_step, 1-half_step)
     return np.log(p)-np.log1p(-p)
 
 def scaled_probs(z, task, t):
-    "Return the softmax or sigmoid of `z/t`"
+    "Return the softmax or sigmoid of the logits `z/t`"
     if task == 'multilabel':
         return 1/(1+np.exp(-z/t))
     e = np.exp((z-z.max(1, keepdims=True))/t)
     return e/e.sum(1, keepdims=True)
 
 def scaled_nll(z, y, task, t):
-    "Return the mean negative log-likelihood of `z/t`, without a lower limit for small probabilities"
+    "Return the mean negative log-likelihood of the logits `z/t`, without clipping small probabilities"
     if task == 'multilabel':
         return np.logaddexp(0, np.where(y > 0, -z, z)/t).mean()
     top = z.max(1)
@@ -175,9 +175,9 @@ def scaled_nll(z, y, task, t):
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #55e9938b
 class TemperatureScaling:
-    "Divide the scores by a temperature before the softmax or sigmoid"
+    "Divide the logits by a temperature before the softmax or sigmoid"
     def __init__(self,
-        temperature:float=1., # More than 1 lowers the confidence of the model
+        temperature:float=1., # A temperature above 1 lowers the confidence
         task:str='classification' # `classification` or `multilabel`
     ):
         self.temperature = float(temperature)
@@ -194,8 +194,8 @@ class TemperatureScaling:
         return scaled_probs(scores_of(probs, self.task), self.task, self.temperature)
     def apply(self,
         ev:ScoredRows # An `Evaluation` of the same model, on any rows
-    ) -> ScoredRows: # With the same decisions
-        "Return the same rows at this temperature"
+    ) -> ScoredRows: # With the same predictions
+        "Return the same rows with the probabilities at this temperature"
         return ev.with_probs(self(ev.probs), ev.preds)
     def fit(self,
         ev:ScoredRows # An `Evaluation` on rows that the model was not trained on
@@ -216,22 +216,22 @@ class TemperatureScaling:
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #392b5d4a
 def probs_across_folds(ev, n_folds, seed=0):
-    "Return the probabilities of each part of the rows, scaled by a temperature fitted on the other parts"
+    "Return the probabilities of all rows, each fold at a temperature fitted on the other folds"
     probs = np.array(ev.probs, dtype=float)
-    part = np.random.default_rng(seed).permutation(len(ev))%n_folds
+    fold = np.random.default_rng(seed).permutation(len(ev))%n_folds
     for i in range(n_folds):
-        held = part == i
-        others = ScoredRows(ev.probs[~held], ev.targets[~held], ev.classes)
-        probs[held] = TemperatureScaling().fit(others)(ev.probs[held])
+        held_out = fold == i
+        others = ScoredRows(ev.probs[~held_out], ev.targets[~held_out], ev.classes)
+        probs[held_out] = TemperatureScaling().fit(others)(ev.probs[held_out])
     return probs
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #5db55a86
 class Calibrated:
-    "A fitted temperature, with the evaluation before it, after it and across folds"
+    "A fitted temperature, with the evaluations before and after scaling and a cross-validated one"
     def __init__(self,
         ev:ScoredRows, # An `Evaluation` on rows that the model was not trained on
-        n_folds:int=5, # Number of parts for the cross-validated estimate; no estimate if less than 2
-        seed:int=0 # Seed of the split into parts
+        n_folds:int=5, # Number of folds of the cross-validated estimate; no estimate if less than 2
+        seed:int=0 # Seed of the split into folds
     ):
         self.scaling = TemperatureScaling().fit(ev)
         self.before = ev
@@ -240,7 +240,7 @@ class Calibrated:
         self.folds = ev.with_probs(probs_across_folds(ev, n_folds, seed), ev.preds) if n_folds >= 2 else None
     @property
     def temperature(self) -> float:
-        "The number that scores are divided by"
+        "The number that the logits are divided by"
         return self.scaling.temperature
     def __repr__(self):
         return f'Calibrated(temperature {self.temperature:.4g})\n{self.table()!r}'
@@ -248,13 +248,13 @@ class Calibrated:
         return f'<p>temperature {self.temperature:.4g}</p>{self.table()._repr_html_()}'
     def apply(self,
         ev:ScoredRows # An `Evaluation` of the same model, on other rows
-    ) -> ScoredRows: # With the same decisions
-        "Return the same rows at the fitted temperature"
+    ) -> ScoredRows: # With the same predictions
+        "Return the same rows with the probabilities at the fitted temperature"
         return self.scaling.apply(ev)
     def table(self,
         n_bins:int=15 # Number of bins of ECE and MCE
     ) -> ScoreTable: # before | after | across folds
-        "Compare the calibration before and after"
+        "Return the calibration metrics before and after scaling"
         columns = {'before': self.before, 'after': self.after}
         if self.folds is not None:
             columns['across folds'] = self.folds
@@ -264,7 +264,7 @@ class Calibrated:
         mass:bool=False, # Bins with the same number of rows each
         lang:str|None=None # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
     ):
-        "Plot the reliability before and after; after is the cross-validated estimate if there is one"
+        "Plot the reliability diagrams before and after scaling; after is the cross-validated estimate if there is one"
         words = lambda o: in_words(o, lang)
         after = self.after if self.folds is None else self.folds
         tables = {words('before'): reliability_table(self.before, n_bins, mass),

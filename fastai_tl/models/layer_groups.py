@@ -23,7 +23,7 @@ from .layer_stacks import all_names, has_params, inside, is_embedding, is_stack,
 class LayerGroup:
     "Parameters that are frozen, unfrozen and given a learning rate together"
     name:str # `embeddings`, `layer.0`, …, `head`
-    params:list = field(default_factory=list, repr=False) # The parameters, each in one group only
+    params:list = field(default_factory=list, repr=False) # The parameters; none of them is in another group
     names:list = field(default_factory=list) # Their names in `model.named_parameters()`
     kinds:list = field(default_factory=list, repr=False) # Their kinds, see `param_kind`
     @property
@@ -35,13 +35,13 @@ class LayerGroup:
 def layer_range(
     groups # Neighbouring `LayerGroup`s, or their names, bottom to top
 ) -> str: # `layer.0`, or `layer.0 – layer.3`; an empty string for none
-    "Name a range of layer groups by its two ends"
+    "Return a name for a range of layer groups, made of its lowest and its highest group"
     names = [getattr(g, 'name', g) for g in groups]
     return ' – '.join(dict.fromkeys(names[:1] + names[-1:]))
 
 # %% ../../nbs/205_models.layer_groups.ipynb #85470a47
 _ATTENTION = ('attn', 'attention')
-_STATE_SPACE = ('A_log', 'D') # decay rates and skip connections of Mamba models, which their authors do not decay
+_STATE_SPACE = ('A_log', 'D') # parameters of Mamba models, which Mamba's authors train without weight decay
 
 def param_kind(
     owner:nn.Module, # The module that holds the parameter
@@ -50,7 +50,7 @@ def param_kind(
     head:bool=False, # Whether it is in the model's head
     block:bool=False # Whether it is in a block of a stack
 ) -> str: # embedding, attention, ffn, recurrent, weight, norm, bias or head
-    "Return the kind of a parameter, by the module that owns it"
+    "Return the kind of a parameter, which depends on the module that owns it"
     leaf = name.split('.')[-1]
     if is_embedding(owner) and 'bias' not in leaf and p.ndim > 1:
         return 'embedding'
@@ -71,19 +71,19 @@ def layer_groups(
     model:nn.Module, # Any PyTorch model, or a fastai Learner's `model`
     tied:str='head' # Where an output layer that shares the input embedding goes: `head`, or `embeddings`
 ) -> list: # `LayerGroup`s, bottom to top; each parameter that is not fixed is in exactly one
-    "Split `model` into layer groups, by its structure and the order in which it works"
+    "Split `model` into layer groups, by its structure and the order in which its modules run"
     if tied not in ('head', 'embeddings'):
         raise FastaiTLError("`tied` must be 'head' or 'embeddings'", repr(tied))
     layout = model_layout(model)
     groups = [LayerGroup(name) for name in layout.names]
     _fill(groups, model, layout, tied)
     if layout.blocks:
-        _drop_norm_head(groups, layout.positions)
+        _merge_norm_head(groups, layout.positions)
     return [g for g in groups if g.params]
 
 # %% ../../nbs/205_models.layer_groups.ipynb #ec7826d2
 def _fill(groups, model, layout, tied):
-    "Put the parameters of `model` into `groups`: shared ones once, fixed ones nowhere"
+    "Put each parameter of `model` into one of `groups`, except the fixed ones"
     last = len(groups)-1
     fixed = set(fixed_parameters(model))
     names = all_names(model)
@@ -93,19 +93,19 @@ def _fill(groups, model, layout, tied):
         owners = [model.get_submodule(n.rpartition('.')[0]) for n in names[name]]
         owner = next((o for o in owners if is_embedding(o)), owners[0])
         positions = layout.positions[name]
-        with_head = tied == 'head' and is_embedding(owner) and last in positions
-        group = groups[last if with_head else min(positions)]
+        is_output_layer = is_embedding(owner) and last in positions
+        group = groups[last if is_output_layer and tied == 'head' else min(positions)]
         group.params.append(p)
         group.names.append(name)
         in_block = inside(name, layout.blocks) is not None
         group.kinds.append(param_kind(owner, name, p, head=group.name == 'head', block=in_block))
 
-def _drop_norm_head(groups, positions):
-    "Move a head that has nothing but norms to the last block"
+def _merge_norm_head(groups, positions):
+    "Move the parameters of the head to the last block if they are all norms"
     *_, block, head = groups
     top = len(groups)-1
-    shares = any(top in at and name not in head.names for name, at in positions.items())
-    if set(head.kinds) != {'norm'} or shares:
+    head_shares = any(top in used_at and name not in head.names for name, used_at in positions.items())
+    if set(head.kinds) != {'norm'} or head_shares:
         return
     for part in ('params', 'names', 'kinds'):
         getattr(block, part).extend(getattr(head, part))
@@ -113,14 +113,17 @@ def _drop_norm_head(groups, positions):
 
 # %% ../../nbs/205_models.layer_groups.ipynb #22e7f306
 def _joined(groups):
-    if len(groups) == 1:
-        return groups[0]
-    parts = [[o for g in groups for o in getattr(g, part)] for part in ('params', 'names', 'kinds')]
-    return LayerGroup(layer_range(groups), *parts)
+    "Return one group with all that is in `groups`"
+    res = LayerGroup(layer_range(groups))
+    for g in groups:
+        res.params.extend(g.params)
+        res.names.extend(g.names)
+        res.kinds.extend(g.kinds)
+    return res
 
 def merge_groups(
     groups:list, # From `layer_groups`
-    n_groups:int # How many to make of them, the head included
+    n_groups:int # Number of groups to make, including the head
 ) -> list: # `n_groups` new `LayerGroup`s
     "Join neighbouring groups; the top group stays as it is"
     if not 1 <= n_groups <= len(groups):
@@ -130,19 +133,19 @@ def merge_groups(
         return groups
     if n_groups == 1:
         return [_joined(groups)]
-    with_embeddings = groups[0].name == 'embeddings' and len(groups)-2 >= n_groups-1
-    low = 1 if with_embeddings else 0
-    body = groups[low:-1]
-    cuts = [round(i*len(body)/(n_groups-1)) for i in range(n_groups)]
-    parts = [body[a:b] for a, b in zip(cuts, cuts[1:])]
-    parts[0] = groups[:low] + parts[0]
-    return [_joined(p) for p in parts] + groups[-1:]
+    embeddings_join = groups[0].name == 'embeddings' and len(groups)-2 >= n_groups-1
+    first_layer = 1 if embeddings_join else 0
+    layers = groups[first_layer:-1]
+    cuts = [round(i*len(layers)/(n_groups-1)) for i in range(n_groups)]
+    parts = [layers[start:stop] for start, stop in zip(cuts, cuts[1:])]
+    parts[0] = groups[:first_layer] + parts[0]
+    return [_joined(part) for part in parts] + groups[-1:]
 
 # %% ../../nbs/205_models.layer_groups.ipynb #3d59b722
 class layer_splitter:
-    "A fastai `splitter` of layer groups that also gives the optimizer the kind of each parameter"
+    "A fastai `splitter` that returns layer groups and the kind of each parameter, which the optimizer uses"
     def __init__(self,
-        n_groups:int|None=None, # Merge neighbours into this number of groups; no merging if `None`
+        n_groups:int|None=None, # Merge neighbouring groups into this number of groups; no merging if `None`
         tied:str='head' # See `layer_groups`
     ):
         self.n_groups = n_groups
@@ -150,7 +153,7 @@ class layer_splitter:
     def groups(self,
         model:nn.Module # The model to split
     ) -> list: # `LayerGroup`s
-        "Return the layer groups behind the split of `model`"
+        "Return the layer groups of `model`, merged if `n_groups` is given"
         groups = layer_groups(model, self.tied)
         return groups if self.n_groups is None else merge_groups(groups, self.n_groups)
     def __call__(self, model):
@@ -160,7 +163,7 @@ class layer_splitter:
 
 # %% ../../nbs/205_models.layer_groups.ipynb #6972a349
 class ParamLists(list):
-    "Lists of parameters, one a group, with `names` of the groups and `kinds` of the parameters"
+    "A list of parameters for each group, with the `names` of the groups and the `kinds` of the parameters"
     def __init__(self,
         groups:list # `LayerGroup`s
     ):
@@ -171,9 +174,9 @@ class ParamLists(list):
 # %% ../../nbs/205_models.layer_groups.ipynb #eb93ae65
 def freeze_params(
     params, # Parameters
-    frozen:bool=True # Freeze them, or unfreeze them
+    frozen:bool=True # Freeze the parameters if `True`, unfreeze them if `False`
 ):
-    "Set `requires_grad`, and drop the gradients of frozen parameters so that no optimizer moves them"
+    "Set `requires_grad`, and remove the gradients of frozen parameters so that no optimizer changes them"
     for p in params:
         p.requires_grad_(not frozen)
         if frozen:
@@ -199,7 +202,7 @@ class LayerFreezer:
         self.freeze_to(0)
 
     def freeze_to(self,
-        layer_idx:int # The lowest layer that trains; negative numbers count from the top, so -1 is the head alone
+        layer_idx:int # The lowest layer that trains; a negative number counts from the top: -1 trains the head alone
     ):
         "Freeze the layers below `layer_idx` and unfreeze the rest"
         lowest = layer_idx if layer_idx >= 0 else self.num_layers+layer_idx
@@ -223,23 +226,25 @@ class LayerFreezer:
 
 # %% ../../nbs/205_models.layer_groups.ipynb #a6d14b4e
 def _is_frozen(module):
+    "Return whether a module has parameters and none of them trains"
     return has_params(module) and not any(p.requires_grad for p in module.parameters())
 
 def _frozen_dropouts(module, stack):
-    "Children of `module` without parameters that are frozen along with the lower blocks of its `stack`"
-    blocks = [_is_frozen(b) for b in stack.children()]
+    "Yield the dropouts among the children of `module` that belong to frozen blocks of its child `stack`"
+    block_is_frozen = [_is_frozen(block) for block in stack.children()]
     for child in module.children():
+        is_leaf = not list(child.children())
         if has_params(child) or child is stack:
             continue
-        if isinstance(child, nn.ModuleList) and len(child) == len(blocks):
-            yield from (dropout for dropout, frozen in zip(child, blocks) if frozen)
-        elif not len(list(child.children())) and blocks[0]:
+        if isinstance(child, nn.ModuleList) and len(child) == len(block_is_frozen):
+            yield from (dropout for dropout, is_frozen in zip(child, block_is_frozen) if is_frozen)
+        elif is_leaf and block_is_frozen[0]:
             yield child
 
 def frozen_modules(
-    model:nn.Module # Any model, part of it frozen
-) -> list: # The largest modules of which no parameter trains
-    "Find the modules to put into eval mode so that frozen layers compute as in prediction"
+    model:nn.Module # Any model in which some layers are frozen
+) -> list: # Modules without a trainable parameter; their own submodules are not listed again
+    "Return the modules to put into eval mode to switch off the dropout of frozen layers"
     if _is_frozen(model):
         return [model]
     res = []
@@ -251,7 +256,7 @@ def frozen_modules(
 
 # %% ../../nbs/205_models.layer_groups.ipynb #89db2cca
 def _groups_and_hypers(learn):
-    "The parameters of each group and its hyper-parameters; a Learner without an optimizer stays without one"
+    "Return the parameters and the hyper-parameters of each group, with a temporary optimizer if there is none"
     had_opt = learn.opt is not None
     if not had_opt:
         learn.create_opt()
@@ -262,7 +267,7 @@ def _groups_and_hypers(learn):
 
 @patch
 def layer_table(self:Learner) -> pd.DataFrame: # group | layers | params | trainable | lr | wd
-    "Show one row a parameter group: its layers, size, what trains, rate and weight decay"
+    "Return a row for each parameter group: layers, number of weights, how many train, learning rate and weight decay"
     group_of = {id(p): g.name for g in layer_groups(self.model) for p in g.params}
     rows = []
     for i, (params, hyper) in enumerate(_groups_and_hypers(self)):

@@ -1,4 +1,4 @@
-"""Gradual unfreezing within one fit: by epochs, by a plan, or when the loss stops falling
+"""Gradual unfreezing within one fit: after fixed numbers of epochs, or when the loss stops falling
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.unfreezing.html.md"""
 
@@ -26,7 +26,7 @@ def freeze_groups(
     opt, # A Learner's optimizer, of any class
     n_trainable:int # Number of groups that train, counted from the top
 ):
-    "Freeze all but the top `n_trainable` groups, norms included; the optimizer keeps all moments"
+    "Freeze all groups but the top `n_trainable`, with their norms; the optimizer keeps all moments"
     n_frozen = len(opt.param_lists) - n_trainable
     opt.freeze_to(n_frozen)
     for params in list(opt.param_lists)[:n_frozen]:
@@ -48,7 +48,7 @@ def stage_groups(
     n:int, # Number of parameter groups
     block:int=1 # Number of groups that each stage adds
 ) -> list: # Number of groups that train in each stage, counted from the top
-    "List stages: the head, then `block` more groups in each stage, then all groups"
+    "Return the stages: first the head, then `block` more groups in each stage, until all groups train"
     if block < 1:
         raise FastaiTLError('`block` must be at least 1', str(block))
     return list(range(1, n, block)) + [n]
@@ -59,7 +59,7 @@ class StagePlan:
     "Stages of gradual unfreezing"
     groups:list # Number of groups that train in each stage, counted from the top
     lengths:list # Number of epochs of each stage
-    factors:list # Multiplier of the rates in each stage
+    factors:list # Number by which the learning rates are multiplied in each stage
 
     def __len__(self):
         return len(self.groups)
@@ -76,18 +76,18 @@ class StagePlan:
         n_epoch:int # Number of epochs of the fit
     ) -> float: # Between 0 and 1
         "Return the share of a stage that is done"
-        first = sum(self.lengths[:stage])
+        start = sum(self.lengths[:stage])
         is_last = stage == len(self)-1
-        last = n_epoch if is_last else min(first+self.lengths[stage], n_epoch)
-        return (pct*n_epoch - first)/(last-first)
+        end = n_epoch if is_last else min(start+self.lengths[stage], n_epoch)
+        return (pct*n_epoch - start)/(end-start)
 
     def warn_if_cut_short(self,
         n_epoch:int # Number of epochs of the fit
     ):
         "Warn if a fit ends before the last stage"
         if n_epoch <= sum(self.lengths[:-1]):
-            last = f'stage {self.stage_at(n_epoch-1)+1} of {len(self)}'
-            warnings.warn(f'{n_epoch} epochs end at {last}: the lowest groups stay frozen.')
+            last_stage = f'stage {self.stage_at(n_epoch-1)+1} of {len(self)}'
+            warnings.warn(f'{n_epoch} epochs end at {last_stage}: the lowest groups stay frozen.')
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #e0412112
 def stage_plan(n_groups, groups=None, block=1, epochs=None, every=1, factor=1.):
@@ -97,7 +97,7 @@ def stage_plan(n_groups, groups=None, block=1, epochs=None, every=1, factor=1.):
         raise FastaiTLError('Gradual unfreezing needs at least two parameter groups', str(n_groups), todo)
     groups = stage_groups(n_groups, block) if groups is None else list(groups)
     if not groups or groups != sorted(groups) or groups[0] < 1 or groups[-1] > n_groups:
-        expected = f'`groups` must rise from at least 1 to at most {n_groups}, the number of parameter groups'
+        expected = f'`groups` must rise and be at least 1 and at most {n_groups}, the number of parameter groups'
         raise FastaiTLError(expected, str(groups))
     n_stages = len(groups)
     lengths = [every]*n_stages if epochs is None else list(epochs)
@@ -110,18 +110,18 @@ def stage_plan(n_groups, groups=None, block=1, epochs=None, every=1, factor=1.):
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #ad3132e6
 def lower_is_better(name):
-    "Whether a recorded value of this name improves when it falls"
+    "Return whether lower values are better for the recorded value of this name"
     return any(word in name for word in ('loss', 'error', 'perplexity', 'mse', 'mae'))
 
 def recorded_values(recorder):
-    "Return what a Recorder holds of the last epoch, by name"
+    "Return the last epoch's losses and metrics of a Recorder, by name"
     return dict(zip(recorder.metric_names[1:], recorder.log[1:]))
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #1c53c2fb
 class PlateauDetector:
     "Detect that a recorded value has stopped improving"
     def __init__(self,
-        patience:int=2, # Number of epochs without improvement that make a plateau
+        patience:int=2, # Number of epochs in a row without improvement after which there is a plateau
         min_delta:float=0., # Smallest change that counts as an improvement
         monitor:str='valid_loss' # Name of the value; losses and errors should fall, others should rise
     ):
@@ -144,7 +144,8 @@ class PlateauDetector:
         if self.monitor not in values:
             raise FastaiTLError(f'`monitor` must be one of {shorten(values, 9)}', repr(self.monitor))
         value = values[self.monitor]
-        value = value if lower_is_better(self.monitor) else -value
+        if not lower_is_better(self.monitor):
+            value = -value
         if self.best is None or value < self.best - self.min_delta:
             self.best = value
             self.wait = 0
@@ -164,18 +165,18 @@ class StageLog:
         self.rates = [list(step) for step in rates]
 
     def state_dict(self):
-        "Return the records as numbers and strings"
+        "Return the records as lists and dicts of numbers and strings"
         return dict(records=[dict(row) for row in self.rows], rates=[list(step) for step in self.rates])
 
     def begin_stage(self, learn, stage, n_groups):
-        "Add the row of a stage, if it is a new one"
+        "Add a row for a stage, unless the last row is of this stage"
         if not self.rows or self.rows[-1]['stage'] != stage+1:
             self.rows.append(_stage_row(learn, stage, n_groups))
 
     def add_step(self, rates, n_trainable):
-        "Record the rates of a step, not a number for frozen groups"
+        "Record the learning rates of a step, with NaN for frozen groups"
         row = self.rows[-1]
-        row['lr'] = max(row['lr'], rates[-1])
+        row['lr'] = max(row['lr'], rates[-1]) # the highest rate of the top group
         n_frozen = len(rates) - n_trainable
         self.rates.append([float('nan')]*n_frozen + rates[n_frozen:])
 
@@ -190,25 +191,25 @@ class StageLog:
         return pd.DataFrame(rows).set_index('stage')
 
     def history(self, recorder):
-        "Return what `plot_stages` draws"
+        "Return the arguments for `plot_stages`"
         losses = [float(loss) for loss in recorder.losses]
         stages = [(row['start'], row['layers']) for row in self.rows]
         return dict(rates=self.rates, losses=losses, valid=_valid_losses(recorder), stages=stages)
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #de2a0e24
 def _stage_row(learn, stage, n_groups):
-    "The row with which a stage begins"
+    "Return the row of a stage that begins; rate and epochs are still 0"
     params = [p for group in learn.opt.param_lists for p in group]
     trainable = [p for p in params if p.requires_grad]
-    ids = set(map(id, trainable))
-    layers = [layer for layer in layer_groups(learn.model) if any(id(p) in ids for p in layer.params)]
+    trainable_ids = set(map(id, trainable))
+    layers = [layer for layer in layer_groups(learn.model) if any(id(p) in trainable_ids for p in layer.params)]
     n_trainable = sum(p.numel() for p in trainable)
     share = n_trainable / sum(p.numel() for p in params)
     return dict(stage=stage+1, groups=n_groups, layers=layer_range(layers), params=n_trainable, share=share,
                 lr=0., epochs=0, start=len(learn.recorder.losses))
 
 def _valid_losses(recorder):
-    "`(iteration, validation loss)` of each epoch"
+    "Return `(iteration, validation loss)` of each epoch"
     if 'valid_loss' not in recorder.metric_names:
         return []
     column = recorder.metric_names.index('valid_loss') - 1
@@ -216,11 +217,11 @@ def _valid_losses(recorder):
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #ac34bb9a
 class _RateFactor:
-    "Multiply the rates that a scheduler or `fit` has set"
-    base = None # as the scheduler has set them
-    scaled = None # as the optimizer uses them
+    "Multiply the learning rates that a scheduler or `fit` has set"
+    base = None # the rates that the scheduler has set
+    scaled = None # the rates that the optimizer uses: `base` times the factor
     def apply(self, opt, factor):
-        "Multiply the optimizer's rates, once after each change, and return them"
+        "Set the optimizer's rates to the base rates times `factor`, and return them"
         rates = [hyper['lr'] for hyper in opt.hypers]
         if rates != self.scaled:
             self.base = rates
@@ -228,7 +229,7 @@ class _RateFactor:
         opt.set_hyper('lr', self.scaled)
         return [float(lr) for lr in self.scaled]
     def undo(self, opt):
-        "Give the optimizer its own rates back"
+        "Set the optimizer's rates back to the base rates"
         opt.set_hyper('lr', self.base)
         self.scaled = None
 
@@ -249,17 +250,19 @@ class _BarName:
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #e8f7497e
 class _WithCompanion(Callback):
-    "A Callback that adds another one to its Learner, and removes it, together with itself"
+    "A Callback with a second Callback, `_companion`, that is added to the Learner and removed from it together with it"
     _learn = None
     _companion = None
     @property
     def learn(self):
         return self._learn
     @learn.setter
-    def learn(self, learn):
+    def learn(self, learn): # a Learner sets it when the Callback is added, and sets it to `None` when it is removed
         if self._companion is not None and learn is not self._learn:
-            change_cbs = self._learn.remove_cb if learn is None else learn.add_cb
-            change_cbs(self._companion)
+            if learn is None:
+                self._learn.remove_cb(self._companion)
+            else:
+                learn.add_cb(self._companion)
         self._learn = learn
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #602d2dac
@@ -279,11 +282,11 @@ class GradualUnfreezing(_WithCompanion):
     @delegates(PlateauDetector)
     def __init__(self,
         every:int=1, # Number of epochs of each stage
-        when:str='epoch', # What ends a stage: `epoch`, or `plateau`: `monitor` has not improved for `patience` epochs
+        when:str='epoch', # End stages after their number of epochs (`epoch`) or on a plateau of `monitor` (`plateau`)
         epochs:list|None=None, # Number of epochs of each stage, instead of `every`
         groups:list|None=None, # Number of groups that train in each stage, counted from the top
-        block:int=1, # Number of groups that each stage adds, if `groups` is `None`
-        factor=1., # Each stage's rate is the previous one times this; or a list with each stage's multiplier
+        block:int=1, # Number of groups that each stage unfreezes, if `groups` is `None`
+        factor=1., # Multiplies the learning rates at each new stage; or a list with the multiplier of each stage
         restart:bool=False, # Start the schedule again in each stage
         frozen_eval:bool=False, # Put frozen layers into evaluation mode, which switches their dropout off
         cache=False, # Compute frozen layers once per stage, without dropout: `True`, or a `CachedPrefix`
@@ -300,11 +303,11 @@ class GradualUnfreezing(_WithCompanion):
         self.stage_log = StageLog()
         self.plateau.reset()
         self._rate_factor = _RateFactor()
-        self._is_new = True # a resumed run, which loads its state, is not
+        self._is_new = True # `load_state_dict` sets it to `False`: a resumed run keeps its stage
         self._has_trained = False
 
     def before_fit(self):
-        "Check the plan against the optimizer's groups"
+        "Make the plan for the optimizer's groups"
         self.run = is_real_fit(self.learn)
         if self.run:
             n_groups = len(self.opt.param_lists)
@@ -331,9 +334,9 @@ class GradualUnfreezing(_WithCompanion):
     def _next_stage(self):
         if self.when == 'epoch':
             return self.plan.stage_at(self.epoch)
-        return min(self.stage + self.plateau.is_reached, len(self.plan)-1)
+        return min(self.stage+1, len(self.plan)-1) if self.plateau.is_reached else self.stage
     def before_batch(self):
-        "Name the stage in the progress bar and, with `restart`, show the scheduler the progress within the stage"
+        "Write the stage into the progress bar; with `restart`, set `pct_train` to the progress within the stage"
         if self.training:
             layers = self.stage_log.rows[-1]['layers']
             self._bar_name.write(self.learn, f'stage {self.stage+1}/{len(self.plan)} ({layers})')
@@ -341,11 +344,11 @@ class GradualUnfreezing(_WithCompanion):
             if self.restart:
                 self.learn.pct_train = self.plan.progress(self.stage, self._pct, self.n_epoch)
     def after_pred(self):
-        "Put the true progress back"
+        "Set `pct_train` back to the progress within the whole fit"
         if self.training:
             self.learn.pct_train = self._pct
     def after_loss(self):
-        "Multiply the rates that the scheduler, or `fit`, has set"
+        "Multiply the learning rates by the factor of the stage"
         if self.training:
             rates = self._rate_factor.apply(self.opt, self.plan.factors[self.stage])
             self.stage_log.add_step(rates, self.plan.groups[self.stage])
@@ -359,7 +362,7 @@ class GradualUnfreezing(_WithCompanion):
             if self.when == 'plateau':
                 self.plateau.update(values)
     def after_fit(self):
-        "Give the optimizer its rates back and show the table"
+        "Set the optimizer's rates back to those without the factor, and show the table"
         if self._rate_factor.scaled is not None: # something was trained
             self._rate_factor.undo(self.opt)
             self.history = self.stage_log.history(self.recorder)
@@ -372,7 +375,7 @@ class GradualUnfreezing(_WithCompanion):
     def load_state_dict(self,
         sd:dict # From `state_dict`
     ):
-        "Continue where `state_dict` was called"
+        "Restore the state, so that the next epoch is in the right stage"
         self.stage = sd['stage']
         self.plateau.best = sd['best']
         self.plateau.wait = sd['wait']
@@ -382,7 +385,7 @@ class GradualUnfreezing(_WithCompanion):
 
     @property
     def rates(self):
-        "The rates of each step, bottom group first; not a number for frozen groups"
+        "The learning rates of each step, bottom group first, with NaN for frozen groups"
         return self.stage_log.rates
     def table(self) -> pd.DataFrame: # stage | groups | layers | params | share | lr | epochs | losses, metrics
         "Return a row for each stage, with the losses and metrics of its last epoch"
@@ -390,5 +393,5 @@ class GradualUnfreezing(_WithCompanion):
     def plot(self,
         figsize=(9,3) # Width and height in inches
     ):
-        "Plot rates and losses over the steps, with the stages marked"
+        "Plot learning rates and losses over the steps, with the stages marked"
         return plot_stages(**self.history, figsize=figsize)
