@@ -19,8 +19,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without `--all`, tests marked `slow` are left out; a test that is named on the command line always runs.
-    Processes share the tests file by file, so that what a file makes once is made once; notebooks are shared one by one."""
+    """Leave out tests marked `slow`, unless `--all` is given or the test is named on the command line.
+    Processes share the tests file by file, so that each file's fixtures are made once; notebooks one by one."""
     for item in items:
         alone = item.name.startswith('test_runs[')
         item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.name))
@@ -53,7 +53,7 @@ def shared_data():
 
 
 class NotebookRunner:
-    "Runs notebooks of a copy of the project, each in a process forked from one that has imported fastai and transformers"
+    "Runs notebooks of a copy of the project, each in a fork of a process that has imported fastai and transformers"
 
     def __init__(self, root):
         from repo import clean_env

@@ -15,8 +15,8 @@ CLASS_LINES = 120
 MODULE_LINES = 450
 SHOWN_PARAMETERS = 10
 # Words for which there are plainer ones. A smoke alarm, not the goal
-_WORDS = ('anew', 'beside', 'bears', 'whoever', 'thaw', 'thawed', 'thaws', '(?:is|are) told', 'at the door', 'of a kind',
-          'stands in', 'lies in')
+_WORDS = ('anew', 'beside', 'bears', 'whoever', 'thaw', 'thawed', 'thaws', '(?:is|are) told', 'at the door',
+          'of a kind', 'stands in', 'lies in')
 HOUSE_WORDS = re.compile(rf'\b({"|".join(_WORDS)})\b', re.I)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

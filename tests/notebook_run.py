@@ -1,14 +1,18 @@
-"""A process that has imported fastai and transformers, and forks a run for each notebook whose path it reads from standard input.
+"""A process that imports fastai and transformers once, and forks a run for each notebook that standard input names.
 
-`python tests/notebook_run.py FOLDER` runs notebooks of the copy of the project in FOLDER. For each it prints one line of JSON:
-whether it ran to its end, and what it printed to standard error. The package itself is imported by each run alone, so that
+`python tests/notebook_run.py FOLDER` runs notebooks of the copy of the project in FOLDER. For each it prints one line
+of JSON: whether it ran to its end, and what it printed to standard error. Each run imports the package itself, so that
 a notebook that forgets an import fails. Used by test_notebooks.py and test_tutorials.py."""
 
+import importlib
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+# what a fork finds imported already
+MODULES = ('matplotlib.pyplot', 'nbdev.test', 'seaborn', 'sklearn.linear_model', 'transformers', 'fastai.text.all')
 
 
 def run(path, root, log):
@@ -39,12 +43,9 @@ def serve(root):
 if __name__ == '__main__':
     root = Path(sys.argv[1]).resolve()
     sys.path.insert(0, str(root))
-    import matplotlib.pyplot
-    import nbdev.test
-    import seaborn
-    import sklearn.linear_model
-    import transformers
-    import fastai.text.all
-    from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedTokenizerFast
+    for name in MODULES:
+        importlib.import_module(name)
+    for name in ('AutoModel', 'AutoTokenizer', 'BertForMaskedLM', 'PreTrainedTokenizerFast'):
+        getattr(importlib.import_module('transformers'), name)  # transformers imports its classes when they are used
     assert not [m for m in sys.modules if m.split('.')[0] == 'fastai_tl']
     serve(root)

@@ -132,7 +132,7 @@ def calls_import(node):
 
 
 def package_imports(tree, package, modules):
-    """The modules of fastai_tl that `tree` imports, wherever in the code, as names inside the package; '' is the package itself.
+    """The modules of fastai_tl that `tree` imports anywhere, as names inside the package; '' is the package itself.
     `package` is the importing module's own package, such as `fastai_tl.data`, from which relative imports count."""
     res = set()
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"Every public name says what it is for, and none stands in the way of a name of fastai."
+"Every public name has a docstring, and none replaces a name of fastai."
 
 import ast, importlib, inspect, types
 
@@ -48,7 +48,7 @@ def public_methods(cls):
 
 
 def public_objects(nb):
-    "(name, function or class) of what `nb` exports: its `__all__`, the methods of its classes, and what it patches on others"
+    "(name, function or class) of what `nb` exports: `__all__`, the methods of its classes, and what it patches"
     mod = module(nb)
     for name in mod.__all__:
         o = getattr(mod, name)
@@ -77,7 +77,8 @@ def undocumented(o):
     if not hasattr(f, '__delwrap__'):
         own += [p.name for p in inspect.signature(f).parameters.values() if p.kind is p.VAR_KEYWORD]
     docs = parameter_docs(o if isinstance(o, type) else f)
-    return [n for n in own if n not in ('self', 'cls') and not n.startswith('_') and not (docs.get(n) or {}).get('docment')]
+    shown = [n for n in own if n not in ('self', 'cls') and not n.startswith('_')]
+    return [n for n in shown if not (docs.get(n) or {}).get('docment')]
 
 
 @each_notebook
@@ -98,8 +99,9 @@ def test_shadows_nothing():
         'import builtins\n'
         'before = {}; exec("from fastai.text.all import *", before)\n'
         'after = {}; exec("from fastai_tl.all import *", after); after.pop("__builtins__")\n'
-        'wrong = [k for k,v in after.items() if k in before and v is not before[k]]\n'
-        'wrong += [k for k,v in after.items() if hasattr(builtins, k) and v is not getattr(builtins, k) and k not in before]\n'
+        'wrong = [k for k, v in after.items() if k in before and v is not before[k]]\n'
+        'new = {k: v for k, v in after.items() if k not in before}\n'
+        'wrong += [k for k, v in new.items() if hasattr(builtins, k) and v is not getattr(builtins, k)]\n'
         'print("shadowed:", sorted(wrong))'
     )
     assert res.returncode == 0, res.stdout

@@ -74,16 +74,11 @@ def test_title_and_lead(docs):
 
 
 def test_links_lead_to_pages(docs):
-    p = page(
-        docs,
-        md(
-            '[a](415_tune.unfreezing.ipynb#x) [b](tutorials/t.ipynb) [c](../setup.cfg) [d](#e) [f](https://g.h) `[a](b)`'
-        ),
-    )
-    assert (
-        p.text()
-        == '[a](tune.unfreezing.md#x) [b](tutorials/t.md) [c](https://x.y/z/blob/main/setup.cfg) [d](#e) [f](https://g.h) `[a](b)`\n'
-    )
+    links = '[a](415_tune.unfreezing.ipynb#x) [b](tutorials/t.ipynb) [c](../setup.cfg)'
+    same = '[d](#e) [f](https://g.h) `[a](b)`'
+    p = page(docs, md(f'{links} {same}'))
+    found = '[a](tune.unfreezing.md#x) [b](tutorials/t.md) [c](https://x.y/z/blob/main/setup.cfg)'
+    assert p.text() == f'{found} {same}\n'
     assert (
         page(docs, md('[a](../415_tune.unfreezing.ipynb)'), src='nbs/tutorials/u.ipynb').text()
         == '[a](../tune.unfreezing.md)\n'
@@ -108,10 +103,8 @@ def test_names_become_links(docs):
 
     names = {'f': Entry(module='tune.unfreezing', id='f')}
     txt = '## `f`\n\n`f` and [`f`](https://a.b) and `g` and `tune.unfreezing`\n\n```python\n`f`\n```'
-    assert (
-        page(docs, md(txt), by_name=names).text()
-        == '## `f`\n\n[`f`](tune.unfreezing.md#f) and [`f`](https://a.b) and `g` and [`tune.unfreezing`](tune.unfreezing.md)\n\n```python\n`f`\n```\n'
-    )
+    linked = '[`f`](tune.unfreezing.md#f) and [`f`](https://a.b) and `g` and [`tune.unfreezing`](tune.unfreezing.md)'
+    assert page(docs, md(txt), by_name=names).text() == f'## `f`\n\n{linked}\n\n```python\n`f`\n```\n'
 
 
 def test_formulas(docs):
@@ -129,10 +122,8 @@ def test_directives_and_outputs(docs):
         code('t', shown(text_html='<style>x</style>\n<table>\n\n</table>', text_plain='3')),
         code('#| export\nimport os'),
     ).text()
-    assert (
-        s
-        == '```text { .out }\n1\n```\n\n```python\no\n```\n\n```python\nt\n```\n\n<div class="output">\n<table>\n</table>\n</div>\n'
-    )
+    blocks = ['```text { .out }\n1\n```', '```python\no\n```', '```python\nt\n```']
+    assert s == '\n\n'.join([*blocks, '<div class="output">\n<table>\n</table>\n</div>\n'])
 
 
 def test_figures_become_files(docs):
@@ -259,14 +250,22 @@ def test_a_broken_anchor_fails(docs, site, tmp_path):
 # --- The code of README and home page ---
 
 STAND_INS = '''
-import matplotlib; matplotlib.use('Agg')
+import matplotlib
+matplotlib.use('Agg')
 from fastai.text.all import *
 from fastai_tl.all import *
 from transformers import BertConfig, BertForMaskedLM
 seed_everything(0)
-df = pd.DataFrame([dict(text=f'the {a} was {b}', label=l) for a in ('film','plot','cast','music') for l,bs in (('pos',('good','great','fine')),('neg',('bad','dull','poor'))) for b in bs]*4).assign(split=lambda d: np.where(d.index%4, 'train', 'valid')); df.loc[5, 'label'] = None
-tok = train_tokenizer(list(df.text), 100, kind='encoder', max_length=32); tok.save_pretrained('distilbert-base-uncased')
-BertForMaskedLM(BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=tok.pad_token_id)).save_pretrained('distilbert-base-uncased')
+words = dict(pos=('good', 'great', 'fine'), neg=('bad', 'dull', 'poor'))
+rows = [(f'the {a} was {b}', l) for a in ('film', 'plot', 'cast', 'music') for l, bs in words.items() for b in bs]
+df = pd.DataFrame(rows*4, columns=['text', 'label'])
+df['split'] = np.where(df.index % 4, 'train', 'valid')
+df.loc[5, 'label'] = None
+tok = train_tokenizer(list(df.text), 100, kind='encoder', max_length=32)
+tok.save_pretrained('distilbert-base-uncased')
+sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+config = BertConfig(vocab_size=len(tok), pad_token_id=tok.pad_token_id, **sizes)
+BertForMaskedLM(config).save_pretrained('distilbert-base-uncased')
 defaults.callbacks = [TrainEvalCallback, Recorder, CastToTensor]
 '''
 
@@ -284,7 +283,7 @@ def fenced(path):
 
 @pytest.mark.parametrize('name', ['index', 'home'])
 def test_blocks_in_prose_run(name, tmp_path):
-    "With a small model of random weights in the folder that the pre-trained one is named for; cells run in test_notebooks.py"
+    "A small model with random weights is in a folder with the pre-trained one's name; cells run in test_notebooks.py"
     blocks = fenced(NBS / f'{name}.ipynb')
     if not blocks:
         pytest.skip('no code but its cells')

@@ -171,7 +171,7 @@ def test_fine_tune_trains_the_head_first(learn):
 
 
 def test_fit_gradual_counts_the_layers(learn):
-    gu = learn.fit_gradual(lr=5e-3, epochs=[1, 1, 2], groups=[1, 2, 4])
+    learn.fit_gradual(lr=5e-3, epochs=[1, 1, 2], groups=[1, 2, 4])
     assert (
         learn.layer_table().layers.tolist() == ['embeddings', 'layer.0', 'layer.1', 'head']
         and learn.layer_table().trainable.gt(0).all()

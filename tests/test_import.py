@@ -1,4 +1,4 @@
-"Importing the package changes nothing but what importing fastai changes, opens no connection and writes no file."
+"Importing the package changes only what importing fastai changes, opens no connection and writes no file."
 
 import json
 
@@ -6,41 +6,73 @@ import pytest
 
 from repo import *
 
-# Runs in a fresh process whose home and current folder are empty. `state()` is taken after fastai's import and after ours.
+# Runs in a fresh process with an empty home and current folder; calls `state()` after fastai's import and after ours
 PROBE = '''
 import hashlib, json, logging, os, pathlib, pickle, random, socket, sys, warnings
 from fastai.text.all import *
 import fastai.text.all, matplotlib, numpy, torch
 
-CLASSES = {k: v for k,v in vars(fastai.text.all).items() if isinstance(v, type) and v.__module__.split('.')[0] in ('fastai', 'fastcore')}
-ATTRIBUTES = {k: dict(vars(v)) for k,v in CLASSES.items()}
+def is_fastai_class(v):
+    return isinstance(v, type) and v.__module__.split('.')[0] in ('fastai', 'fastcore')
+
+CLASSES = {k: v for k, v in vars(fastai.text.all).items() if is_fastai_class(v)}
+ATTRIBUTES = {k: dict(vars(v)) for k, v in CLASSES.items()}
 NAMES = dict(vars(fastai.text.all))
+LOGGERS = ('', 'transformers', 'fastai', 'matplotlib', 'torch')
 
-def digest(o): return hashlib.sha256(pickle.dumps(o)).hexdigest()
+def digest(o):
+    return hashlib.sha256(pickle.dumps(o)).hexdigest()
 
-def files(folder): return sorted((str(p.relative_to(folder)), p.stat().st_mtime_ns) for p in pathlib.Path(folder).rglob('*') if p.is_file())
+def files(folder):
+    found = [p for p in pathlib.Path(folder).rglob('*') if p.is_file()]
+    return sorted((str(p.relative_to(folder)), p.stat().st_mtime_ns) for p in found)
+
+def logger_state(name):
+    logger = logging.getLogger(name)
+    return logger.level, repr(logger.handlers)
 
 def state():
-    return dict(environ=dict(os.environ), filters=repr(warnings.filters), showwarning=repr(warnings.showwarning),
-        logging={n or 'root': (logging.getLogger(n).level, repr(logging.getLogger(n).handlers)) for n in ('', 'transformers', 'fastai', 'matplotlib', 'torch')},
-        logging_disabled=logging.root.manager.disable, rcparams=repr(dict(matplotlib.rcParams)), backend=os.environ.get('MPLBACKEND'),
-        random=digest(random.getstate()), numpy=digest(numpy.random.get_state()), torch=digest(torch.get_rng_state().numpy()),
-        threads=(torch.get_num_threads(), torch.get_num_interop_threads()), dtype=repr(torch.get_default_dtype()),
-        deterministic=torch.are_deterministic_algorithms_enabled(), printoptions=repr(numpy.get_printoptions()), cwd=os.getcwd(),
-        path=list(sys.path), hooks=repr((sys.excepthook, sys.displayhook, sys.meta_path, sys.path_hooks)), recursion=sys.getrecursionlimit(),
-        home=files(os.environ['HOME']), here=files('.'))
+    return dict(
+        environ=dict(os.environ),
+        filters=repr(warnings.filters),
+        showwarning=repr(warnings.showwarning),
+        logging={n or 'root': logger_state(n) for n in LOGGERS},
+        logging_disabled=logging.root.manager.disable,
+        rcparams=repr(dict(matplotlib.rcParams)),
+        backend=os.environ.get('MPLBACKEND'),
+        random=digest(random.getstate()),
+        numpy=digest(numpy.random.get_state()),
+        torch=digest(torch.get_rng_state().numpy()),
+        threads=(torch.get_num_threads(), torch.get_num_interop_threads()),
+        dtype=repr(torch.get_default_dtype()),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        printoptions=repr(numpy.get_printoptions()),
+        cwd=os.getcwd(),
+        path=list(sys.path),
+        hooks=repr((sys.excepthook, sys.displayhook, sys.meta_path, sys.path_hooks)),
+        recursion=sys.getrecursionlimit(),
+        home=files(os.environ['HOME']),
+        here=files('.'))
 
-def refuse(*args, **kwargs): raise AssertionError(f'a connection at import: {args}')
+def refuse(*args, **kwargs):
+    raise AssertionError(f'a connection at import: {args}')
 
-before,loaded = state(),set(sys.modules)
-for name in ('connect', 'connect_ex'): setattr(socket.socket, name, refuse)
+before = state()
+loaded = set(sys.modules)
+for name in ('connect', 'connect_ex'):
+    setattr(socket.socket, name, refuse)
 socket.getaddrinfo = socket.create_connection = refuse
 from fastai_tl.all import *
 after = state()
-print(json.dumps(dict(changed={k: [before[k], after[k]] for k in before if before[k] != after[k]},
+replaced = []
+for k, v in CLASSES.items():
+    changed = [a for a, o in ATTRIBUTES[k].items() if not a.startswith('__') and vars(v).get(a) is not o]
+    replaced += [f'{k}.{a}' for a in changed]
+print(json.dumps(dict(
+    changed={k: [before[k], after[k]] for k in before if before[k] != after[k]},
     loaded=sorted(set(sys.modules) - loaded),
-    replaced=sorted(f'{k}.{a}' for k,v in CLASSES.items() for a,o in ATTRIBUTES[k].items() if not a.startswith('__') and vars(v).get(a) is not o),
-    names=sorted(k for k,v in NAMES.items() if vars(fastai.text.all).get(k) is not v))))
+    replaced=sorted(replaced),
+    names=sorted(k for k, v in NAMES.items() if vars(fastai.text.all).get(k) is not v))))
 '''
 
 
@@ -55,12 +87,12 @@ def probe(tmp_path_factory):
 
 
 def test_changes_no_state(probe):
-    "Environment, warning filters, logging, Matplotlib's settings, random states, threads, paths, hooks and files are as before"
+    "Environment, warnings, logging, Matplotlib, random states, threads, paths, hooks and files stay the same"
     assert probe['changed'] == {}
 
 
 def test_replaces_nothing_of_fastai(probe):
-    "Methods are added to fastai's classes, none of theirs is exchanged"
+    "Methods are added to fastai's classes, and none of theirs is replaced"
     assert probe['replaced'] == [] and probe['names'] == []
 
 
@@ -68,13 +100,15 @@ def test_replaces_nothing_of_fastai(probe):
     'name', ['transformers', 'tokenizers', 'seaborn', 'sklearn', 'spacy', 'datasets', 'peft', 'nbdev', 'IPython']
 )
 def test_does_not_load(probe, name):
-    "What is heavy is imported where it is used, beyond what fastai has loaded itself"
+    "Heavy libraries that fastai has not loaded are imported where they are used"
     assert [m for m in probe['loaded'] if m == name or m.startswith(name + '.')] == []
 
 
 def test_version_needs_no_import():
     "`fastai_tl.__version__` is there without fastai and torch"
     res = python(
-        'import sys, fastai_tl; print(fastai_tl.__version__, [m for m in ("torch", "fastai", "fastai_tl.all") if m in sys.modules])'
+        'import sys, fastai_tl\n'
+        'loaded = [m for m in ("torch", "fastai", "fastai_tl.all") if m in sys.modules]\n'
+        'print(fastai_tl.__version__, loaded)'
     )
     assert res.returncode == 0 and res.stdout.strip().endswith('[]'), res.stdout

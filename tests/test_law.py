@@ -1,8 +1,7 @@
-"""The one law: a module imports only from modules whose notebooks have smaller numbers. And the rules that keep the code readable."""
+"""The law: a module imports only from modules whose notebooks have smaller numbers; and the rules for readable code."""
 
 import ast
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from graphlib import TopologicalSorter
@@ -13,13 +12,18 @@ import law
 from repo import *
 
 # 'module:attribute' -> why the attribute is not the Learner method of that name that a higher number patches on
-NOT_THAT_METHOD = {'learners.language_modeling:generate': "transformers' own", 'learners.seq2seq:generate': "transformers' own"}
+NOT_THAT_METHOD = {
+    'learners.language_modeling:generate': "transformers' own",
+    'learners.seq2seq:generate': "transformers' own",
+}
 
 TOP_LEVEL = ('core', 'resources', 'callbacks', 'plot', 'files', 'cli')
 # The first and the last number of each folder; `data` has the numbers on both sides of those of `datasets`
-FOLDERS = dict(data=(100, 199), datasets=(150, 159), models=(200, 299), efficiency=(300, 399), tune=(400, 499), learners=(500, 599),
-               generation=(600, 699), evaluation=(700, 749), interpretation=(750, 799), deploy=(800, 899), interop=(900, 949),
-               quickstart=(950, 989))
+FOLDERS = dict(
+    data=(100, 199), datasets=(150, 159), models=(200, 299), efficiency=(300, 399), tune=(400, 499),
+    learners=(500, 599), generation=(600, 699), evaluation=(700, 749), interpretation=(750, 799),
+    deploy=(800, 899), interop=(900, 949), quickstart=(950, 989),
+)
 PAGES = {'index.ipynb', 'index.zh-TW.ipynb', 'home.ipynb', 'why.ipynb', 'concepts.ipynb', 'which_recipe.ipynb'}
 
 each_notebook = pytest.mark.parametrize('nb', notebooks(), ids=ids)
@@ -37,7 +41,7 @@ def source(nb):
 # --- Names and numbers ---
 
 def test_names():
-    "Besides the numbered ones there are the notebooks of the READMEs, the first pages of the site, and folders without modules"
+    "The other notebooks are those of the READMEs, the first pages of the site, and folders without modules"
     others = {p.name for p in notebook_files() if p.parent == NBS and not Notebook(p).match}
     assert others <= PAGES, f'not named NNN_module.ipynb or NNN_folder.module.ipynb: {others - PAGES}'
 
@@ -57,7 +61,8 @@ def test_exports_to_its_own_module(nb):
 def test_number_is_in_the_range_of_its_folder(nb):
     if nb.folder is None:
         assert nb.module in TOP_LEVEL, f'{nb.path.name}: a top-level module is one of {TOP_LEVEL}'
-        assert nb.number < 100 or nb.number >= 990, f'{nb.path.name}: top-level modules have numbers below 100 or from 990'
+        top_level = nb.number < 100 or nb.number >= 990
+        assert top_level, f'{nb.path.name}: top-level modules have numbers below 100 or from 990'
     else:
         assert nb.folder in FOLDERS, f'{nb.path.name}: the folders are {list(FOLDERS)}'
         low, high = FOLDERS[nb.folder]
@@ -122,7 +127,7 @@ def test_no_import_for_its_side_effect(nb):
 
 @each_notebook
 def test_lines(nb):
-    "Length of lines, statements and conditional expressions on a line, values assigned at once, parameters of a function"
+    "Length of lines, statements and conditional expressions on a line, tuple assignments, parameters of a function"
     wrong = {c.title: found for c in nb.exported if (found := law.violations(c.code))}
     assert not wrong, f'{nb.path.name}: {wrong}'
 
@@ -130,7 +135,8 @@ def test_lines(nb):
 @each_notebook
 def test_lines_of_shown_code(nb):
     "Examples and tests in notebooks keep the length of lines too"
-    code = [''.join(c['source']) for c in json.loads(nb.path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    cells = json.loads(nb.path.read_text(encoding='utf-8'))['cells']
+    code = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
     wrong = [found for c in code if (found := law.long_lines(c))]
     assert not wrong, f'{nb.path.name}: {wrong}'
 
@@ -139,7 +145,8 @@ def test_lines_of_shown_code(nb):
 def test_module_is_short(nb):
     if not nb.py.exists():
         pytest.skip(f'{nb.module} is not exported')
-    assert not law.long_module(source(nb)), f'{nb.module} has {len(source(nb).splitlines())} lines; {law.MODULE_LINES} is the limit'
+    lines = len(source(nb).splitlines())
+    assert not law.long_module(source(nb)), f'{nb.module} has {lines} lines; {law.MODULE_LINES} is the limit'
 
 
 @each_notebook
@@ -154,7 +161,10 @@ def test_plain_words(path):
     wrong = []
     for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
         text = ''.join(cell['source'])
-        wrong += law.house_words(text) if cell['cell_type'] == 'markdown' else law.house_words_in_code(law.without_magics(text))
+        if cell['cell_type'] == 'markdown':
+            wrong += law.house_words(text)
+        else:
+            wrong += law.house_words_in_code(law.without_magics(text))
     assert not wrong, f'{path.name}: {wrong}'
 
 
@@ -204,7 +214,8 @@ def test_all_lists_every_module_in_order():
     imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 1]
     stars = [n.module for n in imports if [a.name for a in n.names] == ['*']]
     docstrings = [n for n in tree.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-    assert len(stars) + len(docstrings) == len(tree.body), 'all.py holds something else than a docstring and star imports'
+    others = len(tree.body) - len(stars) - len(docstrings)
+    assert not others, 'all.py holds something else than a docstring and star imports'
     assert stars == [n.module for n in notebooks() if n.module != 'cli']
 
 
@@ -276,7 +287,8 @@ def own_classes():
 def all_patches():
     "[(number, class, method)] of the classes that fastai_tl patches and does not define"
     own = own_classes()
-    return [(nb.number, c, m) for nb in notebooks() for cell in nb.exported for c, m in patched(cell.tree) if c not in own]
+    found = [(nb.number, c, m) for nb in notebooks() for cell in nb.exported for c, m in patched(cell.tree)]
+    return [(number, c, m) for number, c, m in found if c not in own]
 
 
 @each_notebook
@@ -373,4 +385,5 @@ def test_an_import_from_a_larger_number_is_found():
 
 
 def test_a_patch_of_an_own_class_is_found():
-    assert list(patched(ast.parse('@patch\ndef f(self:A): pass\n@patch_to(B)\ndef g(self): pass'))) == [('A', 'f'), ('B', 'g')]
+    tree = ast.parse('@patch\ndef f(self:A): pass\n@patch_to(B)\ndef g(self): pass')
+    assert list(patched(tree)) == [('A', 'f'), ('B', 'g')]

@@ -97,9 +97,11 @@ def test_changelog_knows_the_version(metadata):
 
 
 def test_settings_are_no_nbdev_config():
-    "nbdev takes its configuration from pyproject.toml, although a settings.ini lies beside it"
+    "nbdev takes its configuration from pyproject.toml, although there is a settings.ini in the same folder"
     res = python(
-        'from nbdev.config import get_config; c = get_config(); print(c.config_file.name, c.lib_path.name, c.git_url, c.doc_host, c.doc_baseurl)'
+        'from nbdev.config import get_config\n'
+        'c = get_config()\n'
+        'print(c.config_file.name, c.lib_path.name, c.git_url, c.doc_host, c.doc_baseurl)'
     )
     assert res.stdout.split() == [
         'pyproject.toml',
@@ -111,7 +113,7 @@ def test_settings_are_no_nbdev_config():
 
 
 def test_settings_are_read():
-    "The command reads the file, whose one section is its own and changes nothing of the built-in defaults; a run's main settings are in it"
+    "The command reads the file's only section, which has a run's main settings and keeps the built-in defaults"
     from fastai_tl.cli import SETTINGS, read_settings
 
     cfg = configparser.ConfigParser()

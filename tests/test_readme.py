@@ -124,7 +124,7 @@ def test_the_chinese_readme(tool):
 
 @needs_index
 def test_commands():
-    "The two commands for a fresh machine stand in the README, and .ci/run ends with the second"
+    "The README has the two commands for a fresh machine, and .ci/run ends with the second"
     readme, ci = (ROOT / 'README.md').read_text(encoding='utf-8'), (ROOT / '.ci' / 'run').read_text(encoding='utf-8')
     assert 'pip install . && fastai-tl quickstart' in readme and 'pip install -e ".[dev]" && pytest' in readme
     assert '-e ".[dev]"' in ci and ci.rstrip().splitlines()[-1].startswith('python -m pytest')
@@ -141,7 +141,7 @@ def test_code_runs(tool, tmp_path):
     assert res.returncode == 0, res.stdout
 
 
-# --- What is not a cell of the notebook runs too: the Chinese blocks (the English ones are in test_docs.py), and the commands ---
+# --- Code outside cells runs too: the Chinese blocks (the English ones are in test_docs.py) and the commands ---
 
 PAGES = {'README.md': INDEX, 'README.zh-TW.md': NBS / 'index.zh-TW.ipynb', 'home': NBS / 'home.ipynb'}
 fence = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
@@ -177,15 +177,24 @@ def test_links_lead_somewhere(name):
 
 small_bert = '''
 from transformers import BertConfig, BertForMaskedLM
-tok = train_chinese_tokenizer(df.text, 500, min_freq=1); tok.save_pretrained('bert-base-chinese')          # a folder of that name stands for the model of the hub
-BertForMaskedLM(BertConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64)).save_pretrained('bert-base-chinese')
+tok = train_chinese_tokenizer(df.text, 500, min_freq=1)
+tok.save_pretrained('bert-base-chinese')          # a folder of that name replaces the model of the hub
+sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+config = BertConfig(vocab_size=len(tok), max_position_embeddings=64, **sizes)
+BertForMaskedLM(config).save_pretrained('bert-base-chinese')
 '''
 
 
 def test_blocks_of_the_chinese_readme_run(tmp_path):
     blocks = fenced(PAGES['README.zh-TW.md'], 'python')
     assert len(blocks) == 3 and 'ULMFiT' in blocks[0] and 'save_bundle' in blocks[2]
-    before = "from fastai.text.all import *\nfrom fastai_tl.all import *\nimport matplotlib; matplotlib.use('Agg')\nsample_reviews(240).to_csv('我的評論.csv', index=False)\n"
+    before = (
+        'from fastai.text.all import *\n'
+        'from fastai_tl.all import *\n'
+        'import matplotlib\n'
+        "matplotlib.use('Agg')\n"
+        "sample_reviews(240).to_csv('我的評論.csv', index=False)\n"
+    )
     smaller = blocks[0].replace("lang='zh-tw')", "lang='zh-tw', config=dict(emb_sz=16, n_hid=16, n_layers=1))", 1)
     after = "\nassert Path('report/index.html').exists()\n"
     res = python(
@@ -214,9 +223,8 @@ def test_commands_run(name, tmp_path):
     mine = sample_reviews(240)
     mine.to_csv(tmp_path / 'mine.csv', index=False)
     mine.rename(columns=dict(text='內容', label='標籤')).to_csv(tmp_path / '我的評論.csv', index=False)
-    (tmp_path / 'settings.ini').write_text(
-        '[fastai_tl]\ndata = mine.csv\nemb_sz = 16\nn_hid = 16\nn_layers = 1\nlm_epochs = 1\nepochs = 1,1,1\nrates = 3e-2\nmax_vocab = 500\n'
-    )
+    sizes = 'emb_sz = 16\nn_hid = 16\nn_layers = 1\nlm_epochs = 1\nepochs = 1,1,1\nrates = 3e-2\nmax_vocab = 500\n'
+    (tmp_path / 'settings.ini').write_text(f'[fastai_tl]\ndata = mine.csv\n{sizes}')
     extras = (ROOT / 'setup.cfg').read_text().split('[options.extras_require]')[1]
     known, ran = commands(name), 0
     assert known

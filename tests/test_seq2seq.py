@@ -1,7 +1,5 @@
 "Sequence to sequence: decoder inputs, losses, generated texts and scores against independent computations."
 
-import builtins
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -278,7 +276,6 @@ def test_with_a_datablock(df, tok):
 
 
 def test_without_the_extra(monkeypatch):
-    real = builtins.__import__
     import importlib
 
     monkeypatch.setattr(importlib, 'import_module', lambda n, *a: (_ for _ in ()).throw(ImportError(n)))

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import BertConfig
 
 from fastai_tl.all import *
-from fastai_tl.data.tagging import TaggedWords, first_tokens, spaced
+from fastai_tl.data.tagging import TaggedWords, spaced
 
 ZH = '張忠謀於一九八七年在新竹創立台積電，總部設於臺灣。'
 TEXTS = [

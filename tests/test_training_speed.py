@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.text.all import AWD_LSTM, CrossEntropyLossFlat, LMLearner, awd_lstm_lm_config, get_language_model
+from fastai.text.all import CrossEntropyLossFlat, LMLearner
 from fastai_tl.all import *
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -345,7 +345,8 @@ def test_fast_dropout_finds_the_calls(monkeypatch):
     import fastai_tl.efficiency.fast_dropout as d
     seen = []
     for n in ('fast_mask_dropout', 'fast_attention'):
-        monkeypatch.setattr(d, n, lambda *a, f=getattr(d, n), n=n: [seen.append(n), f(*a)][1])
+        original = getattr(d, n)
+        monkeypatch.setattr(d, n, lambda *a, f=original, n=n: [seen.append(n), f(*a)][1])
     model, batch = fast_bert()
     with FastDropout():
         model(**batch)
@@ -490,8 +491,8 @@ def test_gpu_script(tmp_path):
     one = rows['finetune', 'ours, bfloat16, single position']['operations']
     assert .6*full < one < .95*full, 'three layers, of which the top one computes one position'
     forward = rows['predict', 'Predictor, float32']['operations']
-    s, tok = gpu.TINY, gpu.texts_of(type('a', (), dict(size=gpu.TINY)))
-    lens = [min(len(t.split())+2, 128) for t in tok[1].text]
+    _, df = gpu.texts_of(type('a', (), dict(size=gpu.TINY)))
+    lens = [min(len(t.split())+2, 128) for t in df.text]
     weights = 4*32*32+2*32*64
     # two whole layers, and keys and values of the third, without padding and attention
     least = 2*sum(lens)*(2*weights + 2*32*32)

@@ -1,4 +1,4 @@
-"""A user's script that uses the public API of our own classes passes pyright, and the package says that it has types."""
+"""A user's script that uses the public API of our own classes passes pyright, and the package has types."""
 
 import json
 import shutil
@@ -78,4 +78,5 @@ def untyped(f):
     defaults = [None]*(len(args)-len(f.args.defaults)) + f.args.defaults
     both = [*zip(args, defaults), *zip(f.args.kwonlyargs, f.args.kw_defaults)]
     plain = (bool, int, float)
-    return [a.arg for a, d in both if a.annotation is None and isinstance(d, ast.Constant) and isinstance(d.value, plain)]
+    untyped = [(a.arg, d) for a, d in both if a.annotation is None]
+    return [name for name, d in untyped if isinstance(d, ast.Constant) and isinstance(d.value, plain)]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from fastai_tl.core import DataError, FastaiTLError, RunError, TrainingError, derive_seed
+from fastai_tl.core import DataError, RunError, TrainingError, derive_seed
 from fastai_tl.data.splits import Fold, cross_folds, time_folds
 from fastai_tl.evaluation.evaluation import Evaluation
 from fastai_tl.evaluation.cross_validation import (FoldError, corrected_ttest, cross_validate, run_folds,
@@ -296,7 +296,7 @@ def test_folds_by_hand_may_overlap():
 
 def test_learners_train_afresh_and_repeatably():
     "No two folds start with the same weights, two runs give the same predictions, and none knows its validation labels"
-    from fastai.callback.schedule import fit_one_cycle
+    from fastai.callback.schedule import fit_one_cycle  # noqa: F401 (a Learner method)
     from fastai_tl.data.awd_lstm import classifier_dls, texts_vocab
     from fastai_tl.data.tokenizers import tokenize_texts_once
     from fastai_tl.learners.classification import awd_classifier_learner

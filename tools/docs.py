@@ -4,7 +4,8 @@
     python tools/docs.py               README.md, then the site in site/, with every link checked
     python tools/docs.py --out FOLDER  the site elsewhere; README.md is left alone
 
-Needs `pip install -e ".[dev,docs]"`, no network and no Quarto. A page, an anchor or a figure that is missing fails. To look at it: `python -m http.server -d site`."""
+Needs `pip install -e ".[dev,docs]"`, no network and no Quarto. A missing page, anchor or figure is an error. To look at
+the site: `python -m http.server -d site`."""
 
 import argparse, shutil, subprocess, sys, tempfile, tomllib
 from pathlib import Path, PurePosixPath
@@ -113,7 +114,7 @@ def reference_nav(pages):
 
 
 def nav(outline, pages):
-    "The sidebar: the outline of mkdocs.yml with files as pages; `folder/` stands for the rest of a folder, `reference` for the modules"
+    "The sidebar: mkdocs.yml's outline with files as pages; `folder/` is the rest of a folder, `reference` the modules"
     named = {o for sec in outline for v in sec.values() for o in v}
 
     def items(o):

@@ -103,7 +103,8 @@ class Reference:
 
     def __init__(self, nbs):
         self.fastai = vars(importlib.import_module('fastai.text.all'))
-        self.by_name, self.modules, self.public = {}, {}, {}
+        self.by_name, self.modules = {}, {}
+        self.public = {}
         for path, nb in nbs:
             name = module_name(path)
             if not name:
@@ -170,7 +171,7 @@ class Reference:
         return res
 
     def shorthands(self):
-        "What prose calls things: `learn.evaluate` for `Learner.evaluate`, `fit_stlr` for `Learner.fit_stlr`, `ev.report` for `Evaluation.report`"
+        "Names that prose uses: `learn.evaluate` for `Learner.evaluate`, `ev.report` for `Evaluation.report`"
         res = {}
         for e in self.by_name.values():
             if not e.owner:
@@ -197,7 +198,8 @@ class Reference:
         "The entry of an inherited method: that of `ScoredRows.from_preds` for `Evaluation.from_preds`"
         cls, _, method = name.partition('.')
         bases = self.by_name[cls].obj.__mro__[1:] if cls in self.by_name and self.by_name[cls].is_class else ()
-        return next((self.by_name[o] for b in bases if method and (o := f'{b.__name__}.{method}') in self.by_name), None)
+        found = [f'{b.__name__}.{method}' for b in bases if method and f'{b.__name__}.{method}' in self.by_name]
+        return self.by_name[found[0]] if found else None
 
 
 def is_event(cls, name):
@@ -290,7 +292,8 @@ def dataclass_docs(cls):
             source = textwrap.dedent(inspect.getsource(c))
             lines = source.splitlines()
             body = ast.parse(source).body[0].body
-            res |= {n.target.id: lines[n.end_lineno - 1].partition('#')[2].strip() for n in body if isinstance(n, ast.AnnAssign)}
+            fields = [n for n in body if isinstance(n, ast.AnnAssign)]
+            res |= {n.target.id: lines[n.end_lineno - 1].partition('#')[2].strip() for n in fields}
     return {name: dict(docment=comment) for name, comment in res.items()}
 
 
@@ -305,7 +308,9 @@ def parameter_docs(obj):
     f = obj.__init__ if isinstance(obj, type) else obj
     to = getattr(f, '__delwrap__', None)
     if to is None:
-        return dataclass_docs(obj) if dataclasses.is_dataclass(obj) else docments(obj, full=True, returns=True, args_kwargs=True)
+        if dataclasses.is_dataclass(obj):
+            return dataclass_docs(obj)
+        return docments(obj, full=True, returns=True, args_kwargs=True)
     del f.__delwrap__
     try:
         own = docments(obj, full=True, returns=True, args_kwargs=True)

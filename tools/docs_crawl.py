@@ -11,7 +11,8 @@ class Reader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.ids, self.links, self.loads = set(), [], []
+        self.ids = set()
+        self.links, self.loads = [], []
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)

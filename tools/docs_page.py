@@ -21,7 +21,7 @@ class PageError(Exception):
 
 
 def page_name(path, home='nbs/home.ipynb'):
-    "Where the site has a file of the project: `tune.unfreezing.md` for nbs/415_tune.unfreezing.ipynb; nothing for what is not on it"
+    "The page of a file of the project: `tune.unfreezing.md` for nbs/415_tune.unfreezing.ipynb; `None` if it has none"
     path = PurePosixPath(path)
     if str(path) == home:
         return 'index.md'
@@ -40,8 +40,9 @@ def page_name(path, home='nbs/home.ipynb'):
 
 
 def outside_fences(txt, f):
-    "`txt` with `f` applied to what stands between fenced blocks"
-    parts, buf, fence = [], [], None
+    "`txt` with `f` applied to the text between fenced blocks"
+    parts, buf = [], []
+    fence = None
 
     def flush():
         if buf:
@@ -86,7 +87,9 @@ class Site:
     "What the pages link to: the files that are pages, and the entries of the reference"
 
     def __init__(self, pages, ref, git_url):
-        self.pages, self.ref, self.git_url = {o: page_name(o) for o in pages}, ref, git_url.rstrip('/')
+        self.pages = {o: page_name(o) for o in pages}
+        self.ref = ref
+        self.git_url = git_url.rstrip('/')
 
     def href(self, page, target, anchor=''):
         "The link from `page` to another page"
@@ -110,9 +113,13 @@ class Page:
     "One page: its Markdown, and the figures that belong to it"
 
     def __init__(self, src, site, nb=None):
-        self.src, self.site, self.nb = src, site, nb
+        self.src = src
+        self.site = site
+        self.nb = nb
         self.out, self.module = page_name(src), module_name(PurePosixPath(src))
-        self.title, self.lead, self.heading, self.figures, self.has_h2 = '', '', '', {}, False
+        self.title = self.lead = self.heading = ''
+        self.figures = {}
+        self.has_h2 = False
 
     def prose(self, txt):
         "Markdown with links that lead to pages, names that link to their entries, and formulas as MathML"
@@ -204,10 +211,11 @@ class Page:
             return []
         entries = self.site.ref.entries(self.module, cell)
         names = re.findall(r'^(?:def|class) (\w+)', code, re.M) or re.findall(r'^(\w+) *=', code, re.M)
-        label = (
-            'Source' if entries else 'Source of ' + ', '.join(f'<code>{o}</code>' for o in names) if names else 'Source'
-        )
-        source = f'<details class="source" markdown data-search-exclude>\n<summary>{label}</summary>\n\n{block(code, "python")}\n\n</details>'
+        label = 'Source'
+        if names and not entries:
+            label += ' of ' + ', '.join(f'<code>{o}</code>' for o in names)
+        head = f'<details class="source" markdown data-search-exclude>\n<summary>{label}</summary>'
+        source = f'{head}\n\n{block(code, "python")}\n\n</details>'
         return [self.entry(e) for e in entries] + [source]
 
     def entry(self, e):

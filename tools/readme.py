@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Make README.md from nbs/index.ipynb, and README.zh-TW.md from nbs/index.zh-TW.ipynb: their Markdown, their code as ```python blocks, and what the code printed.
+"""Make README.md from nbs/index.ipynb, and README.zh-TW.md from nbs/index.zh-TW.ipynb: their Markdown, code and output.
 
     python tools/readme.py            write both
     python tools/readme.py --check    write nothing; exit 1 if one is not what would be written
 
-A cell with `#| hide` is left out, one with `#| echo: false` shows its output alone, one with `#| output: false` its code alone."""
+A cell with `#| hide` is left out, one with `#| echo: false` shows only its output, one with `#| output: false` only its
+code."""
 
 import argparse
 import base64
@@ -55,7 +56,7 @@ def plain(txt):
 
 def output_md(out, figures=None):
     """One output of a cell as Markdown; empty for what has no text (progress bars) and for stderr.
-    A figure is kept in `figures`, a dict from file name to bytes, and shown from there; without `figures` it is left out."""
+    A figure goes into `figures`, a dict from file name to bytes; without `figures` it is left out."""
     if out['output_type'] == 'stream':
         return block(plain(text_of(out['text'])), 'text') if out.get('name') != 'stderr' else ''
     data = out.get('data', {})

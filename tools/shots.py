@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Look at the built site as people see it: screenshots at desktop and phone width, light and dark, and what is wrong in them.
+"""Screenshots of the built site at desktop and phone width, light and dark, and what is wrong in them.
 
     pip install playwright && python tools/shots.py site shots --chromium /usr/bin/chromium
 
-Each page is opened in both widths and both colours, then a search is made. Prints console errors, pages wider than the window, and images without pixels; exits 1 if there are any."""
+Opens each page in both widths and both colours, then runs a search. Prints console errors, pages wider than the window,
+and images without pixels; exits 1 if there are any."""
 
 import argparse, functools, http.server, sys, threading
 from pathlib import Path

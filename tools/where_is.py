@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the table "Where is …?" of CONTRIBUTING.md: for what people look for, the name that does it and the module that defines it.
+"""Write the table "Where is …?" of CONTRIBUTING.md: what people look for, the name that does it, and its module.
 
     python tools/where_is.py            write it
     python tools/where_is.py --check    write nothing; exit 1 if it is not up to date

@@ -9,7 +9,6 @@ __all__ = []
 
 # %% ../../nbs/340_efficiency.compilation.ipynb #9711ed0f
 import os, shutil, sys
-import torch
 from torch import nn
 from fastcore.all import patch
 from fastai.learner import Learner

@@ -10,7 +10,6 @@ __all__ = ['PerplexityResult', 'text_perplexity', 'calculate_perplexity', 'Corpu
 # %% ../../nbs/630_generation.perplexity.ipynb #28c39fd5
 import math
 import re
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,6 @@ __all__ = ['find_encoder', 'text_vocab', 'EncoderMatch', 'match_vocab', 'Encoder
 
 # %% ../../nbs/210_models.encoder.ipynb #2251127a
 import pickle
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch

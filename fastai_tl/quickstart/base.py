@@ -12,7 +12,7 @@ import platform, time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from .. import __version__
 from ..core import lang_code
 from ..evaluation.evaluation import Evaluation

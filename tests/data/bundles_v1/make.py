@@ -1,7 +1,7 @@
 """Write the bundles in this folder with the last release that wrote bundle format 1 (commit c1a828e)
 
-They are test data: `tests/test_deploy.py` loads them and compares the predictions with `predictions.json`. Check out that
-commit, put it on `PYTHONPATH` and run `python make.py FOLDER`. This script does not run with later versions."""
+They are test data: `tests/test_deploy.py` loads them and compares the predictions with `predictions.json`. Check out
+that commit, put it on `PYTHONPATH` and run `python make.py FOLDER`. This script does not run with later versions."""
 
 import json
 import sys
@@ -33,8 +33,9 @@ LABELS = dict(single=['neg' if len(t) % 2 else 'pos' for t in TEXTS],
 
 
 def bert(tok, **kwargs):
-    return BertConfig(vocab_size=len(tok), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
-                      max_position_embeddings=64, pad_token_id=tok.pad_token_id, **kwargs)
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+    vocab = dict(vocab_size=len(tok), pad_token_id=tok.pad_token_id)
+    return BertConfig(**sizes, **vocab, max_position_embeddings=64, **kwargs)
 
 
 def train(learn, sharpen=1):
@@ -49,7 +50,8 @@ def train(learn, sharpen=1):
 
 def hf_classifier(target, tok, texts=TEXTS, labels=None, **kwargs):
     seed_everything(1)
-    dls = HFTextDataLoaders.from_lists(texts, labels or LABELS[target], tok, valid=VALID, target=target, bs=8, verbose=False, **kwargs)
+    options = dict(valid=VALID, target=target, bs=8, verbose=False, **kwargs)
+    dls = HFTextDataLoaders.from_lists(texts, labels or LABELS[target], tok, **options)
     return train(hf_classifier_learner(dls, bert(tok)), sharpen=1 if target == 'regression' else 100)
 
 
@@ -61,14 +63,16 @@ def awd_parts():
 def awd_classifier(target, backwards=False, y_range=None):
     seed_everything(2)
     tokens, vocab = awd_parts()
-    dls = classifier_dls(tokens, LABELS[target], target, list(range(28)), list(range(28, 40)), vocab, bs=8, backwards=backwards)
+    train, valid = list(range(28)), list(range(28, 40))
+    dls = classifier_dls(tokens, LABELS[target], target, train, valid, vocab, bs=8, backwards=backwards)
     n_out = 1 if target == 'regression' else len(dls.vocab[1])
     return awd_classifier_learner(dls, target, n_out, AWD, y_range=y_range)
 
 
 def predictions(predictor, texts):
     p = predictor.predict(texts)
-    return dict(texts=texts, labels=p.labels, probs=p.probs.tolist(), scores=p.scores.tolist(), classes=predictor.classes)
+    probs, scores = p.probs.tolist(), p.scores.tolist()
+    return dict(texts=texts, labels=p.labels, probs=probs, scores=scores, classes=predictor.classes)
 
 
 def main(folder):
@@ -101,14 +105,16 @@ def main(folder):
     tagger = load_bundle(folder/'hf_tagging')
     with tagger.no_bar():
         probs = [p.tolist() for p in tagger.word_probs(words[:3])]
-    res['hf_tagging'] = dict(texts=TEXTS[:3], words=words[:3], probs=probs, tags=[o.tags for o in tagger.tag(TEXTS[:3])])
+    tags = [o.tags for o in tagger.tag(TEXTS[:3])]
+    res['hf_tagging'] = dict(texts=TEXTS[:3], words=words[:3], probs=probs, tags=tags)
 
     questions = ['who is it'] * 28
     passages = [t for t in TEXTS if len(t.split()) > 3][:28]
     answers = [t.split()[1] for t in passages]
     starts = [len(t.split()[0]) + 1 for t in passages]
     seed_everything(3)
-    dls = HFQADataLoaders.from_lists(questions, passages, answers, tok, starts=starts, max_length=40, stride=8, bs=8, verbose=False)
+    options = dict(starts=starts, max_length=40, stride=8, bs=8, verbose=False)
+    dls = HFQADataLoaders.from_lists(questions, passages, answers, tok, **options)
     train(hf_qa_learner(dls, bert(tok))).save_bundle(folder/'hf_qa')
     reader = load_bundle(folder/'hf_qa')
     with reader.no_bar():
@@ -120,14 +126,17 @@ def main(folder):
     for backwards in (False, True):
         seed_everything(4)
         name = 'awd_lm_backwards' if backwards else 'awd_lm'
-        train(awd_lm_learner(language_model_dls(tokens, vocab, bs=4, seq_len=10, backwards=backwards), AWD)).save_bundle(folder/name)
+        dls = language_model_dls(tokens, vocab, bs=4, seq_len=10, backwards=backwards)
+        train(awd_lm_learner(dls, AWD)).save_bundle(folder/name)
         lm = load_bundle(folder/name)
         ppl = lm.perplexity(NEW).corpus['perplexity']
-        res[name] = dict(texts=NEW, perplexity=float(ppl), generated=lm.generate('alpha', max_new_tokens=6, do_sample=False)[0].text)
+        generated = lm.generate('alpha', max_new_tokens=6, do_sample=False)[0].text
+        res[name] = dict(texts=NEW, perplexity=float(ppl), generated=generated)
 
     seed_everything(5)
     gpt = GPT2Config(vocab_size=len(tok), n_embd=8, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
-    train(hf_causal_lm_learner(HFCausalLMDataLoaders.from_texts(TEXTS, tok, max_length=16), gpt)).save_bundle(folder/'hf_causal_lm')
+    dls = HFCausalLMDataLoaders.from_texts(TEXTS, tok, max_length=16)
+    train(hf_causal_lm_learner(dls, gpt)).save_bundle(folder/'hf_causal_lm')
     lm = load_bundle(folder/'hf_causal_lm')
     res['hf_causal_lm'] = dict(texts=NEW, perplexity=float(lm.perplexity(NEW).corpus['perplexity']),
                                generated=lm.generate('alpha beta', max_new_tokens=5, do_sample=False)[0].text)
