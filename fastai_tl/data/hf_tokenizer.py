@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as a fastai transform: texts are tokenized once, kept as arrays, and padded batch by batch
+"""A Hugging Face tokenizer as a fastai transform: each text is tokenized once, stored in an array, and padded in its batch
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.hf_tokenizer.html.md"""
 
@@ -27,7 +27,7 @@ from .tokenizers import apply_rules
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #de71e77b
 class TensorTokens(TensorText):
-    "Token ids, types and places of a text, (fields, tokens), or of a batch, (texts, fields, tokens); -1 is padding"
+    "Token ids, types and places of a text, shape (fields, tokens), or a batch, (texts, fields, tokens); -1 is padding"
     def _field(self, i):
         if self.shape[-2] <= i:
             return None
@@ -38,39 +38,39 @@ class TensorTokens(TensorText):
         return self._field(0)
     @property
     def types(self):
-        "Token types, or `None` if the tokenizer makes none"
+        "Token types, or `None` if the tokenizer does not return them"
         types = self._field(1)
         return None if types is None or (types < 0).all() else types
     @property
     def places(self):
-        "The word, or the character, that each token belongs to, -1 for none; `None` if places are not kept"
+        "Index of the word or character that each token belongs to, -1 for none; `None` if there is no third row"
         return self._field(2)
     @property
     def mask(self):
-        "1 for a token, 0 for padding"
+        "Attention mask: 1 for a token, 0 for padding"
         return (self.ids >= 0).long()
 
 class TensorTargets(TensorBase):
-    "A target for each token of a text, (tokens,), or of a batch; -100 for no target, and for padding"
+    "One target per token of a text, shape (tokens,), or a batch, (texts, tokens); -100 for no target and for padding"
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #0c62b125
 def hub_error(what, name, error):
-    "The error for a name or folder that transformers cannot load"
+    "Return the error for a name or folder that transformers cannot load"
     reason = str(error)
     offline = 'offline' in reason.lower() or 'connect' in reason.lower()
-    todo = 'Check the spelling on https://huggingface.co/models, or pass a folder that holds it'
+    todo = 'Check the spelling on https://huggingface.co/models, or pass the path of a folder that contains it'
     if offline:
         todo = ('There is no network, or HF_HUB_OFFLINE is set: load it once with a network, '
-                'or pass a folder that holds it')
+                'or pass the path of a folder that contains it')
     return FastaiTLError(f'{what} must be a name on the Hugging Face hub or a local folder',
                          f'{str(name)!r}, which cannot be loaded ({reason.splitlines()[0][:200]})', todo)
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #36e48b9e
 def load_tokenizer(
-    tokenizer, # A name on the hub, a folder, or a tokenizer of transformers
-    **kwargs # More for `AutoTokenizer.from_pretrained`
-): # A tokenizer of transformers
-    "Load a tokenizer by its name, or check the one that is passed"
+    tokenizer, # A name on the hub, a folder, or a transformers tokenizer
+    **kwargs # Passed to `AutoTokenizer.from_pretrained`
+): # A transformers tokenizer
+    "Load a tokenizer by its name or folder; a tokenizer object is checked and returned"
     if isinstance(tokenizer, (str, Path)):
         from transformers import AutoTokenizer
         try:
@@ -78,16 +78,16 @@ def load_tokenizer(
         except (OSError, ValueError, KeyError) as error:
             raise hub_error('A tokenizer', tokenizer, error) from error
     if not (callable(tokenizer) and hasattr(tokenizer, 'model_input_names')):
-        raise FastaiTLError('A tokenizer must be a name, a folder, or a tokenizer of transformers',
+        raise FastaiTLError('A tokenizer must be a name, a folder, or a transformers tokenizer',
                             f'a {type(tokenizer).__name__}',
-                            'Wrap a tokenizer of `tokenizers` in `PreTrainedTokenizerFast(tokenizer_object=…)`')
+                            'Wrap a `tokenizers.Tokenizer`: `PreTrainedTokenizerFast(tokenizer_object=…)`')
     return tokenizer
 
 def model_max_length(
-    tokenizer, # A tokenizer of transformers
-    default:int=512 # The limit if the tokenizer has none
-) -> int: # Tokens
-    "The tokenizer's own limit of tokens, or `default` if it has none"
+    tokenizer, # A transformers tokenizer
+    default:int=512 # Result if the tokenizer has no maximum
+) -> int: # Number of tokens
+    "Return the tokenizer's maximum number of tokens, or `default` if it has none"
     return tokenizer.model_max_length if tokenizer.model_max_length < 1e6 else default
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #f023b203
@@ -98,7 +98,7 @@ SPECIAL_TOKENS = dict(
     seq2seq=dict(pad_token='<pad>', unk_token='<unk>', eos_token='</s>'))
 
 def _post_processor(kind, special):
-    "What puts the special tokens around a text, or around a pair"
+    "Return the post-processor that adds the special tokens to a text or a pair; `None` if `kind` adds none"
     from tokenizers.processors import TemplateProcessing
     templates = dict(encoder=('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1', ('[CLS]', '[SEP]')),
                      seq2seq=('$A </s>', '$A </s> $B </s>', ('</s>',)))
@@ -110,13 +110,13 @@ def _post_processor(kind, special):
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #c2b1ee7c
 def train_tokenizer(
-    texts, # Strings to learn from
-    vocab_size:int=8000, # Largest number of tokens, among them the 256 bytes and the special tokens
-    kind:str='encoder', # Whose special tokens: `encoder`, `decoder` or `seq2seq`
-    lowercase:bool=False, # Convert capitals to small letters
-    max_length:int=512 # Tokens of a text, the `model_max_length`
+    texts, # Strings to train on
+    vocab_size:int=8000, # Maximum size of the vocabulary, including the 256 bytes and the special tokens
+    kind:str='encoder', # Kind of model to add special tokens for: `encoder`, `decoder` or `seq2seq`
+    lowercase:bool=False, # Convert texts to lower case
+    max_length:int=512 # Maximum number of tokens of a text, saved as `model_max_length`
 ): # A fast tokenizer of transformers
-    "Learn a byte-level BPE tokenizer; the same texts always give the same one"
+    "Train a byte-level BPE tokenizer; the same texts always give the same tokenizer"
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     if kind not in SPECIAL_TOKENS:
@@ -138,18 +138,18 @@ def train_tokenizer(
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #501746dc
 def text_key(text):
-    "A text, or a pair of texts, as a key of a dictionary"
+    "Return a text, or a pair of texts, as a dictionary key"
     return text if isinstance(text, str) else tuple(text)
 
-def n_truncated(tokenizer, encoded, args, max_length):
-    "The number of texts that a tokenizer has truncated"
+def n_truncated(tokenizer, encoded, columns, max_length):
+    "Count the texts that were truncated; `columns` is one list of texts, or two for pairs"
     if encoded.encodings is not None:
         return sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    # a tokenizer written in Python does not say what it has truncated
-    return sum(len(ids) > max_length for ids in tokenizer(*args, verbose=False)['input_ids'])
+    # a slow tokenizer, written in Python, does not report which texts it truncated
+    return sum(len(ids) > max_length for ids in tokenizer(*columns, verbose=False)['input_ids'])
 
 def truncation_message(n_cut, n, max_length):
-    "How many of `n` texts were truncated, as a share or, if that is below half a percent, as a number"
+    "Say what share of `n` texts was truncated; below half a percent, say the number of texts"
     share = f'{n_cut/n:.0%} of' if n_cut/n >= .005 else f'{n_cut:,} of {n:,}'
     return f'{share} texts were cut at {max_length} tokens'
 
@@ -157,11 +157,11 @@ def truncation_message(n_cut, n, max_length):
 class HFTokenize(DisplayedTransform):
     "Turn texts, or pairs of texts as lists of two, into `TensorTokens`; each text is tokenized once"
     def __init__(self,
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        max_length:int|None=None, # Tokens of a text with its special ones; `None`: the tokenizer's own limit, or 512
-        truncation:bool=True, # Truncate longer texts, else keep them whole
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's, or 512
+        truncation:bool=True, # Truncate texts that are longer than `max_length`
         verbose:bool=True, # Print how many texts were truncated
-        rules=() # Functions from string to string, applied to each text first
+        rules=() # Functions from string to string, applied to each text before it is tokenized
     ):
         self.tokenizer = load_tokenizer(tokenizer)
         self.max_length = max_length or model_max_length(self.tokenizer)
@@ -174,20 +174,20 @@ class HFTokenize(DisplayedTransform):
 
     @property
     def n_fields(self):
-        "Rows of the tensor of a text"
+        "Number of rows of a text's tensor"
         return 1 + self.has_types
 
     def forget(self):
-        "Drop the texts that are kept"
-        self._rows = {} # text to its number
-        self._data = np.zeros((self.n_fields, 0), np.int32) # the tokens of all texts, one after the other
-        self._ends = np.zeros(1, np.int64) # where each text ends in `_data`
-        self._later = {} # texts that came later
+        "Drop all stored texts"
+        self._index = {} # the index `i` of each stored text
+        self._data = np.zeros((self.n_fields, 0), np.int32) # the tokens of all texts, concatenated
+        self._ends = np.zeros(1, np.int64) # text `i` is `_data[:, _ends[i]:_ends[i+1]]`
+        self._unseen = {} # tensors of texts that were not in the dataset
         self.n_cut = 0
 
     def __getstate__(self):
-        # an exported Learner does not carry its texts
-        return {k: v for k, v in self.__dict__.items() if k not in ('_rows', '_data', '_ends', '_later')}
+        # the texts are not saved with an exported Learner
+        return {k: v for k, v in self.__dict__.items() if k not in ('_index', '_data', '_ends', '_unseen')}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -197,28 +197,31 @@ class HFTokenize(DisplayedTransform):
 
     def tokenize(self,
         texts # Texts, or pairs of texts
-    ) -> tuple: # Arrays (fields, tokens), one a text; and the number of texts that were truncated
-        "Tokenize some texts without keeping them"
-        args = [texts] if isinstance(texts[0], str) else [list(part) for part in zip(*texts)]
-        args = [list(apply_rules(self.rules, part)) for part in args]
+    ) -> tuple: # One array (fields, tokens) per text, and the number of truncated texts
+        "Tokenize texts without storing them"
+        # one list of texts, or two for pairs: the first texts and the second texts
+        columns = [texts] if isinstance(texts[0], str) else zip(*texts)
+        columns = [list(apply_rules(self.rules, column)) for column in columns]
         max_length = self.max_length if self.truncation else None
-        encoded = self.tokenizer(*args, truncation=self.truncation, max_length=max_length, verbose=False)
+        encoded = self.tokenizer(*columns, truncation=self.truncation, max_length=max_length, verbose=False)
         fields = ['input_ids', 'token_type_ids'] if self.has_types else ['input_ids']
         arrays = [np.asarray(rows, dtype=np.int32) for rows in zip(*[encoded[field] for field in fields])]
-        return arrays, n_truncated(self.tokenizer, encoded, args, max_length) if self.truncation else 0
+        n_cut = n_truncated(self.tokenizer, encoded, columns, max_length) if self.truncation else 0
+        return arrays, n_cut
 
     def remember(self,
         texts # Texts, or pairs of texts
     ):
-        "Tokenize the texts that are not known yet, in batches, and keep their ids"
-        new = [key for key in dict.fromkeys(map(text_key, texts)) if key not in self._rows]
-        data, lens = [self._data], []
+        "Tokenize the texts that are not stored yet, in batches, and store their ids"
+        new = [key for key in dict.fromkeys(map(text_key, texts)) if key not in self._index]
+        data = [self._data]
+        lens = []
         for start in range(0, len(new), 1000):
             arrays, n_cut = self.tokenize(new[start:start+1000])
             data += arrays
             lens += [array.shape[1] for array in arrays]
             self.n_cut += n_cut
-        self._rows.update({key: i for i, key in enumerate(new, len(self._rows))})
+        self._index.update({key: i for i, key in enumerate(new, len(self._index))})
         self._data = np.concatenate(data, axis=1)
         self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(lens, dtype=np.int64)])
         return self
@@ -226,54 +229,55 @@ class HFTokenize(DisplayedTransform):
     def tokens(self,
         text # A text, or a pair of texts
     ) -> TensorTokens: # (fields, tokens)
-        "The tensor of one text"
+        "Return the tensor of one text"
         key = text_key(text)
-        if key in self._rows:
-            start, end = self._ends[self._rows[key]:self._rows[key]+2]
+        if key in self._index:
+            i = self._index[key]
+            start, end = self._ends[i:i+2]
             return TensorTokens(torch.from_numpy(self._data[:, start:end].astype(np.int64)))
-        if key not in self._later:
-            if len(self._later) >= 10_000: # bounds the memory of texts to be predicted; each is needed twice
-                self._later.clear()
-            self._later[key] = TensorTokens(torch.from_numpy(self.tokenize([key])[0][0].astype(np.int64)))
-        if not self._later[key].shape[1]:
+        if key not in self._unseen:
+            if len(self._unseen) >= 10_000: # limits the memory; a text is stored because it is needed more than once
+                self._unseen.clear()
+            self._unseen[key] = TensorTokens(torch.from_numpy(self.tokenize([key])[0][0].astype(np.int64)))
+        if not self._unseen[key].shape[1]:
             raise DataError('A text must have at least one token', f'none in {text!r}', 'Leave out empty texts')
-        return self._later[key]
+        return self._unseen[key]
 
     def setup(self, items=None, train_setup=False):
-        "Tokenize all texts of a dataset, those for validation too, and print how many were truncated"
+        "Tokenize all texts of a dataset, validation included, and print how many were truncated"
         if items is None:
             return
-        n_before, n_cut_before = len(self._rows), self.n_cut
+        n_before, n_cut_before = len(self._index), self.n_cut
         self.remember(items[i] for i in range(len(items)))
         n_cut = self.n_cut - n_cut_before
         if n_cut and self.verbose:
-            print(truncation_message(n_cut, len(self._rows)-n_before, self.max_length))
+            print(truncation_message(n_cut, len(self._index)-n_before, self.max_length))
 
     def encodes(self, x:str|list|L):
         return self.tokens(x)
 
     def decodes(self, x:TensorTokens):
-        # types 2 and 3 are the special tokens of XLNet and Funnel
+        # types 0 and 1 are the two texts of a pair; 2 and 3 are special tokens of XLNet and Funnel
         parts = [x.ids] if x.types is None else [x.ids[x.types == kind] for kind in (0, 1)]
         texts = [self.tokenizer.decode(part[part >= 0].tolist(), skip_special_tokens=True) for part in parts]
         return TitledStr(' ‖ '.join(text for text in texts if text))
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #f0f9ac1a
 def hf_tokenize(
-    tokenizer, # A name, a folder, or a tokenizer of transformers
-    max_length:int|None=None, # Tokens of a text with its special ones; the tokenizer's own limit if `None`
-    truncation:bool=True, # Truncate longer texts, else keep them whole
+    tokenizer, # A name, a folder, or a transformers tokenizer
+    max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's own
+    truncation:bool=True, # Truncate texts that are longer than `max_length`
     verbose:bool=True, # Print how many texts were truncated
     lang:str='en' # `zh-tw` normalizes each text with `CHINESE_RULES`; `en` leaves it as it is
 ) -> HFTokenize:
-    "An `HFTokenize` with the text rules of a language"
+    "Return an `HFTokenize` with the text rules of a language"
     return HFTokenize(tokenizer, max_length, truncation, verbose, language_rules(lang))
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #3e065861
 def pad_rows(
-    rows:list, # Tensors (…, tokens) whose last dimensions differ
-    value, # The value of padding
-    left:bool=False # Put the padding in front
+    rows:list, # Tensors (…, tokens), which differ in their number of tokens
+    value, # Padding value
+    left:bool=False # Pad on the left
 ): # A tensor (rows, …, tokens of the longest row)
     "Pad tensors to the longest of them and stack them"
     n_longest = max(row.shape[-1] for row in rows)
@@ -286,7 +290,7 @@ def pad_rows(
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #714dd2f6
 class PadTokens(Transform):
-    "Pad the token tensors of some samples to the longest of them"
+    "Pad the token tensors of a list of samples to the length of the longest"
     def __init__(self,
         side:str='right' # Where the padding goes: `right` or `left`
     ):
@@ -310,17 +314,17 @@ class PadTokens(Transform):
 def n_tokens(
     sample # `(TensorTokens, …)`
 ) -> int:
-    "Count the tokens of a sample's first text"
+    "Count the tokens of a sample's input"
     return sample[0].shape[-1]
 
 class TokensDL(SortedDL):
-    "A `SortedDL` that sorts texts by their number of tokens, and can draw them by weight"
+    "A `SortedDL` that sorts texts by their number of tokens and can sample them by weight"
     def __init__(self,
         dataset, # Samples `(TensorTokens, …)`
-        sort_func=None, # What to sort by; `n_tokens` if `None`
-        res=None, # Its results, one a sample, if they are known
-        weights=None, # One a sample: how often it is drawn for training
-        **kwargs # More for `TfmdDL`: `bs`, `shuffle`, …
+        sort_func=None, # Function of a sample that returns what to sort by; `n_tokens` if `None`
+        res=None, # The result of `sort_func` for each sample, if already known
+        weights=None, # Relative sampling frequency of each sample in training
+        **kwargs # Passed to `TfmdDL`: `bs`, `shuffle`, …
     ):
         if res is None:
             measure = sort_func or n_tokens
@@ -335,14 +339,14 @@ class TokensDL(SortedDL):
         order = np.concatenate([sorted(bucket, key=lambda i: -self.res[i]) for bucket in buckets])
         batches = [order[i:i+self.bs] for i in range(0, len(order), self.bs)]
         shuffled = [batches[i] for i in np.random.permutation(len(batches)-1)]
-        return iter(np.concatenate(shuffled + batches[-1:])) # the last batch may be a small one and stays last
+        return iter(np.concatenate(shuffled + batches[-1:])) # the last batch may be smaller and stays last
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #a21406ed
 def packs(
-    lens, # Tokens of each row
-    max_tokens:int # Largest number of tokens of a batch, padding included
-) -> list: # Lists of indexes, the longest row of each batch first; every row once
-    "Put rows of similar length into batches"
+    lens, # Number of tokens of each row
+    max_tokens:int # Maximum number of tokens in a batch, including padding
+) -> list: # Lists of row indexes, the longest row of each batch first
+    "Put each row into one batch, together with rows of similar length"
     batches = []
     order = np.argsort(-np.asarray(lens), kind='stable').tolist()
     while order:
@@ -387,9 +391,9 @@ def plot_top_losses(x:TensorTokens, y:torch.Tensor, *args, **kwargs):
 class HFTextBlock(TransformBlock):
     "Texts for a Hugging Face model, in fastai's DataBlock API"
     def __init__(self,
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        max_length:int|None=None, # Tokens of a text with its special ones; the tokenizer's own limit if `None`
-        truncation:bool=True, # Truncate longer texts, else keep them whole
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's own
+        truncation:bool=True, # Truncate texts that are longer than `max_length`
         verbose:bool=True # Print how many texts were truncated
     ):
         tok = HFTokenize(tokenizer, max_length, truncation, verbose)

@@ -1,4 +1,4 @@
-"""Compute frozen lower layers once: every epoch of the stage trains the layers above from stored states
+"""Compute the frozen lower layers once and store their output, so that each epoch computes only the layers above
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.feature_cache.html.md"""
 
@@ -40,7 +40,8 @@ def transforms_of(dl):
     return [tfm for pipeline in pipelines for tfm in pipeline.fs]
 
 def _is_random(tfm):
-    return any(cls.__name__ == 'RandTransform' for cls in type(tfm).__mro__) # its module would import torchvision
+    # compared by name, because importing the class would import torchvision
+    return any(cls.__name__ == 'RandTransform' for cls in type(tfm).__mro__)
 
 def draw_items(dl, idxs):
     "Return a batch of the items `idxs`"
@@ -50,32 +51,34 @@ def draw_items(dl, idxs):
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #d8af5966
 def check_same_each_time(dl):
     "Raise an error if the items of a DataLoader change from epoch to epoch"
-    todo = 'Leave it out while layers are frozen, or train without the cache'
     if not getattr(dl, 'indexed', False) or dl.bs is None:
-        raise DataError('Texts whose states are kept must come one by one, by number', f'a {type(dl).__name__}', todo)
-    def changing(got): return DataError('Texts whose states are kept must be the same every epoch', got, todo)
-    random = [type(tfm).__name__ for tfm in transforms_of(dl) if _is_random(tfm)]
-    if random:
-        raise changing(f'random transforms ({shorten(random)}) in front of the model')
+        raise DataError('Texts whose states are stored must be items of an indexed DataLoader with a batch size',
+                        f'a {type(dl).__name__}', 'Use such a DataLoader, or train without the cache')
+    def changing_data(got):
+        return DataError('Texts whose states are stored must be the same every epoch', got,
+                         'Remove what changes them while layers are frozen, or train without the cache')
+    random_tfms = [type(tfm).__name__ for tfm in transforms_of(dl) if _is_random(tfm)]
+    if random_tfms:
+        raise changing_data(f'random transforms ({shorten(random_tfms)}) before the model')
     if any(hasattr(dl.dataset, name) for name in ('reshuffle', 'masker')):
-        raise changing(f'a {type(dl.dataset).__name__}, whose texts are cut or masked differently in each epoch')
+        raise changing_data(f'a {type(dl.dataset).__name__}, whose texts are cut or masked differently in each epoch')
     n = min(len(dl.dataset), 8, dl.bs)
     first = _tensors_of(draw_items(dl, range(n)))
     second = _tensors_of(draw_items(dl, range(n)))
     def same(a, b): return a.shape == b.shape and torch.equal(a, b)
     if len(first) != len(second) or not all(map(same, first, second)):
-        raise changing('items that differ when they are drawn again')
+        raise changing_data('items that differ when they are drawn again')
 
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #e30e16ed
 class PrefixCache:
-    "The states that a frozen prefix gives for the texts of one DataLoader"
+    "Store the states that a frozen prefix computes for the texts of one DataLoader"
     def __init__(self,
         prefix, # A `Prefix` or a `PooledPrefix`
         dl, # A DataLoader of tokens and targets
-        one:SinglePosition|None=None, # How the top layer computes one position
+        one:SinglePosition|None=None, # Compute only one position in the top layer; `None`: all positions
         dtype:torch.dtype=torch.float32, # Dtype of the stored states
-        where:str='auto', # See `StateStore`
-        folder:str|Path='.' # See `StateStore`
+        where:str='auto', # Where to store: `memory`, `disk` or `auto`, see `StateStore`
+        folder:str|Path='.' # Folder of the file on disk
     ):
         check_same_each_time(dl)
         self.prefix = prefix
@@ -83,7 +86,8 @@ class PrefixCache:
         self.one = one
         self.dataset = dl.dataset
         self.is_pooled = not isinstance(prefix, Prefix)
-        self.has_vectors = self.is_pooled or (one is not None and prefix.k == len(prefix.blocks)) # one per text
+        # whether one vector per text is stored
+        self.has_vectors = self.is_pooled or (one is not None and prefix.k == len(prefix.blocks))
         self.lengths = self._text_lengths()
         self.order = np.argsort(-self.lengths, kind='stable') # long texts first
         n_states = np.ones_like(self.lengths) if self.has_vectors else self.lengths
@@ -99,8 +103,8 @@ class PrefixCache:
         return np.array(known)
 
     def fill(self,
-        bs:int|None=None, # Texts in a batch; if `None` 64, or 2,048 tokens for a Hugging Face model on a CPU
-        context=nullcontext # Makes the context to compute in, such as autocast
+        bs:int|None=None, # Texts per batch; `None`: 64, or up to 2,048 tokens for a Hugging Face model on a CPU
+        context=nullcontext # Function that returns the context manager to compute in, for example autocast
     ) -> 'PrefixCache': # The same cache
         "Compute the states of all texts"
         self.dl.before_iter()
@@ -128,13 +132,13 @@ class PrefixCache:
         "Store a batch of states and tokens without padding"
         is_token = x[:, 0] >= 0
         self.pads_left |= not bool(is_token[:, 0].all())
-        last = is_token.cumsum(1).argmax(1).tolist()
+        last = is_token.cumsum(1).argmax(1).tolist() # position of the last token
         for j, i in enumerate(idxs):
-            here = is_token[j]
-            self.targets[i] = [t[j][here] if isinstance(t, TensorTargets) else t[j] for t in targets]
-            tokens = x[j][:, last[j]:last[j]+1] if self.has_vectors else x[j][:, here]
+            keep = is_token[j]
+            self.targets[i] = [t[j][keep] if isinstance(t, TensorTargets) else t[j] for t in targets]
+            tokens = x[j][:, last[j]:last[j]+1] if self.has_vectors else x[j][:, keep]
             self.tokens[i] = TensorTokens(tokens.cpu())
-            self.store.write(i, states[j, :1] if self.has_vectors else states[j][here])
+            self.store.write(i, states[j, :1] if self.has_vectors else states[j][keep])
 
     def batch(self,
         idxs # Indexes of texts
@@ -142,11 +146,12 @@ class PrefixCache:
         "Return a batch as the DataLoader would make it, and the states of its texts"
         states = self.store.read(idxs, self.pads_left)
         if self.is_pooled:
-            x = states = states[:, 0]
+            states = states[:, 0]
+            x = states # the head needs nothing else
         else:
             x = pad_rows([self.tokens[i] for i in idxs], -1, self.pads_left)
-        at = torch.as_tensor(np.asarray(idxs))
-        targets = [self._pad(c, idxs) if isinstance(c, list) else c[at] for c in self.targets]
+        index = torch.as_tensor(np.asarray(idxs))
+        targets = [self._pad(c, idxs) if isinstance(c, list) else c[index] for c in self.targets]
         return to_device(((x, *targets), states), self.dl.device)
 
     def _pad(self, column, idxs):
@@ -161,7 +166,7 @@ class PrefixCache:
 
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #5ffa343a
 class CachedDL(GetAttr):
-    "The batches of a DataLoader, in its own order, from a `PrefixCache`"
+    "Yield the batches of a DataLoader, in the same order, from a `PrefixCache`"
     _default = 'source'
     def __init__(self,
         source, # The DataLoader
@@ -177,7 +182,7 @@ class CachedDL(GetAttr):
         self.source.randomize()
         self.source.before_iter()
         self._DataLoader__idxs = list(self.source.get_idxs()) # where fastai keeps the order of the items
-        torch.empty((), dtype=torch.int64).random_() # PyTorch's loaders draw a seed here
+        torch.empty((), dtype=torch.int64).random_() # PyTorch's DataLoader draws a seed here
         for idxs in chunked(self._DataLoader__idxs, self.source.bs, self.source.drop_last):
             batch, states = self.cache.batch(idxs)
             self.offer(batch[0], states)
@@ -186,24 +191,26 @@ class CachedDL(GetAttr):
 
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #9c5cfea9
 def _fingerprint(p):
+    "Return values that change when a parameter or a buffer changes"
     sample = p.detach().reshape(-1)[::max(1, p.numel()//512)]
     return id(p), p._version, sample.double().sum().item()
 
-def _what_states_depend_on(learn, dtype):
+def _cache_key(learn, dtype):
+    "Return a key that changes when the stored states become invalid"
     frozen = [p for p in learn.model.parameters() if not p.requires_grad]
     frozen += [buffer for module in frozen_modules(learn.model) for buffer in module.buffers()]
     data = [(id(dl.dataset), len(dl.dataset)) for dl in learn.dls.loaders[:2]]
     return [_fingerprint(p) for p in frozen], data, dtype, id(learn.model)
 
 def _mixed_precision(learn):
-    "Return the autocast context of a Learner and its dtype, or `None` twice"
+    "Return a Learner's autocast context and its dtype; both are `None` without mixed precision"
     callback = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
-    context = getattr(callback, 'autocast', None) # made when the fit begins
+    context = getattr(callback, 'autocast', None) # exists only during a fit
     return context, None if context is None else getattr(callback, 'compute_dtype', None)
 
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #0683dec3
 def _find_single_position(model, prefix, wanted):
-    "Return how the top layer computes one position, or `None`; `wanted` is `True`, `False`, or `None` for: if possible"
+    "Return a `SinglePosition` for the top layer or `None`; `wanted=None` means: if the model allows it"
     if wanted is False or not isinstance(prefix, Prefix):
         return None
     try:
@@ -213,16 +220,16 @@ def _find_single_position(model, prefix, wanted):
             raise
 
 def _no_frozen_layers(model):
-    "The error for a model of which nothing is frozen that could be stored"
+    "Return the error for a model without frozen layers to compute once"
     lowest = next((name for name, p in model.named_parameters() if p.requires_grad), 'nothing')
     expected = ('`CachedPrefix` needs frozen layers: the whole encoder of an AWD_LSTM, '
                 'or at least the embeddings and the first layer of a Hugging Face model')
-    todo = 'Call learn.freeze_to(-1) before, or use learn.fit_gradual(cache=True)'
-    return FastaiTLError(expected, f'{lowest!r}, which trains', todo)
+    todo = 'Call learn.freeze_to(-1) before the fit, or use learn.fit_gradual(cache=True)'
+    return FastaiTLError(expected, f'a model whose first trainable parameter is {lowest!r}', todo)
 
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #d273901e
 class _Offered:
-    "The states of a batch, and how to recognise its input"
+    "The states of a batch, with the address and shape by which its input is recognised"
     def __init__(self, x, states):
         self.pointer = x.data_ptr()
         self.shape = x.shape
@@ -231,10 +238,10 @@ class _Offered:
         "Return whether `x` is the input of this batch"
         return isinstance(x, torch.Tensor) and x.data_ptr() == self.pointer and x.shape == self.shape
 
-def _forward_from_states(own, offered, prefix, one, *args, **kwargs):
-    "Compute a model from the offered states if they belong to its input, else in full"
+def _forward_from_states(original, offered, prefix, one, *args, **kwargs):
+    "Run a model from the offered states if they belong to its input; otherwise run all of its layers"
     if not args or not offered.belong_to(args[0]):
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     states = offered.states
     n_above = len(prefix.blocks)-prefix.k if isinstance(prefix, Prefix) else 0
     single = one if n_above else None
@@ -243,7 +250,7 @@ def _forward_from_states(own, offered, prefix, one, *args, **kwargs):
     if not (is_autocast and n_above == 1 and single):
         states = states.float()
     with single or nullcontext(), prefix.replay(states):
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
 
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #a88e357e
 class CachedPrefix(AroundBatch):
@@ -252,13 +259,13 @@ class CachedPrefix(AroundBatch):
     _learn = None
 
     def __init__(self,
-        dtype:torch.dtype|None=None, # Dtype of the stored states; float32, or that of mixed precision, if `None`
+        dtype:torch.dtype|None=None, # Dtype of the stored states; `None`: that of mixed precision, else float32
         where:str='auto', # `memory`, `disk`, or `auto`: the disk if the states need more than half of the free memory
-        folder:str|Path|None=None, # For the file on disk; `cache` in the Learner's folder if `None`
-        one_position:bool|None=None, # Let the top layer compute one position; where that is exact if `None`
-        bs:int|None=None, # Texts in a batch while the states are computed; see `PrefixCache.fill`
-        optional:bool=False, # Train as usual while nothing is frozen; if `False` that is an error
-        verbose:bool=True # Print what is stored
+        folder:str|Path|None=None, # Folder of the file on disk; `None`: `cache` in the Learner's folder
+        one_position:bool|None=None, # Compute only one position in the top layer; `None`: if the result is the same
+        bs:int|None=None, # Texts per batch while the states are computed; see `PrefixCache.fill`
+        optional:bool=False, # If nothing is frozen, train without the cache instead of raising an error
+        verbose:bool=True # Print what is computed and stored
     ):
         store_attr('dtype,where,folder,one_position,optional,verbose')
         self.batch_size = bs
@@ -283,13 +290,13 @@ class CachedPrefix(AroundBatch):
         self.__dict__.update(prefix=None, one=None, _key=None, _offered=None)
 
     def before_fit(self):
-        "Do nothing in `lr_find` and `get_preds`"
+        "Use all layers until an epoch trains; switch the Callback off in `lr_find` and `get_preds`"
         self.run = is_real_fit(self.learn)
         self._active = False
         self._offered = None
 
     def before_train(self):
-        "Compute the frozen layers if necessary, and train from their states"
+        "Compute the frozen layers if that is necessary, and train from the stored states"
         for module in frozen_modules(self.model):
             module.eval()
         self._active = self._find_prefix()
@@ -302,11 +309,11 @@ class CachedPrefix(AroundBatch):
             self._use_cache('validation')
 
     def after_epoch(self):
-        "Compute everything in full until the next epoch"
+        "Use all layers until the next epoch trains"
         self._active = False
 
     def after_fit(self):
-        "Restore the Learner's batches; the states stay for a next fit"
+        "Restore the Learner's batches; keep the stored states for the next fit"
         self._offered = None
         unguard_batches(self.learn)
 
@@ -314,8 +321,8 @@ class CachedPrefix(AroundBatch):
         return self.dtype or _mixed_precision(self.learn)[1] or torch.float32
 
     def _find_prefix(self):
-        "Find the frozen part of the model, unless it is the same as before; return whether there is one"
-        key = _what_states_depend_on(self.learn, self._state_dtype())
+        "Find the frozen part of the model again if the key has changed; return whether there is one"
+        key = _cache_key(self.learn, self._state_dtype())
         if key != self._key:
             self.forget()
             self.prefix = frozen_prefix(self.model)
@@ -326,7 +333,7 @@ class CachedPrefix(AroundBatch):
         return self.prefix is not None
 
     def _use_cache(self, name):
-        "Replace the DataLoader in use; compute its states if that has not been done"
+        "Replace the current DataLoader by a `CachedDL`; compute its states the first time"
         dl = self.learn.dl
         if name not in self.caches:
             folder = self.folder or self.learn.path/'cache'

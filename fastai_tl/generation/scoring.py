@@ -1,4 +1,4 @@
-"""How likely each token of a text is: every token once, with as much context as the model can use
+"""The negative log-likelihood of each token of a text: every token is scored exactly once
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.scoring.html.md"""
 
@@ -26,11 +26,11 @@ from .language_model import TextModel
 
 # %% ../../nbs/615_generation.scoring.ipynb #bae48e38
 def window_spans(
-    n:int, # Tokens of the text
+    n:int, # Number of tokens in the text
     width:int, # Maximum number of tokens that the model reads at once
-    stride:int # Tokens that each window after the first scores
+    stride:int # Number of new tokens that each window after the first scores
 ) -> list: # `(begin, end, done)`: the model reads tokens `begin` to `end-1` and is scored on tokens `done+1` to `end`
-    "Make windows that score each token but the first exactly once"
+    "List windows that score each token except the first exactly once"
     if n < 2:
         return []
     end = min(width, n - 1)
@@ -42,12 +42,12 @@ def window_spans(
     return spans
 
 # %% ../../nbs/615_generation.scoring.ipynb #109a0eb7
-# Numbers, of float32 16 and 256 MB: a processor is fastest with data that fit into its cache
+# Maximum number of logits in a batch, 16 and 256 MB in float32; a CPU is fastest if they fit into its cache
 LOGITS_BUDGET = {'cpu': 2**22, 'other': 2**26}
-_LAZY_VOCAB = 2**11 # where no logits are kept, a token counts as much as a vocabulary of this size
+_LAZY_VOCAB = 2**11 # if logits are not kept (`LazyLogits`), a token counts as at most this many
 
 def _batches(sizes, bs, vocab, device):
-    "List batches of indexes into `sizes`, `(tokens read, logits kept)` of each row; the longest rows first"
+    "Put rows into batches, longest rows first; `sizes` holds `(tokens read, tokens with logits)` of each row"
     budget = LOGITS_BUDGET.get(device.type, LOGITS_BUDGET['other'])
     batches = []
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
@@ -60,7 +60,7 @@ def _batches(sizes, bs, vocab, device):
     return batches
 
 def _pad_batch(seqs, value, device):
-    "Return token ids with padding at the end, and the attention mask"
+    "Return the token ids, padded at the end, and the attention mask"
     rows = [torch.tensor(s) for s in seqs]
     ids = pad_rows(rows, value)
     mask = pad_rows([torch.ones_like(row) for row in rows], 0)
@@ -77,7 +77,7 @@ def _nll(logits, targets):
 
 # %% ../../nbs/615_generation.scoring.ipynb #f7384c3f
 def _lazy_logits(model):
-    "Let a causal model give `LazyLogits` in this context, if its output layer is a plain linear layer"
+    "Let a model return `LazyLogits` in this context, if its output layer is a plain `Linear`"
     head = model.get_output_embeddings()
     return lazy_head(head) if type(head) is torch.nn.Linear else contextlib.nullcontext(False)
 
@@ -104,12 +104,12 @@ def _is_causal(model):
 def _check_vocab(seqs, vocab):
     bad = [i for i, s in enumerate(seqs) if max(s, default=0) >= vocab]
     if bad:
-        raise FastaiTLError(f'The model has {vocab} tokens',
-                            f'a tokenizer that gives {max(seqs[bad[0]])} for text {bad[0]}',
+        raise FastaiTLError(f'Token ids must be below {vocab}, the size of the model\'s vocabulary',
+                            f'id {max(seqs[bad[0]])} in text {bad[0]}',
                             'Use the tokenizer of the model, or `model.resize_token_embeddings(len(tokenizer))`')
 
 def _score_causal(tm, seqs, width, stride, bs):
-    "Compute the negative log-likelihood of each token but the first, of each list of token ids"
+    "Compute the negative log-likelihood of each token except the first, for each list of token ids"
     model = tm.model
     vocab = model.config.get_text_config(decoder=True).vocab_size
     _check_vocab(seqs, vocab)
@@ -117,28 +117,30 @@ def _score_causal(tm, seqs, width, stride, bs):
     spans = [(i, *span) for i, s in enumerate(seqs) for span in window_spans(len(s), width, stride)]
     accepted = inspect.signature(model.forward).parameters
     options = {'use_cache': False} if 'use_cache' in accepted else {}
-    keeps = 'logits_to_keep' in accepted
+    keeps_some = 'logits_to_keep' in accepted # can return the logits of the last tokens only
     needs_mask = not _is_causal(model)
     with _fused_gelu(model), _lazy_logits(model) as lazy:
-        sizes = [(end - begin, end - done if keeps and not lazy else end - begin) for _, begin, end, done in spans]
+        only_scored = keeps_some and not lazy
+        sizes = [(end - begin, end - (done if only_scored else begin)) for _, begin, end, done in spans]
         for batch in _batches(sizes, bs, min(vocab, _LAZY_VOCAB) if lazy else vocab, tm.device):
-            _score_windows(tm, [spans[k] for k in batch], seqs, scores, keeps, needs_mask, options)
+            _score_windows(tm, [spans[k] for k in batch], seqs, scores, keeps_some, needs_mask, options)
     return scores
 
 # %% ../../nbs/615_generation.scoring.ipynb #aa2cd5f9
-def _score_windows(tm, spans, seqs, scores, keeps, needs_mask, options):
-    "Score a batch of windows; the results go into `scores`"
+def _score_windows(tm, spans, seqs, scores, keeps_some, needs_mask, options):
+    "Score a batch of windows and write the results into `scores`"
     pad_id = tm.adapter.pad_id
-    known = pad_id is not None and pad_id < tm.model.config.get_text_config(decoder=True).vocab_size
-    ids, mask = _pad_batch([seqs[i][begin:end] for i, begin, end, _ in spans], pad_id if known else 0, tm.device)
+    is_in_vocab = pad_id is not None and pad_id < tm.model.config.get_text_config(decoder=True).vocab_size
+    windows = [seqs[i][begin:end] for i, begin, end, _ in spans]
+    ids, mask = _pad_batch(windows, pad_id if is_in_vocab else 0, tm.device)
     n = ids.shape[1]
     if needs_mask:
         options = dict(options, attention_mask=mask)
-    if keeps: # from the output on that predicts the first token that is scored
+    if keeps_some: # skip the outputs before the one that predicts the first scored token
         options = dict(options, logits_to_keep=n - min(done - begin for _, begin, _, done in spans))
     logits = tm.model(input_ids=ids, **options).logits
     targets = torch.full((len(spans), logits.shape[1]), -100)
-    missing = n - logits.shape[1] # outputs at the start that were not computed
+    missing = n - logits.shape[1] # number of outputs that were skipped
     for row, (i, begin, end, done) in zip(targets, spans):
         row[done - begin - missing:end - begin - missing] = torch.tensor(seqs[i][done + 1:end + 1])
     nll = _nll(logits.flatten(0, 1), targets.flatten().to(logits.device)).reshape(targets.shape)
@@ -147,7 +149,7 @@ def _score_windows(tm, spans, seqs, scores, keeps, needs_mask, options):
 
 # %% ../../nbs/615_generation.scoring.ipynb #5d5df82e
 def _score_awd_lstm(tm, seqs, bs, chunk=256):
-    "Compute the negative log-likelihood of each token but the first, of each list of token ids"
+    "Compute the negative log-likelihood of each token except the first, for each list of token ids"
     reader = AWDReader(tm.model)
     scores = [np.zeros(max(len(s) - 1, 0)) for s in seqs]
     rows = [i for i, s in enumerate(seqs) if len(s) > 1]
@@ -157,27 +159,27 @@ def _score_awd_lstm(tm, seqs, bs, chunk=256):
     return scores
 
 def _score_chunks(reader, rows, seqs, scores, chunk):
-    "Score a batch of texts, chunk by chunk; the results go into `scores`"
+    "Score a batch of texts, chunk by chunk, and write the results into `scores`"
     ids, mask = _pad_batch([seqs[i] for i in rows], 0, reader.device)
     state = reader.zeros(len(rows))
     for begin in range(0, ids.shape[1] - 1, chunk):
         end = min(begin + chunk, ids.shape[1] - 1)
         hidden, state = reader.read(ids[:, begin:end], state)
-        real = mask[:, begin + 1:end + 1].bool()
-        targets = ids[:, begin + 1:end + 1][real]
-        loss = linear_cross_entropy(hidden[real], reader.dec.weight, reader.dec.bias, targets, reduction='none')
-        counts = real.sum(1).cpu().numpy()
+        is_target = mask[:, begin + 1:end + 1].bool() # `False` for padding
+        targets = ids[:, begin + 1:end + 1][is_target]
+        loss = linear_cross_entropy(hidden[is_target], reader.dec.weight, reader.dec.bias, targets, reduction='none')
+        counts = is_target.sum(1).cpu().numpy()
         for i, n, nll in zip(rows, counts, np.split(_to_numpy(loss), np.cumsum(counts)[:-1])):
             scores[i][begin:begin + n] = nll
 
 # %% ../../nbs/615_generation.scoring.ipynb #97ab9e5c
 def _window_size(tm, max_length, stride, bs):
-    "Check width and stride of the windows, and return them"
+    "Check the width and the stride of the windows, and return them"
     limit = tm.max_positions
     width = (limit or 1024) if max_length is None else max_length
     if width < 1 or (limit and width > limit):
-        highest = limit or 'the model has no limit'
-        raise FastaiTLError(f'`max_length` must be between 1 and {highest}, the positions of the model', str(width))
+        allowed = f'between 1 and {limit}, the number of positions of the model' if limit else 'at least 1'
+        raise FastaiTLError(f'`max_length` must be {allowed}', str(width))
     stride = max(width//2, 1) if stride is None else stride
     if not 1 <= stride <= width:
         raise FastaiTLError(f'`stride` must be between 1 and `max_length` ({width})', str(stride))
@@ -190,43 +192,45 @@ def score_ids(
     seqs:list, # Lists of token ids
     stride:int|None=None, # See `score_texts`
     max_length:int|None=None, # See `score_texts`
-    bs:int=16 # Maximum number of rows of a batch
-) -> list: # For each list an array, one shorter
-    "Compute the negative log-likelihood in nats of each token but the first, given those before it"
+    bs:int=16 # Maximum number of rows in a batch
+) -> list: # For each list an array with one value fewer
+    "Compute the negative log-likelihood, in nats, of each token except the first, given the tokens before it"
     width, stride = _window_size(tm, max_length, stride, bs)
     with evaluating(tm.model):
         return _score_awd_lstm(tm, seqs, bs) if tm.is_awd_lstm else _score_causal(tm, seqs, width, stride, bs)
 
 # %% ../../nbs/615_generation.scoring.ipynb #35104b2a
 def _masked_windows(n, width, stride):
-    "Return for each token the start of the window that it is scored in"
+    "Return, for each token, the start of the window in which it is scored"
     if n <= width:
         return [0]*n
     begins = [*range(0, n - width, stride), n - width]
-    def context(i, begin): return min(i - begin, begin + width - 1 - i) if begin <= i < begin + width else -1
-    return [max(begins, key=lambda begin: context(i, begin)) for i in range(n)]
+    def distance_to_edge(i, begin): # negative outside the window
+        return min(i - begin, begin + width - 1 - i)
+    return [max(begins, key=lambda begin: distance_to_edge(i, begin)) for i in range(n)]
 
 # %% ../../nbs/615_generation.scoring.ipynb #1fd220c7
 def _masked_rows(wholes, width, stride):
-    "Yield `(text, token, row of token ids, place of the mask)` for each token of each text"
+    "Yield `(index of the text, index of the token, token ids of the row, position to mask)` for each token"
     for text, (front, ids, back) in enumerate(wholes):
         room = width - len(front) - len(back)
         for token, begin in enumerate(_masked_windows(len(ids), room, min(stride, room))):
             yield text, token, [*front, *ids[begin:begin + room], *back], len(front) + token - begin
 
 def _score_masked_rows(tm, rows, scores):
-    "Score the masked token of each row of a batch; the results go into `scores`"
+    "Score the masked token of each row of a batch and write the results into `scores`"
     ids, mask = _pad_batch([row for _, _, row, _ in rows], tm.adapter.pad_id, tm.device)
     index = torch.arange(len(rows), device=ids.device)
-    places = torch.tensor([place for *_, place in rows], device=ids.device)
-    targets = ids[index, places].clone()
-    ids[index, places] = tm.adapter.tokenizer.mask_token_id
-    logits = tm.model(input_ids=ids, attention_mask=mask).logits[index, places]
+    positions = torch.tensor([position for *_, position in rows], device=ids.device)
+    targets = ids[index, positions].clone()
+    ids[index, positions] = tm.adapter.tokenizer.mask_token_id
+    logits = tm.model(input_ids=ids, attention_mask=mask).logits[index, positions]
     for (text, token, *_), nll in zip(rows, _nll(logits, targets)):
         scores[text][token] = nll
 
+# %% ../../nbs/615_generation.scoring.ipynb #b27d4f63
 def _score_masked(tm, wholes, width, stride, bs):
-    "Compute the negative log-likelihood of each token given all others, of each text in its template"
+    "Compute the negative log-likelihood of each token given all others"
     if tm.adapter.tokenizer.mask_token_id is None:
         raise FastaiTLError('A masked model needs a tokenizer with a mask token', 'one without')
     rows = list(_masked_rows(wholes, width, stride))
@@ -242,17 +246,17 @@ def _score_masked(tm, wholes, width, stride, bs):
 @dataclass
 class TokenScores:
     "The tokens of a text with their negative log-likelihoods"
-    text:str # As it was given
+    text:str # The text that was scored
     ids:list # Ids of the scored tokens
     nll:np.ndarray # Negative log-likelihood of each, in nats
-    read:list # Token ids that the model read, in its order
-    spans:list # `(start, end)` of each scored token in the text; `None` if not known
-    unk:int=0 # How many of the scored tokens stand for unknown words
-    chars:int=0 # Characters of the text that the scored tokens stand for
+    read:list # Token ids that the model read, in order
+    spans:list # `(start, end)` of each scored token in the text; `None` if unknown
+    unk:int=0 # Number of scored tokens that are the unknown token
+    chars:int=0 # Number of characters that the scored tokens cover
 
 # %% ../../nbs/615_generation.scoring.ipynb #67ce3c93
 def _sequence(tm, text, bos):
-    "Return the token ids that a causal model reads of a text, and where each token is"
+    "Return the token ids that a causal model reads, and the `(start, end)` of each token in the text"
     is_empty = not text or (tm.is_awd_lstm and not text.strip())
     ids, spans = ([], None) if is_empty else tm.adapter.encode_spans(text)
     start = tm.adapter.bos_id
@@ -260,7 +264,7 @@ def _sequence(tm, text, bos):
         raise FastaiTLError('`bos=True` needs a token for the beginning of a text', 'a tokenizer without one')
     if bos is False or start is None or ids[:1] == [start]:
         return ids, spans
-    return [start, *ids], spans and [(0, 0), *spans]
+    return [start, *ids], spans and [(0, 0), *spans] # `spans` is `None` if unknown
 
 def _score_with_causal_model(tm, texts, bos, **windows):
     read, spans = zip(*[_sequence(tm, text, bos) for text in texts]) if texts else ((), ())
@@ -268,7 +272,7 @@ def _score_with_causal_model(tm, texts, bos, **windows):
     return [_token_scores(tm, *row) for row in zip(texts, read, spans, nll)]
 
 def _token_scores(tm, text, read, spans, nll):
-    ids = list(read[1:])
+    ids = list(read[1:]) # the first token is not scored
     first_chars = spans[0][1] if spans else 0
     return TokenScores(text, ids, nll, list(read), spans and spans[1:], ids.count(tm.adapter.unk_id),
                        len(text) - first_chars)
@@ -283,7 +287,7 @@ def _score_with_masked_model(tm, texts, stride, max_length, bs):
 
 # %% ../../nbs/615_generation.scoring.ipynb #ed69c6f2
 def _autocast(tm, dtype):
-    "Compute matrix products in `dtype` in this context, unless the device is slow with it"
+    "Return a context that computes matrix products in `dtype`, unless the device is slow with it"
     if dtype is None:
         return contextlib.nullcontext()
     dtype = as_dtype(dtype)
@@ -297,16 +301,16 @@ def _autocast(tm, dtype):
 def score_texts(
     tm:TextModel, # From `text_model`
     texts:list, # Strings; empty ones have no tokens
-    stride:int|None=None, # Tokens that each window after the first scores; half of `max_length` if `None`
-    max_length:int|None=None, # Tokens that the model reads at once; as many as it can if `None`
-    bs:int=16, # Maximum number of rows of a batch; fewer where the logits would be large
-    bos:bool|None=None, # Put the token for the beginning of a text in front; `None`: if there is one
-    dtype=None # Type of the matrix products, `bf16` or `fp16`; that of the weights if `None`
+    stride:int|None=None, # New tokens that each window after the first scores; half of `max_length` if `None`
+    max_length:int|None=None, # Maximum number of tokens that the model reads at once; `None`: as many as it can
+    bs:int=16, # Maximum number of rows in a batch; fewer if the logits would be too large
+    bos:bool|None=None, # Put the token for the beginning of a text in front; `None`: if the tokenizer has one
+    dtype=None # Dtype of the matrix products, `bf16` or `fp16`; `None`: that of the weights
 ) -> list: # A `TokenScores` for each text
-    "Score each token of each text once"
+    "Compute the negative log-likelihood of each token of each text"
     if tm.task == 'seq2seq':
-        raise FastaiTLError('A language model of single texts is needed',
-                            f'a {type(tm.model).__name__}, which models one text given another')
+        raise FastaiTLError('Scoring needs a causal or a masked language model',
+                            f'a {type(tm.model).__name__}, which is an encoder-decoder')
     if not tm.is_awd_lstm:
         texts = [tm.adapter.read(text) for text in texts]
     windows = dict(stride=stride, max_length=max_length, bs=bs)
