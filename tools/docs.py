@@ -54,7 +54,13 @@ TITLES = {
     'chinese': 'Traditional Chinese',
     'auto': 'Any task',
     'spec': 'Data spec',
-    'base': 'All Hugging Face Learners',
+    'learners.base': 'All Hugging Face Learners',
+    'quickstart.base': 'Steps of a run',
+    'quickstart.transformer': 'A Transformer',
+    'evaluation.qa': 'Answers',
+    'evaluation.tagging': 'Tags',
+    'ulmfit_run': 'ULMFiT: run folder',
+    'ulmfit_stages': 'ULMFiT: stages',
 }
 
 
@@ -100,7 +106,7 @@ def make_pages(files, git_url):
 def module_title(page):
     "`Unfreezing` for the page of tune.unfreezing"
     name = page.module.split('.')[-1]
-    return TITLES.get(name, name.replace('_', ' ').capitalize())
+    return TITLES.get(page.module) or TITLES.get(name, name.replace('_', ' ').capitalize())
 
 
 def reference_nav(pages):
