@@ -135,7 +135,8 @@ def test_crawler_finds_what_is_broken(docs, tmp_path):
     from docs_crawl import crawl
 
     (tmp_path / 'a.html').write_text(
-        '<p id="x"><a href="b.html#y">1</a><a href="#x">2</a><a href="c.html">3</a><img src="d.png"><script src="https://e.f/g.js"></script>'
+        '<p id="x"><a href="b.html#y">1</a><a href="#x">2</a><a href="c.html">3</a><img src="d.png">'
+        '<script src="https://e.f/g.js"></script>'
         '<a href="https://h.i/base/b.html">4</a><a href="/base/b.html#z">5</a><a href="https://else.where/x">6</a>'
     )
     (tmp_path / 'b.html').write_text('<h2 id="y">')
