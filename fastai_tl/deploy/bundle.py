@@ -1,4 +1,4 @@
-"""`learn.save_bundle('model/')`, `load_bundle('model/')`: a trained model that predicts in another process, without the data, the training code, or a pickle
+"""Save a trained model with `learn.save_bundle('model/')` and load it elsewhere with `load_bundle('model/')`, without the data, the training code, or pickle files
 
 Docs: https://fastai-tl.github.io/fastai_tl/deploy.bundle.html.md"""
 
@@ -44,7 +44,7 @@ from ..models.hf import HFModel, load_hf
 from ..models.third_party import text_parts
 
 # %% ../../nbs/820_deploy.bundle.ipynb #2e2545bb
-TOKENIZER_MAKERS = dict( # by the name in the settings of a tokenizer
+TOKENIZER_MAKERS = dict( # the key is the `tokenizer` entry of the tokenizer's settings
     word=lambda settings: WordLevelTokenizer(settings['lang']),
     BaseTokenizer=lambda settings: BaseTokenizer(settings['split_char']))
 
@@ -52,7 +52,7 @@ def _fastai_rules():
     return {rule.__name__: rule for rule in [*defaults.text_proc_rules, *defaults.text_postproc_rules]}
 
 def _make_tokenizer(spec):
-    "The tokenizer of a spec, and its rules"
+    "Return the tokenizer and the rules of a spec"
     name = spec.tokenizer.get('tokenizer')
     if name not in TOKENIZER_MAKERS:
         raise RunError(f'The tokenizer of a bundle must be one of {shorten(TOKENIZER_MAKERS)}', repr(name),
@@ -64,10 +64,10 @@ def _make_tokenizer(spec):
 
 # %% ../../nbs/820_deploy.bundle.ipynb #1bcbe2db
 def _with_tokenizer(parts):
-    "The spec with the settings of the tokenizer, or an error if it cannot be made from them"
+    "Return the spec with the settings of the tokenizer; raise an error if they cannot reproduce it"
     tokenizer, rules = parts.tokenizer, parts.rules
     settings = parts.spec.tokenizer
-    if type(tokenizer) is SpacyTokenizer: # `WordLevelTokenizer` gives the same tokens
+    if type(tokenizer) is SpacyTokenizer: # `WordLevelTokenizer` makes the same tokens
         settings = dict(tokenizer='word', lang=tokenizer.pipe.__self__.lang)
     special = list(getattr(tokenizer, 'special_toks', defaults.text_spec_tok))
     if settings.get('tokenizer') not in TOKENIZER_MAKERS or special != list(defaults.text_spec_tok):
@@ -82,13 +82,13 @@ def _with_tokenizer(parts):
 
 # %% ../../nbs/820_deploy.bundle.ipynb #39cbf931
 def _awd_config(encoder):
-    "Sizes and dropouts of an AWD_LSTM"
+    "Return the sizes and dropout probabilities of an AWD_LSTM"
     return dict(emb_sz=encoder.emb_sz, n_hid=encoder.n_hid, n_layers=encoder.n_layers, pad_token=encoder.pad_token,
                 bidir=encoder.n_dir == 2, hidden_p=encoder.hidden_dps[0].p, input_p=encoder.input_dp.p,
                 embed_p=encoder.encoder_dp.embed_p, weight_p=encoder.rnns[0].weight_p)
 
 def _classifier_head(model):
-    "Sizes and dropouts of the head of a classifier"
+    "Return the sizes and dropout probabilities of the head of a classifier"
     sentence, head = classifier_parts(model)
     linears = [m for m in head.layers.modules() if isinstance(m, torch.nn.Linear)]
     dropouts = [m.p for m in head.layers.modules() if isinstance(m, torch.nn.Dropout)]
@@ -98,21 +98,21 @@ def _classifier_head(model):
                 y_range=None if low is None else [low, head.layers[-1].high])
 
 def _lm_head(model, encoder):
-    "Settings of the decoder of a language model"
+    "Return the settings of the decoder of a language model"
     decoder = model[1]
     return dict(tie_weights=decoder.decoder.weight is encoder.encoder.weight, output_p=decoder.output_dp.p,
                 out_bias=decoder.decoder.bias is not None)
 
 # %% ../../nbs/820_deploy.bundle.ipynb #9fa9fb82
 def _awd_settings(model, vocab):
-    "What an AWD_LSTM is made from"
+    "Return the settings from which `_make_awd` can build the model again"
     encoder = find_encoder(model)
     is_lm = isinstance(model[1], LinearDecoder)
     head = _lm_head(model, encoder) if is_lm else _classifier_head(model)
     return dict(config=_awd_config(encoder), head=head, vocab=list(vocab))
 
 def _make_awd(settings):
-    "The model of some settings, with random weights"
+    "Build the model from its settings, with random weights"
     config, head = settings['config'], settings['head']
     n_tokens = len(settings['vocab'])
     if 'tie_weights' in head:
@@ -124,7 +124,7 @@ def _make_awd(settings):
 
 # %% ../../nbs/820_deploy.bundle.ipynb #48e38a40
 def _save_awd(model, vocab, folder, name):
-    "Write weights and settings; tied weights are written once"
+    "Write the weights and settings; tied weights are written only once"
     from safetensors.torch import save_file
     settings = _awd_settings(model, vocab)
     weights, seen = {}, set()
@@ -141,7 +141,7 @@ def _save_awd(model, vocab, folder, name):
 
 # %% ../../nbs/820_deploy.bundle.ipynb #c34d00aa
 def _load_awd(folder, name):
-    "Settings and model"
+    "Return the settings and the model"
     from safetensors.torch import load_file
     settings = read_json(folder/f'{name}.json')
     model = _make_awd(settings)
@@ -151,7 +151,7 @@ def _load_awd(folder, name):
         raise _other_weights(str(e).strip().splitlines()[-1].strip()) from e
     weights = model.state_dict()
     loaded = {weight.data_ptr() for key, weight in weights.items() if key not in missing}
-    if unknown or any(weights[key].data_ptr() not in loaded for key in missing): # a tied weight has the other's data
+    if unknown or any(weights[key].data_ptr() not in loaded for key in missing): # tied weights share memory
         raise _other_weights(shorten([*unknown, *missing]))
     return settings, model.to(default_device()).eval()
 
@@ -167,7 +167,7 @@ def _save_hf(learn, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 def _load_hf(folder, spec):
-    "Tokenizer and model of transformers; no code of the folder is run"
+    "Load the tokenizer and the model with transformers, without running code from the folder"
     from transformers import AutoTokenizer
     safe = dict(trust_remote_code=False, local_files_only=True)
     try:
@@ -179,18 +179,18 @@ def _load_hf(folder, spec):
     return tokenizer, model.to(default_device()).eval()
 
 def _learner_task(spec):
-    "The key of a spec's task in `LEARNERS` and `HF_TASKS`"
+    "Return the key of the task in `LEARNERS` and `HF_TASKS`"
     return 'classification' if spec.is_classification else spec.task
 
 # %% ../../nbs/820_deploy.bundle.ipynb #86f4ad12
 @patch
 def save_bundle(self:Learner|BidirectionalLearner,
-    path:str|Path, # The folder: a new one, or a bundle to be replaced
-    temperature=None, # Of a classifier's probabilities: a number, or the result of `learn.calibrate()`
-    thresholds=None, # One for each class: numbers, or the table of `ev.thresholds()`
-    precision:str='fp32' # Precision of the Predictor; compared with float32 on the validation texts
+    path:str|Path, # Folder to create, or an existing bundle to replace
+    temperature=None, # For a classifier: a number, or the result of `learn.calibrate()`
+    thresholds=None, # For a classifier: one number for each class, or the table of `ev.thresholds()`
+    precision:str='fp32' # Precision that `load_bundle` uses; it is compared with float32 on the validation set
 ) -> Path: # The folder
-    "Write model, tokenizer, spec and settings as safetensors and JSON"
+    "Save model, tokenizer, spec and settings as safetensors and JSON"
     learners = _named_learners(self)
     parts = {name: text_parts(learn) for name, learn in learners.items()}
     spec = next(iter(parts.values())).spec
@@ -207,13 +207,13 @@ def save_bundle(self:Learner|BidirectionalLearner,
     return Path(path)
 
 def _named_learners(learn):
-    "The name of each model's files in a bundle, and its Learner"
+    "Return a dict from the name of each model's files in a bundle to its Learner"
     is_pair = isinstance(learn, BidirectionalLearner)
     return dict(forward=learn.forward, backward=learn.backward) if is_pair else dict(model=learn)
 
 # %% ../../nbs/820_deploy.bundle.ipynb #4e4ece29
 def _save_model(learn, parts, folder, name):
-    "Write the files of a model, and return its spec"
+    "Write the files of a model and return its spec"
     if isinstance(learn.model, HFModel):
         _save_hf(learn, parts.tokenizer, folder)
         return parts.spec
@@ -221,7 +221,7 @@ def _save_model(learn, parts, folder, name):
     return _with_tokenizer(parts)
 
 def _prediction_settings(learn, temperature, thresholds, precision):
-    "What `bundle.json` says about a classifier"
+    "Return the settings of a classifier for `bundle.json`"
     predictor = learn.predictor(precision, verbose=False, temperature=temperature, thresholds=thresholds)
     change, thresholds = predictor.change, predictor.thresholds
     return dict(temperature=predictor.temperature, thresholds=None if thresholds is None else thresholds.tolist(),
@@ -229,12 +229,12 @@ def _prediction_settings(learn, temperature, thresholds, precision):
 
 # %% ../../nbs/820_deploy.bundle.ipynb #aa137d34
 def load_bundle(
-    path:str|Path, # A folder that `save_bundle` wrote
-    precision:str|None=None, # `fp32`, `bf16`, `fp16`, `int8`; `None`: the one that was chosen in `save_bundle`
-    verbose:bool=True, # Print what another precision than float32 changes
-    **kwargs # More for `Predictor`: `max_tokens`, `cache`
-): # A `Predictor` for a classifier or a regression, else a Learner without data
-    "Load a bundle after a check of all its files; runs no code from it"
+    path:str|Path, # Folder written by `save_bundle`
+    precision:str|None=None, # `fp32`, `bf16`, `fp16` or `int8`; `None`: the precision chosen in `save_bundle`
+    verbose:bool=True, # Print the stored comparison with float32, if another precision is used
+    **kwargs # Arguments of `Predictor`: `max_tokens`, `cache`
+): # A `Predictor` for a classifier or a regression; otherwise a Learner without data
+    "Check all files of a bundle and load it, without running code from it"
     path = Path(path)
     manifest, spec = _read_bundle(path)
     if not spec.is_classification:
@@ -251,14 +251,14 @@ def load_bundle(
     return predictor
 
 def _read_bundle(path):
-    "Manifest and spec of a bundle, after a check of its files"
+    "Check the files of a bundle and return its manifest and spec"
     manifest = check_bundle(path)
     spec = _spec_of_format_1(path, manifest) if manifest['version'] == 1 else TextSpec.load(path/'spec.json')
     return manifest, spec
 
 # %% ../../nbs/820_deploy.bundle.ipynb #09c6a9fa
 def _measured_change(manifest, precision):
-    "What was measured for a precision when the bundle was written; int8 is not used without"
+    "Return the comparison stored for a precision, or `None`; int8 without a comparison raises an error"
     measured = manifest['change']
     if precision == 'fp32':
         return None
@@ -271,14 +271,14 @@ def _measured_change(manifest, precision):
 
 # %% ../../nbs/820_deploy.bundle.ipynb #504ba54d
 def _model_names(manifest):
-    "Names of the models in a bundle of AWD_LSTMs"
+    "Return the names of the models in a bundle of AWD_LSTMs"
     return ['forward', 'backward'] if 'forward.json' in manifest['files'] else ['model']
 
 def _part_spec(spec, name):
     return spec.replace(backwards=True) if name == 'backward' else spec
 
 def _make_engine(path, manifest, spec):
-    "The engine of a classifier"
+    "Make the engine of a classifier"
     if spec.family == 'huggingface':
         tokenizer, model = _load_hf(path, spec)
         return HFEngine(model, spec, tokenizer, text_rules(spec.rules) if spec.rules else (), own=True)
@@ -297,12 +297,12 @@ _FORMAT_1_COLUMNS = dict(
 
 def _task_of_format_1(manifest):
     if manifest.get('binary'):
-        return 'multilabel' # two classes, one output
+        return 'multilabel' # two classes with a single output
     task = manifest['target'] if manifest['kind'] == 'classifier' else manifest['kind']
     return _FORMAT_1_TASKS.get(task, task)
 
 def _spec_of_format_1(path, manifest):
-    "The spec of a bundle without one"
+    "Make the spec of a bundle of format 1, which has no `spec.json`"
     task = _task_of_format_1(manifest)
     common = dict(classes=manifest.get('classes'), threshold=manifest.get('threshold', .5),
                   columns=_FORMAT_1_COLUMNS.get(task, dict(text='text', label='label')))
@@ -323,7 +323,7 @@ DATALOADERS = dict(tagging=HFTagDataLoaders, qa=HFQADataLoaders, causal_lm=HFCau
                    **dict.fromkeys(CLASSIFICATION_TASKS, HFTextDataLoaders))
 
 def _make_learner(path, manifest, spec):
-    "A Learner without data"
+    "Make a Learner without data"
     if spec.family == 'huggingface':
         tokenizer, hf = _load_hf(path, spec)
         learn = LEARNERS[_learner_task(spec)](DATALOADERS[spec.task].from_spec(spec, tokenizer), hf)
@@ -353,7 +353,7 @@ def _with_threshold(learn, spec):
 
 # %% ../../nbs/820_deploy.bundle.ipynb #5ada3480
 def _learner_of_bundle(path, dls=None):
-    "A Learner of a bundle, without data or with DataLoaders that fit"
+    "Make a Learner from a bundle, without data or with DataLoaders of the same vocabulary and classes"
     learn = _make_learner(path, *_read_bundle(path))
     if dls is None:
         return learn

@@ -1,4 +1,4 @@
-"""Trained classifiers as plain functions from texts to scores: no DataLoader, no callbacks, thread-safe
+"""Turn trained classifiers into thread-safe functions from texts to scores, without DataLoaders or callbacks
 
 Docs: https://fastai-tl.github.io/fastai_tl/deploy.engines.html.md"""
 
@@ -29,32 +29,32 @@ from ..models.third_party import text_parts
 
 # %% ../../nbs/805_deploy.engines.ipynb #14bb3f60
 class Engine:
-    "What all engines know about their model"
+    "Base class of the engines"
     precision = 'fp32'
 
     @property
     def task(self):
-        "One of `classification`, `multilabel` and `regression`"
+        "Return `classification`, `multilabel` or `regression`"
         return self.spec.task
     @property
     def classes(self):
-        "Names of the classes: those of the spec, else numbers; `None` for a regression"
+        "Return the class names of the spec, or numbers if it has none; `None` for a regression"
         if self.task == 'regression':
             return None
         return list(range(self.n_out) if self.spec.classes is None else self.spec.classes)
     @property
     def threshold(self):
-        "Probability above which a class of a multi-label task is predicted"
+        "Return the probability above which a multi-label model predicts a class"
         return self.spec.threshold
 
     def of_sample(self,
-        x # Input of a sample in the DataLoaders
-    ) -> np.ndarray: # A row, as `encode` makes it
-        "Make a row of token numbers from a sample of the DataLoaders"
+        x # Input of one sample of a dataset in the DataLoaders
+    ) -> np.ndarray: # A row, in the format of `encode`
+        "Make a row of token ids from a sample of the DataLoaders"
         return np.asarray(x)
 
     def _copy_for(self, precision, device):
-        "A shallow copy with its new precision"
+        "Make a shallow copy and set its precision"
         if self.precision != 'fp32':
             raise FastaiTLError('Another precision is made from float32', f'an engine in {self.precision}')
         res = copy.copy(self)
@@ -67,13 +67,13 @@ def frozen_copy(model):
 
 # %% ../../nbs/805_deploy.engines.ipynb #6766e483
 class LSTMLayer:
-    "LSTM layer as a function of inputs and state"
+    "Compute an LSTM layer as a function of inputs and state"
     def __init__(self, *weights):
         self.hidden = weights[1].shape[1]
         self.weights = list(weights)
     @property
     def n_bytes(self):
-        "Bytes of the weights"
+        "Return the size of the weights in bytes"
         return sum(w.numel()*w.element_size() for w in self.weights)
     def __call__(self, x, h, c):
         options = (True, 1, 0., False, False, True) # biases, layers, dropout, train, bidirectional, batch first
@@ -81,14 +81,14 @@ class LSTMLayer:
 
 # %% ../../nbs/805_deploy.engines.ipynb #ebc6b1e0
 class ConcatPool:
-    "Last, maximum and mean output of each text, collected over steps; texts are sorted by length"
+    "Collect the last, maximum and mean output of each text over the steps; texts must be sorted by length"
     def __init__(self, lens, skip, n_features, device):
-        self.lens, self.skip = lens, skip # tokens of each text, and how many of them at its start are not pooled
+        self.lens, self.skip = lens, skip # tokens of each text, and how many of the first are not pooled
         self.last, self.total = torch.zeros(2, len(lens), n_features, device=device)
         self.max = torch.full_like(self.last, -torch.inf)
 
     def add(self, h, start, end):
-        "Add the outputs (rows, end-start, features) of the first rows"
+        "Add outputs of shape (rows, end-start, features) of the rows that have not ended"
         n_rows, steps = len(h), torch.arange(start, end)
         lens, skip = self.lens[:n_rows], self.skip[:n_rows]
         keep = ((steps >= skip[:,None]) & (steps < lens[:,None])).to(h.device)[...,None]
@@ -100,13 +100,13 @@ class ConcatPool:
         self.last[ended] = h[ended, last_steps]
 
     def pooled(self):
-        "Concatenate last, maximum and mean, (rows, 3*features)"
+        "Concatenate last, maximum and mean to shape (rows, 3*features)"
         n_pooled = (self.lens-self.skip).to(self.total.device)
         return torch.cat([self.last, self.max, self.total/n_pooled[:,None]], 1)
 
 # %% ../../nbs/805_deploy.engines.ipynb #a0f957ad
 def classifier_parts(model):
-    "Return sentence encoder and head of fastai's text classifier"
+    "Return the sentence encoder and the head of fastai's text classifier"
     is_classifier = (isinstance(model, nn.Sequential) and len(model) == 2 and isinstance(model[0], SentenceEncoder)
                      and isinstance(model[1], PoolingLinearClassifier))
     if not is_classifier or getattr(model[0].module, 'n_dir', 0) != 1 or not isinstance(model[0].module, AWD_LSTM):
@@ -117,20 +117,20 @@ def classifier_parts(model):
 
 # %% ../../nbs/805_deploy.engines.ipynb #50951d5c
 class AWDEngine(Engine):
-    "Trained AWD_LSTM classifier: texts to token numbers, token numbers to scores"
-    budget = 32_768 # tokens of a batch
-    step_tokens = 4096 # tokens that the LSTM reads at a time
+    "Tokenize texts and compute their scores with a trained AWD_LSTM classifier"
+    budget = 32_768 # tokens per batch
+    step_tokens = 4096 # tokens that the LSTM reads in one call
     pairs = False
     windows = None
 
     def __init__(self,
         model, # fastai's text classifier
-        spec:TextSpec, # Of the data that it was trained with
-        vocab:list, # Token of each number
+        spec:TextSpec, # Spec of the training data
+        vocab:list, # Vocabulary: the token of each id
         tokenizer, # Function from texts to lists of tokens
-        rules=(), # Functions applied to each text first
-        share:bool=False, # Use the Learner's own weights, in evaluation mode while it computes, instead of a copy
-        own:bool=False # Nobody else uses the model, so that it need not be copied
+        rules=(), # Functions applied to each text before the tokenizer
+        share:bool=False, # Use the Learner's own weights, not a copy; evaluation mode is set during each call
+        own:bool=False # `True` if nothing else uses the model, so no copy is needed
     ):
         self.spec = spec
         self.vocab = list(vocab)
@@ -145,7 +145,7 @@ class AWDEngine(Engine):
         keep = (lambda w: w.detach().clone()) if copied else (lambda w: w.detach())
         encoder = sentence.module
         self.emb = keep(encoder.encoder.weight)
-        lstms = [(rnn.module, rnn.weight_hh_l0_raw) for rnn in encoder.rnns] # the weights without their dropout
+        lstms = [(rnn.module, rnn.weight_hh_l0_raw) for rnn in encoder.rnns] # the weights before weight dropout
         weights = [(lstm.weight_ih_l0, w_hh, lstm.bias_ih_l0, lstm.bias_hh_l0) for lstm, w_hh in lstms]
         self.cells = [LSTMLayer(*map(keep, o)) for o in weights]
         self.head = frozen_copy(head.layers) if copied else head.layers
@@ -155,30 +155,30 @@ class AWDEngine(Engine):
 
     @property
     def backwards(self):
-        "Whether the model reads from right to left"
+        "Return whether the model reads texts backwards"
         return self.spec.backwards
     @property
     def n_out(self):
-        "Outputs of the model"
+        "Return the number of outputs of the model"
         return [m for m in self.head.modules() if isinstance(m, nn.Linear)][-1].out_features
     @property
     def n_bytes(self) -> int:
-        "Bytes of the embedding and the LSTM layers"
+        "Return the size of the embedding and the LSTM layers in bytes"
         return self.emb.numel()*self.emb.element_size() + sum(c.n_bytes for c in self.cells)
 
     def encode(self,
-        texts # Strings
-    ) -> list: # An array of token numbers for each
-        "Turn texts into token numbers, as the DataLoaders do"
+        texts # List of strings
+    ) -> list: # One array of token ids for each text
+        "Turn texts into token ids, as the DataLoaders do"
         with self.lock:
             tokens = [list(o) for o in self.tokenizer(maps(*self.rules, texts))]
         rows = [np.array([self.o2i.get(t, 0) for t in o], dtype=np.int64) for o in tokens]
         return [row[::-1].copy() for row in rows] if self.backwards else rows
 
     def __call__(self,
-        rows # Arrays of token numbers, the longest first
-    ) -> torch.Tensor: # (texts, outputs) logits
-        "Compute the scores of some rows"
+        rows # Arrays of token ids, sorted by length, longest first
+    ) -> torch.Tensor: # Logits, of shape (texts, outputs)
+        "Compute the scores of rows of token ids"
         lens = torch.tensor([len(row) for row in rows])
         device = self.emb.device
         ids = pad_rows([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], self.pad_id).to(device)
@@ -194,13 +194,13 @@ class AWDEngine(Engine):
             return self._apply_head(pool.pooled()).float()
 
     def _n_unpooled(self, lens):
-        "Tokens at the start of each text that are not pooled: whole chunks, until at most `max_len` tokens are left"
+        "Return how many tokens at the start of each text are skipped so that at most `max_len` are pooled"
         if self.max_len is None:
             return torch.zeros_like(lens)
         return ((lens-self.max_len).clamp(min=0)+self.seq_len-1) // self.seq_len*self.seq_len
 
     def _read(self, ids, state):
-        "Outputs of the last layer for some steps; updates `state` for the rows that are left"
+        "Return the outputs of the last layer for some steps, and update `state` of the remaining rows"
         x, n_rows = F.embedding(ids, self.emb), len(ids)
         for i, cell in enumerate(self.cells):
             before = x.new_zeros(2, 1, n_rows, cell.hidden) if state[i] is None else state[i]
@@ -217,8 +217,8 @@ class AWDEngine(Engine):
 
     def to_precision(self,
         precision:str # A key of `PRECISIONS`
-    ): # An `AWDEngine`; this one does not change
-        "Make the same engine with weights of another precision; the head stays in float32"
+    ): # A new `AWDEngine`
+        "Make a copy of the engine in another precision; the head stays in float32"
         res = self._copy_for(precision, self.emb.device)
         is_int8 = res.precision == 'int8'
         dtype = torch.float32 if is_int8 else PRECISIONS[res.precision]
@@ -240,17 +240,17 @@ def _convert_parameters(model, precision):
 
 # %% ../../nbs/805_deploy.engines.ipynb #a735a195
 class HFEngine(Engine):
-    "Trained Hugging Face classifier: texts to token numbers, token numbers to scores"
+    "Tokenize texts and compute their scores with a trained Hugging Face classifier"
     pairs = True
 
     def __init__(self,
-        model, # An `HFModel`, or a model of transformers with a head for sequence classification
-        spec:TextSpec, # Of the data that it was trained with
+        model, # An `HFModel`, or a sequence classification model of transformers
+        spec:TextSpec, # Spec of the training data
         tokenizer, # Tokenizer of transformers
-        rules=(), # Functions applied to each text first
-        share:bool=False, # Use the Learner's model itself, in evaluation mode while it computes, instead of a copy
-        own:bool=False, # Nobody else uses the model, so that it need not be copied
-        run=None # Function from `TensorTokens` to scores; the model itself if `None`
+        rules=(), # Functions applied to each text before the tokenizer
+        share:bool=False, # Use the Learner's own model, not a copy; evaluation mode is set during each call
+        own:bool=False, # `True` if nothing else uses the model, so no copy is needed
+        run=None # Function from `TensorTokens` to scores; `None`: the model
     ):
         self.model = model if share or own else frozen_copy(model)
         self.spec = spec
@@ -265,33 +265,33 @@ class HFEngine(Engine):
 
     @property
     def windows(self):
-        "Tokens that neighbouring windows of a long text share; `None`: no windows"
+        "Return the overlap of neighbouring windows in tokens, or `None` if long texts are not cut into windows"
         return self.spec.windows
     @property
     def n_out(self):
-        "Outputs of the model"
+        "Return the number of outputs of the model"
         model = self.model.inner[0] if isinstance(self.model, HFModel) else self.model
         return model.config.num_labels
     @property
     def device(self):
-        "Device of the model"
+        "Return the device of the model"
         return next(self.model.parameters()).device
     @property
     def budget(self):
-        "Tokens of a batch that fit into the caches of a CPU, or a good number for a GPU"
+        "Return the number of tokens per batch: on a CPU, few enough for its caches"
         return 1024 if self.device.type == 'cpu' else 32_768
     @property
     def n_bytes(self):
-        "Bytes of the weights"
+        "Return the size of the weights in bytes"
         n_int8 = sum(m.n_bytes for m in self.model.modules() if isinstance(m, Int8Linear))
         return n_int8 + sum(p.numel()*p.element_size() for p in self.model.parameters())
     @property
     def one(self):
-        "The `SinglePosition` of the top layer, or `None` if all positions are computed"
+        "Return the `SinglePosition` of the top layer, or `None` if all positions are computed"
         return self._prepare()._one
 
     def _prepare(self, tolerance=1e-3):
-        "Make the model a function of `TensorTokens`, and let its top layer compute one position if it can"
+        "Wrap the model in an `HFModel` and, if possible, let its top layer compute only one position"
         with self._prepare_lock:
             if self._is_prepared:
                 return self
@@ -304,29 +304,29 @@ class HFEngine(Engine):
 
     @cached_property
     def tok(self):
-        "The transform that tokenizes texts as the DataLoaders do"
+        "Return the transform that tokenizes texts as the DataLoaders do"
         spec = self.spec
         return HFTokenize(self.tokenizer, spec.max_length, spec.truncation, verbose=False, rules=self.rules)
 
     def encode(self,
-        texts # Strings, or pairs of them
-    ) -> list: # An array of shape (fields, tokens) for each
-        "Turn texts into token numbers, as the DataLoaders do"
+        texts # Strings, or pairs of strings
+    ) -> list: # One array of shape (fields, tokens) for each text or pair
+        "Turn texts into token ids, as the DataLoaders do"
         texts = list(texts)
         with self.lock: # a fast tokenizer raises an error if two threads use it with different settings
             return self.tok.tokenize(texts)[0] if texts else []
 
     def pieces(self,
-        texts # Strings
-    ) -> tuple: # Windows, and for each the index of its text
+        texts # List of strings
+    ) -> tuple: # The windows, and the index of the text of each window
         "Cut long texts into windows"
         with self.lock:
             return text_windows(texts, self.tokenizer, self.tok.max_length, self.windows)
 
     def __call__(self,
         rows # Arrays of shape (fields, tokens)
-    ) -> torch.Tensor: # (texts, outputs) logits
-        "Compute the scores of some rows"
+    ) -> torch.Tensor: # Logits, of shape (texts, outputs)
+        "Compute the scores of rows of token ids"
         self._prepare()
         tensors = [torch.from_numpy(np.asarray(row, dtype=np.int64)) for row in rows]
         x = TensorTokens(pad_rows(tensors, -1, left=self.tokenizer.padding_side == 'left').to(self.device))
@@ -339,19 +339,19 @@ class HFEngine(Engine):
 
     def to_precision(self,
         precision:str # A key of `PRECISIONS`
-    ): # An `HFEngine`; this one does not change
-        "Make the same engine with weights of another precision"
-        one = self.one # looks for it in float32, before the copy
+    ): # A new `HFEngine`
+        "Make a copy of the engine in another precision"
+        one = self.one # determined in float32, before the copy
         res = self._copy_for(precision, self.device)
         if one is not None:
-            one.__exit__() # so that the copy is of the model itself
+            one.__exit__() # so that the unchanged model is copied
         res.model = frozen_copy(self.model)
         if one is not None:
             one.__enter__()
         res.share = False
         res.run = None
         _convert_parameters(res.model, res.precision)
-        if one is not None: # it is exact in float32; rounding is no reason to refuse it
+        if one is not None: # exact in float32; rounding errors are no reason to reject it
             res._one = one_position(res.model, torch.inf)
         return res
 
@@ -367,21 +367,21 @@ def unactivate(
 
 # %% ../../nbs/805_deploy.engines.ipynb #ad95e576
 class EngineRows(tuple):
-    "Token numbers of one text for several engines"
+    "Token ids of one text for several engines"
     @property
     def shape(self):
-        "Shape of the first engine's row, by which texts are sorted"
+        "Return the shape of the first engine's row; texts are sorted by it"
         return self[0].shape
 
 # %% ../../nbs/805_deploy.engines.ipynb #5a3b7f12
 class AveragedEngine(Engine):
-    "Two engines, one of which reads backwards; their probabilities are averaged"
+    "Average the probabilities of two engines, one of which reads backwards"
     pairs = False
     windows = None
     budget = AWDEngine.budget
 
     def __init__(self,
-        engines # The engines
+        engines # The engine of the forward model and that of the backward model
     ):
         self.engines = list(engines)
         self.spec = self.engines[0].spec
@@ -389,42 +389,42 @@ class AveragedEngine(Engine):
 
     @property
     def n_out(self):
-        "Outputs of each model"
+        "Return the number of outputs of each model"
         return self.engines[0].n_out
     @property
     def n_bytes(self):
-        "Bytes of all weights"
+        "Return the size of all weights in bytes"
         return sum(e.n_bytes for e in self.engines)
 
     def encode(self,
-        texts # Strings
-    ) -> list: # An `EngineRows` for each
-        "Turn each text into token numbers for each engine"
+        texts # List of strings
+    ) -> list: # One `EngineRows` for each text
+        "Turn each text into token ids for each engine"
         texts = list(texts)
         return [EngineRows(o) for o in zip(*(e.encode(texts) for e in self.engines))]
 
     def of_sample(self,
-        x # Inputs of a sample in each engine's DataLoaders
-    ) -> EngineRows: # The same as `encode` makes
-        "Make rows of token numbers from a sample of each engine's DataLoaders"
+        x # Inputs of one sample, from the DataLoaders of each engine
+    ) -> EngineRows: # In the format of `encode`
+        "Make rows of token ids from a sample of each engine's DataLoaders"
         return EngineRows(e.of_sample(o) for e, o in zip(self.engines, x))
 
     def __call__(self,
-        rows # `EngineRows`, the longest first
-    ) -> torch.Tensor: # (texts, outputs)
+        rows # List of `EngineRows`, sorted by length, longest first
+    ) -> torch.Tensor: # Logits, of shape (texts, outputs)
         "Compute scores that `activate` turns into the averaged probabilities"
         probs = [activate(e([row[i] for row in rows]), self.task) for i, e in enumerate(self.engines)]
         return unactivate(torch.stack(probs).mean(0), self.task)
 
     def to_precision(self,
         precision:str # A key of `PRECISIONS`
-    ): # An `AveragedEngine`; this one does not change
-        "Make the same engine with both models in another precision"
+    ): # A new `AveragedEngine`
+        "Make a copy of the engine with both models in another precision"
         return AveragedEngine([e.to_precision(precision) for e in self.engines])
 
 # %% ../../nbs/805_deploy.engines.ipynb #685812ed
 def engine_of(
-    learn, # Learner of a classifier or a regression, or a `BidirectionalLearner`
+    learn, # Learner for classification or regression, or a `BidirectionalLearner`
     share:bool=False # Use the Learner's own weights instead of a copy
 ) -> Engine: # An `AWDEngine`, an `HFEngine` or an `AveragedEngine`
     "Make the engine of a Learner"

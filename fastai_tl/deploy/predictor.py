@@ -1,4 +1,4 @@
-"""Fast prediction for lists and streams of texts: labels, probabilities and scores, in the order of the texts
+"""Fast prediction for lists and streams of texts; returns labels, probabilities and scores in the order of the texts
 
 Docs: https://fastai-tl.github.io/fastai_tl/deploy.predictor.html.md"""
 
@@ -28,21 +28,21 @@ from ..learners.bidirectional import BidirectionalLearner
 @dataclass
 class Prediction:
     "Prediction for one text"
-    label:object # A class, a list of classes, or a value
-    confidence:object # Probability of the label, or of each label; `None` for a value
-    probs:dict|None # Class to probability; `None` for a value
-    scores:np.ndarray # (outputs,) logits
+    label:object # A class; a list of classes (multi-label); or a value (regression)
+    confidence:object # Probability of the label, or a list with one for each label; `None` for a regression
+    probs:dict|None # Maps each class to its probability; `None` for a regression
+    scores:np.ndarray # Logits, of shape (outputs,)
 
 # %% ../../nbs/810_deploy.predictor.ipynb #45413ead
 class Predictions:
-    "Predictions for some texts, in their order"
+    "Predictions for a list of texts, in the order of the texts"
     def __init__(self,
-        scores, # (texts, outputs) logits
+        scores, # Logits, of shape (texts, outputs)
         task:str, # `classification`, `multilabel` or `regression`
-        classes:list|None=None, # Names of the classes
-        temperature:float=1., # Scores are divided by it before they become probabilities
-        thresholds=None, # One for each class
-        texts=None # The texts, to be shown
+        classes:list|None=None, # Class names; `None` for a regression
+        temperature:float=1., # The scores are divided by this before they are turned into probabilities
+        thresholds=None, # Decision thresholds, one for each class
+        texts=None # The texts, for display
     ):
         self.scores = np.asarray(scores)
         self.task = task
@@ -52,8 +52,8 @@ class Predictions:
         self.probs = activate(torch.as_tensor(self.scores), task, temperature).numpy()
 
     @property
-    def preds(self) -> np.ndarray: # (texts,) indices of classes, (texts, classes) booleans, or (texts, outputs) values
-        "Decisions by the largest probability, or by the thresholds"
+    def preds(self) -> np.ndarray: # Class indices (texts,), booleans (texts, classes), or values (texts, outputs)
+        "Return the decisions, by the largest probability or by the thresholds"
         if self.task == 'regression':
             return self.scores
         if self.task == 'multilabel':
@@ -63,14 +63,14 @@ class Predictions:
 
     @property
     def labels(self) -> list:
-        "A class, a list of classes, or a value for each text"
+        "Return a class, a list of classes, or a value for each text"
         if self.task == 'regression':
             return self.scores[:,0].tolist() if self.scores.shape[1] == 1 else self.scores.tolist()
         if self.task == 'classification':
             return [self.classes[i] for i in self.preds]
         return [[c for c, is_on in zip(self.classes, row) if is_on] for row in self.preds]
 
-    def table(self) -> pd.DataFrame: # text (if known) | label | a column for each class
+    def table(self) -> pd.DataFrame: # Columns: text (if known), label, and the probability of each class
         "Make a table of labels and probabilities"
         columns = {}
         if self.texts is not None:
@@ -106,7 +106,7 @@ class Predictions:
 
 # %% ../../nbs/810_deploy.predictor.ipynb #69dd0996
 def _check_inputs(texts, first_row, takes_pairs):
-    "A list of strings, or of pairs of strings"
+    "Check the inputs and return them as a list of strings, or of pairs of strings"
     if isinstance(texts, (str, bytes)):
         raise DataError('A list of texts is needed', f'one {type(texts).__name__}', 'Put it into a list')
     texts = list(texts)
@@ -124,7 +124,7 @@ def _check_inputs(texts, first_row, takes_pairs):
 
 # %% ../../nbs/810_deploy.predictor.ipynb #3562ea45
 def _temperature_of(temperature, task):
-    "A number, or the temperature of a calibration"
+    "Return the temperature as a number; accepts a number or the result of a calibration"
     value = float(getattr(temperature, 'temperature', 1. if temperature is None else temperature))
     if not 0 < value < np.inf:
         raise FastaiTLError('A temperature must be above 0', str(value))
@@ -133,7 +133,7 @@ def _temperature_of(temperature, task):
     return value
 
 def _loss_thresholds(threshold, task, classes, is_binary):
-    "Thresholds that decide as the loss function does, or `None` where it is the usual decision"
+    "Return thresholds that make the same decisions as the loss function, or `None` for the default decision"
     if threshold == .5 or not (is_binary or task == 'multilabel'):
         return None
     if is_binary:
@@ -141,7 +141,7 @@ def _loss_thresholds(threshold, task, classes, is_binary):
     return np.array([np.nextafter(np.float32(threshold), np.float32(1))]*len(classes))
 
 def _given_thresholds(thresholds, task, classes):
-    "One number for each class, out of a list or a table"
+    "Return one threshold for each class, from a list or a table"
     thresholds = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
     thresholds = np.asarray(thresholds, dtype=float)
     if task == 'regression' or thresholds.shape != (len(classes),):
@@ -151,32 +151,32 @@ def _given_thresholds(thresholds, task, classes):
 
 # %% ../../nbs/810_deploy.predictor.ipynb #7722b28d
 class Predictor:
-    "Trained classifier or regression that takes lists of texts"
+    "Predict lists of texts with a trained classification or regression model"
     def __init__(self,
         source, # A Learner, a `BidirectionalLearner`, or an engine
         precision:str='fp32', # `fp32`, `bf16`, `fp16` (on a GPU) or `int8` (on a CPU)
-        temperature=None, # Of the probabilities: a number, or the result of `learn.calibrate()`
-        thresholds=None, # One for each class, in their order: numbers, or the table of `ev.thresholds()`
-        max_tokens:int|None=None, # Tokens of a batch, padding included; `None`: a good number for model and device
-        cache:int=0 # Keep the results of so many texts, the last that were asked for
+        temperature=None, # Temperature of the probabilities: a number, or the result of `learn.calibrate()`
+        thresholds=None, # One number for each class, in the order of the classes, or the table of `ev.thresholds()`
+        max_tokens:int|None=None, # Maximum tokens per batch, with padding; `None`: the default for model and device
+        cache:int=0 # Number of most recently requested texts whose results are kept; 0 turns the cache off
     ):
         engine = engine_of(source) if isinstance(source, (Learner, BidirectionalLearner)) else source
         self.engine = engine if precision == engine.precision else engine.to_precision(precision)
         self.classes = engine.classes
-        self.is_binary = engine.task == 'multilabel' and engine.n_out == 1 and len(self.classes) == 2 # a sigmoid
+        self.is_binary = engine.task == 'multilabel' and engine.n_out == 1 and len(self.classes) == 2 # one sigmoid
         self.task = 'classification' if self.is_binary else engine.task
         self.temperature = _temperature_of(temperature, self.task)
         own = _loss_thresholds(engine.threshold, self.task, self.classes, self.is_binary)
         self.thresholds = own if thresholds is None else _given_thresholds(thresholds, self.task, self.classes)
         self.max_tokens = max_tokens or engine.budget
-        self.change = None # what another precision than float32 changes: a table of `compare_precisions`
-        self.make_learner = None # `load_bundle` sets it to a function from DataLoaders to a Learner
+        self.change = None # comparison with float32, from `compare_precisions`, for another precision
+        self.make_learner = None # `load_bundle` sets this to a function that makes a Learner from DataLoaders
         self.cache, self.known = cache, OrderedDict()
         self.lock = threading.Lock()
 
     @property
     def precision(self):
-        "Precision of the weights"
+        "Return the precision of the weights"
         return self.engine.precision
 
     def __repr__(self):
@@ -185,9 +185,9 @@ class Predictor:
         return f'Predictor({self.task}, {self.precision}, classes={classes}{temperature})'
 
     def run(self,
-        rows # Rows of token numbers, as the engine makes them
-    ) -> np.ndarray: # (rows, outputs)
-        "Compute the scores of some rows, in their order"
+        rows # Rows of token ids, as `engine.encode` returns them
+    ) -> np.ndarray: # Logits, of shape (rows, outputs)
+        "Compute the scores of rows of token ids, in the order of the rows"
         lens = [row.shape[-1] for row in rows]
         if 0 in lens:
             empty = shorten(i for i, n in enumerate(lens) if not n)
@@ -201,7 +201,7 @@ class Predictor:
         return scores.numpy()
 
     def _score(self, texts):
-        "Scores of distinct texts; a text in windows gets the mean probabilities of its windows"
+        "Compute the scores of distinct texts; a text that is cut into windows gets their mean probabilities"
         if self.engine.windows is None or not isinstance(texts[0], str):
             return self.run(self.engine.encode(texts))
         windows, owners = self.engine.pieces(texts)
@@ -209,10 +209,10 @@ class Predictor:
         return unactivate(pool_windows(probs, owners), self.task).numpy()
 
     def scores(self,
-        texts, # Strings, or pairs of them
-        first:int=0 # Number of the first text in error messages
-    ) -> np.ndarray: # (texts, outputs) logits
-        "Compute the scores of texts, once for each distinct text"
+        texts, # Strings, or pairs of strings
+        first:int=0 # Row number of the first text in error messages
+    ) -> np.ndarray: # Logits, of shape (texts, outputs)
+        "Compute the scores of texts; repeated texts are computed only once"
         texts = _check_inputs(texts, first, self.engine.pairs)
         distinct = dict.fromkeys(texts)
         with self.lock:
@@ -236,8 +236,8 @@ class Predictor:
                 self.known.popitem(last=False)
 
     def predict(self,
-        texts # Strings, or pairs of them
-    ) -> Predictions: # In the same order
+        texts # Strings, or pairs of strings
+    ) -> Predictions: # In the order of the texts
         "Predict labels, probabilities and scores of texts"
         texts = _check_inputs(texts, 0, self.engine.pairs)
         return self._predictions(self.scores(texts), texts)
@@ -246,15 +246,15 @@ class Predictor:
         return Predictions(scores, self.task, self.classes, self.temperature, self.thresholds, texts)
 
     def predict_proba(self,
-        texts # Strings, or pairs of them
-    ) -> np.ndarray: # (texts, classes); for a regression the values, (texts, outputs)
+        texts # Strings, or pairs of strings
+    ) -> np.ndarray: # Probabilities (texts, classes); for a regression, values (texts, outputs)
         "Predict the probabilities of texts"
         return self.predict(texts).probs
 
     def predict_iter(self,
         texts, # Any iterable, of any length
-        size:int=1000 # Texts that are in memory at a time
-    ): # Yields a `Prediction` for each text, in the same order
+        size:int=1000 # Number of texts to read into memory at once
+    ): # Yields a `Prediction` for each text, in the order of the texts
         "Predict a stream of texts"
         stream, n_read = iter(texts), 0
         while chunk := list(islice(stream, size)):
@@ -262,7 +262,7 @@ class Predictor:
             n_read += len(chunk)
 
     def learner(self,
-        dls=None # DataLoaders to train with; without them the Learner has no data
+        dls=None # DataLoaders to train with; if `None`, the Learner has no data
     ): # A Learner, or a `BidirectionalLearner`
         "Make a Learner with the weights of the bundle that this Predictor was loaded from"
         if self.make_learner is None:
@@ -272,11 +272,11 @@ class Predictor:
 # %% ../../nbs/810_deploy.predictor.ipynb #e933302b
 def labelled_rows(
     learn, # A Learner, or a `BidirectionalLearner`
-    engine, # Its engine
-    ds_idx:int=1, # Which dataset: 0 training, 1 validation
-    n:int=1000 # Largest number of rows
-) -> tuple: # Rows of token numbers, and an array of their targets
-    "Take at most `n` rows of a dataset, evenly spaced, with their targets"
+    engine, # The engine of the Learner
+    ds_idx:int=1, # Index of the dataset: 0 for training, 1 for validation
+    n:int=1000 # Maximum number of rows
+) -> tuple: # Rows of token ids, and an array of their targets
+    "Take at most `n` evenly spaced rows of a dataset, with their targets"
     is_pair = isinstance(learn, BidirectionalLearner)
     parts = learn.learners if is_pair else [learn]
     datasets = [part.dls[ds_idx].dataset for part in parts]
@@ -291,7 +291,7 @@ def labelled_rows(
 
 # %% ../../nbs/810_deploy.predictor.ipynb #685ae24a
 def _quality(probs, targets, task, classes):
-    "Accuracy or root mean square error, and the loss"
+    "Return the accuracy (or the root mean square error) and the loss"
     is_values = task == 'regression' and probs.shape[1] == 1
     targets_of_rows = targets.astype(int) if task == 'multilabel' else targets.reshape(len(targets))
     ev = Evaluation.from_preds(probs[:,0] if is_values else probs, targets_of_rows, classes)
@@ -301,7 +301,7 @@ def _quality(probs, targets, task, classes):
     return dict(accuracy=float(np.mean(ev.preds == ev.targets)), loss=loss)
 
 def _timed_run(predictor, rows):
-    "Scores of some rows, and seconds"
+    "Return the scores of some rows, and the seconds that it took"
     predictor.run(rows[:2])
     start = time.perf_counter()
     scores = predictor.run(rows)
@@ -309,7 +309,7 @@ def _timed_run(predictor, rows):
 
 # %% ../../nbs/810_deploy.predictor.ipynb #4e9174da
 def _compare(learn, precisions, ds_idx, n):
-    "Table of precisions, float32 first"
+    "Return a table with one row per precision, float32 first"
     engine = engine_of(learn)
     rows, targets = labelled_rows(learn, engine, ds_idx, n)
     lines, reference = [], None
@@ -330,17 +330,17 @@ def _compare(learn, precisions, ds_idx, n):
 @patch
 def compare_precisions(self:Learner|BidirectionalLearner,
     precisions=('fp32', 'bf16', 'int8'), # Keys of `PRECISIONS`; `fp32` is always measured
-    ds_idx:int=1, # 0 for training, 1 for validation rows
-    n:int=1000 # Largest number of rows
+    ds_idx:int=1, # Index of the dataset: 0 for training, 1 for validation
+    n:int=1000 # Maximum number of rows
 ) -> pd.DataFrame: # precision | accuracy (or rmse) | loss | same | max_change | texts | size_mb | texts_per_second
-    "Measure accuracy, size and speed of precisions on labelled rows"
+    "Compare the accuracy, size and speed of several precisions on labelled rows"
     return _compare(self, precisions, ds_idx, n)
 
 # %% ../../nbs/810_deploy.predictor.ipynb #06f1523d
 def describe_change(
-    table:pd.DataFrame # Table of precisions, as `learn.compare_precisions` makes it
+    table:pd.DataFrame # Table returned by `learn.compare_precisions`; its first row is float32
 ) -> str:
-    "Describe the second row of a table of precisions in one line"
+    "Describe in one line how the second row of a table of precisions differs from the first"
     reference, other = table.iloc[0], table.iloc[1]
     measure = 'accuracy' if 'accuracy' in table else 'rmse'
     if 'same' in table:
@@ -355,11 +355,11 @@ def describe_change(
 @delegates(Predictor, but=['source'])
 def predictor(self:Learner|BidirectionalLearner,
     precision:str='fp32', # `fp32`, `bf16`, `fp16` (on a GPU) or `int8` (on a CPU)
-    check:int=1000, # Compare another precision with float32 on at most so many validation rows; 0: not at all
+    check:int=1000, # Maximum number of validation rows for the comparison with float32; 0 skips it
     verbose:bool=True, # Print the result of the comparison
     **kwargs
 ) -> Predictor:
-    "Make a fast predictor with the current weights"
+    "Make a `Predictor` with the current weights"
     if precision == 'int8' and not check:
         raise FastaiTLError('int8 is used after a look at what it changes', 'check=0',
                             'Leave `check` at its default, or use `Predictor(learn, "int8")` if you know it already')
@@ -374,8 +374,8 @@ def predictor(self:Learner|BidirectionalLearner,
 @patch
 @delegates(Predictor, but=['source'])
 def predict_batch(self:Learner|BidirectionalLearner,
-    texts, # Strings, or pairs of them
+    texts, # Strings, or pairs of strings
     **kwargs
-) -> Predictions: # In the same order
+) -> Predictions: # In the order of the texts
     "Predict labels, probabilities and scores of texts, with the current weights"
     return Predictor(engine_of(self, share=True), **kwargs).predict(texts)
