@@ -1,4 +1,4 @@
-"""From tokenized texts to DataLoaders for language models and classifiers of an AWD_LSTM, with labels checked first
+"""Make DataLoaders for AWD_LSTM language models and classifiers from tokenized texts
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.awd_lstm.html.md"""
 
@@ -30,20 +30,20 @@ from .tokenizers import TextTokenizer, TokenizedTexts, WordLevelTokenizer, token
 # %% ../../nbs/127_data.awd_lstm.ipynb #f8ab6faa
 def texts_vocab(
     texts:TokenizedTexts, # Tokenized texts
-    min_freq:int=3, # Rarer tokens are unknown
-    max_vocab:int=60_000, # Largest number of tokens
-    idxs=None # Count only these texts
-) -> list: # Token of each id, the special ones first
-    "Make the vocabulary of some texts"
+    min_freq:int=3, # Minimum frequency of a token; rarer tokens become unknown
+    max_vocab:int=60_000, # Maximum size of the vocabulary
+    idxs=None # Indexes of the texts to count; `None`: all
+) -> list: # The token of each id, special tokens first
+    "Make a vocabulary from tokenized texts"
     return make_vocab(texts.counter(idxs), min_freq=min_freq, max_vocab=max_vocab)
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #64924e9a
 def split_stream(
     lens, # Number of tokens of each text
-    valid_pct:float=.1, # Share to hold out
-    seed:int=42 # Seed of the random choice of texts
+    valid_pct:float=.1, # Validation fraction
+    seed:int=42 # Seed for the random split
 ) -> tuple: # Lists of `(text, first token, end)` for training and for validation
-    "Hold out whole texts, or the ends of texts if there are fewer than ten"
+    "Hold out whole texts for validation, or the end of each text if there are fewer than ten"
     n = len(lens)
     rng = np.random.default_rng(derive_seed(seed, 'valid'))
     whole = [(i, 0, int(length)) for i, length in enumerate(lens)]
@@ -54,18 +54,18 @@ def split_stream(
     return [text for text in whole if text[0] not in held], [text for text in whole if text[0] in held]
 
 def _fitting_bs(bs, n_tokens, what):
-    "The batch size, reduced so that each row of a batch has sixteen tokens or more"
+    "Return the batch size, reduced if needed so that each row gets at least sixteen tokens"
     if n_tokens < 4:
         raise DataError(f'A language model needs some tokens for {what}', str(n_tokens), 'Give it more text')
     return max(1, min(bs, n_tokens//16))
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #ca7f9666
 def text_tfms(reader, vocab, backwards=False):
-    "The transforms of a text: tokens, then their ids, reversed for a model that reads backwards"
+    "Return the transforms of a text: tokenize, numericalize, and reverse for a backwards model"
     return [reader, Numericalize(list(vocab)), *([reverse_text] if backwards else [])]
 
 def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
-    "The spec of texts that a fastai tokenizer reads"
+    "Return the spec of texts that are tokenized by fastai"
     settings = tokenizer_settings(reader.tok, reader.rules)
     del settings['rules']
     columns = dict(text='text') if task == 'causal_lm' else dict(text='text', label='label')
@@ -76,15 +76,15 @@ def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
 # %% ../../nbs/127_data.awd_lstm.ipynb #d093736f
 def language_model_dls(
     texts:TokenizedTexts, # Tokenized texts
-    vocab:list, # Token of each id
-    tok=None, # Tokenizer for new texts; `WordLevelTokenizer` if `None`
-    rules=None, # Rules applied to new texts first; fastai's if `None`
-    valid_pct:float=.1, # Share of the texts to hold out
-    bs:int=64, # Rows of a batch
-    seq_len:int=72, # Tokens of a row
-    backwards:bool=False, # Read from right to left
-    seed:int=42, # Seed of the random choice of held-out texts
-    path='.' # Folder of the DataLoaders
+    vocab:list, # The token of each id
+    tok=None, # Tokenizer for new texts; `None`: a `WordLevelTokenizer`
+    rules=None, # Rules applied to new texts before they are tokenized; `None`: fastai's
+    valid_pct:float=.1, # Validation fraction
+    bs:int=64, # Batch size
+    seq_len:int=72, # Sequence length: tokens per row of a batch
+    backwards:bool=False, # Reverse the texts, for a backwards model
+    seed:int=42, # Seed for the random split
+    path='.' # Stored as `dls.path`, where a Learner saves its files
 ) -> SpecDataLoaders:
     "Make DataLoaders for a language model"
     parts = split_stream(texts.lens, valid_pct, seed)
@@ -104,12 +104,12 @@ def language_model_dls(
 # %% ../../nbs/127_data.awd_lstm.ipynb #7118545a
 @dataclass
 class ReadingOptions:
-    "How the DataLoaders of a classifier read texts, and where they are"
-    backwards:bool=False # Read from right to left
-    path:str|Path='.' # Folder of the DataLoaders
+    "Further options of the DataLoaders for a classifier"
+    backwards:bool=False # Reverse the texts, for a backwards model
+    path:str|Path='.' # Stored as `dls.path`, where a Learner saves its files
 
 def _sorted_loaders(dsets, lens, bs, seq_len):
-    "A training and a validation `SortedDL`"
+    "Return one `SortedDL` for training and one for validation"
     n = len(dsets.train)
     bs = min(bs, n) if n else bs
     options = dict(before_batch=Pad_Chunk(seq_len=seq_len), num_workers=0)
@@ -120,21 +120,21 @@ def _sorted_loaders(dsets, lens, bs, seq_len):
 @delegates(ReadingOptions)
 def classifier_dls(
     texts:TokenizedTexts, # Tokenized texts
-    labels:list, # One a text, as `check_labels` returns them
+    labels:list, # One label per text, as returned by `check_labels`
     task:str, # `classification`, `multilabel` or `regression`
-    train:list, # Indexes of the training rows
-    valid:list, # Indexes of the validation rows
-    vocab:list, # Token of each id, the language model's
-    tok=None, # Tokenizer for new texts; `WordLevelTokenizer` if `None`
-    rules=None, # Rules applied to new texts first; fastai's if `None`
-    bs:int=64, # Texts of a batch
-    seq_len:int=72, # Chunk of the padding, the classifier's `seq_len`
-    **kwargs # `backwards`, and `path`
+    train:list, # Row indexes for training
+    valid:list, # Row indexes for validation
+    vocab:list, # The token of each id, as in the language model
+    tok=None, # Tokenizer for new texts; `None`: a `WordLevelTokenizer`
+    rules=None, # Rules applied to new texts before they are tokenized; `None`: fastai's
+    bs:int=64, # Batch size
+    seq_len:int=72, # Length of the chunks of padding: `seq_len` of the classifier
+    **kwargs # `backwards` and `path`
 ) -> SpecDataLoaders:
     "Make DataLoaders for a classifier"
     options = ReadingOptions(**kwargs)
     classes = check_split(labels, task, train, valid)
-    # lists, since fastai maps transforms over the members of a tuple
+    # lists, because fastai applies transforms to each member of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
     reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
     tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)], [itemgetter(1), *label_tfms(task, classes)]]
@@ -146,12 +146,12 @@ def classifier_dls(
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #1a57e605
 def empty_dls(
-    spec:TextSpec, # The spec of the data that the model was trained with
-    vocab:list, # Token of each id
-    tokenizer, # Turns texts into lists of tokens, such as `WordLevelTokenizer()`; or `dls.tokenizer`
-    bs:int=64 # Texts, or rows, of a batch
+    spec:TextSpec, # The spec of the training data
+    vocab:list, # The token of each id
+    tokenizer, # A fastai tokenizer such as `WordLevelTokenizer()`, or `dls.tokenizer`
+    bs:int=64 # Batch size
 ) -> SpecDataLoaders:
-    "Make DataLoaders without rows, for an AWD_LSTM that reads new texts"
+    "Make empty DataLoaders, for an AWD_LSTM that reads new texts"
     tok = tokenizer.tok if isinstance(tokenizer, Tokenizer) else tokenizer
     has_rules = isinstance(tokenizer, TextTokenizer)
     reader = tokenizer if has_rules else TextTokenizer(tok, text_rules(spec.rules))

@@ -1,4 +1,4 @@
-"""Tables, files, folders, lists and Hugging Face datasets as DataLoaders for a Hugging Face model
+"""Make DataLoaders for a Hugging Face model from tables, files, folders, lists and Hugging Face datasets
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.classification.html.md"""
 
@@ -27,38 +27,38 @@ from .windows import text_windows
 
 # %% ../../nbs/130_data.classification.ipynb #719c8152
 class HFTableDataLoaders(SpecDataLoaders):
-    "DataLoaders with a `from_df`, which can therefore be made from a table on disk"
+    "Base class that adds `from_csv` to DataLoaders with a `from_df`"
     @classmethod
     def from_csv(cls,
         path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        **kwargs # More for `from_df`
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        **kwargs # Passed to `from_df`
     ): # DataLoaders of this class
         "Make DataLoaders from a table on disk"
         return cls.from_df(read_table(path), tokenizer, **kwargs)
 
 # %% ../../nbs/130_data.classification.ipynb #fd54538a
-class LabelledText(UserList): # no tuple, over whose members fastai maps transforms, and no `list`, which a pair is
+class LabelledText(UserList): # not a tuple (fastai applies transforms to each member), not a list (a pair)
     "A text, or a pair of texts, and its label"
 
 def loaders_of(cls, dsets, side, bs, val_bs=None, path='.', weights=None):
-    "DataLoaders of class `cls` of tokens that are padded on `side`"
+    "Return `cls` DataLoaders that pad tokens on `side`"
     n = len(dsets.train)
     bs = min(bs, n) if n else bs
     options = dict(before_batch=[PadTokens(side)], num_workers=0)
-    one_left = n%bs == 1 and n > 1 # batch normalization cannot train on a batch of one
+    one_left = n%bs == 1 and n > 1 # batch normalization needs more than one text per batch in training
     train = TokensDL(dsets.train, bs=bs, shuffle=True, drop_last=one_left, weights=weights, **options)
     valid = TokensDL(dsets.valid, bs=val_bs or 2*bs, **options)
     return cls(train, valid, path=path, device=default_device())
 
 def tokens_dls(cls, items, n, tfms, side, bs, val_bs, path, weights=None):
-    "DataLoaders of class `cls` of items, of which the first `n` are for training"
+    "Return `cls` DataLoaders of items; the first `n` items are for training"
     splits = [list(range(n)), list(range(n, len(items)))]
     return loaders_of(cls, Datasets(items, tfms, splits=splits, n_inp=1), side, bs, val_bs, path, weights)
 
 # %% ../../nbs/130_data.classification.ipynb #1ab9acfa
 def draw_weights(labels, task):
-    "For each of `labels`, how often to draw it so that all classes come equally often"
+    "Return a sampling weight for each label, so that all classes are drawn equally often"
     if task != 'classification':
         raise FastaiTLError('Drawing by class needs one label a text', f'a {task} task', 'Leave out `weighted`')
     n = Counter(labels)
@@ -67,19 +67,19 @@ def draw_weights(labels, task):
 # %% ../../nbs/130_data.classification.ipynb #70dbf28d
 @delegates(hf_tokenize)
 def hf_classifier_dls(
-    texts:list, # Texts, or pairs of texts as lists of two
-    labels:list, # One a text, as `check_labels` returns them
+    texts:list, # Texts, or pairs of texts (lists of two strings)
+    labels:list, # One label per text, as returned by `check_labels`
     task:str, # `classification`, `multilabel` or `regression`
-    train:list, # Indexes of the training rows
-    valid:list, # Indexes of the validation rows
-    tokenizer, # A name, a folder, or a tokenizer of transformers
-    bs:int=32, # Texts of a training batch
-    val_bs:int|None=None, # Texts of a validation batch; twice `bs` if `None`
-    weighted:bool=False, # Draw training texts so that all classes come equally often
-    path='.', # Folder of the DataLoaders
+    train:list, # Row indexes for training
+    valid:list, # Row indexes for validation
+    tokenizer, # A name, a folder, or a transformers tokenizer
+    bs:int=32, # Batch size for training
+    val_bs:int|None=None, # Batch size for validation; `None`: `2*bs`
+    weighted:bool=False, # Sample training texts so that all classes are drawn equally often
+    path='.', # Stored as `dls.path`, where a Learner saves its files
     **kwargs # `max_length`, `truncation`, `verbose` and `lang`
 ): # `HFTextDataLoaders`
-    "Make DataLoaders for a classifier or a regression, from checked texts and labels"
+    "Make DataLoaders for classification or regression from checked texts and labels"
     classes = check_split(labels, task, train, valid)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
     tok = hf_tokenize(tokenizer, **kwargs)
@@ -94,7 +94,7 @@ def hf_classifier_dls(
 
 # %% ../../nbs/130_data.classification.ipynb #18da2218
 def _windowed_dls(texts, labels, task, train, valid, tokenizer, stride, **kwargs):
-    "DataLoaders of windows that share `stride` tokens"
+    "Return DataLoaders of windows; neighbouring windows share `stride` tokens"
     if texts and not isinstance(texts[0], str):
         raise DataError('Windows are cut from single texts', 'pairs')
     windows, of_window = [], []
@@ -113,7 +113,7 @@ def _windowed_dls(texts, labels, task, train, valid, tokenizer, stride, **kwargs
 
 # %% ../../nbs/130_data.classification.ipynb #b09cd330
 def _texts_of(df, text_col):
-    "Texts of one column, or pairs of two"
+    "Return the texts of one column, or the pairs of two columns"
     if isinstance(text_col, str) or not isinstance(text_col, (list, tuple, L)):
         return check_texts(column(df, text_col), df.index)
     if len(text_col) != 2:
@@ -121,7 +121,7 @@ def _texts_of(df, text_col):
     return [list(pair) for pair in zip(*[check_texts(column(df, name), df.index) for name in text_col])]
 
 def _table_items(df, spec, with_labels):
-    "Texts of a table with the columns of the spec, with their labels if wanted"
+    "Return the texts of a table, and their labels if `with_labels`; the spec has the column names"
     columns = dict(text='text', label='label') if spec is None else spec.columns
     texts = _texts_of(df, columns['text'])
     if not with_labels:
@@ -130,7 +130,7 @@ def _table_items(df, spec, with_labels):
     return zip(texts, check_labels(column(df, columns['label']), df.index, None, delim)[0])
 
 def _test_items(items, spec, with_labels):
-    "Items of `test_dl`, as the transforms take them"
+    "Convert the items that `test_dl` gets into what the transforms expect"
     if isinstance(items, pd.DataFrame):
         items = _table_items(items, spec, with_labels)
     if not with_labels:
@@ -144,7 +144,7 @@ def _test_items(items, spec, with_labels):
 
 # %% ../../nbs/130_data.classification.ipynb #6ef4f11b
 def two_splits(dataset, valid=None, frame=lambda split: split.to_pandas()):
-    "The training and the validation split of a `DatasetDict` as one table; column `split_` says which"
+    "Join the training and validation splits of a `DatasetDict` into one table, with the split in column `split_`"
     valid = valid or next((name for name in ('validation', 'valid', 'dev', 'test') if name in dataset), None)
     if valid not in dataset or 'train' not in dataset:
         todo = 'Name the split with `valid`' if valid is None else did_you_mean(valid, dataset)
@@ -153,7 +153,7 @@ def two_splits(dataset, valid=None, frame=lambda split: split.to_pandas()):
     return pd.concat(tables, ignore_index=True)
 
 def _named_labels(split, label_col):
-    "A split as a table with the names of its classes"
+    "Convert a split into a table with class names as labels"
     df = split.to_pandas()
     names = getattr(split.features.get(label_col), 'names', None)
     if names:
@@ -161,11 +161,11 @@ def _named_labels(split, label_col):
     return df
 
 def folder_splits(files):
-    "`train` or `valid` for each file in folders of these names, with `test` as validation if there is no `valid`"
+    "Return the split of each file by its top folder; `test` is for validation if there is no `valid`"
     top = [Path(file).parts[0] for file in files]
     if not {'train', 'valid', 'test'} & set(top):
         return None
-    if set(top) <= {'train', 'test'}: # as in IMDb
+    if set(top) <= {'train', 'test'}: # IMDb, for example, has no `valid`
         top = ['valid' if name == 'test' else name for name in top]
     return top
 
@@ -175,17 +175,17 @@ class HFTextDataLoaders(HFTableDataLoaders):
     @classmethod
     @delegates(hf_classifier_dls)
     def from_df(cls,
-        df:pd.DataFrame, # A row a text
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        text_col='text', # Column of the texts; two columns for pairs
-        label_col='label', # Column of the labels, or of the values of a regression
-        valid_col:str|None=None, # Column of the split: booleans, or `train`, `valid`, `test` (left out)
-        valid_pct:float=.2, # Share for a random split, the shares of the classes kept
-        seed:int=42, # Seed of the random split
-        task:str|None=None, # `classification`, `multilabel` or `regression`; inferred from the labels if `None`
-        label_delim:str|None=None, # What separates several labels in one string
-        windows:int|None=None, # Read long texts in windows that share so many tokens, instead of truncating them
-        **kwargs # More for `hf_classifier_dls`: `max_length`, `bs`, `weighted`, …
+        df:pd.DataFrame, # One text per row
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        text_col='text', # Column with the texts; two columns for pairs
+        label_col='label', # Column with the labels, or with the values for regression
+        valid_col:str|None=None, # Column with the split: booleans, or `train`, `valid` and `test` (not used)
+        valid_pct:float=.2, # Validation fraction of a random split, stratified by class
+        seed:int=42, # Seed for the random split
+        task:str|None=None, # `classification`, `multilabel` or `regression`; `None`: inferred from the labels
+        label_delim:str|None=None, # Separator of several labels in one string
+        windows:int|None=None, # Split long texts into windows that overlap by this many tokens; `None`: truncate
+        **kwargs # Passed to `hf_classifier_dls`: `max_length`, `bs`, `weighted`, …
     ): # `HFTextDataLoaders`
         "Make DataLoaders from a DataFrame"
         texts = _texts_of(df, text_col)
@@ -204,10 +204,10 @@ class HFTextDataLoaders(HFTableDataLoaders):
     @delegates(from_df, but=['text_col', 'label_col', 'valid_col'])
     def from_lists(cls,
         texts:list, # Texts, or pairs of texts
-        labels:list, # One a text
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        valid=None, # The split: booleans, or `train`, `valid`, `test`; random if `None`
-        **kwargs # More for `from_df`: `max_length`, `bs`, `valid_pct`, `task`, …
+        labels:list, # One label per text
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
+        **kwargs # Passed to `from_df`: `max_length`, `bs`, `valid_pct`, `task`, …
     ): # `HFTextDataLoaders`
         "Make DataLoaders from texts and labels in lists"
         texts = list(texts)
@@ -224,10 +224,10 @@ class HFTextDataLoaders(HFTableDataLoaders):
     @classmethod
     @delegates(from_df, but=['text_col', 'label_col', 'valid_col'])
     def from_folder(cls,
-        path:str|Path, # A folder with a folder for each class, or with `train` and `valid` (or `test`) that have them
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        unlabelled:tuple=('unsup',), # Folders of texts without a class, left out; IMDb has one
-        **kwargs # More for `from_df`
+        path:str|Path, # A folder with one subfolder per class, or with `train` and `valid` (or `test`) that have them
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        unlabelled:tuple=('unsup',), # Subfolders to ignore, since their texts have no class, as in IMDb
+        **kwargs # Passed to `from_df`
     ): # `HFTextDataLoaders`
         "Make DataLoaders from a folder of `.txt` files, each in the folder of its class"
         df = read_folder(path, label_from_parent=True, skip=unlabelled)
@@ -240,13 +240,13 @@ class HFTextDataLoaders(HFTableDataLoaders):
     @classmethod
     @delegates(from_df, but=['valid_col'])
     def from_dataset(cls,
-        dataset, # A `Dataset` or `DatasetDict` of Hugging Face's datasets
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        label_col='label', # Column of the labels; numbers of a `ClassLabel` become names
-        valid:str|None=None, # Split for validation; `validation`, else `test`, if `None`
-        **kwargs # More for `from_df`
+        dataset, # A Hugging Face `Dataset` or `DatasetDict`
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        label_col='label', # Column with the labels; `ClassLabel` numbers are converted to names
+        valid:str|None=None, # Name of the validation split; `None`: `validation`, `valid`, `dev` or `test`
+        **kwargs # Passed to `from_df`
     ): # `HFTextDataLoaders`
-        "Make DataLoaders from a dataset of Hugging Face's datasets"
+        "Make DataLoaders from a Hugging Face dataset"
         if not isinstance(dataset, dict):
             return cls.from_df(_named_labels(dataset, label_col), tokenizer, label_col=label_col, **kwargs)
         df = two_splits(dataset, valid, lambda split: _named_labels(split, label_col))
@@ -254,11 +254,11 @@ class HFTextDataLoaders(HFTableDataLoaders):
 
     @classmethod
     def from_spec(cls,
-        spec:TextSpec, # The spec of the data that the model was trained with
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        bs:int=32 # Texts of a batch
+        spec:TextSpec, # The spec of the training data
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        bs:int=32 # Batch size
     ): # `HFTextDataLoaders`
-        "Make DataLoaders without rows, for a model that predicts new texts"
+        "Make empty DataLoaders, for a model that predicts new texts"
         tok = HFTokenize(tokenizer, spec.max_length, spec.truncation, verbose=False, rules=text_rules(spec.rules))
         tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(spec.task, spec.classes)]]
         types = [[LabelledText, list if spec.pairs else str, TensorTokens], [LabelledText]]
@@ -267,11 +267,11 @@ class HFTextDataLoaders(HFTableDataLoaders):
         return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
     def test_dl(self,
-        test_items, # Texts, or pairs of texts; with `with_labels` each with its label; or a table like the first one
-        rm_type_tfms=None, # fastai's
+        test_items, # Texts or pairs, `(text, label)` items if `with_labels`, or a table with the same columns
+        rm_type_tfms=None, # As in fastai's `test_dl`
         with_labels:bool=False, # Whether the items have labels
-        **kwargs # More for the DataLoader: `bs`, …
-    ): # A DataLoader without shuffling
-        "Make a DataLoader of new texts"
+        **kwargs # Passed to the DataLoader: `bs`, …
+    ): # A DataLoader that does not shuffle
+        "Make a DataLoader for new texts"
         items = _test_items(test_items, getattr(self, 'spec', None), with_labels)
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)

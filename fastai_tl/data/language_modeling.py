@@ -1,4 +1,4 @@
-"""DataLoaders of texts for the language models of Hugging Face, causal and masked
+"""Make DataLoaders for causal and masked Hugging Face language models from texts
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.language_modeling.html.md"""
 
@@ -25,11 +25,11 @@ from .token_masking import MaskedBlocks, TokenMasker
 
 # %% ../../nbs/139_data.language_modeling.ipynb #50420632
 class TokenTargetsDL(TokensDL):
-    "A `TokensDL` with a target for each token; predictions are shown where there is one"
+    "A `TokensDL` with a target for each token, which shows predictions only where there is a target"
     def show_results(self,
         b, # A batch
         out, # Predictions for it
-        **kwargs # More for `TfmdDL.show_results`
+        **kwargs # Passed to `TfmdDL.show_results`
     ):
         targets = b[-1].as_subclass(torch.Tensor)
         shown = targets.where(targets == -100, torch.as_tensor(out).to(targets.device))
@@ -41,7 +41,7 @@ class TokenTargetsDL(TokensDL):
 
 # %% ../../nbs/139_data.language_modeling.ipynb #9cd633a2
 def lm_splits(texts, ids, valid, valid_pct, seed):
-    "Lists of `(text, first token, end)` for training and for validation"
+    "Return lists of `(text, first token, end)` for training and for validation"
     lens = [len(o) for o in ids]
     if valid is None:
         parts = split_stream(lens, valid_pct, seed)
@@ -53,7 +53,7 @@ def lm_splits(texts, ids, valid, valid_pct, seed):
     return parts
 
 def lm_loaders(cls, train, valid, bs=16, val_bs=None, path='.'):
-    "DataLoaders of class `cls` of blocks"
+    "Return `cls` DataLoaders of blocks"
     bs = min(bs, len(train)) if len(train) else bs
     options = dict(before_batch=[PadTokens('right')], num_workers=0)
     train_dl = TokenTargetsDL(train, bs=bs, shuffle=True, res=train.lens, **options)
@@ -62,14 +62,14 @@ def lm_loaders(cls, train, valid, bs=16, val_bs=None, path='.'):
 
 # %% ../../nbs/139_data.language_modeling.ipynb #038510bf
 class HFLMDataLoaders(HFTableDataLoaders):
-    "DataLoaders of texts for a language model of Hugging Face"
+    "DataLoaders of texts for a Hugging Face language model"
     @classmethod
     def from_df(cls,
-        df:pd.DataFrame, # A row a text
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        text_col='text', # Column of the texts
-        valid_col:str|None=None, # Column of the split: booleans, or `train`, `valid`, `test` (left out)
-        **kwargs # More for `from_texts`
+        df:pd.DataFrame, # One text per row
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        text_col='text', # Column with the texts
+        valid_col:str|None=None, # Column with the split: booleans, or `train`, `valid` and `test` (not used)
+        **kwargs # Passed to `from_texts`
     ): # DataLoaders of this class
         "Make DataLoaders from a DataFrame"
         texts = check_texts(column(df, text_col), df.index)
@@ -79,9 +79,9 @@ class HFLMDataLoaders(HFTableDataLoaders):
 
     @classmethod
     def from_folder(cls,
-        folder:str|Path, # A folder of `.txt` files; folders `train` and `valid` (or `test`) in it give the split
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        **kwargs # More for `from_texts`
+        folder:str|Path, # A folder of `.txt` files; its subfolders `train` and `valid` (or `test`) set the split
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        **kwargs # Passed to `from_texts`
     ): # DataLoaders of this class
         "Make DataLoaders from a folder of `.txt` files"
         df = read_folder(folder)
@@ -89,16 +89,17 @@ class HFLMDataLoaders(HFTableDataLoaders):
         if 'train' in top and {'valid', 'test'} & set(top):
             held = 'valid' if 'valid' in top else 'test'
             kinds = {held: 'valid', 'test': 'valid' if held == 'test' else 'test'}
-            kwargs['valid'] = [kinds.get(name, 'train') for name in top] # other folders, as IMDb's `unsup`, train too
+            # texts in other folders, such as `unsup` in IMDb, are for training
+            kwargs['valid'] = [kinds.get(name, 'train') for name in top]
         return cls.from_texts(df.text.tolist(), tokenizer, **kwargs)
 
     @classmethod
     def from_spec(cls,
-        spec:TextSpec, # The spec of the data that the model was trained with
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        bs:int=16 # Blocks of a batch
+        spec:TextSpec, # The spec of the training data
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        bs:int=16 # Batch size
     ): # DataLoaders of this class
-        "Make DataLoaders without rows, for a model that reads new texts"
+        "Make empty DataLoaders, for a model that gets new texts"
         tokenizer = load_tokenizer(tokenizer)
         blocks = cls._empty_blocks(tokenizer, block_length(tokenizer, spec.max_length), text_rules(spec.rules))
         dls = set_batch_types(lm_loaders(cls, blocks, blocks, bs), TensorTokens, TensorTargets)
@@ -111,29 +112,29 @@ class HFLMDataLoaders(HFTableDataLoaders):
         return loaders.with_spec(spec, tokenizer, rules)
 
     def test_dl(self,
-        test_items, # Texts, or a table like the first one
-        rm_type_tfms=None, # fastai's; not used
-        with_labels:bool=False, # With targets; a causal model always has them
-        **kwargs # More for the DataLoader: `bs`, …
+        test_items, # Texts, or a table with the same columns
+        rm_type_tfms=None, # Part of fastai's signature; not used
+        with_labels:bool=False, # Whether to make targets; a causal model always has them
+        **kwargs # Passed to the DataLoader: `bs`, …
     ) -> TokenTargetsDL:
-        "Make a DataLoader of other texts, prepared like those for validation"
+        "Make a DataLoader for new texts, prepared like the validation texts"
         if isinstance(test_items, pd.DataFrame):
             test_items = column(test_items, self.spec.columns['text'])
         return self.valid.new(self.valid_ds.of_texts(check_texts(test_items), with_labels), **kwargs)
 
 # %% ../../nbs/139_data.language_modeling.ipynb #631b8ee9
 class HFCausalLMDataLoaders(HFLMDataLoaders):
-    "DataLoaders of texts packed into blocks; the targets are the next tokens"
+    "DataLoaders of texts packed into blocks, with the next tokens as targets"
     @classmethod
     @delegates(lm_loaders)
     def from_texts(cls,
         texts, # Strings
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        valid=None, # The split, one a text: booleans, or `train`, `valid`, `test` (left out); random if `None`
-        valid_pct:float=.1, # Share of the texts to hold out
-        seed:int=42, # Seed of the random split
-        max_length:int|None=None, # Tokens of a block; the tokenizer's own limit, at most 512, if `None`
-        anew:bool=True, # Put the texts into another order and cut them at other places every epoch
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
+        valid_pct:float=.1, # Validation fraction
+        seed:int=42, # Seed for the random split
+        max_length:int|None=None, # Tokens per block; `None`: the tokenizer's own limit, at most 512
+        anew:bool=True, # Reshuffle the texts every epoch and cut them into blocks at other positions
         lang:str='en', # `zh-tw` normalizes each text with `CHINESE_RULES`
         **kwargs # `bs`, `val_bs` and `path`
     ): # `HFCausalLMDataLoaders`
@@ -153,21 +154,21 @@ class HFCausalLMDataLoaders(HFLMDataLoaders):
 
 # %% ../../nbs/139_data.language_modeling.ipynb #ec277100
 class HFMaskedLMDataLoaders(HFLMDataLoaders):
-    "DataLoaders of texts with hidden tokens, which are the targets"
+    "DataLoaders of texts with masked tokens as targets"
     @classmethod
     @delegates(TokenMasker, keep=True)
     def from_texts(cls,
         texts, # Strings
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        valid=None, # The split, one a text: booleans, or `train`, `valid`, `test` (left out); random if `None`
-        valid_pct:float=.1, # Share of the texts to hold out
-        seed:int=42, # Seed of the random split, and of the masks of validation
-        max_length:int|None=None, # Tokens of a block; the tokenizer's own limit, at most 512, if `None`
-        bs:int=16, # Blocks of a training batch
-        val_bs:int|None=None, # Blocks of a validation batch; `bs` if `None`
-        pack:bool=False, # Join texts to full blocks
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
+        valid_pct:float=.1, # Validation fraction
+        seed:int=42, # Seed for the random split and for the masks of the validation texts
+        max_length:int|None=None, # Tokens per block; `None`: the tokenizer's own limit, at most 512
+        bs:int=16, # Batch size for training
+        val_bs:int|None=None, # Batch size for validation; `None`: `bs`
+        pack:bool=False, # Join texts so that each block is full
         lang:str='en', # `zh-tw` normalizes each text with `CHINESE_RULES`
-        **kwargs # `path` of the DataLoaders, and more for `TokenMasker`: `prob`, `whole_words`, …
+        **kwargs # `path`, and options of `TokenMasker`: `prob`, `whole_words`, …
     ): # `HFMaskedLMDataLoaders`
         "Make DataLoaders from a list of texts"
         path = kwargs.pop('path', '.')
