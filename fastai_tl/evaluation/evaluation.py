@@ -1,4 +1,4 @@
-"""One object for all questions about a trained model, and `learn.evaluate()` that makes it in one pass
+"""One object with all evaluations of a trained model; `learn.evaluate()` creates it in one pass over the data
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.evaluation.html.md"""
 
@@ -28,29 +28,29 @@ from ..models.third_party import spec_of
 
 # %% ../../nbs/732_evaluation.evaluation.ipynb #7e85e59b
 class Evaluation(ScoredRows):
-    "Probabilities, targets and losses of some rows, with all that can be asked of them"
+    "Hold probabilities, targets and losses of a set of rows, with methods for reports, figures and error analysis"
     @classmethod
     def from_learner(cls,
-        learn, # A Learner, or a pair of them
-        ds_idx:int=1, # 0 for the training, 1 for the validation rows
-        dl=None, # A DataLoader with labels instead
-        classes=None, # Names of the classes; those of the spec if `None`
-        texts=None, # Text of each row; found in the rows if `None`
-        data=None, # New rows: a table with the columns of the spec, or texts
-        labels=None # Labels of the texts
+        learn, # A Learner or a `BidirectionalLearner`
+        ds_idx:int=1, # 0 for the training rows, 1 for the validation rows
+        dl=None, # A DataLoader with labels, evaluated instead of the Learner's own rows
+        classes=None, # Names of the classes; taken from the Learner's spec if `None`
+        texts=None, # Text of each row; taken from the data if `None`
+        data=None, # New rows: a DataFrame with the columns of the training data, or a list of texts
+        labels=None # Labels of the texts, if `data` is a list of texts
     ):
-        "Evaluate a Learner in one pass over its own rows or new ones"
+        "Evaluate a Learner in one pass over its own rows or over new rows"
         return rows_of_learner(cls, learn, ds_idx, dl, classes, texts, data, labels)
     @classmethod
     def from_model(cls,
-        model, # A PyTorch model; its mode is restored
-        loader, # Batches: dictionaries, or `(inputs, labels)`
-        classes=None, # Names of the classes; their numbers if `None`
+        model, # A PyTorch model; its train or eval mode is restored afterwards
+        loader, # Iterable of batches, each a dictionary or `(inputs, labels)`
+        classes=None, # Names of the classes; class numbers are used if `None`
         texts=None, # Text of each row
-        task:str|None=None, # `classification`, `multilabel` or `regression`; by the labels if `None`
-        label:str='labels' # Key of the labels in a dictionary
+        task:str|None=None, # `classification`, `multilabel` or `regression`; inferred from the labels if `None`
+        label:str='labels' # Key of the labels, if batches are dictionaries
     ):
-        "Evaluate a plain PyTorch model in one pass over a loader, in its order"
+        "Evaluate a plain PyTorch model in one pass over a loader, keeping the order of its rows"
         return rows_of_model(cls, model, loader, classes, texts, task, label)
 
     # report
@@ -85,7 +85,7 @@ class Evaluation(ScoredRows):
     label_noise = label_noise_table
     leaked_rows = find_leaked_rows
 
-    # pages and files
+    # tables, HTML page and files
     to_frame = prediction_table
     figures = draw_figures
     tables = page_tables
@@ -94,7 +94,7 @@ class Evaluation(ScoredRows):
 
 # %% ../../nbs/732_evaluation.evaluation.ipynb #734518a9
 def evaluated(learn, data=None, labels=None, ds_idx=1, dl=None):
-    "Return the evaluation of a Learner for its task"
+    "Return the evaluation of a Learner that fits its task"
     if isinstance(data, int):
         ds_idx = data
         data = None
@@ -108,43 +108,43 @@ def evaluated(learn, data=None, labels=None, ds_idx=1, dl=None):
 # %% ../../nbs/732_evaluation.evaluation.ipynb #c5f4edde
 @patch
 def evaluate(self:Learner,
-    data=None, # A table with the columns of the training data, texts, or a number like `ds_idx`; own rows if `None`
-    labels=None, # Labels of the texts
-    ds_idx:int=1, # 0 for the training, 1 for the validation rows
-    dl=None # A DataLoader with labels instead
-): # An `Evaluation`; a `TagEvaluation` or an `AnswerEvaluation` for these tasks
+    data=None, # New rows as a DataFrame or list of texts, or a `ds_idx` number; the Learner's own rows if `None`
+    labels=None, # Labels of the texts, if `data` is a list of texts
+    ds_idx:int=1, # 0 for the training rows, 1 for the validation rows
+    dl=None # A DataLoader with labels, evaluated instead of the Learner's own rows
+): # An `Evaluation`; a `TagEvaluation` for a tagger, an `AnswerEvaluation` for question answering
     "Evaluate the model in one pass over the rows"
     return evaluated(self, data, labels, ds_idx, dl)
 
 @patch
-def evaluate(self:BidirectionalLearner, # patched on here because evaluation comes after the learners
-    data=None, # A table with the columns of the training data, texts, or a number like `ds_idx`; own rows if `None`
-    labels=None, # Labels of the texts
-    ds_idx:int=1, # 0 for the training, 1 for the validation rows
-    dl=None # A DataLoader of the forward Learner with labels instead
+def evaluate(self:BidirectionalLearner, # patched here because the evaluation modules import the learners
+    data=None, # New rows as a DataFrame or list of texts, or a `ds_idx` number; the Learner's own rows if `None`
+    labels=None, # Labels of the texts, if `data` is a list of texts
+    ds_idx:int=1, # 0 for the training rows, 1 for the validation rows
+    dl=None # A DataLoader of the forward Learner with labels, evaluated instead of its own rows
 ) -> Evaluation:
-    "Evaluate the averaged probabilities in one pass of each Learner over the rows"
+    "Evaluate the averaged probabilities of both Learners, with one pass of each over the rows"
     return evaluated(self, data, labels, ds_idx, dl)
 
 # %% ../../nbs/732_evaluation.evaluation.ipynb #b396d588
 @patch
 def calibrate(self:Learner,
-    data=None, # A table with the columns of the training data, texts, or a number like `ds_idx`; own rows if `None`
-    labels=None, # Labels of the texts
-    ds_idx:int=1, # 0 for the training, 1 for the validation rows
-    dl=None, # A DataLoader with labels instead
-    n_folds:int=5 # Number of parts for the cross-validated estimate
-) -> Calibrated: # With `temperature`, `table()`, `plot()` and `apply(ev)`
+    data=None, # New rows as a DataFrame or list of texts, or a `ds_idx` number; the Learner's own rows if `None`
+    labels=None, # Labels of the texts, if `data` is a list of texts
+    ds_idx:int=1, # 0 for the training rows, 1 for the validation rows
+    dl=None, # A DataLoader with labels, evaluated instead of the Learner's own rows
+    n_folds:int=5 # Number of folds for the cross-validated estimate
+) -> Calibrated: # Has `temperature`, `table()`, `plot()` and `apply(ev)`
     "Fit a temperature on validation data"
     return Calibrated(evaluated(self, data, labels, ds_idx, dl), n_folds)
 
 @patch
-def calibrate(self:BidirectionalLearner, # patched on here because evaluation comes after the learners
-    data=None, # A table with the columns of the training data, texts, or a number like `ds_idx`; own rows if `None`
-    labels=None, # Labels of the texts
-    ds_idx:int=1, # 0 for the training, 1 for the validation rows
-    dl=None, # A DataLoader of the forward Learner with labels instead
-    n_folds:int=5 # Number of parts for the cross-validated estimate
-) -> Calibrated: # With `temperature`, `table()`, `plot()` and `apply(ev)`
+def calibrate(self:BidirectionalLearner, # patched here because the evaluation modules import the learners
+    data=None, # New rows as a DataFrame or list of texts, or a `ds_idx` number; the Learner's own rows if `None`
+    labels=None, # Labels of the texts, if `data` is a list of texts
+    ds_idx:int=1, # 0 for the training rows, 1 for the validation rows
+    dl=None, # A DataLoader of the forward Learner with labels, evaluated instead of its own rows
+    n_folds:int=5 # Number of folds for the cross-validated estimate
+) -> Calibrated: # Has `temperature`, `table()`, `plot()` and `apply(ev)`
     "Fit a temperature for the averaged probabilities on validation data"
     return Calibrated(evaluated(self, data, labels, ds_idx, dl), n_folds)

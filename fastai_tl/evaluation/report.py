@@ -1,4 +1,4 @@
-"""The report with its intervals, the confusion matrix, the most frequent errors and the rows with the highest loss
+"""Report with confidence intervals, confusion matrix, most frequent errors and rows with the highest loss
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.report.html.md"""
 
@@ -17,12 +17,12 @@ from ..plot import PALETTE, figure_style, in_words, plot_heatmap
 
 # %% ../../nbs/704_evaluation.report.ipynb #11269c5d
 class ScoreTable(pd.DataFrame):
-    "A DataFrame that prints its numbers with four digits and leaves missing ones blank"
+    "Print a DataFrame with four decimals and with missing values left blank"
     @property
     def _constructor(self):
         return ScoreTable
     def as_text(self) -> pd.DataFrame:
-        "Return the table as it is printed: numbers with four digits, as strings"
+        "Return the table as it is printed, with numbers as strings of four decimals"
         df = pd.DataFrame(self)
         digits = lambda v: '' if pd.isna(v) else f'{v:.4f}'
         columns = [df.iloc[:, i].map(digits) if kind.kind == 'f' else df.iloc[:, i] for i, kind in enumerate(df.dtypes)]
@@ -36,7 +36,7 @@ class ScoreTable(pd.DataFrame):
 
 # %% ../../nbs/704_evaluation.report.ipynb #c46b7734
 def row_kinds(ev):
-    "Return the rows of each kind, and for each kind its right, true and predicted labels as matrices (kinds, classes)"
+    "Return the row count of each kind, and its correct, true and predicted labels as matrices (kinds, classes)"
     if not len(ev):
         raise DataError('A report needs at least one row', 'none')
     return _single_kinds(ev) if ev.task == 'classification' else _multi_kinds(ev)
@@ -51,7 +51,7 @@ def _single_kinds(ev):
     return counts, [true.multiply(pred), true, pred]
 
 def _multi_kinds(ev):
-    "With several labels a text, a fourth matrix has the scores of a row of each kind"
+    "Return the same for a multi-label task, with a fourth matrix of the per-row scores of each kind"
     n_classes = len(ev.classes)
     kinds, counts = np.unique(np.c_[ev.targets > 0, ev.preds > 0], axis=0, return_counts=True)
     true = kinds[:, :n_classes].astype(float)
@@ -62,7 +62,7 @@ def _multi_kinds(ev):
 
 # %% ../../nbs/704_evaluation.report.ipynb #d37730e4
 def whole_scores(sums, n, single):
-    "Return the averages over the classes, and the scores of the whole, from sums over `n` rows"
+    "Return the averages over the classes and the overall scores, from sums over `n` rows"
     tp, true, pred, *by_row = sums
     of_average = averages(tp, true, pred)
     kinds = ('macro', 'weighted') if single else ('micro', 'macro', 'weighted')
@@ -76,16 +76,16 @@ def whole_scores(sums, n, single):
 
 # %% ../../nbs/704_evaluation.report.ipynb #4f00f2f0
 def probability_scores(ev, weight=None):
-    "Return log loss, mean ROC-AUC and mean average precision, with optional weights of the rows"
+    "Return log loss, mean ROC-AUC and mean average precision, optionally with row weights"
     losses = row_losses(ev.probs, ev.targets, ev.task)
     log_loss = losses.mean() if weight is None else (losses*weight).sum()/weight.sum()
     return dict(log_loss=float(log_loss), **mean_ranking(ev.indicators, ev.probs, weight))
 
 def total_scores(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    probs:bool=True # Include the scores of the probabilities, which take longer: log loss, ROC-AUC, average precision
-) -> dict: # Such as `accuracy`, `macro_f1`, `mcc`, `roc_auc`; or `rmse`, `r2` of a regression
-    "Return every score of the whole, by name"
+    probs:bool=True # Include log loss, ROC-AUC and average precision, which take longer
+) -> dict: # Scores such as `accuracy`, `macro_f1`, `mcc`, `roc_auc`; for a regression `rmse`, `r2` and others
+    "Return all overall scores by name"
     if ev.task == 'regression':
         return {name: float(v) for name, v in regression_scores(ev.targets, ev.preds).items()}
     counts, parts = row_kinds(ev)
@@ -99,7 +99,7 @@ def total_scores(
 def accuracy_of(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
 ) -> float:
-    "Return the share of rows (of labels, with several labels a text) that are right"
+    "Return the share of correct rows; of correct labels in a multi-label task"
     if ev.task == 'regression':
         raise FastaiTLError('Accuracy needs classes', 'a regression', 'See `report()`')
     return float((ev.preds == ev.targets).mean())
@@ -119,7 +119,7 @@ def with_intervals(values, draws, level, wide):
     return columns
 
 def ordered_columns(df):
-    "Return the table with the columns of a report in their order"
+    "Return the report with its columns in the standard order"
     order = ('precision', 'precision low', 'precision high', 'recall', 'recall low', 'recall high', 'f1', 'score',
              'low', 'high', 'support')
     columns = [c for c in order if c in df]
@@ -127,7 +127,7 @@ def ordered_columns(df):
 
 # %% ../../nbs/704_evaluation.report.ipynb #d2c73a47
 def whole_rows(ev, whole, intervals):
-    "Return the rows of the report that are about the whole: score, interval and support, by their shown names"
+    "Return score, interval and support of each overall score, by the name shown in the report"
     rows = {}
     for name, value in (whole | probability_scores(ev)).items():
         low_high = dict(zip(('low', 'high'), intervals.get(name, ())))
@@ -158,7 +158,7 @@ def classes_report(ev, level, n_boot, ranking, wide, seed):
 
 # %% ../../nbs/704_evaluation.report.ipynb #765d6e48
 def regression_report(ev, level, n_boot, ranking, seed):
-    "Return the report of a regression: the scores, and the ends of their intervals as rows"
+    "Return the scores of a regression, with the ends of their intervals in the rows `low` and `high`"
     if not len(ev):
         raise DataError('A report needs at least one row', 'none')
     y = ev.targets.reshape(-1)
@@ -171,13 +171,13 @@ def regression_report(ev, level, n_boot, ranking, seed):
 
 def score_report(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    level:float|None=.95, # Share of the bootstrap intervals that contain the true value; no intervals if `None`
-    n_boot:int=1000, # Number of resamples
-    ranking:bool=False, # Intervals for log loss, ROC-AUC and average precision too, from 200 resamples of the rows
-    wide:bool=False, # Intervals of precision and recall too
-    seed:int=0 # Seed of the resamples
-) -> ScoreTable: # precision | recall | f1 | score | low | high | support, for each class, the averages and the whole
-    "Report the scores of each class, their averages and the whole, with intervals; the errors of a regression"
+    level:float|None=.95, # Confidence level of the bootstrap intervals; no intervals if `None`
+    n_boot:int=1000, # Number of bootstrap resamples
+    ranking:bool=False, # Add intervals of log loss, ROC-AUC and average precision, from 200 resamples of the rows
+    wide:bool=False, # Add intervals of precision and recall
+    seed:int=0 # Random seed of the bootstrap
+) -> ScoreTable: # precision | recall | f1 | score | low | high | support, by class, average and overall score
+    "Return the scores of each class, their averages and overall scores with intervals, or those of a regression"
     if ev.task == 'regression':
         return regression_report(ev, level, n_boot, ranking, seed)
     return classes_report(ev, level, n_boot, ranking, wide, seed)
@@ -185,7 +185,7 @@ def score_report(
 # %% ../../nbs/704_evaluation.report.ipynb #cf45b6e2
 def confusion_matrix(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
-) -> pd.DataFrame: # True classes as rows, predicted ones as columns
+) -> pd.DataFrame: # Rows are true classes, columns are predicted classes
     "Return the confusion matrix as counts"
     if ev.task != 'classification':
         raise FastaiTLError('A confusion matrix needs one class a text', f'a {ev.task} task', 'See `report()`')
@@ -196,7 +196,7 @@ def confusion_matrix(
 SHARES_ALONG = dict(true=1, pred=0, all=None)
 
 def percentages(shares, of_all):
-    "Return shares as text that fits into the cells of a figure: no sign with more than 8 classes"
+    "Return shares as percentages that fit into the cells of a figure, without % signs for more than 8 classes"
     n = len(shares)
     digits = 1 if of_all and n > 5 else 0
     sign = '%' if n <= 8 else ''
@@ -208,10 +208,10 @@ def plot_confusion_matrix(
     title:str='', # Title of the figure
     xlabel:str|None=None, # Label of the horizontal axis
     ylabel:str|None=None, # Label of the vertical axis
-    normalize:str|None=None, # Show percentages of `true` classes, `pred`icted classes or `all` rows; counts if `None`
-    lang:str|None=None # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
+    normalize:str|None=None, # Show shares by `true` or predicted class (`pred`), or of `all` rows; counts if `None`
+    lang:str|None=None # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
 ):
-    "Plot the confusion matrix: counts or shares as text, shares as color"
+    "Plot the confusion matrix with counts or percentages as text and shares as colors"
     if normalize is not None and normalize not in SHARES_ALONG:
         raise unknown_option('normalize', normalize, [*SHARES_ALONG, None])
     counts = confusion_matrix(ev).to_numpy()
@@ -226,7 +226,7 @@ def confused_pairs(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n:int=10 # Largest number of pairs
 ) -> pd.DataFrame: # true | predicted | count | share
-    "Return the most frequent errors"
+    "Return the pairs of classes that are confused most often"
     m = confusion_matrix(ev)
     pairs = m.rename_axis('true').stack().rename_axis(['true', 'predicted']).rename('count').reset_index()
     pairs['share'] = ratio(m.to_numpy(), m.to_numpy().sum(1, keepdims=True)).reshape(-1)
@@ -253,7 +253,7 @@ def worst_rows(
 # %% ../../nbs/704_evaluation.report.ipynb #4d8665d9
 def plot_residual_panels(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    lang:str|None=None, # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
+    lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
     figsize:tuple=(9, 3.6) # Width and height in inches
 ):
     "Plot predicted against true values, and the residuals against the predictions"

@@ -20,7 +20,7 @@ from ..plot import PALETTE, figure_style, in_words
 def risk_coverage_table(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
 ) -> ScoreTable: # threshold | coverage | risk | count, from the most confident rows to all
-    "Return the error rate of the decided rows for each threshold of the confidence"
+    "Return the share of decided rows and their error rate for each confidence threshold"
     conf, right = decisions(ev)
     if not len(conf):
         raise DataError('Risk and coverage need at least one row', 'none')
@@ -30,17 +30,17 @@ def risk_coverage_table(
 def risk_coverage_area(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
 ) -> float:
-    "Return the mean risk over all coverages (AURC), the area under the curve of risk against coverage"
+    "Return the area under the risk-coverage curve (AURC), the mean risk over all coverages"
     table = risk_coverage_table(ev)
     return float((table.risk*np.diff(np.r_[0, table.coverage])).sum())
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #fbb288af
 def abstention_threshold(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    accuracy:float, # Wanted accuracy of the rows that are decided
-    sure:bool=False # Require it of the lower end of the 95 % interval
-) -> dict: # `threshold` (decide from this confidence on), `coverage`, `accuracy` with `low` and `high`, `count`
-    "Find the threshold that decides most rows with a wanted accuracy"
+    accuracy:float, # Minimum accuracy of the decided rows
+    sure:bool=False # Require that the lower end of the 95 % interval reaches `accuracy`
+) -> dict: # `threshold` (minimum confidence), `coverage`, `accuracy` with interval `low` to `high`, `count`
+    "Find the confidence threshold that decides the most rows with a given accuracy"
     table = risk_coverage_table(ev)
     reached = 1-table.risk
     low, high = wilson_interval(np.rint(reached*table['count']), table['count'])
@@ -55,7 +55,7 @@ def abstention_threshold(
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #b5c2a457
 def draw_risk(ax, table, words):
-    "Draw risk against coverage with its interval, and the risk of a model that knows all its errors"
+    "Draw risk against coverage with its interval, and the ideal curve that decides all wrong rows last"
     risk = table.risk.iloc[-1]
     low, high = wilson_interval(np.rint(table.risk*table['count']), table['count'])
     ax.fill_between(table.coverage, low, high, color=PALETTE[0], alpha=.18, linewidth=0, label=words('95 % interval'))
@@ -71,10 +71,10 @@ def draw_risk(ax, table, words):
 def plot_risk_coverage_curve(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     accuracy:float|None=None, # Mark the threshold for this accuracy
-    lang:str|None=None, # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
+    lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
     figsize:tuple=(5.5, 3.6) # Width and height in inches
 ):
-    "Plot the error rate against the share of rows that are decided, and that of a model that knows all its errors"
+    "Plot the error rate against the share of decided rows, and the ideal curve that decides all wrong rows last"
     table = risk_coverage_table(ev)
     chosen = None if accuracy is None else abstention_threshold(ev, accuracy)
     words = lambda o: in_words(o, lang)
@@ -90,7 +90,7 @@ def plot_risk_coverage_curve(
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #902f20a2
 def threshold_of_class(y, p, want, value):
-    "Return the best threshold of one class, with its precision, recall, F1 and counts, from (rows,) 0/1 targets"
+    "Return the best threshold of one class with its precision, recall, F1 and counts; `y` holds 0/1 targets (rows,)"
     support = y.sum()
     if not support:
         return dict(threshold=.5, precision=0., recall=0., f1=0., predicted=int((p >= .5).sum()), support=0)
@@ -106,18 +106,18 @@ def threshold_of_class(y, p, want, value):
         i = np.flatnonzero(recall >= value-1e-12)[0] # the first threshold is the highest and predicts the fewest rows
     else:
         enough = np.flatnonzero((precision >= value-1e-12) & (n > 0))
-        i = enough[np.argmax(recall[enough])] if len(enough) else 0 # at 0 is the threshold that no row reaches
+        i = enough[np.argmax(recall[enough])] if len(enough) else 0 # index 0 is the threshold that no row reaches
     return dict(threshold=thresholds[i], precision=precision[i], recall=recall[i], f1=float(f1[i]),
                 predicted=int(n[i]), support=int(support))
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #2f02bdcc
 def best_thresholds(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    recall:float|None=None, # At least this recall, with the best precision
-    precision:float|None=None, # At least this precision, with the best recall
-    cost:tuple|None=None # The lowest cost: the cost of a false alarm, and that of a miss
-) -> ScoreTable: # threshold | precision | recall | f1 | predicted | support, one row a class
-    "Find the decision threshold of each class against the rest; the one with the highest F1 by default"
+    recall:float|None=None, # Minimum recall, with which the best precision is found
+    precision:float|None=None, # Minimum precision, with which the best recall is found
+    cost:tuple|None=None # Cost of a false positive and cost of a false negative; the total cost is minimized
+) -> ScoreTable: # threshold | precision | recall | f1 | predicted | support, one row per class
+    "Find the one-vs-rest decision threshold of each class, by default the one with the highest F1"
     if ev.task == 'regression' or not len(ev):
         raise FastaiTLError('Thresholds need rows with classes', f'{len(ev)} rows of a {ev.task} task')
     asked = {name: v for name, v in dict(recall=recall, precision=precision, cost=cost).items() if v is not None}
@@ -132,10 +132,9 @@ def best_thresholds(
 # %% ../../nbs/712_evaluation.thresholds.ipynb #c566bca7
 def decide_by_thresholds(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    thresholds # One a class, in their order: numbers, or the table of `thresholds()`
-): # The same rows and probabilities with other decisions
-    """Decide by thresholds: every label that reaches its threshold; with one class a text, the class with the highest
-    ratio of probability to threshold"""
+    thresholds # A threshold for each class, in the order of the classes, or the table of `thresholds()`
+): # The same rows and probabilities with new `preds`
+    "Predict each label that reaches its threshold; in single-label tasks, the class with the highest ratio to it"
     t = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
     t = np.asarray(t, dtype=float)
     if ev.task == 'regression' or t.shape != (len(ev.classes),):
