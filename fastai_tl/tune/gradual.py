@@ -26,9 +26,9 @@ _RECIPE_RATES = (1., .5, .25, .05) # relative to the first stage: 2e-2, 1e-2, 5e
 
 def recipe_stages(
     n:int, # Number of layer groups
-    block:int|None=None # Groups added at each stage; `None`: a third of the groups below the head
-) -> list: # For each stage, how many groups train, counted from the top
-    "List four stages for a model of any depth: the head, two more blocks, everything"
+    block:int|None=None # Number of groups added at each stage; `None` adds a third of the groups below the head
+) -> list: # Number of groups that train in each stage, counted from the top
+    "Return four stages for a model of any depth: the head, one block more, two blocks more, all groups"
     if block is not None:
         return stage_groups(n, block)
     if n <= 3:
@@ -39,8 +39,8 @@ def recipe_stages(
 def recipe_lrs(
     lr:float, # Learning rate of the first stage
     n_stages:int # Number of stages
-) -> np.ndarray: # Top rate of each stage
-    "Compute the rates of the stages: the four of ULMFiT, or as many points on the line through them"
+) -> np.ndarray: # Learning rate of the top group in each stage
+    "Compute the learning rate of each stage: ULMFiT's four, or values interpolated between them on a log scale"
     last = len(_RECIPE_RATES) - 1
     points = np.linspace(0, last, n_stages) if n_stages > 1 else [0]
     return lr * np.exp(np.interp(points, range(last+1), np.log(_RECIPE_RATES)))
@@ -54,11 +54,11 @@ STAGE_SCHEDULES = {
 
 # %% ../../nbs/435_tune.gradual.ipynb #b5be1913
 def lacks_layer_groups(learn):
-    "Whether a Learner's splitter is fastai's default or puts a whole encoder into one group"
+    "Return whether a Learner's splitter is fastai's default or puts a whole encoder into one group"
     return learn.splitter is trainable_params or coarse_splitter(learn.splitter)
 
 def ensure_layer_groups(learn):
-    "Give a Learner that lacks layer groups the package's splitter, and any Learner an optimizer"
+    "Set this package's splitter if the Learner lacks layer groups, and create an optimizer if it has none"
     if lacks_layer_groups(learn):
         learn.splitter = layer_splitter()
         learn.opt = None
@@ -67,7 +67,7 @@ def ensure_layer_groups(learn):
 
 # %% ../../nbs/435_tune.gradual.ipynb #c4a01482
 def _stage_lrs(learn, lr, lrs, n_stages):
-    "Top rate of each stage, checked"
+    "Return the learning rate of the top group in each stage, and check their number"
     if lrs is None:
         if lr is None:
             lr = default_lr(learn.model, fit='fit_gradual') or learn.lr
@@ -83,18 +83,18 @@ _SET_BY_FIT_GRADUAL = 'every when epochs groups block factor patience min_delta 
 @patch
 @delegates(GradualUnfreezing, but=_SET_BY_FIT_GRADUAL)
 def fit_gradual(self:Learner,
-    epochs:list|None=None, # Epochs of each stage; `None`: 1 each, and 2 for the last
-    lr:float|None=None, # Top rate of the first stage; `None`: 2e-2 for AWD_LSTM, otherwise the Learner's `lr`
-    lrs:list|None=None, # Top rate of each stage, instead of `lr`
-    spread:float=2.6**4, # Ratio of the top group's rate to the bottom group's
-    groups:list|None=None, # How many groups train in each stage, counted from the top
-    block:int|None=None, # Groups added at each stage, if `groups` is `None`
-    schedule:str='one_cycle', # Schedule within each stage: `one_cycle` or `stlr`
+    epochs:list|None=None, # Number of epochs of each stage; the default is 2 for the last stage and 1 for the others
+    lr:float|None=None, # Top group's rate in the first stage; default 2e-2 for AWD_LSTM, otherwise the Learner's `lr`
+    lrs:list|None=None, # Top group's learning rate in each stage; replaces `lr`
+    spread:float=2.6**4, # Learning rate of the top group divided by that of the bottom group
+    groups:list|None=None, # Number of groups that train in each stage, counted from the top
+    block:int|None=None, # Number of groups added at each stage, if `groups` is `None`
+    schedule:str='one_cycle', # Learning rate schedule within each stage: `one_cycle` or `stlr`
     wd:float|None=None, # Weight decay
-    cbs=None, # More Callbacks
-    **kwargs # More for `GradualUnfreezing`: `frozen_eval` and `cache`
-) -> GradualUnfreezing: # With `table()` and `plot()`
-    "Train the head first, then more groups at each stage, then all (gradual unfreezing, ULMFiT section 3.3)"
+    cbs=None, # Additional Callbacks
+    **kwargs # `frozen_eval` and `cache`, passed to `GradualUnfreezing`
+) -> GradualUnfreezing: # The Callback that ran; it has the methods `table()` and `plot()`
+    "Train the head first, then more groups at each stage, then all groups (gradual unfreezing, ULMFiT section 3.3)"
     if schedule not in STAGE_SCHEDULES:
         raise unknown_option('schedule', schedule, STAGE_SCHEDULES)
     ensure_layer_groups(self)

@@ -1,4 +1,4 @@
-"""The recipes of `fit_transfer`, what was measured of them, and which one a model gets
+"""The fine-tuning recipes of `fit_transfer`, their measured results, and how one is chosen for a model
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.recipes.html.md"""
 
@@ -19,17 +19,17 @@ from .gradual import recipe_lrs, recipe_stages
 # %% ../../nbs/440_tune.recipes.ipynb #86b7ff02
 @dataclass(frozen=True)
 class Recipe:
-    "A way of fine-tuning: stages of unfreezing and their learning rates"
-    what:str # One line about it
-    stages:tuple # Groups that train (a number, `half` or `all`) and relative rate of each stage; empty: ULMFiT's
-    spread:float=2.6 # Rate of the top group divided by that of the bottom group
-    lr:float=1. # Rate of the last stage relative to the model's default rate
-    cache:bool=False # Whether frozen layers are computed once a stage
+    "A fine-tuning recipe: the stages of unfreezing and their learning rates"
+    what:str # One-line description
+    stages:tuple # Groups that train (number, `half` or `all`) and relative rate per stage; `()` uses ULMFiT's
+    spread:float=2.6 # Learning rate of the top group divided by that of the bottom group
+    lr:float=1. # Learning rate of the last stage relative to the model's default
+    cache:bool=False # Whether the output of frozen layers is computed only once per stage
 
     def stages_for(self,
         n:int # Number of layer groups
-    ) -> tuple: # Groups that train in each stage, counted from the top, and rates relative to the last stage
-        "List the stages for a model with `n` layer groups, without those that would repeat another"
+    ) -> tuple: # Number of groups that train in each stage, and each stage's rate relative to the last
+        "Return the stages for a model with `n` layer groups, without duplicate stages"
         if not self.stages:
             groups = recipe_stages(n)
             rates = recipe_lrs(1., len(groups))
@@ -57,14 +57,14 @@ _TUNED_TRAINER = 'Trainer, tuned'
 _TRAINER = "transformers' Trainer at the best of three learning rates, or of more where it took the highest"
 
 def _figure(row):
-    "An error with its interval or standard deviation, and the relative time"
+    "Format an error with its interval or standard deviation, and the relative time"
     if not np.isnan(row.sd):
         return f'{row.error:.1f} % ± {row.sd:.1f}'
     error = f'{row.error:.1f} % ({row.low:.1f} to {row.high:.1f})'
     return error if np.isnan(row.time) else f'{error}, {row.time:.2f} of the time'
 
-def recipes() -> pd.DataFrame: # A row a recipe: `what` it does and its figures; the last is transformers' Trainer
-    "List the recipes of `fit_transfer` with the errors and processor times that were measured"
+def recipes() -> pd.DataFrame: # One row per recipe: `what` it does, and its results; the last is transformers' Trainer
+    "List the recipes of `fit_transfer` with their measured errors and CPU times"
     measured = read_csv('recipes.csv')
     sets = measured.set.unique()
     measured['figure'] = [_figure(row) for row in measured.itertuples()]
@@ -80,7 +80,7 @@ TRANSFORMER_FAMILIES = ('encoder', 'decoder', 'encoder-decoder')
 def model_family(
     model # Any PyTorch model
 ) -> str: # `AWD_LSTM`, `encoder`, `decoder`, `encoder-decoder` or `other`
-    "Name the kind of model, as far as recipes depend on it"
+    "Return the model family that the choice of recipe depends on"
     if any(isinstance(m, AWD_LSTM) for m in model.modules()):
         return 'AWD_LSTM'
     found = hf_models(model)
@@ -93,7 +93,7 @@ def model_family(
 
 # %% ../../nbs/440_tune.recipes.ipynb #644a26fb
 def predicts_tokens(model):
-    "Whether the head of a model predicts tokens and therefore is already trained"
+    "Return whether the head of a model predicts tokens and is therefore already trained"
     if model_family(model) == 'AWD_LSTM':
         return not any(isinstance(m, PoolingLinearClassifier) for m in model.modules())
     found = hf_models(model)
@@ -103,11 +103,11 @@ def predicts_tokens(model):
 _FEW_STEPS = 128
 
 def choose_recipe(
-    family:str, # From `model_family`
+    family:str, # Model family, from `model_family`
     n:int, # Number of layer groups
-    is_lm:bool=False, # Whether the model predicts tokens
-    steps:int|None=None # Optimizer steps of the whole fit; `None`: the choice does not depend on them
-) -> tuple: # Name of a recipe, and the reason
+    is_lm:bool=False, # Whether the model is a language model, which predicts tokens
+    steps:int|None=None # Optimizer steps of the whole fit; if `None`, the choice does not depend on them
+) -> tuple: # Name of the recipe, and the reason for choosing it
     "Choose the recipe for a model"
     if n < 3:
         return 'full', f'{n} layer group{"s" if n > 1 else ""}: there is nothing to unfreeze step by step'

@@ -1,4 +1,4 @@
-"""Fits that can be killed at any moment and resumed with identical results
+"""Resume an interrupted fit from its last finished epoch, with identical results
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.resume.html.md"""
 
@@ -23,21 +23,21 @@ from ..efficiency.feature_cache import transforms_of
 
 # %% ../../nbs/430_tune.resume.ipynb #ad4ac71a
 def _epoch_transforms(dl):
-    "The transforms of a DataLoader that have a method `start_epoch`"
+    "Return the transforms of a DataLoader that have a method `start_epoch`"
     return [t for t in transforms_of(dl) if hasattr(type(t), 'start_epoch')]
 
 def _unshuffle(dl):
-    "Put the texts of an `LMDataLoader` back into their order"
+    "Restore the original order of the texts in an `LMDataLoader`"
     idxs = dl.items.idxs # shared with `dl.lens`, so it is sorted in place
     idxs.items[:] = sorted(idxs.items)
     dl.make_chunks()
 
 def start_epoch_from_seed(
     dls, # DataLoaders
-    seed:int, # The run's seed
-    *parts # Name of the epoch: its number, and more if needed
+    seed:int, # Seed of the run
+    *parts # Values that identify the epoch: its number, and more if needed
 ):
-    "Set all random states, so that the epoch depends on `seed` and `parts` only"
+    "Set all random states so that the epoch depends only on `seed` and `parts`"
     for i, dl in enumerate(dls.loaders):
         dl.rng = random.Random(derive_seed(seed, 'loader', i, *parts))
         for transform in _epoch_transforms(dl):
@@ -48,7 +48,7 @@ def start_epoch_from_seed(
 
 # %% ../../nbs/430_tune.resume.ipynb #0dbbf4db
 def _state_of_cb(cb):
-    "What a Callback needs to continue, or `None`"
+    "Return the state that a Callback needs to continue, or `None`"
     if hasattr(type(cb), 'state_dict'):
         return cb.state_dict()
     if isinstance(cb, TrackerCallback):
@@ -60,7 +60,7 @@ def _state_of_cb(cb):
         return dict(hps={name: [float(v) for v in values] for name, values in cb.hps.items()})
 
 def _by_name(cbs):
-    "Callbacks by name, numbered where two have the same"
+    "Return a dict from name to Callback, with numbers added to repeated names"
     count, named = {}, {}
     for cb in cbs:
         count[cb.name] = count.get(cb.name, 0) + 1
@@ -91,14 +91,14 @@ def _restore_recorder(recorder, state):
 
 # %% ../../nbs/430_tune.resume.ipynb #ad40d92d
 def _restore_opt(opt, state):
-    "Load moments, and keep the hyper-parameters that the fit has set"
+    "Load the moments, and keep the hyperparameters that the fit has set"
     hypers = [dict(h) for h in opt.hypers]
     opt.load_state_dict(dict(state, hypers=hypers))
     for name in ('lr', 'mom', 'wd'):
         if name in hypers[0]:
             opt.set_hyper(name, [h[name] for h in hypers])
     is_fastai_optimizer = isinstance(opt.state, dict) and not hasattr(opt, 'opt')
-    if is_fastai_optimizer: # its `state` is a dictionary from parameter to moments
+    if is_fastai_optimizer: # its `state` is a dict from parameter to moments
         opt.state = {p: {k: _to(v, p.device) for k, v in moments.items()} for p, moments in opt.state.items()}
 
 def _to(value, device):
@@ -112,17 +112,17 @@ def _restore_cbs(cbs, states, opt):
         if hasattr(type(cb), 'load_state_dict'):
             cb.load_state_dict(state)
             continue
-        if 'lr' in state: # of ReduceLROnPlateau
+        if 'lr' in state: # only `ReduceLROnPlateau` saves it
             opt.set_hyper('lr', state.pop('lr'))
         cb.__dict__.update(state)
 
 # %% ../../nbs/430_tune.resume.ipynb #afbfea37
 def check_same(
-    saved:dict, # Settings of the run that is resumed
+    saved:dict, # Settings of the run to resume
     now:dict, # Settings of this call
-    where # Its file or folder, for the error
+    where # File or folder of the run, for the error message
 ):
-    "Raise an error that names the settings that have changed"
+    "Raise an error that lists the changed settings, if there are any"
     names = dict.fromkeys([*saved, *now])
     changed = [f'{name}: {saved.get(name)!r} → {now.get(name)!r}' for name in names if saved.get(name) != now.get(name)]
     if changed:
@@ -135,9 +135,9 @@ class ResumableFit(Callback):
     order = Recorder.order+20 # after the Recorder and the trackers have seen the epoch
 
     def __init__(self,
-        file:str|Path, # The checkpoint
-        seed:int=42, # The run's seed
-        settings:dict|None=None # What must be the same when the run is resumed, such as rates and data
+        file:str|Path, # Path of the checkpoint
+        seed:int=42, # Seed of the run
+        settings:dict|None=None # Settings that must not change when the run is resumed, such as rates and data
     ):
         self.file = Path(file)
         self.seed = seed
@@ -145,10 +145,10 @@ class ResumableFit(Callback):
 
     def before_fit(self):
         "Read the checkpoint, if there is one"
-        self.done = 0 # epochs that are skipped
-        self.saved = None # the checkpoint, until the skipping ends
+        self.done = 0 # number of finished epochs, which are skipped
+        self.saved = None # the loaded checkpoint; `None` once skipping ends
         self.trained = False # whether the current epoch was trained
-        self.resting = [] # trackers that do not run yet
+        self.resting = [] # trackers that are switched off while epochs are skipped
         self.run = is_real_fit(self.learn)
         if self.run and self.file.exists():
             self._resume()
@@ -165,7 +165,7 @@ class ResumableFit(Callback):
             cb.run = False
 
     def before_epoch(self):
-        "Skip an epoch that is done, or set the random states of the next"
+        "Skip a finished epoch, or set the random states for a new one"
         if self.epoch < self.done:
             self.recorder.log = L([self.epoch, *self.saved['recorder']['values'][self.epoch]])
             raise CancelEpochException
@@ -173,11 +173,11 @@ class ResumableFit(Callback):
         start_epoch_from_seed(self.dls, self.seed, self.epoch)
 
     def before_train(self):
-        "Remember that this epoch is trained"
+        "Mark this epoch as trained rather than skipped"
         self.trained = True
 
     def after_epoch(self):
-        "Write the checkpoint"
+        "Write the checkpoint if the epoch was trained"
         is_last = self.epoch == self.n_epoch-1
         if self.trained:
             self.trained = False
@@ -186,7 +186,7 @@ class ResumableFit(Callback):
             self._end_skipping()
 
     def after_fit(self):
-        "Wake the trackers of a fit in which nothing was left to train"
+        "Switch the trackers on again, if no epoch was left to train"
         self._end_skipping()
 
     def _end_skipping(self):
@@ -209,7 +209,7 @@ class ResumableFit(Callback):
 class RunStage:
     "The folder of one fit of a longer run: its settings, its checkpoint and its results"
     def __init__(self,
-        path:str|Path # The folder
+        path:str|Path # Path of the folder
     ):
         self.folder = Path(path)
         self.file = self.folder/'stage.json'
@@ -217,28 +217,28 @@ class RunStage:
 
     @property
     def begun(self) -> bool:
-        "Whether the stage was started"
+        "Return whether the stage was started"
         return self.file.exists()
     @property
     def done(self) -> bool:
-        "Whether the stage is finished"
+        "Return whether the stage is finished"
         return self.begun and read_json(self.file)['done']
     @property
     def epochs(self) -> int:
-        "Number of finished epochs"
+        "Return the number of finished epochs"
         if self.done:
             return len(read_json(self.file)['history'])
         return load_tree(self.checkpoint)['epoch'] if self.checkpoint.exists() else 0
 
     def saved_settings(self) -> dict:
-        "Read the settings that the stage was begun with"
+        "Read the settings that the stage was started with"
         return read_json(self.file)['settings']
 
     def begin(self,
-        settings:dict # What must be the same when the stage is resumed; JSON
-    ) -> bool: # Whether the stage is already done
-        "Start the stage, or resume it with the same settings; until its first epoch is saved they may change"
-        settings = json.loads(json.dumps(settings, default=lambda o: o.tolist())) # as it will be read; arrays as lists
+        settings:dict # Settings that must not change when the stage is resumed, in types that JSON can store
+    ) -> bool: # Whether the stage is already finished
+        "Start or resume the stage; its settings may only change before the first checkpoint"
+        settings = json.loads(json.dumps(settings, default=lambda o: o.tolist())) # as read from JSON: lists for arrays
         if self.done or self.checkpoint.exists():
             check_same(self.saved_settings(), settings, self.folder)
         else:
@@ -246,9 +246,9 @@ class RunStage:
         return self.done
 
     def close(self,
-        recorder:Recorder|None=None # The Recorder of the finished fit
+        recorder:Recorder|None=None # Recorder of the finished fit
     ):
-        "Save losses and metrics, and delete the checkpoint"
+        "Mark the stage as finished, save its losses and metrics, and delete its checkpoint"
         history = []
         if recorder is not None:
             names = [name for name in recorder.metric_names if name not in ('epoch', 'time')]
@@ -256,7 +256,7 @@ class RunStage:
         write_json(self.file, dict(read_json(self.file), done=True, history=history))
         self.checkpoint.unlink(missing_ok=True)
 
-    def history(self) -> pd.DataFrame: # One row an epoch
+    def history(self) -> pd.DataFrame: # One row per epoch
         "Read the losses and metrics of the finished fit"
         if not self.done:
             raise RunError(f'Stage {self.folder.name!r} must be done', 'a stage that is not',
@@ -265,11 +265,11 @@ class RunStage:
 
 # %% ../../nbs/430_tune.resume.ipynb #cd6b4bf5
 class StopOnNaN(Callback):
-    "Raise an error at the first training loss that is infinite or not a number"
+    "Raise an error if a training loss is infinite or NaN"
     run_valid = False
 
     def after_loss(self):
-        "Check the loss before it changes the weights"
+        "Check the loss before the weights are updated"
         if not self.training or torch.isfinite(self.loss_grad.detach()).all():
             return
         lr = self.opt.hypers[-1]['lr']

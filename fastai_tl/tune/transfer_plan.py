@@ -1,4 +1,4 @@
-"""`learn.fit_transfer`: fine-tuning by the recipe for this model and these data, explained before it runs
+"""`learn.fit_transfer` chooses a fine-tuning recipe for your model and data, explains it, and runs it
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.transfer_plan.html.md"""
 
@@ -42,7 +42,7 @@ def _default_epochs(n_stages, family):
     return max(epochs, n_stages + 1 if n_stages > 3 else n_stages)
 
 def _stage_epochs(epochs, n_stages, family, min_steps, n_batches):
-    "Epochs of each stage; fewer than `n_stages` if there are not enough epochs, counted from the last stage"
+    "Return the epochs of each stage; if there are fewer epochs than stages, only the last stages run"
     if epochs is not None and np.ndim(epochs):
         if len(epochs) != n_stages:
             raise FastaiTLError(f'`epochs` needs one number for each of the {n_stages} stages', f'{list(epochs)}',
@@ -58,7 +58,7 @@ def _stage_epochs(epochs, n_stages, family, min_steps, n_batches):
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #2cd781a0
 def _schedule(family, schedule, warmup):
-    "Schedule within each stage and its warm-up: what was measured for the family, or what is asked for"
+    "Return the schedule and warm-up within each stage: the requested ones, or the defaults of the model family"
     if schedule == 'auto':
         schedule = 'stlr' if family in TRANSFORMER_FAMILIES else 'one_cycle'
     if schedule not in STAGE_SCHEDULES:
@@ -69,11 +69,11 @@ def _schedule(family, schedule, warmup):
     return dict(schedule=schedule, warmup=warmup)
 
 def _clips(cbs):
-    "Whether a `GradientClip` is among the Callbacks"
+    "Return whether `cbs` contains a `GradientClip`"
     return any(isinstance(cb, GradientClip) or cb is GradientClip for cb in L(cbs))
 
 def _clip(learn, family, task, clip):
-    "Maximum gradient norm: what was measured for the family and task, or what is asked for"
+    "Return the maximum gradient norm: the requested one, or the default of the model family and task"
     if clip == 'auto':
         needs_clip = family in TRANSFORMER_FAMILIES and task == 'tagging'
         clip = 1. if needs_clip and not _clips(learn.cbs) else None
@@ -85,26 +85,26 @@ def _clip(learn, family, task, clip):
 # %% ../../nbs/442_tune.transfer_plan.ipynb #f8fcedac
 @dataclass
 class TransferPlan:
-    "The stages, rates and schedule of a `fit_transfer`, and why"
-    recipe:str # A key of `TRANSFER_RECIPES`
-    why:str # Why this recipe
-    family:str # Family of the model, see `model_family`
-    groups:list # How many layer groups train in each stage, counted from the top
-    epochs:list # Epochs of each stage
-    lrs:np.ndarray # Top rate of each stage
-    spread:float # Rate of the top group divided by that of the bottom group
-    cache:bool # Whether frozen layers are computed once a stage
-    layers:list # The layer groups, bottom to top
-    n_batches:int # Batches of an epoch
-    schedule:str='one_cycle' # Schedule of the rate within a stage: `stlr` or `one_cycle`
-    warmup:float=.25 # Share of each stage in which the rate rises
-    clip:float|None=None # Maximum gradient norm; `None`: no clipping
+    "The stages, learning rates and schedule that `fit_transfer` uses, and the reason for them"
+    recipe:str # Key of `TRANSFER_RECIPES`
+    why:str # Reason for choosing this recipe
+    family:str # Model family, see `model_family`
+    groups:list # Number of layer groups that train in each stage, counted from the top
+    epochs:list # Number of epochs of each stage
+    lrs:np.ndarray # Learning rate of the top layer group in each stage
+    spread:float # Learning rate of the top group divided by that of the bottom group
+    cache:bool # Whether the output of frozen layers is computed only once per stage
+    layers:list # Layer groups, from bottom to top
+    n_batches:int # Number of batches per epoch
+    schedule:str='one_cycle' # Learning rate schedule within each stage: `stlr` or `one_cycle`
+    warmup:float=.25 # Fraction of each stage during which the learning rate rises
+    clip:float|None=None # Maximum gradient norm; `None` turns clipping off
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
-    unfreezing = None # The `GradualUnfreezing` of the fit
-    best = None # The `BestEpoch` of the fit
+    unfreezing = None # The fit's `GradualUnfreezing` Callback
+    best = None # The fit's `BestEpoch` Callback
 
     def table(self) -> pd.DataFrame: # stage | layers | groups | params | epochs | steps | lr | lowest_lr | frozen
-        "Make a table with one row a stage"
+        "Return a table with one row per stage"
         rows = [self._row(*stage) for stage in zip(self.groups, self.epochs, self.lrs)]
         return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows)+1, name='stage'))
 
@@ -118,7 +118,7 @@ class TransferPlan:
                     frozen='-' if groups == n else frozen)
 
     def explain(self) -> str: # Two or three sentences
-        "Say in words what the plan does and why"
+        "Describe what the plan does and why"
         schedule = f'{STAGE_SCHEDULES[self.schedule].what} that rises for {100*self.warmup:.3g} % of the steps'
         clipping = f'; gradients are clipped to a norm of {self.clip:g}' if self.clip else ''
         return (f'{self.recipe}: {TRANSFER_RECIPES[self.recipe].what}.\nWhy: {self.why}. Evidence: {self.evidence}\n'
@@ -130,10 +130,10 @@ class TransferPlan:
         show_table(self.table())
 
     def fit(self,
-        learn:Learner, # The Learner that the plan was made for
+        learn:Learner, # Learner that the plan was made for
         wd:float|None=None, # Weight decay
-        cbs=None # Callbacks
-    ) -> 'TransferPlan': # The plan itself, with its `unfreezing`
+        cbs=None # Callbacks for this fit
+    ) -> 'TransferPlan': # The plan itself, with `unfreezing` set
         "Run the plan on `learn`"
         ensure_layer_groups(learn)
         n = len(self.layers)
@@ -154,7 +154,7 @@ class TransferPlan:
 # %% ../../nbs/442_tune.transfer_plan.ipynb #06b59268
 @contextmanager
 def unchanged_rng():
-    "Restore the state of Python's, NumPy's and PyTorch's random generators at the end"
+    "Restore the states of the random number generators of Python, NumPy and PyTorch at the end of the block"
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -165,7 +165,7 @@ def unchanged_rng():
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #1585d9d1
 def _can_cache(learn):
-    "Whether the model can be cut and its texts are the same in each epoch"
+    "Return whether the model can be split below its trained layers and its inputs are the same in every epoch"
     try:
         with unchanged_rng():
             if not is_pooled(learn.model):
@@ -177,14 +177,14 @@ def _can_cache(learn):
     return True
 
 def _named_groups(learn):
-    "The layer groups that the Learner would train with"
+    "Return the layer groups that the Learner would train with"
     splitter = layer_splitter() if lacks_layer_groups(learn) else learn.splitter
     split = splitter(learn.model)
     names = getattr(split, 'names', None) or [f'group {i}' for i in range(len(split))]
     return [LayerGroup(name, list(params)) for name, params in zip(names, split)]
 
 def _task(learn):
-    "The task of a Learner's data; `classification` if nothing tells it, which is not special in any recipe"
+    "Return the task of the Learner's data, or `classification` if it is unknown (no recipe treats it specially)"
     try:
         return spec_of(learn).task
     except FastaiTLError:
@@ -192,13 +192,13 @@ def _task(learn):
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #f26b362c
 def _deciding_steps(epochs, groups, task, family, min_steps, n_batches):
-    "Steps of a fit in two stages, which decide whether the head gets one; `None` if stages are given, and for tags"
+    "Return the steps of a two-stage fit; `None` if the recipe does not depend on them (given stages, tagging)"
     if groups is not None or np.ndim(epochs) or task == 'tagging':
         return None
     return n_batches * sum(_stage_epochs(epochs, 2, family, min_steps, n_batches))
 
 def _name_recipe(learn, recipe, family, n, steps):
-    "Name of the recipe, and why"
+    "Return the name of the recipe and the reason for choosing it"
     if recipe == 'auto':
         return choose_recipe(family, n, predicts_tokens(learn.model), steps)
     if recipe not in TRANSFER_RECIPES:
@@ -206,13 +206,13 @@ def _name_recipe(learn, recipe, family, n, steps):
     return recipe, 'as asked'
 
 def _last_stage_lr(learn, task):
-    "Default rate of the last stage for this model"
+    "Return the default learning rate of the last stage for this model"
     task = 'causal_lm' if predicts_tokens(learn.model) else task
     return default_lr(learn.model, task, fit='fit_transfer') or learn.lr
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #4155e15a
 def _plan_stages(recipe, groups, n):
-    "Groups that train in each stage, and rates relative to the last: the recipe's, or those for `groups`"
+    "Return the number of groups that train in each stage, and each stage's learning rate relative to the last"
     recipe_groups, rates = recipe.stages_for(n)
     if groups is None:
         return recipe_groups, rates
@@ -225,7 +225,7 @@ def _plan_stages(recipe, groups, n):
     return groups, np.interp(np.linspace(0, 1, len(groups)), np.linspace(0, 1, len(rates)), rates)
 
 def _plan_epochs(epochs, n_stages, family, min_steps, n_batches):
-    "Epochs of each stage, and a remark where they are more than usual"
+    "Return the epochs of each stage, and a remark if there are more epochs than usual"
     planned = _stage_epochs(epochs, n_stages, family, min_steps, n_batches)
     usual = _stage_epochs(None, n_stages, family, 0, 1)
     if epochs is not None or sum(planned) <= sum(usual):
@@ -233,24 +233,24 @@ def _plan_epochs(epochs, n_stages, family, min_steps, n_batches):
     return planned, f'; more epochs than usual, since one has {n_batches} steps'
 
 def _plan_cache(learn, cache, recipe, has_frozen):
-    "Whether frozen layers are computed once a stage"
+    "Return whether the output of frozen layers is computed only once per stage"
     return recipe.cache and has_frozen and _can_cache(learn) if cache == 'auto' else cache
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #50be9857
 @patch
 def transfer_plan(self:Learner,
-    epochs=None, # Number of all epochs, or a list with those of each stage; `None`: by the model's family
-    recipe:str='auto', # `auto`, or a key of `TRANSFER_RECIPES`
-    lr:float|None=None, # Top rate of the last stage; `None`: by family and recipe
-    spread:float|None=None, # Rate of the top group divided by that of the bottom group; `None`: the recipe's
-    groups:list|None=None, # How many groups train in each stage, counted from the top; `None`: the recipe's
-    min_steps:int|None=None, # Minimum number of steps; adds epochs. `None`: 150 for a Transformer without `epochs`
-    cache='auto', # Compute frozen layers once a stage; `auto`: if recipe, model and texts allow it
-    schedule:str='auto', # Of the rate within each stage: `stlr` (slanted triangle), `one_cycle`, or `auto`: by family
-    warmup:float|None=None, # Share of each stage in which the rate rises; `None`: .1 for `stlr`, .25 for `one_cycle`
-    clip='auto' # Maximum gradient norm, or `None`; `auto`: 1 for taggers without a `GradientClip`
-) -> TransferPlan: # With `table()`, `explain()` and `show()`
-    "Plan what `fit_transfer` would do, without changing anything"
+    epochs=None, # Total number of epochs, or a list with the epochs of each stage; the default depends on the model
+    recipe:str='auto', # Key of `TRANSFER_RECIPES`; `auto` chooses one for the model and data
+    lr:float|None=None, # Top group's learning rate in the last stage; the default depends on model and recipe
+    spread:float|None=None, # Top group's learning rate divided by the bottom group's; `None` uses the recipe's value
+    groups:list|None=None, # Number of groups that train in each stage, counted from the top; `None` uses the recipe's
+    min_steps:int|None=None, # Add epochs to reach this many steps; default 150 for a Transformer without `epochs`
+    cache='auto', # Compute frozen layers only once per stage; `auto` does so if recipe, model and data allow it
+    schedule:str='auto', # Schedule in each stage: `stlr` (slanted triangle), `one_cycle` or `auto` (by model family)
+    warmup:float|None=None, # Fraction of a stage with rising rate; default .1 for `stlr`, .25 for `one_cycle`
+    clip='auto' # Maximum gradient norm or `None`; `auto` uses 1 for taggers that have no `GradientClip`
+) -> TransferPlan: # Plan with the methods `table()`, `explain()` and `show()`
+    "Return the plan that `fit_transfer` would follow, without changing anything"
     layers = _named_groups(self)
     family = model_family(self.model)
     task = _task(self)
@@ -260,7 +260,7 @@ def transfer_plan(self:Learner,
     recipe = TRANSFER_RECIPES[name]
     groups, rates = _plan_stages(recipe, groups, len(layers))
     epochs, remark = _plan_epochs(epochs, len(groups), family, min_steps, n_batches)
-    groups, rates = groups[-len(epochs):], rates[-len(epochs):] # the last stages, if there are not enough epochs
+    groups, rates = groups[-len(epochs):], rates[-len(epochs):] # keep the last stages if epochs are few
     lrs = rates*lr if lr is not None else rates*recipe.lr*_last_stage_lr(self, task)
     cache = _plan_cache(self, cache, recipe, groups[0] < len(layers))
     spread = recipe.spread if spread is None else spread
@@ -269,14 +269,14 @@ def transfer_plan(self:Learner,
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #41ad1045
 def _precision_cbs(learn, family, mixed_precision):
-    "A Callback for bfloat16, unless the Learner has one for mixed precision"
+    "Return a Callback for bfloat16, unless the Learner already has one for mixed precision"
     if mixed_precision == 'auto':
         mixed_precision = family != 'other' and has_bf16(learn.dls.device or 'cpu')
     has_own = any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
     return [AutocastPrecision()] if mixed_precision and not has_own else []
 
 def _one_position_cbs(learn, one_position):
-    "A Callback that computes one position in the top layer, where that is exact"
+    "Return a Callback that computes only one position in the top layer, if that gives the exact result"
     if one_position is False or any(isinstance(cb, SinglePositionTop) for cb in learn.cbs):
         return []
     try:
@@ -291,17 +291,17 @@ def _one_position_cbs(learn, one_position):
 @patch
 @delegates(Learner.transfer_plan)
 def fit_transfer(self:Learner,
-    epochs=None, # Number of all epochs, or a list with those of each stage; `None`: by the model's family
-    recipe:str='auto', # `auto`, or a key of `TRANSFER_RECIPES`
-    reinit:int=0, # How many top layers of a Hugging Face model start from random weights, see `reinit_top_layers`
-    best:bool=False, # Keep the weights of the epoch with the lowest validation loss instead of the last
-    mixed_precision='auto', # Train in bfloat16; `auto`: where the device has the instructions
-    one_position='auto', # Compute one position in the top layer; `auto`: where that is exact
+    epochs=None, # Total number of epochs, or a list with the epochs of each stage; the default depends on the model
+    recipe:str='auto', # Key of `TRANSFER_RECIPES`; `auto` chooses one for the model and data
+    reinit:int=0, # Number of top layers of a Hugging Face model to reset to random weights, see `reinit_top_layers`
+    best:bool=False, # Restore the weights of the epoch with the lowest validation loss at the end
+    mixed_precision='auto', # Train in bfloat16; `auto` does so if the device has bfloat16 instructions
+    one_position='auto', # Compute only one position in the top layer; `auto` does so if that gives the exact result
     wd:float|None=None, # Weight decay
-    cbs=None, # More Callbacks
-    **kwargs # More for `transfer_plan`
-) -> TransferPlan: # What was done; its `unfreezing` has `table()` and `plot()`
-    "Fine-tune by the recipe for this model, after explaining it; every choice of `transfer_plan` can be made here"
+    cbs=None, # Additional Callbacks
+    **kwargs # Passed to `transfer_plan`
+) -> TransferPlan: # The plan that was run; its `unfreezing` has the methods `table()` and `plot()`
+    "Choose a fine-tuning recipe for this model and data, explain it, and train; takes all options of `transfer_plan`"
     if _clips(cbs):
         kwargs.setdefault('clip', None)
     plan = self.transfer_plan(epochs, recipe, **kwargs)
