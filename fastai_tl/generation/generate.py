@@ -1,4 +1,4 @@
-"""`learn.generate`: one call with the same controls for GPT-2 and for an AWD_LSTM
+"""Generate text with GPT-2 or an AWD_LSTM: `learn.generate` has the same options for both
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.generate.html.md"""
 
@@ -30,19 +30,19 @@ from .scoring import score_ids
 # %% ../../nbs/625_generation.generate.ipynb #37cc5faf
 @dataclass
 class GeneratedText:
-    "A text that a model has written"
-    prompt:str # As it was given
-    completion:str # What the model wrote
-    text:str # Prompt and completion, joined with the right space
+    "A text that a model has generated"
+    prompt:str # The prompt as it was passed
+    completion:str # The generated text without the prompt
+    text:str # Prompt and completion, joined with the correct space
     ids:list = field(repr=False) # Token ids of the completion
-    finish:str='length' # Why it ended: `end` (the model ended it), `stop` (a stop string) or `length`
-    context:list = field(default_factory=list, repr=False) # Token ids that the model had read
-    model:TextModel = field(default=None, repr=False) # The model that wrote it
+    finish:str='length' # Why the text ended: `end` (the model ended it), `stop` (a stop string) or `length`
+    context:list = field(default_factory=list, repr=False) # Token ids of the prompt, as the model read them
+    model:TextModel = field(default=None, repr=False) # The model that generated the text
     def __str__(self):
         return self.text
 
-    def logprobs(self) -> pd.DataFrame: # token | logprob | probability
-        "Compute how likely each token was to the model itself, before temperature and other controls"
+    def logprobs(self) -> pd.DataFrame: # One row for each token: token, logprob and probability
+        "Compute the probability of each generated token, before temperature and other options"
         tm = self.model
         if tm.task == 'seq2seq':
             raise FastaiTLError('A causal model or an AWD_LSTM is needed', f'a {type(tm.model).__name__}')
@@ -57,24 +57,24 @@ def _to_html(text):
     return html.escape(text).replace('\n', '<br>')
 
 def _item_html(generated):
-    "Write a generated text as an item of a list: prompt and completion in the order of the text"
+    "Return a generated text as an HTML list item, with prompt and completion in reading order"
     prompt = f'<span style="opacity:.55">{_to_html(generated.prompt)}</span>'
     completion = _to_html(generated.completion)
     content = prompt + completion
-    if generated.text == generated.completion: # a sequence-to-sequence model writes the whole text
+    if generated.text == generated.completion: # a sequence-to-sequence model generates the whole text
         content = completion
-    elif generated.text != generated.prompt + generated.completion: # a backward model writes what comes before
+    elif generated.text != generated.prompt + generated.completion: # a backward model writes before the prompt
         content = completion + prompt
     return f'<li style="margin-bottom:.4em">{content}</li>'
 
 class GeneratedTexts(list):
-    "Texts that a model has written, prompt by prompt"
+    "A list of generated texts, in the order of the prompts"
     @property
     def texts(self):
-        "The texts as strings"
+        "Return the texts as strings"
         return [str(o) for o in self]
-    def to_frame(self) -> pd.DataFrame: # prompt | completion | finish | tokens
-        "Return a table with a row for each text"
+    def to_frame(self) -> pd.DataFrame: # The columns are prompt, completion, finish and tokens
+        "Return a table with one row for each text"
         rows = [dict(prompt=o.prompt, completion=o.completion, finish=o.finish, tokens=len(o.ids)) for o in self]
         return pd.DataFrame(rows)
     def __str__(self):
@@ -87,9 +87,9 @@ class GeneratedTexts(list):
 # %% ../../nbs/625_generation.generate.ipynb #17908031
 @dataclass
 class _Job:
-    "Everything that all prompts of a call have in common"
+    "Settings that all prompts of a call share"
     tm:TextModel
-    model:object # What has transformers' `generate`
+    model:object # The model whose `generate` method is called
     config:object # A `GenerationConfig`
     processors:list # Logits processors
     criteria:list # Stopping criteria
@@ -99,7 +99,7 @@ class _Job:
     required:RequiredWords|None=None
 
     def batch(self, contexts):
-        "Return token ids and attention mask of some prompts"
+        "Return the token ids and the attention mask of a batch of prompts"
         is_left = self.tm.task != 'seq2seq'
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         rows = [torch.tensor(context) for context in contexts]
@@ -108,7 +108,7 @@ class _Job:
         return ids.to(self.tm.device), mask.to(self.tm.device)
 
     def run(self, contexts, streamer=None):
-        "Generate for some prompts at once: for each its texts, as `(token ids, why they ended)`"
+        "Generate texts for a batch of prompts; return a list of `(token ids, why the text ended)` for each prompt"
         ids, mask = self.batch(contexts)
         start = 1 if self.tm.task == 'seq2seq' else ids.shape[1]
         options = dict(logits_processor=self.processors, stopping_criteria=self.criteria)
@@ -119,7 +119,7 @@ class _Job:
             self.required.start = start
             self.required.max_new = self.config.max_new_tokens or self.config.max_length - start
         if getattr(self.model.generation_config, 'stop_strings', None):
-            options['tokenizer'] = self.tm.adapter.tokenizer # transformers looks for the model's own stop strings
+            options['tokenizer'] = self.tm.adapter.tokenizer # to find the model's own stop strings
         out = self.model.generate(ids, attention_mask=mask, generation_config=self.config, streamer=streamer, **options)
         out = out if isinstance(out, torch.Tensor) else out.sequences
         rows = [cut_text(row[start:], self.eos_ids, self.stop, self.pad_id) for row in out.tolist()]
@@ -140,7 +140,7 @@ def _check_prompts(prompts, prefix):
     return prompts
 
 def _encode_prompts(tm, prompts, prefix):
-    "Return the token ids that the model reads for each prompt"
+    "Return the token ids of each prompt, as the model reads them"
     options = dict(whole=True) if tm.task == 'seq2seq' else {}
     needs_space = tm.is_awd_lstm and prefix
     texts = [prefix + (' ' if needs_space and prompt else '') + prompt for prompt in prompts]
@@ -153,7 +153,7 @@ def _encode_prompts(tm, prompts, prefix):
 
 # %% ../../nbs/625_generation.generate.ipynb #b27e4293
 def _check_positions(contexts, config, limit):
-    "Check that prompt and completion fit into the positions of the model"
+    "Check that prompt and completion fit into the maximum length of the model"
     def to_write(context): return config.max_new_tokens or config.max_length - len(context)
     bad = [i for i, context in enumerate(contexts) if len(context) + to_write(context) > limit]
     if bad:
@@ -171,8 +171,8 @@ def _check_max_length(contexts, max_length):
                         'Use `max_new_tokens`')
 
 def _fit_lengths(tm, contexts, config):
-    "Check that prompts and completions fit the model; set the length if neither option does"
-    is_seq2seq = tm.task == 'seq2seq' # the prompt does not take room from the completion
+    "Check that prompts and completions fit; set `max_new_tokens` if no length is given"
+    is_seq2seq = tm.task == 'seq2seq' # the encoder reads the prompt, so it takes no room from the completion
     limit = None if is_seq2seq else tm.max_positions
     longest = 1 if is_seq2seq else max(map(len, contexts))
     if config.max_new_tokens is None and config.max_length is None:
@@ -184,7 +184,7 @@ def _fit_lengths(tm, contexts, config):
 
 # %% ../../nbs/625_generation.generate.ipynb #9821195c
 def _generator(tm):
-    "Return what has transformers' `generate`: the model itself, or the wrapper of an AWD_LSTM"
+    "Return the model whose `generate` is called: the model itself, or a wrapper around an AWD_LSTM"
     if tm.task == 'masked_lm':
         raise FastaiTLError('A model that writes is needed',
                             f'a {type(tm.model).__name__}, which fills in masked words',
@@ -209,7 +209,7 @@ def _check_room(required, contexts, config):
 
 # %% ../../nbs/625_generation.generate.ipynb #8f7eb752
 def _make_job(tm, config, contexts, options):
-    "Complete the configuration, and make the processors and criteria of a call"
+    "Complete the configuration, and create the logits processors and stopping criteria"
     model = _generator(tm)
     adapter = tm.adapter
     defaults = model.generation_config
@@ -217,7 +217,7 @@ def _make_job(tm, config, contexts, options):
     if config.pad_token_id is None:
         config.pad_token_id = adapter.pad_id if defaults.pad_token_id is None else defaults.pad_token_id
     stop_strings = config.stop_strings if options.stop_strings is None else options.stop_strings
-    config.stop_strings = None # `StopStrings` works for both families
+    config.stop_strings = None # handled by `StopStrings`, which works for both model families
     if options.bad_words:
         forbidden = bad_word_ids(adapter, options.bad_words)
         config.bad_words_ids = [*listify(config.bad_words_ids), *listify(forbidden)] or None
@@ -233,7 +233,7 @@ def _make_job(tm, config, contexts, options):
 
 # %% ../../nbs/625_generation.generate.ipynb #8e5d035a
 def _group_prompts(contexts, bs, same_length):
-    "Group the indexes of prompts that form a batch"
+    "Group the indexes of the prompts into batches"
     groups = []
     for i in sorted(range(len(contexts)), key=lambda i: len(contexts[i])):
         group = groups[-1] if groups else []
@@ -246,7 +246,7 @@ def _group_prompts(contexts, bs, same_length):
 
 @contextlib.contextmanager
 def _seeded(seed, device):
-    "Use other random numbers in this context if there is a seed"
+    "Set the seed inside this context, if there is one, and restore the random state afterwards"
     if seed is None:
         yield
         return
@@ -256,7 +256,7 @@ def _seeded(seed, device):
 
 # %% ../../nbs/625_generation.generate.ipynb #b3c0bf6b
 def _join(tm, prompt, context, ids):
-    "Return the completion of a prompt, and the whole text"
+    "Return the completion and the whole text"
     if tm.task == 'seq2seq':
         completion = tm.adapter.decode(ids)
         return completion, completion
@@ -282,22 +282,22 @@ def _generate_all(job, prompts, contexts, bs, same_length, seed):
 
 # %% ../../nbs/625_generation.generate.ipynb #b45c84b1
 class _ReaderStopped(Exception):
-    "The reader has stopped reading"
+    "Stop the generation loop because nobody reads the text any more"
 
 # %% ../../nbs/625_generation.generate.ipynb #b73e86cb
 class _PieceStreamer:
-    "A streamer for transformers' `generate`: the new part of the text whenever there is one"
+    "A streamer for transformers' `generate` that puts each new piece of text into a queue"
     def __init__(self, job, prompt, context):
         self.job = job
         self.prompt = prompt
         self.context = context
         self.ids = []
-        self.sent = '' # the text that has been handed over
+        self.sent = '' # the text that is already in the queue
         self.pieces = queue.Queue(1)
         self.has_prompt = False
         self.reader_stopped = False
     def put(self, value):
-        "Take the token ids of a step; the first value is the prompt"
+        "Receive the token ids of a step; the first call receives the prompt"
         if self.reader_stopped:
             raise _ReaderStopped
         if self.has_prompt:
@@ -305,7 +305,7 @@ class _PieceStreamer:
             self.send()
         self.has_prompt = True
     def send(self, last=False):
-        "Hand over the new part of the text"
+        "Put the new part of the text into the queue"
         ids, _ = cut_text(self.ids, self.job.eos_ids, self.job.stop)
         text, _ = _join(self.job.tm, self.prompt, self.context, ids)
         is_complete = last or not text.endswith('�')
@@ -313,12 +313,12 @@ class _PieceStreamer:
             self.pieces.put(text[len(self.sent):])
             self.sent = text
     def end(self):
-        "Hand over the rest"
+        "Put the rest of the text into the queue"
         self.send(last=True)
 
 # %% ../../nbs/625_generation.generate.ipynb #66a125fb
 def _stream_pieces(job, prompt, context, seed):
-    "Generate in a thread, and yield the text piece by piece"
+    "Generate in a thread and yield the text piece by piece"
     streamer = _PieceStreamer(job, prompt, context)
     errors = []
     def work():
@@ -340,13 +340,13 @@ def _stream_pieces(job, prompt, context, seed):
             raise errors[0]
     finally:
         streamer.reader_stopped = True
-        while thread.is_alive(): # it may be waiting to hand over a piece
+        while thread.is_alive(): # it may be waiting to put a piece into the queue
             with contextlib.suppress(queue.Empty):
                 streamer.pieces.get(timeout=.01)
 
 # %% ../../nbs/625_generation.generate.ipynb #3c0f0629
 def _stream(job, prompts, contexts, seed):
-    "Check that there is one text to stream, then stream it"
+    "Check that exactly one text is requested, and stream it"
     n_texts = job.config.num_return_sequences or 1
     n_beams = job.config.num_beams or 1
     if (len(prompts), n_texts, n_beams) != (1, 1, 1):
@@ -359,18 +359,18 @@ def _stream(job, prompts, contexts, seed):
 # %% ../../nbs/625_generation.generate.ipynb #f818804a
 @delegates(GenerationOptions, keep=True)
 def generate(
-    model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
-    prompts='', # A string or several; an empty one stands for the beginning of a text
-    tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
-    max_new_tokens:int|None=None, # Maximum number of tokens to write; `None`: 50, or as many as fit
-    num_return_sequences:int|None=None, # Texts for each prompt; one if `None`
-    do_sample:bool|None=None, # Sample tokens instead of taking the best; `None`: if an option of sampling is given
-    seed:int|None=None, # Repeats the texts, and does not touch the random numbers of the program
-    stream:bool=False, # For one prompt: yield the text piece by piece while it is written
-    bs:int=16, # Prompts of a batch
-    **kwargs # Options of `GenerationOptions`, and any other of transformers' `GenerationConfig`
-) -> GeneratedTexts: # Prompt by prompt; with `stream` a generator of strings
-    "Continue each prompt"
+    model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a transformers model
+    prompts='', # A string or a list of strings; an empty string generates a text from its beginning
+    tokenizer=None, # Tokenizer of a Hugging Face model; needed only if it cannot be found
+    max_new_tokens:int|None=None, # Maximum number of tokens to generate; `None`: 50, or fewer if 50 do not fit
+    num_return_sequences:int|None=None, # Number of texts for each prompt; 1 if `None`
+    do_sample:bool|None=None, # Sample instead of taking the most likely token; `None`: if a sampling option is given
+    seed:int|None=None, # Makes the texts reproducible; the global random state does not change
+    stream:bool=False, # Yield the text piece by piece; for a single prompt only
+    bs:int=16, # Maximum number of prompts in a batch
+    **kwargs # Fields of `GenerationOptions`, and all other options of transformers' `GenerationConfig`
+) -> GeneratedTexts: # Texts in the order of the prompts; with `stream` a generator of strings
+    "Generate one or more completions for each prompt"
     tm = text_model(model_or_name, tokenizer)
     options, others = split_options(kwargs)
     prompts = _check_prompts(prompts, options.prefix)
@@ -390,23 +390,23 @@ def generate(
 @patch
 @delegates(generate, but=['model_or_name'], keep=True)
 def generate(self:Learner,
-    prompts='', # A string or several; an empty one stands for the beginning of a text
+    prompts='', # A string or a list of strings; an empty string generates a text from its beginning
     **kwargs # As in `generate`
 ) -> GeneratedTexts:
-    "Continue each prompt"
+    "Generate one or more completions for each prompt"
     return generate(self, prompts, **kwargs) # the function
 
 # %% ../../nbs/625_generation.generate.ipynb #f9836b6f
 def generate_with_prompt(
     prompt:str, # The beginning of the text
     model_or_name, # As in `generate`
-    tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
+    tokenizer=None, # Tokenizer of a Hugging Face model; needed only if it cannot be found
     max_length:int=100, # Maximum number of tokens, including the prompt
     temperature:float=.7, # Below 1 makes likely tokens more likely
-    top_p:float=.95, # Sample from the most likely tokens that make up this probability
-    **kwargs # More for `generate`
+    top_p:float=.95, # Sample from the most likely tokens whose probabilities add up to this value
+    **kwargs # Other arguments of `generate`
 ) -> str: # The prompt and its completion
-    "Continue one prompt by sampling"
+    "Generate a completion of one prompt by sampling"
     if not isinstance(prompt, str):
         raise DataError('One prompt is needed', f'a {type(prompt).__name__}', 'For several use `generate`')
     sampling = dict(max_length=max_length, temperature=temperature, top_p=top_p)

@@ -1,4 +1,4 @@
-"""How surprised a language model is by texts: for each token, and in units that make models with different tokenizers comparable
+"""Compute the perplexity of texts, and bits per character, which are comparable across tokenizers
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.perplexity.html.md"""
 
@@ -25,14 +25,14 @@ from .scoring import score_texts
 _word = re.compile(rf'[{WIDE}]|[^\s{WIDE}]+')
 
 def _measures(nll, tokens, unk, chars, words, name):
-    "Compute the measures of a text, or of a corpus, from its sums"
+    "Compute the measures of a text or a corpus from its totals"
     def per(n): return nll/n if n else float('nan')
     def exp(x): return float('inf') if x > 700 else math.exp(x)
     return {name: exp(per(tokens)), 'bits_per_char': per(chars)/math.log(2), 'per_word': exp(per(words)),
             'unk_share': unk/tokens if tokens else float('nan'), 'tokens': tokens, 'nll': nll}
 
 def _sums(scored):
-    "Return negative log-likelihood, tokens, unknown tokens, characters and words of a text"
+    "Return the negative log-likelihood of a text and its numbers of tokens, unknown tokens, characters and words"
     if not scored.ids:
         return float(scored.nll.sum()), 0, scored.unk, 0, 0
     scored_part = scored.text[len(scored.text) - scored.chars:]
@@ -41,10 +41,10 @@ def _sums(scored):
 
 # %% ../../nbs/630_generation.perplexity.ipynb #6e11517b
 class PerplexityResult:
-    "Perplexities of texts and of all of them together"
+    "The perplexity of each text and of the whole corpus"
     def __init__(self,
-        scores:list, # A `TokenScores` for each text
-        pseudo:bool=False # Whether they are those of a masked model
+        scores:list, # One `TokenScores` for each text
+        pseudo:bool=False # Whether the scores come from a masked language model
     ):
         self.scores = scores
         self.name = 'pseudo_perplexity' if pseudo else 'perplexity'
@@ -71,12 +71,12 @@ class PerplexityResult:
 
 # %% ../../nbs/630_generation.perplexity.ipynb #9989b9db
 def _text_columns(model_or_name):
-    "Return the columns in which the texts of a Learner's data are; `text` for any other model"
+    "Return the text columns of a Learner's data; `text` for any other model"
     spec = getattr(getattr(model_or_name, 'dls', None), 'spec', None)
     return 'text' if spec is None else spec.columns.get('text', 'text')
 
 def _check_texts(texts, text_col):
-    "Return a list of strings, some of them possibly empty"
+    "Return the texts as a list of strings, which may be empty strings"
     if isinstance(texts, str):
         return [texts]
     if isinstance(texts, pd.DataFrame) or hasattr(texts, 'suffix'):
@@ -91,16 +91,16 @@ def _check_texts(texts, text_col):
 
 # %% ../../nbs/630_generation.perplexity.ipynb #dc2007fd
 def text_perplexity(
-    model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
-    texts, # A string or several, a DataFrame, or the path of a table or a folder; an empty string has no perplexity
-    tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
-    stride:int|None=None, # Texts longer than the model reads: tokens that each later window scores; `None`: half of it
-    max_length:int|None=None, # Tokens that the model reads at once; as many as it can if `None`
-    bs:int=16, # Maximum number of rows of a batch; fewer where the logits would be large
-    bos:bool|None=None, # Put the token for the beginning of a text in front; `None`: if there is one
-    dtype=None # Type of the matrix products, `bf16` or `fp16`; that of the weights if `None`
-) -> PerplexityResult: # `texts`, a row for each; `corpus`, for all together
-    "Compute the perplexity of each text and of all together; of a masked model the pseudo-perplexity"
+    model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a transformers model
+    texts, # One text or a list, a DataFrame, or the path of a table or a folder; the perplexity of an empty text is NaN
+    tokenizer=None, # Tokenizer of a Hugging Face model; needed only if it cannot be found
+    stride:int|None=None, # For long texts: number of new tokens that each window scores; `None`: half of `max_length`
+    max_length:int|None=None, # Maximum number of tokens that the model reads at once; `None`: the limit of the model
+    bs:int=16, # Maximum number of rows in a batch; batches are smaller if the logits would be large
+    bos:bool|None=None, # Add the token for the beginning of a text; `None`: if the tokenizer has one
+    dtype=None # Data type of the matrix products, `bf16` or `fp16`; the type of the weights if `None`
+) -> PerplexityResult: # `texts` has one row for each text; `corpus` has the values of all texts together
+    "Compute the perplexity (for a masked model, the pseudo-perplexity) of each text and of all texts together"
     tm = text_model(model_or_name, tokenizer)
     texts = _check_texts(texts, _text_columns(model_or_name))
     return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos, dtype), tm.task == 'masked_lm')
@@ -109,20 +109,20 @@ def text_perplexity(
 @patch
 @delegates(text_perplexity, but=['model_or_name'])
 def perplexity(self:Learner,
-    texts, # A string or several, a DataFrame with the columns of the data, or the path of a table or a folder
+    texts, # One text or a list, a DataFrame with the columns of the data, or the path of a table or a folder
     **kwargs
 ) -> PerplexityResult:
-    "Compute the perplexity of each text and of all together"
+    "Compute the perplexity of each text and of all texts together"
     return text_perplexity(self, texts, **kwargs)
 
 # %% ../../nbs/630_generation.perplexity.ipynb #e70c169f
 def calculate_perplexity(
     text:str, # One text
     model_or_name, # As in `text_perplexity`
-    tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
-    **kwargs # More for `text_perplexity`
+    tokenizer=None, # Tokenizer of a Hugging Face model; needed only if it cannot be found
+    **kwargs # Other arguments of `text_perplexity`
 ) -> float:
-    "Compute the perplexity of one text, without its first token"
+    "Compute the perplexity of one text; the first token is not scored"
     if not isinstance(text, str):
         raise DataError('One text is needed', f'a {type(text).__name__}', 'For several use `text_perplexity`')
     return float(text_perplexity(model_or_name, text, tokenizer, **{'bos': False, **kwargs}))
@@ -139,7 +139,7 @@ def _find_logits(pred):
     return next((o for o in items if isinstance(o, torch.Tensor) and o.ndim == 3), None)
 
 def _input_ids(xb):
-    "Find the token ids that the model was given"
+    "Find the token ids in the input of the model"
     x = xb[0] if isinstance(xb, (list, tuple)) and xb else xb
     if hasattr(x, 'keys'):
         x = x['input_ids'] if 'input_ids' in x.keys() else None
@@ -147,26 +147,26 @@ def _input_ids(xb):
 
 # %% ../../nbs/630_generation.perplexity.ipynb #4ae231f8
 class CorpusPerplexity(Metric):
-    "Perplexity over all tokens of the validation set, each counted once"
+    "A metric: the perplexity over all tokens of the validation set"
     def __init__(self,
-        ignore_index:int=-100, # Targets that are not counted
-        shift:bool|None=None # Whether the targets are the inputs, which the model shifts; `None`: detected by batch
+        ignore_index:int=-100, # Targets with this value are ignored
+        shift:bool|None=None # Whether the targets are the unshifted inputs; `None`: detected for each batch
     ):
         self.ignore_index = ignore_index
         self.shift = shift
         self.reset()
     def reset(self):
-        "Forget what was counted"
+        "Set the totals to zero"
         self.total = 0.
         self.count = 0
     def _needs_shift(self, xb, y):
-        "Return whether the targets are the inputs, as in transformers' own loss"
+        "Return whether the targets are the unshifted inputs, as transformers' own loss expects them"
         if self.shift is not None:
             return self.shift
         x = _input_ids(xb)
         return x is not None and x.shape == y.shape and bool(((x == y) | (y == self.ignore_index)).all())
     def accumulate(self, learn):
-        "Count a batch"
+        "Add a batch to the totals"
         logits = _find_logits(learn.pred)
         y = learn.y
         if logits is None or logits.shape[:-1] != y.shape:
@@ -180,9 +180,9 @@ class CorpusPerplexity(Metric):
         self.count += int(real.sum())
     @property
     def value(self):
-        "The perplexity so far"
+        "Return the perplexity of the batches so far"
         return math.exp(min(self.total/self.count, 700)) if self.count else None
     @property
     def name(self):
-        "Name in the table of the Recorder"
+        "Return the name of the column in the training table"
         return 'corpus_perplexity'

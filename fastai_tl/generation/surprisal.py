@@ -1,4 +1,4 @@
-"""Where in a text a language model is surprised: each token, as colors behind the words
+"""Show how much each word of a text surprises a language model, as a color behind the word
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.surprisal.html.md"""
 
@@ -21,7 +21,7 @@ from ..plot import figure_style, has_cjk, in_words
 
 # %% ../../nbs/635_generation.surprisal.ipynb #ff917e03
 def _pieces_by_spans(scored):
-    "Return `(piece of the text, indexes of its tokens)`; tokens within one character form one piece"
+    "Return pairs of a piece of the text and the indexes of its tokens; tokens of one character form one piece"
     pieces = []
     for i, (start, end) in enumerate(scored.spans):
         if pieces and (start < pieces[-1][2] or start == end):
@@ -32,8 +32,8 @@ def _pieces_by_spans(scored):
     return [(scored.text[start:end], idxs) for idxs, start, end in pieces]
 
 def _pieces_by_words(tm, scored):
-    "Return `(piece of the text, indexes of its tokens)`, for a tokenizer that does not report spans"
-    n_skipped = len(scored.read) - len(scored.ids) # tokens that were read and not scored
+    "Return the same pairs for a tokenizer that does not report the positions of tokens"
+    n_skipped = len(scored.read) - len(scored.ids) # tokens that were read but not scored
     groups = tm.adapter.word_groups(scored.read)
     words = [word for word, _ in groups]
     text = tm.adapter.join(words)
@@ -47,19 +47,19 @@ def _pieces_by_words(tm, scored):
 
 # %% ../../nbs/635_generation.surprisal.ipynb #836576d7
 def _color(share):
-    "Return RGB of a share of the strongest color, each 0 to 1, and the color of letters on it"
+    "Return the background color (RGB from 0 to 1) and the letter color for a share of the maximum, from 0 to 1"
     import matplotlib
     rgb = matplotlib.colormaps['Oranges'](.85*share)[:3]
     return rgb, 'white' if share > .75 else 'black'
 
 def _strongest(bits, vmax):
-    "Return the bits of the strongest color"
+    "Return the number of bits that gets the darkest color"
     if vmax:
         return vmax
     return max(float(np.quantile(bits, .98)) if len(bits) else 1., 1e-6)
 
 def _to_span(piece, bits, top):
-    "Write a piece of text in HTML, with its color"
+    "Return the HTML of a piece with its background color"
     rgb, letters = _color(min(bits/top, 1.))
     background = ','.join(f'{255*v:.0f}' for v in rgb)
     style = f'background:rgb({background});color:{letters};padding:.1em 0;white-space:pre-wrap'
@@ -70,7 +70,7 @@ def _printable(piece):
     return piece.strip().replace('$', r'\$').replace('\n', ' ')
 
 def _space_before(piece, size):
-    "Return the width of the space at the start of a piece in points; text extents do not include it"
+    "Return the width of a leading space in points; matplotlib does not include it in the size of a text"
     return size*.28 if piece[:1].isspace() else 0.
 
 def _widths(ax, pieces, size):
@@ -98,7 +98,7 @@ def _lay_out(pieces, widths, line_width):
     line = 0
     for i, (piece, width) in enumerate(zip(pieces, widths)):
         needed = width
-        if i == 0 or _can_break(piece): # the whole word goes to the next line
+        if i == 0 or _can_break(piece): # if it does not fit, the whole word goes to the next line
             word_end = next((j for j in range(i + 1, len(pieces)) if _can_break(pieces[j])), len(pieces))
             word_width = sum(widths[i:word_end])
             needed = word_width if word_width <= line_width else width
@@ -111,7 +111,7 @@ def _lay_out(pieces, widths, line_width):
 
 # %% ../../nbs/635_generation.surprisal.ipynb #7223ef00
 def _draw_pieces(ax, surprisal, places, widths, size, top):
-    "Draw each piece in a box of its color"
+    "Draw each piece in a box with its color"
     from matplotlib.patches import Rectangle
     line_height = size*1.75
     for piece, bits, (x, line), width in zip(surprisal.pieces, surprisal.bits, places, widths):
@@ -139,10 +139,10 @@ def _draw_scale(fig, top, width, height, text_height):
 
 # %% ../../nbs/635_generation.surprisal.ipynb #08750c0d
 class Surprisal:
-    "A text in pieces, with the surprisal of each in bits"
+    "The pieces of a text, with the surprisal of each piece in bits"
     def __init__(self,
-        pieces:list, # `(piece of the text, bits)`
-        text:str # The text
+        pieces:list, # Pairs of a piece of the text and its surprisal in bits
+        text:str # The whole text
     ):
         self.text = text
         self.pieces = [piece for piece, _ in pieces]
@@ -156,18 +156,18 @@ class Surprisal:
         top = _strongest(self.bits, None)
         spans = ''.join(_to_span(piece, bits, top) for piece, bits in zip(self.pieces, self.bits))
         return f'<div style="line-height:1.9">{spans}</div>'
-    def to_frame(self) -> pd.DataFrame: # piece | bits
-        "Return a table with a row for each piece"
+    def to_frame(self) -> pd.DataFrame: # The columns are piece and bits
+        "Return a table with one row for each piece"
         return pd.DataFrame(dict(piece=self.pieces, bits=self.bits))
 
     def plot(self,
         title:str='', # Title of the figure
         width:float=9., # Width of the figure in inches
         size:float=11., # Font size in points
-        vmax:float|None=None, # Bits of the strongest color; `None`: nearly all pieces are below it
-        font:str|None=None # Font family; chosen by the characters if `None`
+        vmax:float|None=None, # Bits of the darkest color; `None`: the 98th percentile of the pieces
+        font:str|None=None # Font family; `None`: chosen to fit the characters of the text
     ):
-        "Draw the text with the colors of its surprisal, and return the Figure"
+        "Draw the text with a color for each surprisal, and return the Figure"
         points = width*72
         top = _strongest(self.bits, vmax)
         with figure_style(self.text, title, in_words('bits'), font=font) as plt:
@@ -188,12 +188,12 @@ class Surprisal:
 
 # %% ../../nbs/635_generation.surprisal.ipynb #a67a5817
 def token_surprisal(
-    model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a model of transformers
+    model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a transformers model
     text:str, # One text
-    tokenizer=None, # Tokenizer of a Hugging Face model, where it cannot be found
-    **kwargs # `stride`, `max_length`, `bs`, `bos`, as in `text_perplexity`
-) -> Surprisal: # Shows as colored text in a notebook; `plot` draws a figure
-    "Compute the surprisal of each piece of a text, given the text before it (for a masked model, all the rest)"
+    tokenizer=None, # Tokenizer of a Hugging Face model; needed only if it cannot be found
+    **kwargs # `stride`, `max_length`, `bs` and `bos`; see `text_perplexity`
+) -> Surprisal: # Displayed as colored text in a notebook; `plot` draws a figure
+    "Compute the surprisal of each piece, given the text before it (for a masked model, the text on both sides)"
     if not isinstance(text, str):
         raise DataError('One text is needed', f'a {type(text).__name__}')
     tm = text_model(model_or_name, tokenizer)
