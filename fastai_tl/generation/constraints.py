@@ -1,4 +1,4 @@
-"""Checks of generation options, words that must or must not appear, and strings that end a text
+"""Check generation options, require or forbid words, and end a text at a stop string
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.constraints.html.md"""
 
@@ -20,31 +20,31 @@ from ..core import FastaiTLError, VocabError, did_you_mean
 # %% ../../nbs/620_generation.constraints.ipynb #a0ec27f5
 @dataclass
 class GenerationOptions:
-    "Controls of `generate`; `None` leaves an option at the default of the model"
+    "Options of `generate`; `None` keeps the default of the model"
     max_length:int|None=None # Maximum number of tokens, including the prompt
-    temperature:float|None=None # Above 0; below 1 makes likely tokens more likely, above 1 less
+    temperature:float|None=None # Above 0; below 1 makes likely tokens more likely, above 1 makes them less likely
     top_k:int|None=None # Sample from the `top_k` most likely tokens; 50 if `None`, all if 0
-    top_p:float|None=None # Sample from the most likely tokens that make up this probability (nucleus sampling)
-    min_p:float|None=None # Sample from tokens with at least this share of the probability of the most likely one
-    typical_p:float|None=None # Sample from the locally typical tokens that make up this probability
-    repetition_penalty:float|None=None # Above 1 makes tokens that have occurred less likely
-    no_repeat_ngram_size:int|None=None # No sequence of this many tokens occurs twice
-    num_beams:int|None=None # Number of beams of a beam search
-    early_stopping:bool|str|None=None # Stop a beam search as soon as there are `num_beams` finished texts
+    top_p:float|None=None # Sample from the most likely tokens whose probabilities add up to this (nucleus sampling)
+    min_p:float|None=None # Sample from tokens with at least this share of the highest probability
+    typical_p:float|None=None # Sample from the locally typical tokens whose probabilities add up to this
+    repetition_penalty:float|None=None # Above 1 makes tokens that have already occurred less likely
+    no_repeat_ngram_size:int|None=None # No sequence of this many tokens may occur twice
+    num_beams:int|None=None # Number of beams for beam search
+    early_stopping:bool|str|None=None # Stop beam search as soon as `num_beams` texts are finished
     bad_words:str|list|None=None # Words or phrases that must not appear
     required_words:str|list|None=None # Words or phrases that must appear
-    stop_strings:str|list|None=None # A text ends when it contains one of these
-    prefix:str='' # Read before each prompt and not shown: a style, a control code
+    stop_strings:str|list|None=None # Strings that end a text
+    prefix:str='' # Text that the model reads before each prompt, such as a control code; not in the result
     logits_processor:list|tuple=() # Functions of `(input_ids, scores)` that return changed scores
     stopping_criteria:list|tuple=() # Functions of `(input_ids, scores)` that return a boolean for each text
-    generation_config:object=None # A `GenerationConfig` of transformers to start from
+    generation_config:object=None # A transformers `GenerationConfig` with defaults
 
 # %% ../../nbs/620_generation.constraints.ipynb #337faade
 _OWN_OPTIONS = ('bad_words', 'required_words', 'stop_strings', 'prefix', 'logits_processor', 'stopping_criteria',
                 'generation_config')
 
 def split_options(options):
-    "Split options into those that are handled here and those that go to transformers"
+    "Split options into those that this package handles and those that are passed to transformers"
     own = {name: value for name, value in options.items() if name in _OWN_OPTIONS}
     others = {name: value for name, value in options.items() if name not in own}
     return GenerationOptions(**own), others
@@ -57,13 +57,13 @@ _POSITIVE = ('temperature', 'repetition_penalty')
 _SHARES = dict(top_p='above 0', typical_p='above 0', min_p='from 0') # up to 1
 
 def _wrong_integer(option, value):
-    "Return the range of an integer option if `value` is not in it"
+    "Return the allowed range of an integer option if `value` is outside it"
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if not is_integer or value < _AT_LEAST[option]:
         return f'a whole number of at least {_AT_LEAST[option]}'
 
 def _wrong_number(option, value):
-    "Return the range of a real option if `value` is not in it"
+    "Return the allowed range of a float option if `value` is outside it"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if option in _POSITIVE:
         return None if is_number and 0 < value < float('inf') else 'above 0'
@@ -73,7 +73,7 @@ def _wrong_number(option, value):
     return f'between 0{" (not included)" if open_at_0 else ""} and 1'
 
 def _wrong_value(option, value):
-    "Say what is wrong with the value of an option, if anything"
+    "Return the allowed range of an option if `value` is outside it"
     if option in _AT_LEAST:
         return _wrong_integer(option, value)
     if option in _POSITIVE or option in _SHARES:
@@ -81,8 +81,8 @@ def _wrong_value(option, value):
 
 # %% ../../nbs/620_generation.constraints.ipynb #6e26a46b
 @functools.cache
-def known_options() -> set: # Names
-    "List the options of transformers' `GenerationConfig` that can be passed"
+def known_options() -> set: # Names of options
+    "Return the options of transformers' `GenerationConfig` that `generate` accepts"
     from transformers import GenerationConfig
     own = {'transformers_version', 'bad_words_ids', 'stop_strings', 'return_dict_in_generate'}
     return {name for name in vars(GenerationConfig()) if not name.startswith('_')} - own
@@ -100,7 +100,7 @@ def _check_values(options):
 
 # %% ../../nbs/620_generation.constraints.ipynb #5dc56b0d
 def _contradictions(options):
-    "Yield `(what must hold, options that break it)` for each contradiction"
+    "Yield, for each contradiction, the rule and the options that break it"
     def get(name, default=None): return default if options.get(name) is None else options[name]
     n_beams = get('num_beams', 1)
     n_texts = get('num_return_sequences', 1)
@@ -123,7 +123,7 @@ def _check_together(options):
 
 # %% ../../nbs/620_generation.constraints.ipynb #984f0dd1
 def _settle(config, options):
-    "Switch sampling on where it is meant, remove options without effect, and let transformers check the rest"
+    "Switch sampling on if the options need it, remove those without effect, and validate the configuration"
     one_beam = (options.get('num_beams') or 1) == 1
     idle = [name for name in ('early_stopping', 'length_penalty') if one_beam and options.get(name)]
     if idle:
@@ -141,10 +141,10 @@ def _settle(config, options):
 
 # %% ../../nbs/620_generation.constraints.ipynb #837b2306
 def make_generation_config(
-    base=None, # A `GenerationConfig` to start from
-    **options # Options to set; `None` leaves one unchanged
+    base=None, # A `GenerationConfig` with defaults
+    **options # Options to set; `None` keeps the default
 ):
-    "Make a checked `GenerationConfig`; any option of sampling switches sampling on"
+    "Create a `GenerationConfig` and check it; any sampling option switches sampling on"
     from transformers import GenerationConfig
     if base is not None and not isinstance(base, GenerationConfig):
         raise FastaiTLError('`generation_config` must be a GenerationConfig of transformers',
@@ -152,7 +152,7 @@ def make_generation_config(
     options = {name: value for name, value in options.items() if value is not None}
     _check_values(options)
     config = GenerationConfig() if base is None else copy.deepcopy(base)
-    # a length that is passed replaces the other kind of length in `base`
+    # a length in `options` replaces both kinds of length in `base`
     if 'max_new_tokens' in options and 'max_length' not in options:
         config.max_length = None
     if 'max_length' in options and 'max_new_tokens' not in options:
@@ -171,9 +171,9 @@ _SAFE_WITH_PADDING = {
     'output_scores', 'output_logits', 'cache_implementation'}
 
 def needs_equal_lengths(
-    *configs # `GenerationConfig`s: that of the call and that of the model
+    *configs # The `GenerationConfig` of the call and that of the model
 ) -> bool:
-    "Return whether an option would see the padding on the left of a prompt"
+    "Return whether any option would be affected by the padding of a prompt"
     def is_on(name, value):
         off = 1. if name == 'repetition_penalty' else False # False == 0
         return value is not None and value != off
@@ -182,7 +182,7 @@ def needs_equal_lengths(
 
 # %% ../../nbs/620_generation.constraints.ipynb #5e6970c6
 def _check_phrases(words, what):
-    "Return a word or several as a list"
+    "Return one or more words as a list, after checking them"
     words = listify(words)
     if any(not isinstance(w, str) or not w.strip() for w in words):
         raise FastaiTLError(f'`{what}` must be words or phrases', repr(words))
@@ -190,28 +190,28 @@ def _check_phrases(words, what):
 
 def bad_word_ids(
     adapter, # Tokenizer adapter of the model
-    words # A word or phrase, or several
-) -> list|None: # For the option `bad_words_ids` of transformers
-    "List the ways to write each of `words` as token ids"
+    words # A word or phrase, or a list of them
+) -> list|None: # Value for the option `bad_words_ids` of transformers
+    "Return the token ids of all forms of the given words"
     return [ids for w in _check_phrases(words, 'bad_words') for ids in adapter.encode_word(w)] or None
 
 # %% ../../nbs/620_generation.constraints.ipynb #12b5b651
 def _contains(ids, way):
-    "Return whether the token ids `way` follow each other somewhere in `ids`"
+    "Return whether `ids` contains the sequence of token ids `way`"
     return any(ids[i:i + len(way)] == way for i in range(len(ids) - len(way) + 1))
 
 def _n_begun(ids, way):
-    "Count the first token ids of `way` that are at the end of `ids`"
+    "Return how many of the first token ids of `way` are at the end of `ids`"
     return next((k for k in range(min(len(way) - 1, len(ids)), 0, -1) if ids[-k:] == way[:k]), 0)
 
 # %% ../../nbs/620_generation.constraints.ipynb #7668dd85
 class RequiredWords:
-    "A logits processor that makes texts contain certain words"
+    "A logits processor that makes sure that texts contain the required words"
     def __init__(self,
         adapter, # Tokenizer adapter of the model
-        words, # A word or phrase, or several
+        words, # A word or phrase, or a list of them
         eos_ids=(), # Ids of the tokens that end a text
-        strength:float=5. # Added to the logit of a missing word when the length is used up
+        strength:float=5. # Added to the logits of a missing word; reached when the length is used up
     ):
         self.words = _check_phrases(words, 'required_words')
         self.ways = [adapter.encode_word(w) for w in self.words]
@@ -221,14 +221,14 @@ class RequiredWords:
         self.eos_ids = list(eos_ids)
         self.strength = strength
         self.start = 0 # where the generated part of a row starts
-        self.max_new = None # tokens that can be written at most
+        self.max_new = None # maximum number of tokens to generate
         self.length = sum(len(ways[0]) for ways in self.ways)
 
     def __call__(self,
-        input_ids, # Prompts and what was written, (texts, steps)
+        input_ids, # Prompts and generated tokens, (texts, steps)
         scores # Logits, (texts, vocabulary)
     ): # Logits, (texts, vocabulary)
-        "Make the missing words more likely"
+        "Return logits that make the missing words more likely"
         scores = scores.clone()
         for row, ids in zip(scores, input_ids[:, self.start:].tolist()):
             missing = [ways[0] for ways in self.ways if not any(_contains(ids, way) for way in ways)]
@@ -240,7 +240,7 @@ class RequiredWords:
         "Change the logits of one text in place"
         n_begun = [_n_begun(ids, way) for way in missing]
         room = self.max_new - len(ids)
-        if room <= sum(map(len, missing)): # just enough room, even if the word that is begun has to start again
+        if room <= sum(map(len, missing)): # just enough, even if a word that has begun must start again
             best = max(range(len(missing)), key=lambda i: n_begun[i])
             self._force(row, missing[best][n_begun[best]])
             return
@@ -249,48 +249,48 @@ class RequiredWords:
         row[list(following)] += self.strength * len(ids) / self.max_new
 
     def _force(self, row, token):
-        "Leave only one token possible"
+        "Make all tokens but one impossible"
         logit = row[token].clone()
         row[:] = -float('inf')
         row[token] = logit if logit > -float('inf') else 0.
 
 # %% ../../nbs/620_generation.constraints.ipynb #2d808355
 class StopStrings:
-    "A stopping criterion: the text contains one of several strings"
+    "A stopping criterion that ends a text when it contains one of several strings"
     def __init__(self,
         adapter, # Tokenizer adapter of the model
-        strings # A string, or several
+        strings # A string or a list of strings
     ):
         self.adapter = adapter
         self.strings = listify(strings)
         self.start = 0 # where the generated part of a row starts
         if any(not isinstance(s, str) or not s for s in self.strings):
             raise FastaiTLError('`stop_strings` must be strings with some characters', repr(strings))
-        self.last = 4*max(map(len, self.strings)) + 8 # a character can be four tokens
+        self.last = 4*max(map(len, self.strings)) + 8 # a character can take four tokens
 
     def found(self,
-        text:str # What was written
+        text:str # The generated text
     ) -> bool:
         "Return whether `text` contains one of the strings"
         return any(s in text for s in self.strings)
 
     def __call__(self,
-        input_ids, # Prompts and what was written, (texts, steps)
+        input_ids, # Prompts and generated tokens, (texts, steps)
         scores, # Not used
         **kwargs # Not used
-    ): # A boolean for each text
+    ): # One boolean for each text
         "Return whether each text has ended"
         ends = [self.adapter.decode(ids[-self.last:]) for ids in input_ids[:, self.start:].tolist()]
         return torch.tensor([self.found(end) for end in ends], device=input_ids.device)
 
 # %% ../../nbs/620_generation.constraints.ipynb #ed4ca672
 def cut_text(
-    ids:list, # Token ids that were written
+    ids:list, # Generated token ids
     eos_ids=(), # Ids of the tokens that end a text
     stop:StopStrings|None=None, # Strings that end a text
-    pad_id=None # Id that fills a row whose text has ended before the others
+    pad_id=None # Padding id, which fills a row whose text ended before the others
 ) -> tuple: # Token ids of the text, and why it ended: `end`, `stop` or `length`
-    "Cut what was written at its end"
+    "Cut off everything after the end of a generated text"
     end = next((i for i, token in enumerate(ids) if token in eos_ids), None)
     why = 'length' if end is None else 'end'
     ids = ids[:end]

@@ -1,4 +1,4 @@
-"""From a Learner, a model, a folder or a name to a language model with its tokenizer
+"""Get a language model and its tokenizer from a Learner, a model, a folder or a name
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.language_model.html.md"""
 
@@ -23,7 +23,7 @@ from ..models.third_party import text_parts
 # %% ../../nbs/605_generation.language_model.ipynb #75593c73
 @dataclass
 class TextModel:
-    "A language model that is ready to use: the model, the adapter of its tokenizer, and its task"
+    "A language model that is ready to use, with the adapter of its tokenizer and its task"
     model:torch.nn.Module # The AWD_LSTM language model, or the `PreTrainedModel`
     adapter:object # A `FastaiTokenizerAdapter` or an `HFTokenizerAdapter`
     task:str # `causal_lm`, `masked_lm` or `seq2seq`
@@ -31,15 +31,15 @@ class TextModel:
 
     @property
     def is_awd_lstm(self):
-        "Whether the model is an AWD_LSTM"
+        "Return whether the model is an AWD_LSTM"
         return self.family == 'fastai'
     @property
     def device(self):
-        "The device of the model"
+        "Return the device of the model"
         return next(self.model.parameters()).device
     @property
     def max_positions(self):
-        "The longest text that the model reads at once, in tokens; `None` if there is no limit"
+        "Return the maximum number of tokens that the model reads at once; `None` if there is no limit"
         return None if self.is_awd_lstm else max_positions(self.model, configured=True)
 
 # %% ../../nbs/605_generation.language_model.ipynb #909e5d03
@@ -72,21 +72,21 @@ def _is_hf_tokenizer(o):
     return callable(getattr(o, 'convert_ids_to_tokens', None))
 
 def _tokenizer_and_rules(learn, tokenizer):
-    "Find the Hugging Face tokenizer of a Learner, unless one is given, and the rules of its texts"
+    "Return the given tokenizer or else that of the Learner, and the text rules of the Learner"
     own = getattr(learn, 'tokenizer', None)
     if tokenizer is None and _is_hf_tokenizer(own):
         tokenizer = own
     try:
         parts = text_parts(learn)
-    except FastaiTLError: # data that no tokenizer is known for
+    except FastaiTLError: # the data have no known tokenizer
         parts = None
-    if parts is None or not _is_hf_tokenizer(parts.tokenizer): # data of another model tell nothing about this one
+    if parts is None or not _is_hf_tokenizer(parts.tokenizer): # data of a different model
         return tokenizer, ()
     return tokenizer or parts.tokenizer, parts.rules
 
 # %% ../../nbs/605_generation.language_model.ipynb #ffe13c69
 def _from_hf(hf, learn, tokenizer):
-    "Wrap a Hugging Face language model, with the tokenizer and the rules of its Learner if it has one"
+    "Make a `TextModel` from a Hugging Face language model and, if there is one, its Learner"
     task = _hf_task(hf)
     if task is None:
         raise _not_a_lm(hf)
@@ -100,7 +100,7 @@ def _from_hf(hf, learn, tokenizer):
     return TextModel(hf, HFTokenizerAdapter(tokenizer, hf.config, rules), task)
 
 def _from_awd_lstm(learn):
-    "Take the AWD_LSTM language model out of a Learner"
+    "Make a `TextModel` from a Learner with an AWD_LSTM"
     def is_lm(m): return isinstance(m, torch.nn.Sequential) and len(m) and isinstance(m[0], AWD_LSTM)
     model = next((m for m in learn.model.modules() if is_lm(m)), None)
     if model is None:
@@ -109,7 +109,7 @@ def _from_awd_lstm(learn):
 
 # %% ../../nbs/605_generation.language_model.ipynb #cc980add
 def _load(name, tokenizer):
-    "Load a language model of transformers and its tokenizer, by folder or name"
+    "Load a transformers language model and its tokenizer by name or from a folder"
     import transformers
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -130,7 +130,7 @@ def _from_encoder(enc):
     sizes = {k: enc.config[k] for k in ('emb_sz', 'n_hid', 'n_layers')}
     model = get_language_model(AWD_LSTM, len(enc.vocab), config={**awd_lstm_lm_config, **sizes})
     enc.into(model, enc.vocab)
-    # also the rows of `xxfake`, because they take part in the softmax
+    # includes the rows of `xxfake`, because they are part of the softmax
     model[0].encoder.weight.data.copy_(enc.weights['encoder.weight'])
     model[1].decoder.bias.data.copy_(enc.decoder_bias)
     return TextModel(model, FastaiTokenizerAdapter.from_encoder(enc), 'causal_lm', 'fastai')
@@ -138,9 +138,9 @@ def _from_encoder(enc):
 # %% ../../nbs/605_generation.language_model.ipynb #de9ac036
 def text_model(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, a `TextModel`, or the folder or name of a model
-    tokenizer=None # Tokenizer of a Hugging Face model; `None`: that of the Learner or of the folder
+    tokenizer=None # Tokenizer of a Hugging Face model; `None`: the one of the Learner or in the folder
 ) -> TextModel:
-    "Find the language model and its tokenizer in whatever holds them"
+    "Return the language model and its tokenizer for any of these objects"
     if isinstance(model_or_name, TextModel):
         return model_or_name
     if isinstance(model_or_name, Encoder):

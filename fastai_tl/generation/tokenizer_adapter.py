@@ -1,4 +1,4 @@
-"""From text to token ids and back, with one interface for fastai vocabularies and Hugging Face tokenizers
+"""Convert text to token ids and back, with one interface for fastai vocabularies and Hugging Face tokenizers
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.tokenizer_adapter.html.md"""
 
@@ -21,7 +21,7 @@ from ..models.third_party import text_parts
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #b37cc7dc
 def _merge_subwords(tokens):
-    "Return words, each with the indexes of the subword tokens that it is made of"
+    "Return the words, each with the indexes of its subword tokens"
     words = []
     for i, token in enumerate(tokens):
         if token.startswith('▁') or not words:
@@ -33,20 +33,20 @@ def _merge_subwords(tokens):
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #ea86613e
 def _tokenize_with(tokenizer, rules):
-    "Return a function from a text to its tokens"
+    "Return a function that splits a text into tokens"
     before = compose(*rules)
-    # a tokenizer that can decode marks spaces itself
+    # a tokenizer with `decode` marks spaces itself
     after = compose(*([] if hasattr(tokenizer, 'decode') else defaults.text_postproc_rules))
     return lambda text: [after(token) for token in first(tokenizer([before(text)]))]
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #db5f5d52
 class FastaiTokenizerAdapter:
-    "Texts as token ids of a fastai vocabulary, and back"
+    "Converts texts to token ids of a fastai vocabulary and back"
     def __init__(self,
-        vocab:list, # Token of each id
-        tokenize, # Function from a text to its tokens
+        vocab:list, # The token of each id
+        tokenize, # Function that splits a text into tokens
         backwards:bool=False, # Whether the model reads from right to left
-        marked:bool=False # Whether tokens mark spaces as in `data.chinese`
+        marked:bool=False # Whether the tokens mark spaces, as those of `data.chinese` do
     ):
         self.vocab = list(vocab)
         self.tokenize = tokenize
@@ -58,7 +58,7 @@ class FastaiTokenizerAdapter:
         self.bos_id = first(self._ids_of(BOS))
         self.unk_id = first(self._ids_of(UNK))
         self.pad_id = first(self._ids_of(PAD))
-        # training texts follow each other: where the next one starts, this one has ended
+        # training texts are concatenated, so a text ends where the next one starts
         self.eos_ids = self._ids_of(BOS, EOS)
         self.never = self._ids_of(UNK, PAD, FLD) + [i for i, w in enumerate(self.vocab) if w == 'xxfake']
         if self.unk_id is None:
@@ -68,21 +68,21 @@ class FastaiTokenizerAdapter:
         return [self.o2i[mark + t] for t in tokens for mark in ('', '▁') if mark + t in self.o2i]
 
     def numericalize(self,
-        tokens # Tokens of the tokenizer
+        tokens # Tokens from the tokenizer
     ) -> list:
-        "Return the ids of tokens"
+        "Return the id of each token"
         return [self.o2i.get(t, self.unk_id) for t in tokens]
 
     def to_tokens(self,
         ids # Token ids
     ) -> list:
-        "Return the tokens of ids"
+        "Return the token of each id"
         return [self.vocab[i] for i in ids]
 
     def encode(self,
-        text:str # Any text; an empty one stands for the beginning of a text
+        text:str # Any text; an empty string gives the token for the beginning of a text
     ) -> list: # Token ids in the order in which the model reads them
-        "Encode a text as the model reads it"
+        "Return the token ids of a text, as the model reads them"
         ids = self.numericalize(self.tokenize(text) if text.strip() else [BOS])
         if not self.backwards:
             return ids
@@ -90,14 +90,14 @@ class FastaiTokenizerAdapter:
 
     def encode_spans(self,
         text:str # Any text
-    ) -> tuple: # Token ids, and `None`: fastai's tokenizers do not report where a token is in the text
-        "Encode a text as the model reads it, with the place of each token"
+    ) -> tuple: # Token ids, and `None`, because fastai's tokenizers do not report positions
+        "Return the token ids of a text, as the model reads them, and the position of each token in the text"
         return self.encode(text), None
 
     def encode_word(self,
         word:str # A word or a phrase
-    ) -> list: # Lists of token ids, each one way to write it; empty if a part of it is unknown
-        "List the ways in which the model can write a word: with its capitals, and in lower case"
+    ) -> list: # One list of token ids for each spelling; empty if a part of the word is unknown
+        "Return the token ids of a word as it is spelled, and in lower case"
         marks = self.numericalize([TK_MAJ, TK_UP])
         cased = [i for i in self.encode(word) if i != self.bos_id]
         plain = [i for i in cased if i == self.unk_id or i not in marks]
@@ -107,8 +107,8 @@ class FastaiTokenizerAdapter:
 
     def word_groups(self,
         ids # Token ids in the order in which the model reads them
-    ) -> list: # `(word, indexes into ids)` in reading order of the text
-        "Return the words of a text, each with the token ids that it is made of"
+    ) -> list: # Pairs of a word and indexes into `ids`, in the order of the text
+        "Return the words of a text, each with the indexes of its token ids"
         tokens = [self.vocab[int(i)] for i in (reversed(list(ids)) if self.backwards else ids)]
         parts = _merge_subwords(tokens) if self.subword else [(t, [i]) for i, t in enumerate(tokens)]
         words = undo_rules([t for t, _ in parts], self.space)
@@ -124,10 +124,10 @@ class FastaiTokenizerAdapter:
         return self.join(w for w, _ in self.word_groups(ids))
 
     def complete(self,
-        prompt_ids, # Token ids that the model has read
-        ids # Token ids that it has written
-    ) -> str: # What to put after the prompt (before it if the model reads backwards)
-        "Return the text of the completion, with the space that belongs between it and the prompt"
+        prompt_ids, # Token ids of the prompt
+        ids # Token ids that the model generated
+    ) -> str: # The text to put after the prompt, or before it for a backward model
+        "Return the text of the completion, including any space between it and the prompt"
         prompt = self.decode(prompt_ids)
         whole = self.decode([*prompt_ids, *ids])
         if self.backwards:
@@ -138,7 +138,7 @@ class FastaiTokenizerAdapter:
     def from_dls(cls,
         dls:DataLoaders # DataLoaders of a fastai language model
     ) -> 'FastaiTokenizerAdapter':
-        "Make the adapter of DataLoaders"
+        "Create the adapter for DataLoaders"
         parts = text_parts(dls)
         if parts.vocab is None:
             raise DataError('The DataLoaders must be those of an AWD_LSTM', 'a Hugging Face tokenizer',
@@ -150,7 +150,7 @@ class FastaiTokenizerAdapter:
     def from_encoder(cls,
         enc:Encoder # An encoder with the settings of its tokenizer
     ) -> 'FastaiTokenizerAdapter':
-        "Make the adapter of a saved encoder"
+        "Create the adapter for a saved encoder"
         tokenizer, rules = tools_from_settings(enc.tokenizer)
         return cls(enc.vocab, _tokenize_with(tokenizer, rules), enc.backwards, hasattr(tokenizer, 'decode'))
 
@@ -162,7 +162,7 @@ def _first_given(*values):
     return first(v for v in values if v is not None)
 
 def _prompt_length(special):
-    "Count the tokens without the special tokens at the end; one if there are only special tokens"
+    "Return the number of tokens before the special tokens at the end, or 1 if all tokens are special"
     if special and all(special):
         return 1
     n = len(special)
@@ -172,14 +172,14 @@ def _prompt_length(special):
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #780e67cb
 class HFTokenizerAdapter:
-    "Texts as token ids of a Hugging Face tokenizer, and back"
+    "Converts texts to token ids of a Hugging Face tokenizer and back"
     backwards = False
     never = ()
-    join = staticmethod(''.join) # of the pieces of `word_groups`, which have their spaces
+    join = staticmethod(''.join) # the pieces from `word_groups` include their spaces
     def __init__(self,
-        tokenizer, # A tokenizer of transformers
-        config=None, # Configuration of the model, for special tokens that the tokenizer does not define
-        rules=() # Functions from string to string, applied to each text first
+        tokenizer, # A transformers tokenizer
+        config=None, # Configuration of the model, used if the tokenizer does not define a special token
+        rules=() # Functions from string to string that are applied to each text before tokenizing
     ):
         if not hasattr(tokenizer, 'convert_ids_to_tokens'):
             raise FastaiTLError('A tokenizer of transformers is needed', f'a {type(tokenizer).__name__}',
@@ -194,25 +194,25 @@ class HFTokenizerAdapter:
         self.unk_id = tokenizer.unk_token_id
         self.pad_id = _first_given(tokenizer.pad_token_id, getattr(config, 'pad_token_id', None), *self.eos_ids[:1], 0)
         ids = tokenizer('天天', add_special_tokens=False)['input_ids']
-        self.spaced = ' ' in tokenizer.decode(ids).strip() # BERT's tokenizer decodes Chinese with spaces
+        self.spaced = ' ' in tokenizer.decode(ids).strip() # BERT's tokenizer puts spaces between Chinese characters
 
     def to_tokens(self,
         ids # Token ids
     ) -> list:
-        "Return the tokens of ids"
+        "Return the token of each id"
         return self.tokenizer.convert_ids_to_tokens(ids)
 
     def read(self,
         text:str # Any text
     ) -> str:
-        "Apply the rules that the model was trained with"
+        "Apply the text rules that the model was trained with"
         return next(apply_rules(self.rules, [text]))
 
     def encode_spans(self,
         text:str, # Any text
         whole:bool=False # Whether to keep the special tokens at the end
-    ) -> tuple: # Token ids, and the `(start, end)` of each in the text; `None` if the tokenizer does not report it
-        "Encode a text as the model reads it, with the place of each token"
+    ) -> tuple: # Token ids, and `(start, end)` of each token in the text, or `None` if unknown
+        "Return the token ids of a text, as the model reads them, and the position of each token in the text"
         fast = getattr(self.tokenizer, 'is_fast', False)
         enc = self.tokenizer(text, truncation=False, return_special_tokens_mask=True, return_offsets_mapping=fast,
                              return_attention_mask=False, verbose=False)
@@ -222,8 +222,8 @@ class HFTokenizerAdapter:
 
     def encode_whole(self,
         text:str # Any text
-    ) -> tuple: # Special tokens before the text, ids of the text, special tokens after it, spans of the ids
-        "Encode a text with its whole template, as a masked model reads it"
+    ) -> tuple: # Special tokens before the text, ids of the text, special tokens after it, positions
+        "Return the token ids of a text with all special tokens, as a masked model reads them"
         ids, spans = self.encode_spans(text, whole=True)
         enc = self.tokenizer(text, truncation=False, return_special_tokens_mask=True, verbose=False)
         plain = [i for i, special in enumerate(enc['special_tokens_mask']) if not special]
@@ -231,17 +231,17 @@ class HFTokenizerAdapter:
         return ids[:start], ids[start:end], ids[end:], spans and spans[start:end]
 
     def encode(self,
-        text:str, # Any text; an empty one stands for the beginning of a text
+        text:str, # Any text; an empty string gives the token for the beginning of a text
         whole:bool=False # Whether to keep the special tokens at the end
     ) -> list: # Token ids
-        "Encode a text as the model reads it"
+        "Return the token ids of a text, as the model reads them"
         ids = self.encode_spans(self.read(text), whole)[0] if text else []
         return ids or listify(self.bos_id)
 
     def encode_word(self,
         word:str # A word or a phrase
-    ) -> list: # Lists of token ids, each one way to write it
-        "List the ways in which the model can write a word: inside a text, and at its beginning"
+    ) -> list: # One list of token ids for each form
+        "Return the token ids of a word inside a text, and at the beginning of a text"
         word = self.read(word)
         forms = [word] if _wide.match(word[:1]) else [' ' + word, word]
         ways = [self.tokenizer(form, add_special_tokens=False)['input_ids'] for form in forms]
@@ -255,23 +255,23 @@ class HFTokenizerAdapter:
         return re.sub(f'(?<={_wide.pattern}) (?={_wide.pattern})', '', text) if self.spaced else text
 
     def complete(self,
-        prompt_ids, # Token ids that the model has read
-        ids # Token ids that it has written
-    ) -> str: # What to put after the prompt
-        "Return the text of the completion, with the space that belongs between it and the prompt"
+        prompt_ids, # Token ids of the prompt
+        ids # Token ids that the model generated
+    ) -> str: # The text to put after the prompt
+        "Return the text of the completion, including any space between it and the prompt"
         prompt = self.decode(prompt_ids)
         whole = self.decode([*prompt_ids, *ids])
         return whole[len(prompt):] if whole.startswith(prompt) else self.decode(ids)
 
     def word_groups(self,
         ids # Token ids
-    ) -> list: # `(piece of the text, indexes into ids)`
-        "Return the pieces of a text; tokens that are parts of one character form one piece"
+    ) -> list: # Pairs of a piece of the text and indexes into `ids`
+        "Return the pieces of a text; the tokens of one character form one piece"
         return list(_complete_pieces(self, ids))
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #16b7320b
 def _complete_pieces(adapter, ids):
-    "Yield `(piece of the text, indexes into ids)`; bytes wait, at most eight, until they form a character"
+    "Yield pairs of a piece and indexes into `ids`; at most eight tokens are joined until a character is complete"
     start = 0
     for i in range(len(ids)):
         piece = adapter.complete(ids[:start], ids[start:i + 1])
