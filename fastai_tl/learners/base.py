@@ -1,4 +1,4 @@
-"""What all Learners of Hugging Face models share: how they are made, mixed precision, and saving the encoder
+"""The base class of the Hugging Face Learners: how a Learner is made, mixed precision, and saving and loading the encoder
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.base.html.md"""
 
@@ -20,22 +20,22 @@ from ..tune.optimizer import LayerwiseOptimizer
 
 # %% ../../nbs/500_learners.base.ipynb #773e1be7
 class HFLearner(Learner):
-    "A fastai Learner of a Hugging Face model"
+    "A fastai Learner for a Hugging Face model"
     @property
     def tokenizer(self):
-        "The tokenizer of the texts"
+        "Return the tokenizer of the DataLoaders"
         return self.dls.tokenizer
 
     def to_bf16(self,
-        **kwargs # More for `AutocastPrecision`
+        **kwargs # Passed to `AutocastPrecision`
     ) -> 'HFLearner': # The Learner itself
-        "Compute in bfloat16 by autocast, on a CPU too"
+        "Use bfloat16 autocast, on a CPU as well"
         return self.to_fp32().add_cb(AutocastPrecision('bf16', **kwargs))
 
     def to_fp16(self,
-        **kwargs # More for `AutocastPrecision`
+        **kwargs # Passed to `AutocastPrecision`
     ) -> 'HFLearner': # The Learner itself
-        "Compute in float16 by autocast, with a scaled loss"
+        "Use float16 autocast with loss scaling"
         return self.to_fp32().add_cb(AutocastPrecision('fp16', **kwargs))
 
     def save_encoder(self,
@@ -46,8 +46,8 @@ class HFLearner(Learner):
         return encoder.save(join_path_file(file, self.path/self.model_dir, ext='.safetensors'))
 
     def load_encoder(self,
-        file:str, # A file that `save_encoder` wrote
-        verbose:bool=True # Print which weights were found and which are new
+        file:str, # File that `save_encoder` has written
+        verbose:bool=True # Print which weights were loaded and which are new
     ) -> 'HFLearner': # The Learner itself
         "Load the body that another Learner saved"
         encoder = HFEncoder.load(join_path_file(file, self.path/self.model_dir, ext='.safetensors'))
@@ -63,15 +63,15 @@ _LOADING = [name for name, p in inspect.signature(load_hf).parameters.items()
 
 def make_learner(
     dls, # DataLoaders with a tokenizer
-    model, # What `load_hf` takes
-    task, # Head of the model
+    model, # Any model that `load_hf` accepts
+    task, # Task, which decides the head of the model
     cls=HFLearner, # Class of the Learner
     classes=None, # Names of the classes
     n_out=None, # Number of outputs, if there are no classes
-    model_kwargs=None, # More for `from_pretrained`
+    model_kwargs=None, # Passed to `from_pretrained`
     lr=None, # Learning rate; `default_lr` if `None`
-    splitter=None, # Splitter of the layer groups; `layer_splitter()` if `None`
-    **kwargs # More for `load_hf` and for `Learner`
+    splitter=None, # Function that splits the model into layer groups; `layer_splitter()` if `None`
+    **kwargs # Passed to `load_hf` or `Learner`
 ):
     "Load `model` for `task`, check that it fits the data, and make a Learner of class `cls`"
     loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}

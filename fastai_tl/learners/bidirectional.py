@@ -20,16 +20,16 @@ from ..models.third_party import spec_of
 # %% ../../nbs/530_learners.bidirectional.ipynb #9f4afbfb
 def text_items(
     texts # `TokenizedTexts`
-) -> list: # What a classifier's `test_dl` takes
-    "Make unlabelled items of tokenized texts, so that they are not tokenized again"
+) -> list: # Items for the `test_dl` of a classifier
+    "Make unlabelled items from tokenized texts, so that `test_dl` does not tokenize them again"
     return [[texts[i], None] for i in range(len(texts))]
 
 # %% ../../nbs/530_learners.bidirectional.ipynb #f37a7658
 class BidirectionalLearner:
     "Two classifiers, one for each direction, whose probabilities are averaged"
     def __init__(self,
-        forward:Learner, # Reads from left to right
-        backward:Learner # Reads from right to left
+        forward:Learner, # Learner of the classifier that reads from left to right
+        backward:Learner # Learner of the classifier that reads from right to left
     ):
         classes = [spec_of(learn.dls).classes for learn in (forward, backward)]
         if classes[0] != classes[1]:
@@ -39,33 +39,33 @@ class BidirectionalLearner:
 
     @property
     def learners(self):
-        "Both Learners"
+        "Return both Learners"
         return L(self.forward, self.backward)
     @property
     def dls(self):
-        "The forward classifier's DataLoaders, for their vocabulary and rows"
+        "Return the DataLoaders of the forward classifier"
         return self.forward.dls
     @property
     def loss_func(self):
-        "The forward classifier's loss function"
+        "Return the loss function of the forward classifier"
         return self.forward.loss_func
     @property
     def classes(self):
-        "Names of the classes, or `None` for a regression"
+        "Return the names of the classes, or `None` for a regression"
         return spec_of(self.dls).classes
 
     def __repr__(self):
         return f'BidirectionalLearner(classes={self.classes})'
 
     def no_bar(self):
-        "Return a context without progress bars, as a Learner's; there are none here"
+        "Return a context that does nothing, because this class shows no progress bars"
         return nullcontext(self)
 
     def get_preds(self,
         ds_idx:int=1, # 0 for training rows, 1 for validation rows
-        items=None, # Texts, or `text_items`, to predict instead
+        items=None, # New texts, or the result of `text_items`, to predict instead of these rows
         with_loss:bool=False # Also return the loss of each row
-    ) -> tuple: # Averaged probabilities (rows, classes), targets or `None`, and losses
+    ) -> tuple: # Averaged probabilities (rows, classes), targets or `None`, and losses if `with_loss`
         "Average the probabilities of both models, in the order of the rows"
         (forward, y), (backward, _) = [self._preds_of(learn, ds_idx, items) for learn in self.learners]
         probs = (forward+backward)/2
@@ -77,7 +77,7 @@ class BidirectionalLearner:
             return learn.get_preds(ds_idx=ds_idx, dl=dl)
 
     def _scores(self, probs):
-        "Scores that the activation of the loss function turns into `probs`"
+        "Return scores that the activation of the loss function turns into `probs`"
         task = spec_of(self.forward).task
         if task == 'regression':
             return probs
@@ -94,8 +94,8 @@ class BidirectionalLearner:
 
     def validate(self,
         ds_idx:int=1 # 0 for training rows, 1 for validation rows
-    ) -> L: # Loss and metrics, as a Learner's `validate`
-        "Compute the loss and the forward Learner's metrics of the averaged probabilities"
+    ) -> L: # Loss and metrics, as `Learner.validate` returns them
+        "Compute the loss and the metrics of the forward Learner from the averaged probabilities"
         probs, y = self.get_preds(ds_idx)
         batch = SimpleNamespace(pred=self._scores(probs), y=y, yb=(y,), xb=(),
                                 to_detach=lambda b, *args, **kwargs: b.detach().cpu())
@@ -109,7 +109,7 @@ class BidirectionalLearner:
     def predict(self,
         text:str # One text
     ) -> tuple: # Decoded label, its index (or indicators), probabilities
-        "Predict one text, as a Learner's `predict`"
+        "Predict one text, as `Learner.predict` does"
         probs = self.get_preds(items=[text])[0][0]
         if self.classes is None:
             return probs.tolist(), probs, probs

@@ -34,12 +34,12 @@ def awd_classifier_learner(
     dls:DataLoaders, # From `classifier_dls`
     task:str, # `classification`, `multilabel` or `regression`
     n_out:int, # Number of outputs
-    config:dict, # Sizes: `emb_sz`, `n_hid`, `n_layers`
-    seq_len:int=72, # Tokens of backpropagation through time
+    config:dict, # Sizes of the model: `emb_sz`, `n_hid`, `n_layers`
+    seq_len:int=72, # Number of tokens for backpropagation through time
     drop_mult:float=.5, # Multiplier on all dropouts
-    y_range:tuple|None=None, # Lowest and highest value of a regression
-    metrics=None, # fastai metrics; accuracy or root mean square error if `None`
-    **kwargs # More for `TextLearner`
+    y_range:tuple|None=None, # Lowest and highest prediction of a regression model
+    metrics=None, # fastai metrics; accuracy, or root mean squared error for a regression, if `None`
+    **kwargs # Passed to `TextLearner`
 ) -> TextLearner:
     "Make a Learner that classifies texts with an AWD_LSTM"
     config = merge(awd_lstm_clas_config, config)
@@ -52,11 +52,11 @@ def awd_classifier_learner(
 
 # %% ../../nbs/505_learners.classification.ipynb #e92c9c74
 def _targets(dls):
-    "Targets of the training rows"
+    "Return the targets of the training rows"
     return [y for *_, y in (dls.train_ds[i] for i in range(len(dls.train_ds)))]
 
 def _given_weights(given, vocab, n):
-    "A tensor from a list of weights, or from a dictionary by class"
+    "Make a tensor from a list of weights, or from a dictionary that maps classes to weights"
     if len(given) != n:
         raise DataError(f'`class_weights` needs a number for each of the {n} classes', f'{len(given)} numbers')
     weights = [given[c] for c in vocab] if isinstance(given, dict) else list(given)
@@ -72,7 +72,7 @@ def _balanced_weights(dls, task, n):
 
 # %% ../../nbs/505_learners.classification.ipynb #be4812d4
 def _class_weights(dls, task, given):
-    "Weights of the classes as a tensor"
+    "Return the class weights as a tensor"
     if task == 'regression':
         raise FastaiTLError('Class weights need classes', 'a regression')
     if not isinstance(given, str):
@@ -83,7 +83,7 @@ def _class_weights(dls, task, given):
     return _balanced_weights(dls, task, get_c(dls))
 
 def _loss_func(dls, task, class_weights):
-    "The loss of a task, with the weights of the classes if there are any"
+    "Return the loss function of a task, with class weights if there are any"
     if class_weights is None:
         return _LOSSES[task]()
     weights = _class_weights(dls, task, class_weights)
@@ -97,13 +97,13 @@ def _hf_metrics(task):
 
 def hf_classifier_learner(
     dls:DataLoaders, # From `HFTextDataLoaders`, or from a `DataBlock` with an `HFTextBlock`
-    model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
-    metrics=None, # fastai metrics; accuracy and macro F1, or root mean square error, if `None`
-    class_weights=None, # Weights of the classes in the loss: `balanced`, a list, or a dictionary
-    loss_func=None, # Cross-entropy, binary cross-entropy or mean square error, by the task, if `None`
-    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
+    metrics=None, # fastai metrics; if `None`, accuracy and macro F1, or root mean squared error for a regression
+    class_weights=None, # Class weights for the loss: `balanced`, a list, or a dictionary from class to weight
+    loss_func=None, # If `None`, cross-entropy, binary cross-entropy or mean squared error, depending on the task
+    **kwargs # Passed to `load_hf` (`peft_config`, …) or `Learner`; `model_kwargs` goes to `from_pretrained`
 ) -> HFLearner:
-    "Make a Learner that classifies texts, with one label or several, or predicts a value"
+    "Make a Learner for classification with one or several labels per text, or for regression"
     task = spec_of(dls).task
     if task not in CLASSIFICATION_TASKS:
         raise DataError('The data must be made for a classifier', f'data for {task}',
