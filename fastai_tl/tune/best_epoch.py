@@ -16,10 +16,10 @@ from .unfreezing import recorded_values
 # %% ../../nbs/420_tune.best_epoch.ipynb #2744c2a2
 class BestEpoch(Callback):
     "Restore the weights of the epoch with the lowest validation loss at the end of a fit"
-    order = 60 # after the Recorder, which has the loss
+    order = 60 # after the Recorder, which records the loss
 
     def __init__(self,
-        device='cpu' # Device on which the weights are kept
+        device='cpu' # Device where the best weights are kept
     ):
         self.where = device
         self._forget()
@@ -28,20 +28,20 @@ class BestEpoch(Callback):
         self.best_loss = math.inf
         self.best_at = None # the epoch, counted from 0
         self._kept = None # its weights
-        self._trained = False # whether the current epoch was trained, not skipped by a resumed fit
+        self._trained = False # whether the epoch was trained; a resumed fit skips finished epochs
 
     def before_fit(self):
-        "Forget earlier fits"
+        "Reset the state from earlier fits"
         self.run = is_real_fit(self.learn)
         self._forget()
 
     def before_train(self):
-        "Remember that this epoch is trained"
+        "Mark this epoch as trained rather than skipped"
         self._trained = True
 
     def after_epoch(self):
         "Keep the weights if the loss is the lowest so far"
-        loss = recorded_values(self.recorder).get('valid_loss') # `None` without a validation
+        loss = recorded_values(self.recorder).get('valid_loss') # `None` if there is no validation
         if self._trained and loss is not None and loss < self.best_loss:
             self.best_loss = float(loss)
             self.best_at = self.epoch
@@ -54,16 +54,16 @@ class BestEpoch(Callback):
             self.model.load_state_dict(self._kept)
         self._kept = None
 
-    def state_dict(self) -> dict: # Loss and number of the best epoch, and its weights
-        "Return what a resumed fit needs"
+    def state_dict(self) -> dict: # Loss, number and weights of the best epoch
+        "Return the state that a resumed fit needs"
         is_latest = self._kept is not None and self.best_at == self.epoch
         kept = dict(self.model.state_dict()) if is_latest else self._kept
         return dict(best_loss=self.best_loss, best_at=self.best_at, kept=kept)
 
     def load_state_dict(self,
-        sd:dict # From `state_dict`
+        sd:dict # Result of `state_dict`
     ):
-        "Continue from a saved state"
+        "Restore a saved state"
         self.best_loss = sd['best_loss']
         self.best_at = sd['best_at']
         self._kept = sd['kept'] and {name: w.to(self.where) for name, w in sd['kept'].items()}

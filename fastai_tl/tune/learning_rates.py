@@ -1,4 +1,4 @@
-"""Discriminative learning rates, where the top layers learn fastest, and the default rate of each kind of fit
+"""Discriminative learning rates, with the highest rate for the top layers, and default rates for each fit method
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.learning_rates.html.md"""
 
@@ -21,10 +21,10 @@ from ..models.layer_groups import layer_splitter
 def discriminative_lrs(
     lr:float, # Learning rate of the top group
     n:int, # Number of layer groups
-    decay:float|None=None, # Factor between neighbouring groups (the paper's is 2.6); follows from `spread` if `None`
-    spread:float=2.6**4 # Ratio of the top rate to the bottom rate, used if `decay` is `None`
-) -> np.ndarray: # `n` rates, bottom to top
-    "Compute one rate per layer group: `lr / decay**k` for the k-th group below the top (ULMFiT, section 3.2)"
+    decay:float|None=None, # Factor between neighbouring groups (2.6 in the paper); `None` computes it from `spread`
+    spread:float=2.6**4 # Ratio of the highest to the lowest learning rate, used if `decay` is `None`
+) -> np.ndarray: # `n` learning rates, from bottom to top
+    "Compute one learning rate per layer group: `lr / decay**k` for the k-th group below the top (ULMFiT 3.2)"
     if n < 1:
         raise FastaiTLError('At least one layer group is needed', f'n={n}')
     if decay is None:
@@ -52,11 +52,11 @@ def _is_awd_lstm(model):
 
 # %% ../../nbs/405_tune.learning_rates.ipynb #1f12c5c5
 def default_lr(
-    model, # A PyTorch model, or what a Hugging Face model is made from: a name, a folder or a configuration
+    model, # A PyTorch model, or the name, folder or configuration of a Hugging Face model
     task:str='classification', # One of `TASKS`
-    fit:str='fit_one_cycle' # The method that trains: `fit_one_cycle`, `fit_gradual` or `fit_transfer`
-) -> float|None: # Learning rate of the top layer group; `None`: the Learner's own
-    "Look up the learning rate of a fit that is given none"
+    fit:str='fit_one_cycle' # The fit method: `fit_one_cycle`, `fit_gradual` or `fit_transfer`
+) -> float|None: # Learning rate of the top layer group, or `None` to use the Learner's
+    "Return the default learning rate for a model, a task and a fit method"
     if task not in TASKS:
         raise unknown_option('task', task, TASKS)
     if fit not in _FITS:
@@ -79,7 +79,7 @@ def _awd_lstm_lr(task, fit):
     return None
 
 def _transfer_lr(model, task):
-    "The measured rate, smaller for a model that is wider than the measured one"
+    "Return the measured learning rate, scaled down for models with a larger hidden size than the measured one"
     found = hf_models(model) if isinstance(model, nn.Module) else []
     if not found:
         return None
@@ -91,13 +91,13 @@ def _transfer_lr(model, task):
 def create_discriminative_optimizer(
     model:nn.Module, # Any PyTorch model
     base_lr:float=1e-3, # Learning rate of the top layer group
-    decay_factor:float|None=2.6, # Factor between neighbouring groups; `None`: see `discriminative_lrs`
-    weight_decay:float=.01, # Decoupled weight decay of everything except norms and biases
-    n_groups:int|None=None, # Merge neighbouring layers into this many groups; no merging if `None`
-    verbose:bool=True, # Print a line for each layer group
+    decay_factor:float|None=2.6, # Factor between neighbouring groups; `None` gives the default of `discriminative_lrs`
+    weight_decay:float=.01, # Decoupled weight decay of all parameters except norms and biases
+    n_groups:int|None=None, # Merge neighbouring layers into this many groups; `None` merges none
+    verbose:bool=True, # Print one line per layer group
     **kwargs # Passed to `torch.optim.AdamW`
 ) -> torch.optim.AdamW:
-    "Create an AdamW with one rate per layer group, highest at the top"
+    "Create an AdamW with one learning rate per layer group, highest at the top"
     layers = layer_splitter(n_groups).groups(model)
     rates = discriminative_lrs(base_lr, len(layers), decay=decay_factor)
     param_groups = []
@@ -108,7 +108,7 @@ def create_discriminative_optimizer(
     return torch.optim.AdamW(param_groups, **kwargs)
 
 def _param_groups(layer, lr, weight_decay):
-    "One parameter group for what is decayed in a layer group, one for its norms and biases"
+    "Return the parameter groups of one layer group: with weight decay, and without (norms and biases)"
     is_decayed = [kind not in ('norm', 'bias') for kind in layer.kinds]
     decayed = [p for p, yes in zip(layer.params, is_decayed) if yes]
     others = [p for p, yes in zip(layer.params, is_decayed) if not yes]

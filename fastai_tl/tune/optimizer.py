@@ -1,4 +1,4 @@
-"""One optimizer for layer groups and kinds of parameter: rates, weight decay and freezing that last through every fit
+"""One optimizer for layer groups and kinds of parameter, with settings that every fit keeps
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.optimizer.html.md"""
 
@@ -19,7 +19,7 @@ PARAM_KINDS = ('embedding', 'attention', 'ffn', 'recurrent', 'weight', 'norm', '
 _NO_DECAY = dict(norm=0, bias=0)
 
 def _param_lists(params):
-    "Lists of parameters, one for each layer group, from a splitter's result or from plain parameters"
+    "Return one list of parameters per layer group, from a splitter's result or from plain parameters"
     params = list(params)
     if params and isinstance(params[0], torch.Tensor):
         params = [params]
@@ -55,18 +55,18 @@ def _torch_optimizer(cls, groups, eps, kwargs):
 
 # %% ../../nbs/400_tune.optimizer.ipynb #6f2f3716
 class LayerwiseOptimizer(_BaseOptimizer):
-    "A PyTorch optimizer with rates and weight decays by layer group and by kind of parameter"
+    "A PyTorch optimizer with learning rates and weight decays by layer group and by kind of parameter"
     def __init__(self,
-        params, # Lists of parameters, one for each layer group, bottom to top: the result of a splitter
-        opt=torch.optim.AdamW, # A PyTorch optimizer class
-        lr:float=1e-3, # Learning rate, or a list with one for each group
+        params, # Result of a splitter: one list of parameters per layer group, from bottom to top
+        opt=torch.optim.AdamW, # PyTorch optimizer class
+        lr:float=1e-3, # Learning rate, or a list with one per layer group
         mom:float=.9, # Momentum (β1)
-        sqr_mom:float=.99, # Decay of the average of squared gradients (β2), if the optimizer has one
-        eps:float=1e-5, # Added to the denominator, if the optimizer is an Adam
-        wd:float=.01, # Decoupled weight decay, or a list with one for each group
-        lr_mults:dict|None=None, # Kind of parameter → multiplier of its group's rate
-        wd_mults:dict|None=None, # Kind → multiplier of its group's weight decay; `{'norm': 0, 'bias': 0}` if `None`
-        group_wd_mults:list|None=None, # Multipliers of the weight decay, one for each layer group, bottom to top
+        sqr_mom:float=.99, # Decay of the average of squared gradients (β2), if the optimizer uses it
+        eps:float=1e-5, # Added to the denominator in Adam and AdamW
+        wd:float=.01, # Decoupled weight decay, or a list with one per layer group
+        lr_mults:dict|None=None, # Dict from kind of parameter to multiplier of its group's learning rate
+        wd_mults:dict|None=None, # Dict from kind to multiplier of weight decay; default `{'norm': 0, 'bias': 0}`
+        group_wd_mults:list|None=None, # Weight decay multiplier of each layer group, from bottom to top
         **kwargs # Passed to `opt`
     ):
         self.param_lists = _param_lists(params)
@@ -82,7 +82,7 @@ class LayerwiseOptimizer(_BaseOptimizer):
 
     def _make_opt(self, cls, eps, kwargs):
         groups = []
-        self.where = [] # layer group and kind of each group of the PyTorch optimizer
+        self.where = [] # layer group and kind of each PyTorch group
         for i, (params, kinds) in enumerate(zip(self.param_lists, self.kinds)):
             for kind in sorted(set(kinds)):
                 groups.append(dict(params=[p for p, k in zip(params, kinds) if k == kind]))
@@ -90,7 +90,7 @@ class LayerwiseOptimizer(_BaseOptimizer):
         self.opt = _torch_optimizer(cls, groups, eps, kwargs)
 
     def sync(self):
-        "Pass rate, momentum and weight decay of each layer group to the PyTorch optimizer"
+        "Copy the learning rate, momentum and weight decay of each layer group to the PyTorch optimizer"
         for group, (i, kind) in zip(self.opt.param_groups, self.where):
             hyper = self.hypers[i]
             group['lr'] = float(hyper['lr'] * self.lr_mults.get(kind, 1.))
@@ -101,40 +101,40 @@ class LayerwiseOptimizer(_BaseOptimizer):
                 group['momentum'] = float(hyper['mom'])
 
     def step(self,
-        closure=None # As in PyTorch: a function that computes the loss again
+        closure=None # Function that computes the loss again, as in PyTorch
     ):
         "Update every parameter that has a gradient"
         self.sync()
         return self.opt.step(closure)
 
     def zero_grad(self):
-        "Drop all gradients"
+        "Set all gradients to `None`"
         self.opt.zero_grad(set_to_none=True)
 
     def clear_state(self):
-        "Drop the moments"
+        "Delete the moments"
         self.opt.state = defaultdict(dict)
 
     def freeze_to(self,
-        n:int # The lowest group that trains; negative numbers count from the top
+        n:int # Index of the lowest group that trains; negative numbers count from the top
     ):
-        "Freeze the groups below `n`: without gradients no step changes them, and their moments stay as they are"
+        "Freeze the groups below `n`: they get no gradients, so their weights and moments do not change"
         super().freeze_to(n)
         freeze_params([p for p, *_ in self.all_params() if not p.requires_grad])
 
     @property
     def param_groups(self):
-        "The groups of the PyTorch optimizer"
+        "Return the groups of the PyTorch optimizer"
         return self.opt.param_groups
 
-    def state_dict(self) -> dict: # `opt`, `hypers`, `frozen_idx`
-        "Return moments and hyperparameters"
+    def state_dict(self) -> dict: # With the keys `opt`, `hypers` and `frozen_idx`
+        "Return the moments and hyperparameters"
         return dict(opt=self.opt.state_dict(), hypers=[dict(h) for h in self.hypers], frozen_idx=self.frozen_idx)
 
     def load_state_dict(self,
-        sd:dict # From `state_dict` of an optimizer with the same groups
+        sd:dict # Result of `state_dict` of an optimizer with the same groups
     ):
-        "Load moments and hyperparameters"
+        "Load the moments and hyperparameters"
         n_saved = len(sd['hypers'])
         if n_saved != len(self.param_lists):
             expected = f'The saved optimizer must have {len(self.param_lists)} layer groups'

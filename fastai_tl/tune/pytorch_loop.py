@@ -19,7 +19,7 @@ def _to(x, device):
     return x.to(device) if isinstance(x, torch.Tensor) else x
 
 def _batch_loss(model, batch, loss_func):
-    "Compute the loss of one batch of either form"
+    "Compute the loss of one batch: a dict or a pair `(x, y)`"
     device = next(model.parameters()).device
     if hasattr(batch, 'keys'):
         return model(**{name: _to(x, device) for name, x in batch.items()}).loss
@@ -31,10 +31,10 @@ def _batch_loss(model, batch, loss_func):
 
 # %% ../../nbs/445_tune.pytorch_loop.ipynb #84922765
 def train_epoch(
-    model:nn.Module, # The model, trained in place
-    loader, # Batches
-    optimizer:torch.optim.Optimizer, # Stepped once a batch
-    loss_func=None # Loss of `(x, y)` batches
+    model:nn.Module, # Model, trained in place
+    loader, # Training batches
+    optimizer:torch.optim.Optimizer, # Optimizer, stepped once per batch
+    loss_func=None # Loss function for `(x, y)` batches
 ) -> float: # Mean training loss
     "Train a model for one epoch"
     model.train()
@@ -53,11 +53,11 @@ def train_epoch(
 # %% ../../nbs/445_tune.pytorch_loop.ipynb #46aac2a6
 @torch.no_grad()
 def validate_epoch(
-    model:nn.Module, # The model
-    loader, # Batches
-    loss_func=None # Loss of `(x, y)` batches
+    model:nn.Module, # Model to evaluate
+    loader, # Validation batches
+    loss_func=None # Loss function for `(x, y)` batches
 ) -> float: # Mean validation loss
-    "Compute the loss over a loader in evaluation mode, then restore the model's mode"
+    "Compute the mean loss over a loader in evaluation mode, then restore the model's mode"
     was_training = model.training
     model.eval()
     losses = [_batch_loss(model, batch, loss_func).item() for batch in loader]
@@ -66,7 +66,7 @@ def validate_epoch(
 
 # %% ../../nbs/445_tune.pytorch_loop.ipynb #546c472c
 def _run_stage(freezer, train_loader, val_loader, opt, epochs, loss_func):
-    "Train one stage, print its progress, and return its layers and last losses"
+    "Train one stage, print its progress, and return its layers and final losses"
     layers = layer_range([g for g in freezer.layers if any(p.requires_grad for p in g.params)])
     print(layers)
     freezer.print_trainable_params()
@@ -78,7 +78,7 @@ def _run_stage(freezer, train_loader, val_loader, opt, epochs, loss_func):
     return dict(layers=layers, trainable=trainable), dict(train_loss=train_loss, valid_loss=valid_loss)
 
 def _plan_stages(n, num_stages, epochs_per_stage, base_lr, final_lr):
-    "For each stage how many groups train, the top rate, and the epochs"
+    "Return the number of groups, the top group's learning rate and the epochs of each stage"
     stages = [(1 + stage*(n//num_stages), base_lr/2**stage, epochs_per_stage) for stage in range(num_stages)]
     return stages + [(n, final_lr, 2*epochs_per_stage)]
 
@@ -88,14 +88,14 @@ def gradual_unfreezing_training(
     train_loader, # Training batches: dicts, or `(x, y)` with `loss_func`
     val_loader, # Validation batches
     num_stages:int=4, # Number of stages before the final one
-    epochs_per_stage:int=3, # Epochs of each stage; the final one takes twice as many
-    base_lr:float=1e-3, # Top rate of the first stage, halved at each next stage
-    final_lr:float=1e-4, # Top rate of the final stage
-    spread:float=2.6**4, # Ratio of the top group's rate to the bottom group's
-    weight_decay:float=.01, # Weight decay, for all parameters but norms and biases
-    loss_func=None # Loss of `(x, y)` batches
+    epochs_per_stage:int=3, # Number of epochs of each stage; the final stage takes twice as many
+    base_lr:float=1e-3, # Top group's learning rate in the first stage; each next stage halves it
+    final_lr:float=1e-4, # Top group's learning rate in the final stage
+    spread:float=2.6**4, # Learning rate of the top group divided by that of the bottom group
+    weight_decay:float=.01, # Weight decay of all parameters except norms and biases
+    loss_func=None # Loss function for `(x, y)` batches
 ) -> pd.DataFrame: # stage | layers | trainable | lr | epochs | train_loss | valid_loss
-    "Train a plain PyTorch model by gradual unfreezing with discriminative rates"
+    "Train a plain PyTorch model by gradual unfreezing with discriminative learning rates"
     freezer = LayerFreezer(model)
     n = freezer.num_layers
     if not 1 <= num_stages <= n:

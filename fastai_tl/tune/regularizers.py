@@ -1,4 +1,4 @@
-"""Fine-tuning on few texts with less variance: top layers that start from random weights
+"""Reset the top layers to random weights, so that fine-tuning on few texts varies less
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.regularizers.html.md"""
 
@@ -18,18 +18,18 @@ def _poolers(model):
     return [m for name, m in model.named_modules() if name.rpartition('.')[2] == 'pooler']
 
 def _reinit(hf_model, module):
-    "Draw the weights of a module as its model does before training"
+    "Initialize the weights of a module as its model does before training"
     for m in module.modules():
         for t in (m, *m.parameters(recurse=False), *m.buffers(recurse=False)):
-            t.__dict__.pop('_is_hf_initialized', None) # transformers skips what carries this mark
+            t.__dict__.pop('_is_hf_initialized', None) # transformers skips modules and weights with this flag
         hf_model._init_weights(m)
 
 def reinit_top_layers(
-    model:nn.Module, # A Hugging Face model with one stack of layers, or a module that contains one
-    n:int, # Number of layers, counted from the top
-    pooler:bool=True # Whether the pooler, if there is one, gets new weights too
-) -> list: # The modules with new weights
-    "Give the top `n` layers the random weights that training from scratch starts with; the head stays as it is"
+    model:nn.Module, # Hugging Face model with a single stack of layers, or a module that contains one
+    n:int, # Number of top layers to reset
+    pooler:bool=True # Also reset the pooler, if the model has one
+) -> list: # The modules that were reset
+    "Reset the top `n` layers to random weights, as for training from scratch; the head does not change"
     blocks = find_blocks(model)
     if not 0 <= n <= len(blocks):
         raise FastaiTLError(f'`n` must be between 0 and {len(blocks)}, the number of layers', repr(n))

@@ -1,4 +1,4 @@
-"""Slanted triangular learning rates: a quick rise, then a slow fall
+"""Slanted triangular learning rates: a short warm-up, then a long linear decay
 
 Docs: https://fastai-tl.github.io/fastai_tl/tune.schedules.html.md"""
 
@@ -16,11 +16,11 @@ from ..core import FastaiTLError
 
 # %% ../../nbs/410_tune.schedules.ipynb #2a3804e2
 class SchedSTLR:
-    "Slanted triangular learning rates as a fastai schedule, a function of the share of training that is done"
+    "Slanted triangular learning rates as a fastai schedule: a function of the fraction of training completed"
     def __init__(self,
-        lr_max, # Highest rate; an array has one for each layer group
-        cut_frac:float=.1, # Share of the iterations in which the rate rises
-        ratio:float=32 # Highest rate divided by lowest
+        lr_max, # Maximum learning rate, or an array with one per layer group
+        cut_frac:float=.1, # Fraction of the iterations during which the learning rate rises
+        ratio:float=32 # Maximum learning rate divided by the minimum
     ):
         if not 0 < cut_frac < 1:
             raise FastaiTLError('`cut_frac` must lie between 0 and 1', repr(cut_frac))
@@ -41,7 +41,7 @@ class SchedSTLR:
 
 # %% ../../nbs/410_tune.schedules.ipynb #62c7297a
 class _SchedMom:
-    "Momentum that falls while the rate rises"
+    "Momentum that falls while the learning rate rises"
     def __init__(self, moms, cut_frac):
         self.pcts = (0., cut_frac, 1.)
         self.moms = tuple(moms)
@@ -52,14 +52,14 @@ class _SchedMom:
 @patch
 def fit_stlr(self:Learner,
     n_epoch:int, # Number of epochs
-    lr_max=None, # Highest rate; a slice or array sets one for each group; the Learner's `lr` if `None`
-    cut_frac:float=.1, # Share of the iterations in which the rate rises
-    ratio:float=32, # Highest rate divided by lowest
+    lr_max=None, # Maximum learning rate; a slice or array sets one per group; default is the Learner's `lr`
+    cut_frac:float=.1, # Fraction of the iterations during which the learning rate rises
+    ratio:float=32, # Maximum learning rate divided by the minimum
     wd:float|None=None, # Weight decay
-    moms:tuple|None=None, # Momentum at the start, at the highest rate and at the end; constant if `None`
+    moms:tuple|None=None, # Momentum at the start, at the maximum learning rate and at the end; `None` keeps it constant
     cbs=None, # Callbacks for this fit
-    reset_opt:bool=False, # Create a new optimizer
-    start_epoch:int=0 # Skip the epochs before this one
+    reset_opt:bool=False, # Create a new optimizer before the fit
+    start_epoch:int=0 # First epoch to run; earlier ones are skipped
 ):
     "Fit with slanted triangular learning rates (ULMFiT, equation 3)"
     if self.opt is None:
