@@ -1,4 +1,4 @@
-"""The `fastai-tl` command: quickstart, status, predict, generate, perplexity
+"""The command `fastai-tl` with its subcommands `quickstart`, `status`, `predict`, `generate` and `perplexity`
 
 Docs: https://fastai-tl.github.io/fastai_tl/cli.html.md"""
 
@@ -30,18 +30,18 @@ _TYPES = {_yes_or_no: 'yes or no', int: 'int', float: 'float', str: 'str'}
 
 # %% ../nbs/990_cli.ipynb #3e9fb197
 def read_settings(
-    file=None # Path of the file; `settings.ini` in this folder, if it exists, when `None`
-) -> dict: # Name to value
+    file=None # Path of the file; `None`: `settings.ini` in the current folder, if it exists
+) -> dict: # Maps the name of each setting to its value
     "Read the section `[fastai_tl]` of a settings file"
     path = Path(file or 'settings.ini')
     if file is not None and not path.is_file():
         raise FastaiTLError(f'{path} must be a settings file', 'nothing there')
-    # a section name that no file has, so that no section provides defaults for the others
+    # configparser needs the name of a section with defaults for the others: use one that no file has
     ini = configparser.ConfigParser(inline_comment_prefixes=('#',), default_section='no default section')
     try:
         ini.read(path, encoding='utf-8')
     except configparser.Error as error:
-        if file is None: # a file of another program
+        if file is None: # a `settings.ini` of another program
             return {}
         raise FastaiTLError(f'{path} must be a settings file', str(error).splitlines()[0]) from None
     items = ini['fastai_tl'].items() if 'fastai_tl' in ini else ()
@@ -109,7 +109,7 @@ def _add_predict(commands):
     parser.add_argument('texts', nargs='*', help='texts; lines of standard input if there are none')
 
 def _add_language_model(commands, name, texts, purpose):
-    "Add the arguments that `generate` and `perplexity` share"
+    "Add a subcommand with the arguments that `generate` and `perplexity` share"
     description = f'{purpose.capitalize()}. Without {texts} and --file, lines of standard input are read.'
     parser = commands.add_parser(name, help=purpose, description=description)
     add = parser.add_argument
@@ -165,7 +165,7 @@ def _quickstart(args):
 
 # %% ../nbs/990_cli.ipynb #69bb034c
 def _read_summary(run):
-    "Return the summary of a quickstart, `None` if it is not finished"
+    "Return the summary of a quickstart, or `None` if it is not finished"
     from fastai_tl.files import read_json
     file = Path(run)/'summary.json'
     return read_json(file) if file.exists() else None
@@ -247,7 +247,7 @@ def _predict_with_bundle(folder, texts):
 
 # %% ../nbs/990_cli.ipynb #8161ccea
 def _language_model(where):
-    "Return what `generate` and `text_perplexity` take, from a path or a name"
+    "Return a language model for `generate` and `text_perplexity`, from a path or a name"
     path = Path(where)
     if not path.exists() or (path/'config.json').exists():
         return where
@@ -262,7 +262,7 @@ def _language_model(where):
 
 # %% ../nbs/990_cli.ipynb #a8231bd2
 def _given_texts(args):
-    "Return the texts of the arguments, of a file, or of standard input"
+    "Return the texts from the arguments, from a file, or from standard input"
     if args.texts and args.file:
         raise FastaiTLError('Texts come from the arguments or from --file', 'both')
     texts = args.texts or _texts_of_file(args)
@@ -281,7 +281,7 @@ def _texts_of_file(args):
 
 # %% ../nbs/990_cli.ipynb #c19e50fc
 def _option(text):
-    "Return the name and the value of NAME=VALUE"
+    "Return name and value from a string NAME=VALUE"
     name, equals, value = text.partition('=')
     if not equals:
         raise FastaiTLError('--option must be NAME=VALUE', text)
@@ -329,8 +329,8 @@ def _perplexity(args):
 _COMMANDS = dict(quickstart=_quickstart, status=_status, predict=_predict, generate=_generate, perplexity=_perplexity)
 
 def main(
-    args=None # Words of the command line; those of the process if `None`
-) -> int: # Exit status: 0 done, 1 an error for the user, 130 stopped
+    args=None # Command-line arguments as a list of strings; `None`: those of the process
+) -> int: # Exit status: 0 for success, 1 for an error, 130 if stopped with Ctrl-C
     "Run the command `fastai-tl`"
     args = _parser().parse_args(args)
     try:

@@ -1,4 +1,4 @@
-"""A bundle's list of files with sizes and checksums: written atomically, checked before anything is loaded
+"""Write a bundle atomically, with the sizes and checksums of its files, and check it before anything is loaded
 
 Docs: https://fastai-tl.github.io/fastai_tl/deploy.manifest.html.md"""
 
@@ -19,7 +19,7 @@ from ..files import current_umask, digest, read_json, write_json
 BUNDLE = 'bundle.json'
 FORMAT = 'fastai_tl.bundle'
 FORMAT_VERSION = 2
-_ALLOWED_SUFFIXES = {'.json', '.safetensors', '.txt', '.model', '.jinja'} # `.model` is SentencePiece's protocol buffer
+_ALLOWED_SUFFIXES = {'.json', '.safetensors', '.txt', '.model', '.jinja'} # `.model`: SentencePiece's protocol buffer
 
 def _versions():
     libraries = ('torch', 'fastai', 'transformers', 'safetensors')
@@ -38,10 +38,10 @@ def _facts(path):
 # %% ../../nbs/815_deploy.manifest.ipynb #bede1b77
 @contextlib.contextmanager
 def bundle_folder(
-    path:str|Path, # Where the bundle will be
-    settings:dict # What `bundle.json` contains besides the list of files; the block may add to it
+    path:str|Path, # Path of the bundle
+    settings:dict # Further entries for `bundle.json`; the `with` block may add to them
 ):
-    "Give a temporary folder that becomes a bundle when the block ends without an error"
+    "Yield a temporary folder that becomes the bundle if the `with` block ends without an error"
     path = Path(path)
     if path.exists() and not _may_be_replaced(path):
         raise RunError(f'{path} must be a new folder, an empty one, or a bundle to be replaced', 'something else',
@@ -61,10 +61,10 @@ def _may_be_replaced(path):
 
 # %% ../../nbs/815_deploy.manifest.ipynb #cc0cf215
 def _seal(folder, settings):
-    "Write `bundle.json`, and make sure that all files are on the disk"
+    "Write `bundle.json` and make sure that all files are on the disk"
     files = sorted(p for p in folder.rglob('*') if p.is_file())
     for path in files:
-        os.chmod(path, 0o666 & ~current_umask()) # safetensors writes files that only their owner can read
+        os.chmod(path, 0o666 & ~current_umask()) # files of safetensors are readable only by their owner
         with open(path, 'rb') as file:
             os.fsync(file.fileno())
     listed = {path.relative_to(folder).as_posix(): _facts(path) for path in files}
@@ -72,7 +72,7 @@ def _seal(folder, settings):
     write_json(folder/BUNDLE, dict(manifest, checksum=digest(manifest)))
 
 def _swap(folder, path):
-    "Rename `folder` to `path`; an existing bundle is deleted only after that has worked"
+    "Rename `folder` to `path`; an existing bundle is deleted only after the renaming has succeeded"
     old = None
     if path.exists():
         old = path.with_name(f'.{path.name}.{os.getpid()}.old')
@@ -88,9 +88,9 @@ def _swap(folder, path):
 
 # %% ../../nbs/815_deploy.manifest.ipynb #65b8983a
 def check_bundle(
-    path:str|Path # A folder that `save_bundle` wrote
+    path:str|Path # Folder written by `save_bundle`
 ) -> dict: # Contents of its `bundle.json`
-    "Check a bundle and all its files; runs no code"
+    "Check a bundle and all its files, without running code from it"
     path = Path(path)
     manifest = _read_manifest(path)
     for name, facts in manifest['files'].items():
@@ -101,7 +101,7 @@ def check_bundle(
     return manifest
 
 def _loadable_files(path):
-    "Names of all files and links, except for hidden and Markdown files"
+    "Return the names of all files and links, except hidden files and Markdown files"
     paths = [p for p in path.rglob('*') if p.is_symlink() or p.is_file()]
     names = sorted(p.relative_to(path).as_posix() for p in paths)
     return [name for name in names if not name.endswith('.md') and not any(o.startswith('.') for o in name.split('/'))]
@@ -126,7 +126,7 @@ def _read_manifest(path):
     return manifest
 
 def _old_bundle(path):
-    "Advice for a folder whose bundle was lost while it was being replaced"
+    "Return advice if replacing the bundle was interrupted and the previous one still exists"
     old = sorted(path.parent.glob(f'.{path.name}.*.old'))
     return f'Replacing it was interrupted; the previous bundle is {old[-1]}' if old else ''
 
@@ -155,7 +155,7 @@ def _check_file(path, name, facts):
 
 # %% ../../nbs/815_deploy.manifest.ipynb #9b09c6b5
 def _check_name(path, name):
-    "Raise an error for a name outside the folder, a link, or a type of file that can contain code"
+    "Raise an error if a name points outside the folder, is a link, or has a type that can contain code"
     inside = 'The files of a bundle must be inside its folder'
     parts = PurePosixPath(name)
     leaves = parts.is_absolute() or '..' in parts.parts or '\\' in name or ':' in name

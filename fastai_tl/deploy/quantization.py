@@ -1,4 +1,4 @@
-"""Lower precision for prediction: bfloat16 where the processor supports it, and weights of 8 bits
+"""Predict in a lower precision: bfloat16 where the processor supports it, or 8-bit weights
 
 Docs: https://fastai-tl.github.io/fastai_tl/deploy.quantization.html.md"""
 
@@ -20,9 +20,9 @@ PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16, i
 
 def usable_precision(
     precision:str, # A key of `PRECISIONS`
-    device='cpu' # Device that the model predicts on
+    device='cpu' # Device on which the model predicts
 ) -> str: # `precision`, or `fp32`
-    "Return the precision, or `fp32` with a warning where the device would emulate it"
+    "Return the precision, or `fp32` with a warning if the device would have to emulate it"
     device_type = torch.device(device).type
     if precision not in PRECISIONS:
         raise unknown_option('precision', precision, PRECISIONS)
@@ -48,17 +48,17 @@ def _pack(weight, bias=None):
     return torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.detach().float())
 
 def _reduce_range():
-    "Whether the processor is an x86 without VNNI or AMX, where 8-bit products can overflow"
+    "Return whether the processor is an x86 without VNNI or AMX, on which sums of 8-bit products can overflow"
     features = getattr(torch.cpu, 'get_capabilities', dict)()
     is_x86 = features.get('architecture', 'x86_64') in ('x86_64', 'AMD64')
     return is_x86 and not any(has for name, has in features.items() if 'vnni' in name or 'amx_int8' in name)
 
 # %% ../../nbs/800_deploy.quantization.ipynb #8c8dbee3
 class Int8Linear(nn.Module):
-    "Linear layer with weights of 8 bits, on a CPU"
+    "Linear layer with 8-bit weights, for CPUs"
     def __init__(self,
-        weight:torch.Tensor, # (outputs, inputs)
-        bias:torch.Tensor|None=None # (outputs,)
+        weight:torch.Tensor, # Weights, of shape (outputs, inputs)
+        bias:torch.Tensor|None=None # Bias, of shape (outputs,)
     ):
         super().__init__()
         self.packed = _pack(weight, bias)
@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self):
-        "The quantized weights as floats, (outputs, inputs)"
+        "Return the quantized weights as floats, of shape (outputs, inputs)"
         return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
 
     def forward(self, x):
@@ -75,9 +75,9 @@ class Int8Linear(nn.Module):
 
 # %% ../../nbs/800_deploy.quantization.ipynb #81ab5e48
 def int8_linears(
-    model:nn.Module # Changed in place
-) -> nn.Module: # `model`
-    "Replace all linear layers below the head by layers with weights of 8 bits"
+    model:nn.Module # Model; it is changed in place
+) -> nn.Module: # The same model
+    "Replace all linear layers except those of the head by layers with 8-bit weights"
     head = {id(p) for p in layer_groups(model)[-1].params}
     for name, module in list(model.named_modules()):
         is_conv1d = type(module).__name__ == 'Conv1D' and hasattr(module, 'nf')
@@ -90,7 +90,7 @@ def int8_linears(
 
 # %% ../../nbs/800_deploy.quantization.ipynb #af1dddb6
 class Int8LSTMLayer:
-    "LSTM layer with weights of 8 bits, as a function of inputs and state"
+    "Compute an LSTM layer with 8-bit weights as a function of inputs and state"
     def __init__(self, w_ih, w_hh, b_ih, b_hh):
         make_params = torch.ops.quantized.make_quantized_cell_params_dynamic
         self.hidden = w_hh.shape[1]

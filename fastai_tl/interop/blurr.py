@@ -1,4 +1,4 @@
-"""Runs blurr 1.0.5 on today's fastai and transformers, and turns a blurr Learner into a native one
+"""Run blurr 1.0.5 with current versions of fastai and transformers, and convert blurr Learners to native ones
 
 Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr.html.md"""
 
@@ -36,7 +36,7 @@ _patches = Patches()
 _INSTALL = 'pip install --no-deps ohmeow-blurr==1.0.5 && pip install "fastai_tl[blurr]"'
 
 def _need_blurr():
-    "Raise an error unless the blurr for text is installed; another project on PyPI has the same name"
+    "Raise an error if blurr for text is not installed; another project on PyPI has the same name"
     try:
         found = importlib.util.find_spec('blurr.text.modeling')
     except ModuleNotFoundError:
@@ -46,9 +46,9 @@ def _need_blurr():
                           f'so install it without them: {_INSTALL}')
 
 def enable_blurr(
-    mend:bool=True # Correct the faults of blurr itself, too; this imports blurr
-) -> pd.DataFrame: # what | why
-    "Make blurr 1.0.5 work with today's libraries; call it before you import blurr"
+    mend:bool=True # Also fix the bugs in blurr; this imports blurr
+) -> pd.DataFrame: # Columns: what, why
+    "Make blurr 1.0.5 work with current libraries; call this before you import blurr"
     _need_blurr()
     try:
         if not _patches.rows:
@@ -62,14 +62,14 @@ def enable_blurr(
 
 # %% ../../nbs/905_interop.blurr.ipynb #5ea65c13
 def disable_blurr():
-    "Undo all changes of `enable_blurr`; what blurr itself has registered, such as its show methods, stays"
+    "Undo all changes of `enable_blurr`; functions that blurr has registered, such as its show methods, stay"
     _patches.restore()
 
 # %% ../../nbs/905_interop.blurr.ipynb #bd2870c9
-_MENDED = 'TokenClassMetricsCallback.after_validate' # is among the changes if the faults are corrected
+_MENDED = 'TokenClassMetricsCallback.after_validate' # in the list of changes if the bugs have been fixed
 
 def _by_layers(old):
-    "A splitter with a group for each layer; it has the name of the old one, so that exports find it"
+    "Make a splitter with one group per layer; it keeps the name of the old one so that exported Learners find it"
     @wraps(old)
     def splitter(model, *args, **kwargs):
         return layer_splitter()(model)
@@ -80,7 +80,7 @@ def _swap(results):
     return [(b, a) for a, b in results]
 
 def _in_order(old):
-    "Swap truth and prediction before blurr swaps them"
+    "Swap targets and predictions before blurr swaps them back"
     @wraps(old)
     def after_validate(self):
         self.results = _swap(self.results)
@@ -92,7 +92,7 @@ def _in_order(old):
 
 # %% ../../nbs/905_interop.blurr.ipynb #32be52d8
 def _frame(data):
-    "Read a table if `data` is a file"
+    "Return `data` as it is, or as a table if it is a file"
     if not isinstance(data, (str, Path)):
         return data
     suffix = Path(data).suffix
@@ -101,7 +101,7 @@ def _frame(data):
     return pd.read_json(data, orient='records') if suffix == '.json' else read_table(data)
 
 def _own_defaults(old):
-    "A classmethod that copies its dictionaries at each call, and whose `data` may be a file"
+    "Make a classmethod that copies its default dictionaries at each call and accepts a file as `data`"
     function, signature = old.__func__, inspect.signature(old.__func__)
     defaults = {n: p.default for n, p in signature.parameters.items() if isinstance(p.default, dict)}
     clean = {name: dict(default) for name, default in defaults.items()}
@@ -123,7 +123,7 @@ def _predict_values(learn, items, rm_type_tfms):
         return [{'value': float(value)} for value in learn.get_preds(dl=dl)[0]]
 
 def _whole_labels(old):
-    "A `blurr_predict` that returns whole labels, and the values of a regression"
+    "Make a `blurr_predict` that returns whole labels, or the values of a regression"
     @wraps(old)
     def blurr_predict(self, items, rm_type_tfms=None):
         if spec_of(self).task == 'regression':
@@ -137,7 +137,7 @@ def _whole_labels(old):
 
 # %% ../../nbs/905_interop.blurr.ipynb #942d39cb
 def _mend(patches):
-    "Replace what is wrong in blurr, in all of its modules that have it"
+    "Replace the faulty functions in all modules of blurr that contain them"
     for name in ('blurr.text.data.all', 'blurr.text.modeling.all'):
         importlib.import_module(name)
     modules = [m for name, m in list(sys.modules.items()) if name.startswith('blurr.')]
@@ -153,21 +153,21 @@ def _mend(patches):
     patches.set(Learner, 'blurr_predict', _whole_labels(Learner.blurr_predict), 'whole labels, values of a regression')
 
 def _replace(patches, modules, splitter, why):
-    "Replace a splitter by one with a group for each layer"
+    "Replace a splitter by one with one group per layer"
     new = _by_layers(splitter)
     for module in modules:
         if vars(module).get(splitter.__name__) is splitter:
-            is_its_own = module.__name__ == splitter.__module__ # listed once
+            is_its_own = module.__name__ == splitter.__module__ # so that the change is listed once
             patches.set(module, splitter.__name__, new, why if is_its_own else '')
 
 # %% ../../nbs/905_interop.blurr.ipynb #627959e8
 def _text(x):
-    "The text of a row: a string, or a list for a pair or for words"
+    "Return the text of a row: a string, or a list for a pair of texts or a list of words"
     x = x['text'] if isinstance(x, dict) else x
     return list(x) if isinstance(x, (list, tuple)) else x
 
 def _rows(learn):
-    "All rows with raw texts, and the number of training rows; an export has none"
+    "Return all rows with their raw texts, and the number of training rows; exported Learners have no rows"
     train, valid = ([ds[i] for i in range(len(ds))] for ds in (learn.dls.train_ds, learn.dls.valid_ds))
     if any(isinstance(row, dict) for row in train+valid):
         todo = 'Make the Learner with a `TextBlock`, or native DataLoaders with `HFTextDataLoaders.from_dataset`'
@@ -178,24 +178,24 @@ def _is_valid(n_train, rows):
     return [i >= n_train for i in range(len(rows))]
 
 def _loader_options(learn, parts):
-    "Batch sizes, folder and maximum length, as the native DataLoaders take them"
+    "Return batch sizes, folder and maximum length as arguments of the native DataLoaders"
     bs, val_bs = (getattr(dl, 'bs', None) or 16 for dl in (learn.dls.train, learn.dls.valid))
     options = dict(bs=bs, val_bs=val_bs, path=learn.path)
     max_length = getattr(parts.transform, 'max_length', None)
-    if isinstance(max_length, int) and not isinstance(max_length, bool): # `True` is the tokenizer's own
+    if isinstance(max_length, int) and not isinstance(max_length, bool): # `True` means that of the tokenizer
         options['max_length'] = max_length
     return options
 
 # %% ../../nbs/905_interop.blurr.ipynb #a2409e5c
 def _name_outputs(parts, classes):
-    "Write the names of the classes into the model's config"
+    "Write the class names into the model's config"
     config = parts.model.config
     if classes is not None:
         config.id2label = {i: str(c) for i, c in enumerate(classes)}
         config.label2id = {str(c): i for i, c in enumerate(classes)}
 
 def _label_reader(spec):
-    "Function from blurr's target to a label"
+    "Return a function that turns blurr's target into a label"
     return dict(regression=float, classification=lambda y: spec.classes[int(y)],
                 multilabel=lambda y: [c for c, is_on in zip(spec.classes, y) if is_on])[spec.task]
 
@@ -231,7 +231,7 @@ def _tagging(learn, parts, rows, n_train, options):
 
 # %% ../../nbs/905_interop.blurr.ipynb #7e22805a
 def _example(tokenizer, x, start, end, max_length):
-    "A question with its answer in characters"
+    "Make a question whose answer is given by characters instead of tokens"
     passage_first = tokenizer.padding_side == 'left'
     question, passage = reversed(_text(x)) if passage_first else _text(x)
     if end <= start:
@@ -246,7 +246,7 @@ def _qa(learn, parts, rows, n_train, options):
     max_length = options.get('max_length')
     stride = min(64, (max_length or 384)//4)
     if not rows:
-        spec = TextSpec('qa', max_length=max_length, windows=stride, may_be_none=True) # an export does not say
+        spec = TextSpec('qa', max_length=max_length, windows=stride, may_be_none=True) # not stored in an export
         return HFQADataLoaders.from_spec(spec, parts.tokenizer, options['bs'])
     examples = [_example(parts.tokenizer, x, int(start), int(end), max_length) for x, start, end in rows]
     train, valid = list(range(n_train)), list(range(n_train, len(rows)))
@@ -278,10 +278,10 @@ _MAKERS = dict(
     masked_lm=_language_modeling(HFMaskedLMDataLoaders, 'masked_lm'))
 
 def from_blurr(
-    learn:Learner, # A Learner made with any version of blurr, trained or not
-    **kwargs # More for the factory of the task: `metrics`, `lr`, `cbs`, …
-) -> HFLearner: # Of the class of its task; it shares the model with `learn`
-    "Make the native Learner with the same weights, tokenizer, labels and data"
+    learn:Learner, # Learner made with any version of blurr, trained or not
+    **kwargs # Arguments of the Learner function of the task: `metrics`, `lr`, `cbs`, …
+) -> HFLearner: # Learner of the class for its task; it shares the model with `learn`
+    "Convert a blurr Learner to a native one with the same weights, tokenizer, labels and data"
     parts = foreign_parts(learn)
     if parts is None:
         raise FastaiTLError('A Learner made with blurr is needed', f'a Learner around a {type(learn.model).__name__}',
@@ -291,7 +291,7 @@ def from_blurr(
         raise FastaiTLError('The model must be for one of the tasks ' + shorten(_MAKERS, 9),
                             f'a {type(parts.model).__name__}')
     config = parts.model.config
-    if config.pad_token_id is None: # blurr sets it in a config that the model does not use
+    if config.pad_token_id is None: # blurr sets it only in a config that the model does not use
         config.pad_token_id = parts.tokenizer.pad_token_id
     rows, n_train = _rows(learn)
     dls = _MAKERS[task](learn, parts, rows, n_train, _loader_options(learn, parts))
@@ -301,7 +301,7 @@ def from_blurr(
 _MOVED = {'fastcore.transform': 'fasttransform.transform', 'transformers.configuration_utils': 'transformers'}
 
 class _Shell:
-    "Replaces an object whose class no longer exists"
+    "Replace an object whose class no longer exists"
     def __init__(self, *args, **kwargs):
         pass
     def __setstate__(self, state):
@@ -310,7 +310,7 @@ class _Shell:
         return x
 
 class _OldPickle(pickle.Unpickler):
-    "Finds classes where they are now"
+    "Find classes in the modules where they are now"
     def find_class(self, module, name):
         for candidate in (module, _MOVED.get(module, module)):
             try:
@@ -319,7 +319,7 @@ class _OldPickle(pickle.Unpickler):
                 pass
         return type(name, (_Shell,), {})
 
-_OLD_PICKLE = types.SimpleNamespace( # what `torch.load` uses of the module `pickle`
+_OLD_PICKLE = types.SimpleNamespace( # the parts of the module `pickle` that `torch.load` uses
     Unpickler=_OldPickle, load=lambda f, **kwargs: _OldPickle(f, **kwargs).load(), __name__='old_pickle')
 
 # %% ../../nbs/905_interop.blurr.ipynb #3d326a38
@@ -334,7 +334,7 @@ def _load_export(path):
     return learn
 
 def _make_again(hf):
-    "Make the same model with today's transformers"
+    "Build the same model with the current version of transformers"
     settings = {k: v for k, v in vars(hf.config).items() if not k.startswith('_')}
     model = type(hf)(type(hf.config).from_dict(settings))
     missing = model.load_state_dict(hf.state_dict(), strict=False).missing_keys
@@ -347,11 +347,11 @@ def _make_again(hf):
 
 # %% ../../nbs/905_interop.blurr.ipynb #e6e2aa00
 def from_blurr_export(
-    path:str|Path, # A file that `learn.export` wrote
-    trust:bool=False, # An export is a pickle and runs code as it is read: only for files that you trust
-    **kwargs # More for `from_blurr`
-) -> HFLearner: # Without data, ready to predict and to be saved
-    "Make the native Learner of an exported blurr Learner"
+    path:str|Path, # File written by `learn.export`
+    trust:bool=False, # Set to `True` if you trust the file; it is a pickle, and loading it can run any code
+    **kwargs # Arguments of `from_blurr`
+) -> HFLearner: # Learner without data, which can predict and can be saved
+    "Convert an exported blurr Learner to a native one"
     if not trust:
         raise FastaiTLError('An export is a pickle, which runs code as it is read', 'trust=False',
                             'If you trust the person who made the file, pass `trust=True`')

@@ -1,4 +1,4 @@
-"""What every quickstart does: steps that are timed and resumed, a baseline, a table of accuracies, a summary
+"""Base class of the quickstarts: it times and resumes the steps, evaluates the baselines, and writes a table and a summary
 
 Docs: https://fastai-tl.github.io/fastai_tl/quickstart.base.html.md"""
 
@@ -24,26 +24,26 @@ from ..tune.unfreezing import show_table
 
 # %% ../../nbs/955_quickstart.base.ipynb #f43ab026
 def save_figure(
-    fig, # A Matplotlib figure
-    path # Path of a PNG file
+    fig, # Matplotlib figure
+    path # Path of the PNG file
 ):
-    "Write a figure as PNG, atomically"
+    "Save a figure as PNG, atomically"
     with atomic_path(path) as temporary:
         fig.savefig(temporary, dpi=150, format='png')
 
 def versions():
-    "Return the versions of this package, of Python and of the libraries that decide the results"
+    "Return the versions of this package, Python and the libraries that affect the results"
     names = ('fastai', 'torch', 'transformers', 'scikit-learn', 'numpy')
     return dict(fastai_tl=__version__, python=platform.python_version(), **{name: version(name) for name in names})
 
 # %% ../../nbs/955_quickstart.base.ipynb #601838b7
 class Quickstart:
-    "The steps of a quickstart, with their seconds and results"
+    "Base class of the quickstarts, which times the steps and writes the results"
     def __init__(self,
-        out, # Folder of the results
+        out, # Output folder
         data:QuickData, # Texts and labels
-        size:dict, # Settings: one of the presets, perhaps with changes
-        seed:int=42, # Seed of everything random
+        size:dict, # Settings: one of the presets, or a changed copy
+        seed:int=42, # Random seed
         progress:bool=True, # Show progress bars and tables
         lang:str='en' # Language of the texts: `en` or `zh-tw`
     ):
@@ -61,9 +61,9 @@ class Quickstart:
 
     @contextmanager
     def step(self,
-        name:str # Printed and kept
+        name:str # Name of the step, which is printed and written to `progress.json`
     ):
-        "Time what is done inside the block"
+        "Time the code inside the `with` block"
         if self.progress:
             print(f'\n{name}', flush=True)
         old = self.steps.get(name, {'seconds': 0., 'done': False})
@@ -78,23 +78,23 @@ class Quickstart:
             self.steps[name] = old
             write_json(self.file, self.steps)
 
-    def baselines(self) -> dict: # Name to accuracy on the test rows
-        "Return the accuracies of the majority class and of a linear model on a bag of words"
+    def baselines(self) -> dict: # Maps the name of each baseline to its accuracy on the test set
+        "Return the accuracies of predicting the majority class and of a linear bag-of-words model"
         with self.step('Baselines'):
             return {'majority class': majority_accuracy(self.data.labelled),
                     'bag of words': bag_of_words_accuracy(self.data.labelled, self.lang)}
 
     def evaluate(self,
-        learn # A classifier
+        learn # Learner of a classifier
     ) -> Evaluation:
-        "Evaluate a classifier on the test rows"
+        "Evaluate a classifier on the test set"
         with learn.no_bar():
             return learn.evaluate(list(self.test.text), list(self.test.label))
 
     def table(self,
-        accuracies:dict # Accuracy of each model on the test rows
-    ) -> pd.DataFrame: # model | accuracy | low | high
-        "Return the accuracies with their 95 % intervals"
+        accuracies:dict # Maps the name of each model to its accuracy on the test set
+    ) -> pd.DataFrame: # Columns: model, accuracy, low, high
+        "Return a table of the accuracies with their 95% confidence intervals"
         rows = []
         for model, accuracy in accuracies.items():
             low, high = wilson_interval(accuracy*len(self.test), len(self.test))
@@ -102,9 +102,9 @@ class Quickstart:
         return pd.DataFrame(rows).set_index('model').round(4)
 
     def facts(self,
-        table:pd.DataFrame # From `table`
+        table:pd.DataFrame # Table returned by the method `table`
     ) -> dict:
-        "Return what every summary has: seconds, table, data, settings, versions"
+        "Return the common part of all summaries: seconds, table, data, settings and versions"
         stages = [dict(stage=name, **step) for name, step in self.steps.items()]
         labelled = self.data.labelled
         return dict(seconds=sum(stage['seconds'] for stage in stages), stages=stages,
@@ -113,18 +113,18 @@ class Quickstart:
                     seed=self.seed, size=self.size, lang=self.lang, versions=versions())
 
     def save_confusion(self,
-        evaluation:Evaluation # Of the test rows
+        evaluation:Evaluation # Evaluation on the test set
     ):
-        "Write the confusion matrix of the test rows as PNG"
+        "Save the confusion matrix of the test set as PNG"
         title = f"{in_words('Test rows')}, {in_words('accuracy')} {evaluation.accuracy:.1%}"
         save_figure(evaluation.plot_confusion(title=title), self.out/'confusion_matrix.png')
 
     def finish(self,
-        table:pd.DataFrame, # From `table`
-        summary:dict, # Content of summary.json
-        conclusion:str='' # A sentence about the result
+        table:pd.DataFrame, # Table returned by the method `table`
+        summary:dict, # Content of `summary.json`
+        conclusion:str='' # Sentence about the result, to print
     ) -> dict: # The summary
-        "Write table and summary, and show them"
+        "Write table and summary to the output folder, and print the table"
         with atomic_path(self.out/'table.csv') as temporary:
             table.to_csv(temporary)
         write_json(self.out/'summary.json', summary)

@@ -1,4 +1,4 @@
-"""How large the models of a quickstart are, and how long they train
+"""Settings for the size and the training of the models in a quickstart
 
 Docs: https://fastai-tl.github.io/fastai_tl/quickstart.presets.html.md"""
 
@@ -29,11 +29,11 @@ def changed_preset(preset, changes):
 
 # %% ../../nbs/950_quickstart.presets.ipynb #e3f2aed3
 def take_tokens(
-    texts:list, # Texts
-    n:int|None, # About this many words; all texts if `None`
-    seed:int=42 # Decides which texts
-) -> list: # Some of the texts, in their order
-    "Sample texts with about `n` words in all"
+    texts:list, # List of strings
+    n:int|None, # Approximate number of words; `None`: return all texts
+    seed:int=42 # Random seed of the sample
+) -> list: # The sampled texts, in their original order
+    "Sample texts that have about `n` words in total"
     if n is None:
         return texts
     words = re.compile(rf'[{WIDE}]|{LETTER}+|[^\w\s]')

@@ -1,4 +1,4 @@
-"""`run_quickstart`: three stages of transfer or a Transformer, offline, in minutes, compared with simple baselines
+"""Train the three stages of ULMFiT or a Transformer in minutes, offline, and compare it with simple baselines
 
 Docs: https://fastai-tl.github.io/fastai_tl/quickstart.run.html.md"""
 
@@ -23,7 +23,7 @@ def default_out(
     full:bool=False, # See `run_quickstart`
     lang:str='en' # See `run_quickstart`
 ) -> str:
-    "Return `quickstart`, followed by the names of what is not the default"
+    "Return `quickstart`, followed by the settings that differ from their defaults"
     parts = ['quickstart']
     if data is not None:
         parts.append(Path(data).resolve().stem)
@@ -43,19 +43,19 @@ def _quickstart_data(data, text_col, label_col, seed, lang):
 
 # %% ../../nbs/970_quickstart.run.ipynb #c695a173
 def run_quickstart(
-    out=None, # Folder of the results, where a stopped quickstart continues; see `default_out` if `None`
-    data=None, # `None` for the offline default, `'imdb'`, a table file, or a folder with a subfolder for each class
-    text_col:str='text', # Column of the texts
-    label_col:str='label', # Column of the labels
-    seed:int=42, # Seed of everything random
-    bidirectional:bool=False, # Train models in both directions
-    full:bool=False, # Larger model and all texts; takes much longer
-    model=None, # A Transformer instead of the three stages: `minilm`, a name on the hub, or a folder
+    out=None, # Output folder; a stopped run in it is resumed; `None`: the name from `default_out`
+    data=None, # `None` for the offline data, `'imdb'`, a table file, or a folder with one subfolder per class
+    text_col:str='text', # Name of the text column
+    label_col:str='label', # Name of the label column
+    seed:int=42, # Seed for the data split and the training
+    bidirectional:bool=False, # Train a forward and a backward model
+    full:bool=False, # Train a larger model on all texts; this takes much longer
+    model=None, # Transformer to train instead of ULMFiT: `minilm`, a name on the Hugging Face hub, or a folder
     progress:bool=True, # Show progress bars and tables
-    lang:str='en', # Language of the texts and of the figures: `en`, or `zh-tw` for Traditional Chinese
-    **size # Other settings: see `QUICK` and `TRANSFORMER`
-) -> dict: # Content of summary.json
-    "Train the three stages, or a Transformer, and the baselines; write table, figures, model and summary to `out`"
+    lang:str='en', # Language of the texts and figures: `en`, or `zh-tw` for Traditional Chinese
+    **size # Settings that replace those of `QUICK`, `FULL` or `TRANSFORMER`
+) -> dict: # Content of `summary.json`
+    "Train ULMFiT or a Transformer and the baselines; write table, figures, model and summary to `out`"
     if model is not None and (bidirectional or full):
         got = '`bidirectional`' if bidirectional else '`full`'
         raise FastaiTLError('A quickstart with a Transformer has one direction and one size', got, 'Leave it out')
