@@ -1,4 +1,4 @@
-"""Training texts that change a little each time: words dropped, swapped, masked, or replaced by a masked language model
+"""Change training texts a little each time they are used: drop, swap or mask words, or replace them with a masked language model
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.augmentation.html.md"""
 
@@ -21,11 +21,11 @@ from .hf_tokenizer import HFTokenize
 from .tagging import CJK, HFTokenizeWords
 
 # %% ../../nbs/147_data.augmentation.ipynb #3c7a6fc8
-_signs = CJK+'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20' # with full-width punctuation
+_signs = CJK+'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20' # including full-width punctuation
 _word = re.compile(f'[{_signs}]|[^\\s{_signs}]+')
 
 def _split_words(x):
-    "Words of a text or of a list of tokens, each with what is before it, and what follows the last"
+    "Split a text or a list of tokens into words, each with the white space before it, and the white space at the end"
     if not isinstance(x, str):
         return [('', word) for word in x], ''
     parts = []
@@ -36,7 +36,7 @@ def _split_words(x):
     return parts, x[end:]
 
 def _join_words(parts, rest, like):
-    "The text, or the list of tokens, of words and what is before them"
+    "Join words and the white space before them to a text, or to a list of tokens"
     if not isinstance(like, str):
         return type(like)(word for _, word in parts)
     return ''.join(before+word for before, word in parts).lstrip() + rest
@@ -44,8 +44,8 @@ def _join_words(parts, rest, like):
 # %% ../../nbs/147_data.augmentation.ipynb #e07ecc85
 @dataclass
 class DropWords:
-    "Leave words out"
-    p:float=.1 # Share of the words
+    "Drop words at random"
+    p:float=.1 # Probability of dropping a word
     def __call__(self,
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
@@ -57,8 +57,8 @@ class DropWords:
 # %% ../../nbs/147_data.augmentation.ipynb #b205b15a
 @dataclass
 class SwapWords:
-    "Exchange words with their right neighbours"
-    p:float=.1 # Share of the words that move
+    "Swap words with the next word at random"
+    p:float=.1 # Expected fraction of words that are moved
     def __call__(self,
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
@@ -72,10 +72,10 @@ class SwapWords:
 # %% ../../nbs/147_data.augmentation.ipynb #27e2d3ac
 @dataclass
 class MaskSpans:
-    "Replace spans of words by a mask token"
-    mask:str='[MASK]' # Replaces each word: the tokenizer's mask token or unknown token
-    p:float=.15 # Share of the words
-    length:float=3. # Mean length of a span, in words (geometric, as in SpanBERT)
+    "Replace spans of words with mask tokens"
+    mask:str='[MASK]' # Replaces each word of a span: the tokenizer's mask token or unknown token
+    p:float=.15 # Expected fraction of words that are masked
+    length:float=3. # Mean length of a span in words (geometric distribution, as in SpanBERT)
     def __call__(self,
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
@@ -93,7 +93,7 @@ class MaskSpans:
 
 # %% ../../nbs/147_data.augmentation.ipynb #f6cd96f4
 def _sampled(logits, k, rng):
-    "One of the `k` likeliest tokens of each row, drawn by probability"
+    "Sample one of the `k` most likely tokens of each row"
     values, tokens = logits.topk(k)
     cumulated = values.softmax(-1).cumsum(-1).cpu().numpy()
     draw = rng.random((len(cumulated), 1))*cumulated[:, -1:]
@@ -103,15 +103,15 @@ def _sampled(logits, k, rng):
 # %% ../../nbs/147_data.augmentation.ipynb #7ff38be4
 @dataclass
 class ReplaceWords:
-    "Replace some words by other likely words, with a masked language model"
-    model:object # A masked language model of transformers
+    "Replace some words with predictions of a masked language model"
+    model:object # A transformers masked language model
     tokenizer:object # Its tokenizer
-    p:float=.15 # Share of the tokens that are replaced
-    top_k:int=10 # Draw among so many likeliest tokens
-    variants:int=4 # How many versions of each text are made
-    bs:int=32 # Texts of a batch
-    max_length:int=128 # Versions of longer texts end at so many tokens
-    made:dict=field(default_factory=dict, repr=False) # The versions of each text
+    p:float=.15 # Probability of replacing a token
+    top_k:int=10 # Number of most likely tokens to sample from
+    variants:int=4 # Number of variants of each text
+    bs:int=32 # Batch size
+    max_length:int=128 # Maximum number of tokens; variants of longer texts are truncated
+    made:dict=field(default_factory=dict, repr=False) # The variants of each text, by text
     def __call__(self,
         x, # A text
         rng # A NumPy `Generator`
@@ -126,7 +126,7 @@ class ReplaceWords:
         texts, # Texts
         rng # A NumPy `Generator`
     ):
-        "Make the versions of some texts"
+        "Make the variants of some texts"
         if getattr(self.tokenizer, 'mask_token_id', None) is None:
             raise VocabError('Replacing words needs a tokenizer with a mask token', 'one without')
         for part in chunked([text for text in texts for _ in range(self.variants)], self.bs):
@@ -134,7 +134,7 @@ class ReplaceWords:
                 self.made.setdefault(text, []).append(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _replaced(self, texts, rng):
-        "Token ids of some texts, with some of them replaced"
+        "Return token ids of texts, with some tokens replaced"
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True,
                                  return_special_tokens_mask=True, return_tensors='pt')
         special = encoded.pop('special_tokens_mask').bool()
@@ -150,17 +150,17 @@ class ReplaceWords:
 
 # %% ../../nbs/147_data.augmentation.ipynb #e83f5398
 class RandTransform(DisplayedTransform):
-    "A transform that changes texts from one epoch to the next; fastai's class of this name would import torchvision"
-    split_idx = 0 # training only
+    "A random transform for training data; fastai's class of the same name would import torchvision"
+    split_idx = 0 # apply to training data only
 
 # %% ../../nbs/147_data.augmentation.ipynb #db36cca8
 class AugmentText(RandTransform):
-    "Change some of the training texts, each by one of several ways"
+    "Change some of the training texts, each with one of several augmentations"
     def __init__(self,
         how:list, # Callables `(text, rng)` such as `DropWords()`
-        share:float=.5, # Share of the texts that are changed each time
-        seed:int|None=None, # Seed of what is drawn; by NumPy's global generator if `None`
-        pairs:bool=True # Whether lists are pairs of texts; otherwise they are tokens
+        share:float=.5, # Probability of changing a text each time it is used
+        seed:int|None=None, # Random seed; `None`: NumPy's global generator
+        pairs:bool=True # Whether a list is a pair of texts; otherwise it is a list of tokens
     ):
         self.how = list(how)
         self.share = share
@@ -169,9 +169,9 @@ class AugmentText(RandTransform):
         self.rng = None if seed is None else np.random.default_rng(seed)
         super().__init__()
     def start_epoch(self,
-        *parts # What identifies the epoch
+        *parts # Numbers or names that identify the epoch
     ):
-        "Make what is drawn from here on depend only on the seed, if there is one, and on `parts`"
+        "Reset the generator from the seed and `parts`; without a seed, do nothing"
         if self.seed is not None:
             self.rng = np.random.default_rng(derive_seed(self.seed, 'augment', *parts))
     def encodes(self, x:str|list|L):
@@ -185,7 +185,7 @@ class AugmentText(RandTransform):
 
 # %% ../../nbs/147_data.augmentation.ipynb #be1d7da1
 def _tokenizing_step(dls, tfms):
-    "Where texts are tokenized among the transforms"
+    "Return the index of the transform that tokenizes texts"
     at = next((i for i, tfm in enumerate(tfms) if isinstance(tfm, (HFTokenize, Numericalize))), None)
     if at is not None and not isinstance(tfms[at], HFTokenizeWords):
         return at
@@ -195,18 +195,18 @@ def _tokenizing_step(dls, tfms):
     raise FastaiTLError('Augmentation needs DataLoaders of texts, each with a label of its own', got)
 
 def _train_texts(dls):
-    "The distinct training texts; both texts of a pair"
+    "Return the distinct training texts, including both texts of a pair"
     texts = [[item[0]] if isinstance(item[0], str) else item[0] for item in dls.train_ds.items]
     return list(dict.fromkeys(text for of_item in texts for text in of_item))
 
 # %% ../../nbs/147_data.augmentation.ipynb #e2a27ac7
 def augment_texts(
-    dls:DataLoaders, # Of texts, for a Hugging Face model or an AWD_LSTM
-    *how, # `DropWords()`, `SwapWords()`, `MaskSpans()`, `ReplaceWords(…)` or functions `(text, rng)`; none turns it off
-    share:float=.5, # Share of the training texts that are changed each time
-    seed:int|None=None # Seed of what is drawn
-) -> DataLoaders: # The same
-    "Change training texts a little each time they are drawn; validation and prediction read texts as they are"
+    dls:DataLoaders, # DataLoaders of texts, for a Hugging Face model or an AWD_LSTM
+    *how, # `DropWords()`, `SwapWords()`, `MaskSpans()`, `ReplaceWords(…)` or functions `(text, rng)`; none: off
+    share:float=.5, # Probability of changing a training text each time it is used
+    seed:int|None=None # Random seed; `None`: NumPy's global generator
+) -> DataLoaders: # The same DataLoaders
+    "Change training texts at random each time they are used, but not texts for validation and prediction"
     tfms = [tfm for tfm in dls.train_ds.tls[0].tfms.fs if not isinstance(tfm, AugmentText)]
     at = _tokenizing_step(dls, tfms)
     reads_texts = isinstance(tfms[at], HFTokenize)

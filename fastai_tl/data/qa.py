@@ -1,4 +1,4 @@
-"""Questions about passages of any length, as overlapping windows that know which characters of the passage each token covers
+"""Make DataLoaders for extractive question answering, with passages of any length in overlapping windows
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.qa.html.md"""
 
@@ -31,29 +31,29 @@ from .tokenizers import apply_rules
 
 # %% ../../nbs/136_data.qa.ipynb #4183c23e
 class TensorSpan(TensorBase):
-    "First and last token of an answer in a window, and the number of its question, (3,), or of a batch"
+    "First and last token of an answer in a window and the number of its question, (3,), or (batch, 3)"
 
 @dataclass
 class QAExample:
-    "A question about a passage, with the answers that are accepted"
+    "A question about a passage, with its accepted answers"
     question:str # The question
     context:str # The passage
-    answers:tuple=('',) # Accepted answers, the first to learn from; '' if the passage has none
-    starts:tuple=(-1,) # The character at which each begins
-    number:int=-1 # Index in `examples` of the tokenizer; -1 without labels
+    answers:tuple=('',) # Accepted answers, the first for training; '' if there is no answer in the passage
+    starts:tuple=(-1,) # Start of each answer, in characters
+    number:int=-1 # Index in `HFTokenizeQA.examples`; -1 if the question has no labels
 
 @dataclass(eq=False)
 class QAWindow:
-    "What a model reads of a question and its passage at a time"
-    example:QAExample # The question
-    data:np.ndarray # (4, tokens): ids, types, first character + 1, end of the characters
-    first:int=0 # First token of the answer; the no-answer token, if this window does not have it
-    last:int=0 # Last token of the answer
+    "One window: a question and a part of its passage"
+    example:QAExample # The question and its passage
+    data:np.ndarray # (4, tokens): token ids, token types, start character + 1, end character
+    first:int=0 # First token of the answer; the no-answer token if the answer is not in this window
+    last:int=0 # Last token of the answer; the no-answer token if the answer is not in this window
 
 # %% ../../nbs/136_data.qa.ipynb #6358a40a
 def token_span(begin, end, start, stop):
-    "First and last token of characters `start` to `stop`; `None` if the tokens do not cover all of them"
-    # tokens cover the characters `begin` to `end`, -1 for none
+    "Return the first and last token of characters `start` to `stop`; `None` if the tokens do not cover all of them"
+    # token `i` covers the characters `begin[i]` to `end[i]`; -1 if it covers none
     inside = np.flatnonzero(begin >= 0)
     if not len(inside) or begin[inside[0]] > start or end[inside[-1]] < stop:
         return None
@@ -62,7 +62,7 @@ def token_span(begin, end, start, stop):
 
 # %% ../../nbs/136_data.qa.ipynb #b8d45c13
 def letter_by_letter(texts, rules):
-    "Texts with `rules` applied to each letter, where that gives one letter"
+    "Apply `rules` to each character, and keep a character that does not become exactly one character"
     changed = {}
     for letter in sorted(set().union(*texts)):
         result = next(apply_rules(rules, [letter]))
@@ -71,7 +71,7 @@ def letter_by_letter(texts, rules):
     return [text.translate(changed) for text in texts]
 
 def _window_data(encoded, i, has_types, cls_id):
-    "The fields of window `i`, and its no-answer token"
+    "Return the `data` of window `i` and its no-answer token"
     ids = encoded['input_ids'][i]
     data = np.full((4, len(ids)), -1, dtype=np.int32)
     data[0] = ids
@@ -88,10 +88,10 @@ def _window_data(encoded, i, has_types, cls_id):
 class HFTokenizeQA(DisplayedTransform):
     "Turn windows of questions and their passages into `TensorTokens`"
     def __init__(self,
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        max_length:int|None=None, # Tokens of a window; the tokenizer's own limit, at most 384, if `None`
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        max_length:int|None=None, # Tokens per window; `None`: the tokenizer's own limit, at most 384
         stride:int=64, # Tokens of the passage that neighbouring windows share
-        rules=() # Functions from string to string, applied to questions, and to passages letter by letter
+        rules=() # Functions from string to string, applied to questions, and to each character of passages
     ):
         self.tokenizer = load_tokenizer(tokenizer)
         if not getattr(self.tokenizer, 'is_fast', False):
@@ -103,17 +103,17 @@ class HFTokenizeQA(DisplayedTransform):
             raise FastaiTLError(f'`stride` must be smaller than the {self.max_length} tokens of a window', str(stride))
         self.has_types = 'token_type_ids' in self.tokenizer.model_input_names
         self.rules = list(rules)
-        self.may_be_none = False # whether a training passage has no answer
-        self.examples = [] # labelled questions, by their number
+        self.may_be_none = False # whether some training passage has no answer
+        self.examples = [] # labelled questions, in the order of their numbers
         super().__init__()
     def __getstate__(self):
         return {**self.__dict__, 'examples': []}
 
     def windows(self,
         examples:list, # `QAExample` objects
-        rows=None # Names of the rows for messages
+        rows=None # Names of the rows, for error messages
     ) -> list: # `QAWindow` objects
-        "Cut passages into windows, each after its question"
+        "Cut passages into windows, each with its question before it"
         rows = range(len(examples)) if rows is None else rows
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.stride
         questions = self.tokenizer(self._questions(examples), add_special_tokens=False, verbose=False)['input_ids']
@@ -142,9 +142,9 @@ class HFTokenizeQA(DisplayedTransform):
             yield QAWindow(examples[k], data, *(span or (none_at, none_at)))
 
     def number(self,
-        examples # `QAExample`s; those with an answer that have no number get one
+        examples # `QAExample` objects; those without a number get one
     ):
-        "Number labelled questions, so that a metric finds them again"
+        "Number labelled questions, so that metrics can look up their answers"
         for example in examples:
             if example.number < 0:
                 example.number = len(self.examples)
@@ -158,7 +158,7 @@ class HFTokenizeQA(DisplayedTransform):
 
 # %% ../../nbs/136_data.qa.ipynb #de7db474
 class EncodeSpan(DisplayedTransform):
-    "Turn windows into the first and last token of their answer"
+    "Turn windows into the first and last token of their answer, as a `TensorSpan`"
     def encodes(self, x:QAWindow):
         return TensorSpan([x.first, x.last, x.example.number])
     def decodes(self, y:TensorSpan):
@@ -166,7 +166,7 @@ class EncodeSpan(DisplayedTransform):
 
 # %% ../../nbs/136_data.qa.ipynb #81463742
 def _answer_list(answers, starts):
-    "Pairs of answer and start of one question; a start is `None` if it is not known"
+    "Return `(answer, start)` pairs of one question; `start` is `None` if it is not known"
     if isinstance(answers, dict):
         answers, starts = answers['text'], answers['answer_start']
     if is_missing(answers):
@@ -179,7 +179,7 @@ def _answer_list(answers, starts):
     return [(answer, start) for answer, start in zip(answers, starts) if not isinstance(answer, str) or answer.strip()]
 
 def _place(answer, start, context):
-    "An answer without white space around it, and its start; `None` if it is not there"
+    "Return an answer without surrounding white space, and its start; `None` if it is not in the passage there"
     if not isinstance(answer, str):
         return None
     bare = answer.strip()
@@ -192,12 +192,12 @@ def _place(answer, start, context):
 # %% ../../nbs/136_data.qa.ipynb #cc9209cf
 def check_answers(
     questions:list, # Strings
-    contexts:list, # The passage of each
-    answers:list, # An answer for each, or a list of those accepted
-    starts=None, # The character at which each begins; searched for if `None`
-    index=None # Names of the rows for messages
+    contexts:list, # The passage of each question
+    answers:list, # For each question an answer, or a list of accepted answers
+    starts=None, # Start of each answer, in characters; `None`: the first occurrence
+    index=None # Names of the rows, for error messages
 ) -> list: # `QAExample` objects
-    "Check questions and answers; raise an error that names the rows which cannot be used"
+    "Check questions and answers; raise an error that names the invalid rows"
     if len({len(questions), len(contexts), len(answers), len(answers if starts is None else starts)}) > 1:
         raise DataError('Each question needs a passage and an answer',
                         f'{len(questions)} questions, {len(contexts)} passages and {len(answers)} answers')
@@ -221,16 +221,16 @@ def check_answers(
 
 # %% ../../nbs/136_data.qa.ipynb #6e0c755a
 def hf_tokenize_qa(
-    tokenizer, # A name, a folder, or a fast tokenizer of transformers
-    max_length:int|None=None, # Tokens of a window; the tokenizer's own limit, at most 384, if `None`
+    tokenizer, # A name, a folder, or a fast transformers tokenizer
+    max_length:int|None=None, # Tokens per window; `None`: the tokenizer's own limit, at most 384
     stride:int=64, # Tokens of the passage that neighbouring windows share
-    lang:str='en' # `zh-tw` normalizes what the model reads with `CHINESE_RULES`; `en` leaves texts as they are
+    lang:str='en' # `zh-tw` normalizes questions and passages with `CHINESE_RULES`; `en` does not
 ) -> HFTokenizeQA:
-    "An `HFTokenizeQA` with the text rules of a language"
+    "Make an `HFTokenizeQA` with the text rules of a language"
     return HFTokenizeQA(tokenizer, max_length, stride, language_rules(lang))
 
 def print_windows(windows, tok):
-    "Print how many windows there are, and how many answers are in none of them"
+    "Print the number of windows, and the number of answers that are not in any window"
     has_answer = {}
     for window in windows:
         has_answer.setdefault(window.example.number, []).append(window.data[2, window.first] > 0)
@@ -246,18 +246,18 @@ def print_windows(windows, tok):
 # %% ../../nbs/136_data.qa.ipynb #ec2915d5
 @delegates(hf_tokenize_qa)
 def hf_qa_dls(
-    examples:list, # `QAExample` objects, as `check_answers` returns them
-    train:list, # Indexes of the training rows
-    valid:list, # Indexes of the validation rows
-    tokenizer, # A name, a folder, or a fast tokenizer of transformers
-    bs:int=16, # Windows of a training batch
-    val_bs:int|None=None, # Windows of a validation batch; twice `bs` if `None`
-    path='.', # Folder of the DataLoaders
-    verbose:bool=True, # Print how many windows there are, and how many answers are in none
-    rows=None, # Names of the rows for messages
+    examples:list, # `QAExample` objects, as returned by `check_answers`
+    train:list, # Row indexes for training
+    valid:list, # Row indexes for validation
+    tokenizer, # A name, a folder, or a fast transformers tokenizer
+    bs:int=16, # Batch size for training, in windows
+    val_bs:int|None=None, # Batch size for validation, in windows; `None`: `2*bs`
+    path='.', # Stored as `dls.path`, where a Learner saves its files
+    verbose:bool=True, # Print the number of windows, and of answers that are not in any window
+    rows=None, # Names of the rows, for error messages
     **kwargs # `max_length`, `stride` and `lang`
 ): # `HFQADataLoaders`
-    "Make DataLoaders of windows, from checked questions"
+    "Make DataLoaders of windows from checked questions"
     need_rows(train, valid)
     tok = hf_tokenize_qa(tokenizer, **kwargs)
     tok.may_be_none = any(not examples[i].answers[0] for i in train)
@@ -275,11 +275,11 @@ def hf_qa_dls(
 
 # %% ../../nbs/136_data.qa.ipynb #3f7b5666
 def _columns_of(df, **names):
-    "Columns of a table by the names of what they hold, `None` for those without a name"
+    "Return a dictionary of columns as lists; `None` where no column name is given"
     return {what: None if name is None else list(column(df, name)) for what, name in names.items()}
 
 def _as_examples(items, columns, with_labels):
-    "What `test_dl` takes as `QAExample` objects"
+    "Convert the items that `test_dl` gets into `QAExample` objects"
     if isinstance(items, pd.DataFrame) and with_labels:
         parts = _columns_of(items, **columns)
         return check_answers(parts['question'], parts['context'], parts['answer'], parts.get('start'), items.index)
@@ -289,26 +289,26 @@ def _as_examples(items, columns, with_labels):
 
 # %% ../../nbs/136_data.qa.ipynb #d57a1c25
 class HFQADataLoaders(SpecDataLoaders):
-    "DataLoaders of questions about passages, in windows, for a Hugging Face model"
+    "DataLoaders for question answering with a Hugging Face model, with passages in windows"
     task = 'qa'
     @property
     def tok(self):
-        "The `HFTokenizeQA` that cuts the passages into windows"
+        "Return the `HFTokenizeQA` that cuts passages into windows"
         return self.valid_ds.tls[0].tfms.fs[0]
 
     @classmethod
     @delegates(hf_qa_dls, but=['rows'])
     def from_lists(cls,
         questions:list, # Strings
-        contexts:list, # The passage of each
-        answers:list, # An answer for each, or a list of those accepted; '' for none
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        starts=None, # The character at which each answer begins; searched for if `None`
-        valid=None, # The split: booleans, or `train`, `valid`, `test`; random if `None`
-        valid_pct:float=.2, # Share for a random split; rows with the same passage are not kept together
-        seed:int=42, # Seed of the random split
-        index=None, # Names of the rows for messages
-        **kwargs # More for `hf_qa_dls`: `lang`, `max_length`, `stride`, `bs`, …
+        contexts:list, # The passage of each question
+        answers:list, # For each question an answer or a list of accepted answers; '' for no answer
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        starts=None, # Start of each answer, in characters; `None`: the first occurrence
+        valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
+        valid_pct:float=.2, # Validation fraction; a random split may separate questions with the same passage
+        seed:int=42, # Seed for the random split
+        index=None, # Names of the rows, for error messages
+        **kwargs # Passed to `hf_qa_dls`: `lang`, `max_length`, `stride`, `bs`, …
     ): # `HFQADataLoaders`
         "Make DataLoaders from questions, passages and answers in lists"
         examples = check_answers(questions, contexts, answers, starts, index)
@@ -318,14 +318,14 @@ class HFQADataLoaders(SpecDataLoaders):
     @classmethod
     @delegates(from_lists, but=['starts', 'valid', 'index'])
     def from_df(cls,
-        df:pd.DataFrame, # A row a question
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        question_col='question', # Column of the questions
-        context_col='context', # Column of the passages
-        answer_col='answer', # Column of the answers: strings, lists, or SQuAD's dictionaries
-        start_col=None, # Column of the characters at which they begin; searched for if `None`
-        valid_col:str|None=None, # Column of the split: booleans, or `train`, `valid`, `test` (left out)
-        **kwargs # More for `from_lists` and `hf_qa_dls`
+        df:pd.DataFrame, # One question per row
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        question_col='question', # Column with the questions
+        context_col='context', # Column with the passages
+        answer_col='answer', # Column with the answers: strings, lists, or dictionaries as in SQuAD
+        start_col=None, # Column with the start of each answer, in characters; `None`: the first occurrence
+        valid_col:str|None=None, # Column with the split: booleans, or `train`, `valid` and `test` (not used)
+        **kwargs # Passed to `from_lists` and `hf_qa_dls`
     ): # `HFQADataLoaders`
         "Make DataLoaders from a DataFrame"
         columns = dict(question=question_col, context=context_col, answer=answer_col, start=start_col)
@@ -338,13 +338,13 @@ class HFQADataLoaders(SpecDataLoaders):
     @classmethod
     @delegates(from_df, but=['valid_col'])
     def from_dataset(cls,
-        dataset, # A `Dataset` or `DatasetDict` of Hugging Face's datasets, with SQuAD's columns
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        valid:str|None=None, # Split for validation; `validation`, else `test`, if `None`
-        answer_col='answers', # Column of the answers
-        **kwargs # More for `from_df`
+        dataset, # A Hugging Face `Dataset` or `DatasetDict` with the columns of SQuAD
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        valid:str|None=None, # Name of the validation split; `None`: `validation`, `valid`, `dev` or `test`
+        answer_col='answers', # Column with the answers
+        **kwargs # Passed to `from_df`
     ): # `HFQADataLoaders`
-        "Make DataLoaders from a dataset of Hugging Face's datasets"
+        "Make DataLoaders from a Hugging Face dataset"
         if not isinstance(dataset, dict):
             return cls.from_df(dataset.to_pandas(), tokenizer, answer_col=answer_col, **kwargs)
         df = two_splits(dataset, valid)
@@ -352,11 +352,11 @@ class HFQADataLoaders(SpecDataLoaders):
 
     @classmethod
     def from_spec(cls,
-        spec:TextSpec, # The spec of the data that the model was trained with
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        bs:int=16 # Windows of a batch
+        spec:TextSpec, # The spec of the training data
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        bs:int=16 # Batch size, in windows
     ): # `HFQADataLoaders`
-        "Make DataLoaders without rows, for a model that answers new questions"
+        "Make empty DataLoaders, for a model that answers new questions"
         stride = 64 if spec.windows is None else spec.windows
         tok = HFTokenizeQA(tokenizer, spec.max_length, stride, text_rules(spec.rules))
         tok.may_be_none = spec.may_be_none
@@ -365,12 +365,12 @@ class HFQADataLoaders(SpecDataLoaders):
         return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
     def test_dl(self,
-        test_items, # `(question, passage)`, `QAExample` or `QAWindow` objects; or a table like the first one
-        rm_type_tfms=None, # fastai's
+        test_items, # `(question, passage)` pairs, `QAExample` or `QAWindow` objects, or a table with the same columns
+        rm_type_tfms=None, # As in fastai's `test_dl`
         with_labels:bool=False, # Whether the items have answers
-        **kwargs # More for the DataLoader: `bs`, …
-    ): # A DataLoader of the windows, without shuffling
-        "Make a DataLoader of new questions"
+        **kwargs # Passed to the DataLoader: `bs`, …
+    ): # A DataLoader of windows that does not shuffle
+        "Make a DataLoader for new questions"
         columns = self.spec.columns if isinstance(test_items, pd.DataFrame) else None
         items = _as_examples(test_items, columns, with_labels)
         if items and not isinstance(items[0], QAWindow):
@@ -379,7 +379,7 @@ class HFQADataLoaders(SpecDataLoaders):
 
 # %% ../../nbs/136_data.qa.ipynb #0ece9e85
 class ShownPassage:
-    "A window as it is shown: its question, and its passage with an answer marked"
+    "A window that can be shown: its question, and its passage with an answer marked"
     def __init__(self, x, tokenizer):
         self.x = x.as_subclass(torch.Tensor)
         self.tokenizer = tokenizer
@@ -394,7 +394,7 @@ class ShownPassage:
         print(self.question, '|', self._text(self.at))
         return ctx
     def marked(self, first, last, around=40):
-        "HTML of the passage, with tokens `first` to `last` marked and `around` tokens on each side"
+        "Return HTML of the passage, with tokens `first` to `last` marked and `around` tokens on each side"
         if first not in self.at or last not in self.at:
             more = ' …' if len(self.at) > around else ''
             return f'{html.escape(self._text(self.at[:around]))}{more} <i>(no answer here)</i>'
@@ -406,7 +406,7 @@ class ShownPassage:
         return f'{before}{self._html(start, first)} {answer} {self._html(last+1, stop+1)}{after}'
 
 def _qa_row(passage, *spans, trunc_at=40):
-    "A question, and its passage with each of the answers marked"
+    "Return a row of a question and, for each span, its passage with the span marked"
     return [html.escape(passage.question), *[passage.marked(*span[:2], trunc_at) for span in spans]]
 
 # %% ../../nbs/136_data.qa.ipynb #326b895b

@@ -1,4 +1,4 @@
-"""Source texts and target texts for sequence-to-sequence models
+"""Make DataLoaders of source and target texts for sequence-to-sequence models
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.seq2seq.html.md"""
 
@@ -27,7 +27,7 @@ from .tables import check_texts, column
 
 # %% ../../nbs/142_data.seq2seq.ipynb #13bc897d
 class AsTarget:
-    "A tokenizer that takes its texts as targets"
+    "Wrap a tokenizer so that it tokenizes texts as targets"
     model_input_names = ('input_ids',) # targets have no token types
     def __init__(self, tokenizer):
         self.of = tokenizer
@@ -40,20 +40,20 @@ class AsTarget:
 
 # %% ../../nbs/142_data.seq2seq.ipynb #02ff6d45
 class TokenizeTargets(DisplayedTransform):
-    "Turn target texts into `TensorTargets`; each is tokenized once"
+    "Turn target texts into `TensorTargets`; each text is tokenized once"
     task = 'seq2seq'
     def __init__(self,
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        max_length:int|None=None, # Tokens of a target with its special ones; the tokenizer's own limit if `None`
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's own
         verbose:bool=True, # Print how many targets were truncated
-        rules=() # Functions from string to string, applied to each target first
+        rules=() # Functions from string to string, applied to each target before it is tokenized
     ):
         as_target = AsTarget(load_tokenizer(tokenizer))
         self.target_tok = HFTokenize(as_target, max_length, verbose=verbose, rules=rules)
         super().__init__()
     @property
     def max_target_length(self):
-        "Tokens of a target with its special ones"
+        "Return the maximum number of tokens of a target, including special tokens"
         return self.target_tok.max_length
     def setup(self, items=None, train_setup=False):
         "Tokenize all targets of a dataset"
@@ -65,10 +65,10 @@ class TokenizeTargets(DisplayedTransform):
 
 # %% ../../nbs/142_data.seq2seq.ipynb #83cf7aad
 class HFTargetTextBlock(TransformBlock):
-    "Target texts for a sequence-to-sequence model, in fastai's DataBlock API"
+    "A block of target texts for a sequence-to-sequence model, for fastai's DataBlock API"
     def __init__(self,
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        max_length:int|None=None, # Tokens of a target with its special ones; the tokenizer's own limit if `None`
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's own
         verbose:bool=True # Print how many targets were truncated
     ):
         options = dict(before_batch=[PadTokens('right')], num_workers=0)
@@ -77,19 +77,19 @@ class HFTargetTextBlock(TransformBlock):
 
 # %% ../../nbs/142_data.seq2seq.ipynb #c33534f3
 def pair_tfms(
-    tokenizer, # A tokenizer of transformers
-    max_length:int|None=None, # Tokens of a source; the tokenizer's own limit if `None`
-    max_target_length:int|None=None, # Tokens of a target; the same as `max_length` if `None`
+    tokenizer, # A transformers tokenizer
+    max_length:int|None=None, # Maximum number of tokens of a source; `None`: the tokenizer's own
+    max_target_length:int|None=None, # Maximum number of tokens of a target; `None`: `max_length`
     verbose:bool=True, # Print how many texts were truncated
     lang:str='en' # `zh-tw` normalizes each text with `CHINESE_RULES`
-) -> tuple: # `HFTokenize` for sources, `TokenizeTargets` for targets
-    "The transforms of source and target"
+) -> tuple: # An `HFTokenize` for sources and a `TokenizeTargets` for targets
+    "Make the transforms of sources and targets"
     rules = language_rules(lang)
     source = HFTokenize(tokenizer, max_length, verbose=verbose, rules=rules)
     return source, TokenizeTargets(tokenizer, max_target_length or max_length, verbose, rules)
 
 def _pair_loaders(cls, dsets, bs, val_bs=None, path='.'):
-    "DataLoaders of class `cls` of sources and targets, padded on the right"
+    "Return `cls` DataLoaders of sources and targets that are padded on the right"
     options = dict(before_batch=[PadTokens('right')], num_workers=0)
     train_bs = min(bs, len(dsets.train)) if len(dsets.train) else bs
     train = TokenTargetsDL(dsets.train, bs=train_bs, shuffle=True, **options)
@@ -97,7 +97,7 @@ def _pair_loaders(cls, dsets, bs, val_bs=None, path='.'):
     return cls(train, valid, path=path, device=default_device())
 
 def _checked_pairs(sources, targets, index=None):
-    "Sources and targets as lists of strings of equal length"
+    "Check sources and targets, and return them as lists of strings"
     sources, targets = check_texts(sources, index, 'source'), check_texts(targets, index, 'target')
     if len(sources) != len(targets):
         raise DataError('Each source needs a target', f'{len(sources)} sources and {len(targets)} targets')
@@ -110,14 +110,14 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
     @delegates(pair_tfms)
     def from_lists(cls,
         sources, # Strings
-        targets, # Strings, one a source
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        valid=None, # The split, one a pair: booleans, or `train`, `valid`, `test` (left out); random if `None`
-        valid_pct:float=.1, # Share of the pairs to hold out
-        seed:int=42, # Seed of the random split
-        bs:int=16, # Pairs of a training batch
-        val_bs:int|None=None, # Pairs of a validation batch; twice `bs` if `None`
-        path='.', # Folder of the DataLoaders
+        targets, # Strings, one for each source
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
+        valid_pct:float=.1, # Validation fraction
+        seed:int=42, # Seed for the random split
+        bs:int=16, # Batch size for training
+        val_bs:int|None=None, # Batch size for validation; `None`: `2*bs`
+        path='.', # Stored as `dls.path`, where a Learner saves its files
         **kwargs # `max_length`, `max_target_length`, `verbose` and `lang`
     ): # `HFSeq2SeqDataLoaders`
         "Make DataLoaders from sources and targets in lists"
@@ -139,12 +139,12 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
     @classmethod
     @delegates(from_lists, but=['valid'])
     def from_df(cls,
-        df:pd.DataFrame, # A row a pair
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        source_col='source', # Column of the sources
-        target_col='target', # Column of the targets
-        valid_col:str|None=None, # Column of the split: booleans, or `train`, `valid`, `test` (left out)
-        **kwargs # More for `from_lists`
+        df:pd.DataFrame, # One pair per row
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        source_col='source', # Column with the sources
+        target_col='target', # Column with the targets
+        valid_col:str|None=None, # Column with the split: booleans, or `train`, `valid` and `test` (not used)
+        **kwargs # Passed to `from_lists`
     ): # `HFSeq2SeqDataLoaders`
         "Make DataLoaders from a DataFrame"
         pairs = _checked_pairs(column(df, source_col), column(df, target_col), df.index)
@@ -155,11 +155,11 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
 
     @classmethod
     def from_spec(cls,
-        spec:TextSpec, # The spec of the data that the model was trained with
-        tokenizer, # A name, a folder, or a tokenizer of transformers
-        bs:int=16 # Pairs of a batch
+        spec:TextSpec, # The spec of the training data
+        tokenizer, # A name, a folder, or a transformers tokenizer
+        bs:int=16 # Batch size
     ): # `HFSeq2SeqDataLoaders`
-        "Make DataLoaders without rows, for a model that reads new sources"
+        "Make empty DataLoaders, for a model that gets new sources"
         tokenizer, rules = load_tokenizer(tokenizer), text_rules(spec.rules)
         source = HFTokenize(tokenizer, spec.max_length, verbose=False, rules=rules)
         target = TokenizeTargets(tokenizer, spec.max_target_length or spec.max_length, False, rules)
@@ -169,12 +169,12 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
         return dls.with_spec(spec, tokenizer, rules)
 
     def test_dl(self,
-        test_items, # Sources, or with `with_labels` pairs of source and target; or a table like the first one
-        rm_type_tfms=None, # fastai's
+        test_items, # Sources, `(source, target)` pairs if `with_labels`, or a table with the same columns
+        rm_type_tfms=None, # As in fastai's `test_dl`
         with_labels:bool=False, # Whether the items are pairs
-        **kwargs # More for fastai's `test_dl`
+        **kwargs # Passed to fastai's `test_dl`
     ) -> TokenTargetsDL:
-        "Make a DataLoader of other texts, prepared like those for validation"
+        "Make a DataLoader for new texts, prepared like the validation texts"
         items = test_items
         if isinstance(items, pd.DataFrame):
             names = [self.spec.columns[part] for part in (('source', 'target') if with_labels else ('source',))]

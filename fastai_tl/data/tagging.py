@@ -1,4 +1,4 @@
-"""Sentences with a tag for each word, as DataLoaders for a Hugging Face model
+"""Make DataLoaders for token classification from sentences with a tag for each word
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.tagging.html.md"""
 
@@ -35,12 +35,12 @@ CJK = '\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af\U00020000-\U0003ffff
 _one_cjk = re.compile(f'[{CJK}]')
 
 def guess_sep(sentences):
-    "What separates words in running text: nothing if most are single CJK characters, else a space"
+    "Guess the separator of words: nothing if most words are single CJK characters, else a space"
     n = Counter(bool(len(word) == 1 and _one_cjk.match(word)) for words in sentences for word in words)
     return '' if n[True] > n[False] else ' '
 
 def _with_prefix_space(setting):
-    "The settings of a pre-tokenizer, with `add_prefix_space` on for byte-level parts at any depth"
+    "Return the settings of a pre-tokenizer, with `add_prefix_space` turned on in all byte-level parts"
     if isinstance(setting, list):
         return [_with_prefix_space(o) for o in setting]
     if not isinstance(setting, dict):
@@ -49,7 +49,7 @@ def _with_prefix_space(setting):
     return {k: True if k == 'add_prefix_space' and is_bytes else _with_prefix_space(v) for k, v in setting.items()}
 
 def spaced(tokenizer):
-    "A copy of a fast tokenizer that reads each word as one after a space"
+    "Return a copy of a fast tokenizer that treats each word as if it came after a space"
     from tokenizers import Tokenizer
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     pre_tokenizer = _with_prefix_space(settings['pre_tokenizer'])
@@ -62,32 +62,32 @@ def spaced(tokenizer):
 
 # %% ../../nbs/133_data.tagging.ipynb #672a2a7a
 def cut_words(text, sep):
-    "The words of a string, each with its start and end"
+    "Split a string into words, each with its start and end"
     word = r'\w+(?:[.’\'-]\w+)*|[^\w\s]' if sep else r'[A-Za-z0-9]+|\S'
     return [(match.group(), *match.span()) for match in re.finditer(word, text)]
 
 # %% ../../nbs/133_data.tagging.ipynb #1376e703
 class ShownWords(list):
-    "Words, or their tags, as they are shown"
+    "A list of words or tags that can be shown"
     def show(self, ctx=None, **kwargs):
         print(' '.join(map(str, self)))
         return ctx
 
 def first_tokens(places):
-    "Whether a token is the first of its word, (…, tokens); it stands for the word"
+    "Return a mask (…, tokens): whether each token is the first token of its word"
     before = torch.cat([torch.full_like(places[..., :1], -1), places[..., :-1]], -1)
     return (places >= 0) & (places != before)
 
 # %% ../../nbs/133_data.tagging.ipynb #50aa183d
 class HFTokenizeWords(HFTokenize):
-    "Turn lists of words into `TensorTokens` whose places are the words' indexes; each list is tokenized once"
+    "Turn lists of words into `TensorTokens` with the index of the word of each token; each list is tokenized once"
     n_fields = 3
     def __init__(self,
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        sep:str=' ', # What separates words in running text: a space, or nothing
-        max_length:int|None=None, # Tokens of a sentence with its special ones; the tokenizer's own limit if `None`
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        sep:str=' ', # Separator of words in plain text: `' '` or `''`
+        max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's own
         verbose:bool=True, # Print how many sentences were truncated
-        rules=() # Functions from string to string, applied to each word that the model reads
+        rules=() # Functions from string to string, applied to each word before it is tokenized
     ):
         super().__init__(tokenizer, max_length, True, verbose, rules)
         if not getattr(self.tokenizer, 'is_fast', False):
@@ -103,11 +103,11 @@ class HFTokenizeWords(HFTokenize):
     def read(self,
         words # The words of a sentence
     ) -> list: # Strings
-        "Apply the rules to each word; a word of which a rule leaves nothing stays as it is"
+        "Apply the rules to each word; a word is not changed if nothing would be left of it"
         return [changed or word for changed, word in zip(apply_rules(self.rules, words), words)]
 
     def tokenize(self, texts):
-        "Arrays (3, tokens) of some sentences, and the number of those that were truncated"
+        "Return one array (3, tokens) per sentence, and the number of truncated sentences"
         words = [self.read(text) for text in texts]
         encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length,
                                  verbose=False)
@@ -124,27 +124,27 @@ class HFTokenizeWords(HFTokenize):
 
 # %% ../../nbs/133_data.tagging.ipynb #ba81a404
 def hf_tokenize_words(
-    tokenizer, # A name, a folder, or a fast tokenizer of transformers
-    sentences, # Lists of words, to find out `sep`
-    sep:str|None=None, # What separates words: a space, or nothing; inferred from the sentences if `None`
-    max_length:int|None=None, # Tokens of a sentence; the tokenizer's own limit if `None`
-    verbose:bool=True, # Print how many sentences were truncated, and how many words give no token
-    lang:str='en' # `zh-tw` normalizes what the model reads of each word with `CHINESE_RULES`
+    tokenizer, # A name, a folder, or a fast transformers tokenizer
+    sentences, # Lists of words, used to guess `sep`
+    sep:str|None=None, # Separator of words: `' '` or `''`; `None`: guessed from the sentences
+    max_length:int|None=None, # Maximum number of tokens of a sentence; `None`: the tokenizer's own
+    verbose:bool=True, # Print how many sentences were truncated and how many words have no token
+    lang:str='en' # `zh-tw` normalizes each word with `CHINESE_RULES` before it is tokenized
 ) -> HFTokenizeWords:
-    "An `HFTokenizeWords` with the rules of a language and the separator of the sentences"
+    "Make an `HFTokenizeWords` with the text rules of a language and the separator of the sentences"
     sep = guess_sep(sentences) if sep is None else sep
     return HFTokenizeWords(tokenizer, sep, max_length, verbose, language_rules(lang))
 
 # %% ../../nbs/133_data.tagging.ipynb #1e4cb08a
 class TensorTags(TensorTargets):
-    "The number of a tag for each token of a sentence, (tokens,), or of a batch; -100 where there is none"
+    "Tag indexes of the tokens of a sentence, (tokens,), or of a batch; -100 for tokens without a tag"
 
 class EncodeTags(DisplayedTransform):
-    "Turn words and their tags into `TensorTags`, with a tag for each first token, or for all tokens"
+    "Turn words and their tags into `TensorTags`, with tags for the first token of each word or for all tokens"
     def __init__(self,
         tok:HFTokenizeWords, # Tokenizes the words
-        vocab:list, # All tags, in the order of their numbers
-        label_all:bool=False # Tag all tokens of a word
+        vocab:list, # All tags, in the order of their indexes
+        label_all:bool=False # Give a tag to all tokens of a word
     ):
         self.tok = tok
         self.vocab = CategoryMap(list(vocab), sort=False)
@@ -152,7 +152,7 @@ class EncodeTags(DisplayedTransform):
         self.inner = torch.tensor([self.vocab.o2i[self._inside(tag)] for tag in self.vocab])
         super().__init__()
     def _inside(self, tag):
-        "The tag of a word's further tokens"
+        "Return the tag for the other tokens of a word"
         inside = 'I' + tag[1:]
         return inside if tag[:2] == 'B-' and inside in self.vocab.o2i else tag
     def encodes(self, x:UserList):
@@ -167,7 +167,7 @@ class EncodeTags(DisplayedTransform):
         return ShownWords(self.vocab[i] if i >= 0 else '' for i in y.tolist())
 
 # %% ../../nbs/133_data.tagging.ipynb #22a80962
-class TaggedWords(UserList): # no tuple, over whose members fastai maps transforms, and no `list`, which the words are
+class TaggedWords(UserList): # not a tuple (fastai applies transforms to each member), not a list (a list is words)
     "Words and their tags"
 
 # %% ../../nbs/133_data.tagging.ipynb #e4cc1c39
@@ -182,7 +182,7 @@ def _is_list(o):
     return isinstance(o, (list, tuple, L, np.ndarray))
 
 def _first_other(items):
-    "The first item that is not a string"
+    "Return the first item that is not a string"
     return repr(next(item for item in items if not isinstance(item, str)))
 
 def _has_others(items):
@@ -191,10 +191,10 @@ def _has_others(items):
 # %% ../../nbs/133_data.tagging.ipynb #4790aca4
 def check_tagged(
     words, # A list of words for each sentence
-    tags, # A list of tags for each
-    index=None # Names of the rows for messages
+    tags, # A list of tags for each sentence
+    index=None # Names of the rows, for error messages
 ) -> tuple: # Words and tags, as lists of lists of `str`
-    "Check sentences and their tags; raise an error that names the rows which cannot be used"
+    "Check sentences and their tags; raise an error that names the invalid rows"
     words, tags = list(words), list(tags)
     if len(words) != len(tags):
         raise DataError('Each sentence needs its tags', f'{len(words)} sentences and {len(tags)} lists of tags')
@@ -216,7 +216,7 @@ def check_tagged(
 
 # %% ../../nbs/133_data.tagging.ipynb #7abdddec
 def _check_vocab(tags, train, valid, vocab, rows):
-    "The vocabulary, of the training rows or given; each tag must be in it"
+    "Return the tag vocabulary (`vocab`, or the tags of the training rows); raise an error for unknown tags"
     need_rows(train, valid)
     known = tag_vocab(tags[i] for i in train) if vocab is None else list(vocab)
     if vocab is not None and len(set(known)) < len(known):
@@ -236,7 +236,7 @@ def _check_vocab(tags, train, valid, vocab, rows):
 
 # %% ../../nbs/133_data.tagging.ipynb #d61b7021
 def words_without_tokens(tok, items):
-    "Words of which the tokenizer makes no token, before the point where a sentence is truncated"
+    "Return the words for which the tokenizer returns no token, except words lost by truncation"
     lost = []
     for words, _ in items:
         seen = set(tok.tokens(words).places.tolist())
@@ -247,18 +247,18 @@ def words_without_tokens(tok, items):
 @delegates(hf_tokenize_words)
 def hf_tagger_dls(
     words:list, # A list of words for each sentence
-    tags:list, # A list of tags for each
-    train:list, # Indexes of the training rows
-    valid:list, # Indexes of the validation rows
-    tokenizer, # A name, a folder, or a fast tokenizer of transformers
-    vocab:list, # All tags, in the order of their numbers
-    label_all:bool=False, # Tag all tokens of a word, not only the first
-    bs:int=32, # Sentences of a training batch
-    val_bs:int|None=None, # Sentences of a validation batch; twice `bs` if `None`
-    path='.', # Folder of the DataLoaders
+    tags:list, # A list of tags for each sentence
+    train:list, # Row indexes for training
+    valid:list, # Row indexes for validation
+    tokenizer, # A name, a folder, or a fast transformers tokenizer
+    vocab:list, # All tags, in the order of their indexes
+    label_all:bool=False, # Give a tag to all tokens of a word, not only to the first
+    bs:int=32, # Batch size for training
+    val_bs:int|None=None, # Batch size for validation; `None`: `2*bs`
+    path='.', # Stored as `dls.path`, where a Learner saves its files
     **kwargs # `sep`, `max_length`, `verbose` and `lang`
 ): # `HFTagDataLoaders`
-    "Make DataLoaders for a tagger, from checked words and tags"
+    "Make DataLoaders for a tagger from checked words and tags"
     tok = hf_tokenize_words(tokenizer, [words[i] for i in train], **kwargs)
     items = [TaggedWords([words[i], tags[i]]) for i in train+valid]
     tfms = [[itemgetter(0), tok], [EncodeTags(tok, vocab, label_all)]]
@@ -271,7 +271,7 @@ def hf_tagger_dls(
 
 # %% ../../nbs/133_data.tagging.ipynb #6137a491
 def _tag_names(dataset, tags_col):
-    "The names of the tags of a Hugging Face dataset, if they are stored as numbers"
+    "Return the tag names of a Hugging Face dataset that stores tags as numbers, else `None`"
     split = dataset['train'] if isinstance(dataset, dict) else dataset
     feature = split.features.get(tags_col)
     return getattr(getattr(feature, 'feature', None), 'names', None)
@@ -284,14 +284,14 @@ class HFTagDataLoaders(SpecDataLoaders):
     @delegates(hf_tagger_dls)
     def from_lists(cls,
         words:list, # A list of words for each sentence
-        tags:list, # A list of tags for each
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        valid=None, # The split: booleans, or `train`, `valid`, `test`; random if `None`
-        valid_pct:float=.2, # Share for a random split
-        seed:int=42, # Seed of the random split
-        vocab:list|None=None, # All tags; those of the training rows if `None`
-        index=None, # Names of the rows for messages
-        **kwargs # More for `hf_tagger_dls`: `label_all`, `sep`, `lang`, `max_length`, `bs`, …
+        tags:list, # A list of tags for each sentence
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
+        valid_pct:float=.2, # Validation fraction of a random split
+        seed:int=42, # Seed for the random split
+        vocab:list|None=None, # All tags; `None`: the tags of the training rows
+        index=None, # Names of the rows, for error messages
+        **kwargs # Passed to `hf_tagger_dls`: `label_all`, `sep`, `lang`, `max_length`, `bs`, …
     ): # `HFTagDataLoaders`
         "Make DataLoaders from words and tags in lists"
         words, tags = check_tagged(words, tags, index)
@@ -303,12 +303,12 @@ class HFTagDataLoaders(SpecDataLoaders):
     @classmethod
     @delegates(from_lists, but=['valid', 'index'])
     def from_df(cls,
-        df:pd.DataFrame, # A row a sentence
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        words_col='tokens', # Column of lists of words
-        tags_col='tags', # Column of lists of tags
-        valid_col:str|None=None, # Column of the split: booleans, or `train`, `valid`, `test` (left out)
-        **kwargs # More for `from_lists` and `hf_tagger_dls`
+        df:pd.DataFrame, # One sentence per row
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        words_col='tokens', # Column with lists of words
+        tags_col='tags', # Column with lists of tags
+        valid_col:str|None=None, # Column with the split: booleans, or `train`, `valid` and `test` (not used)
+        **kwargs # Passed to `from_lists` and `hf_tagger_dls`
     ): # `HFTagDataLoaders`
         "Make DataLoaders from a DataFrame"
         valid = None if valid_col is None else column(df, valid_col)
@@ -320,14 +320,14 @@ class HFTagDataLoaders(SpecDataLoaders):
     @classmethod
     @delegates(from_df, but=['valid_col'])
     def from_dataset(cls,
-        dataset, # A `Dataset` or `DatasetDict` of Hugging Face's datasets
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        words_col='tokens', # Column of lists of words
-        tags_col='tags', # Column of lists of tags; numbers of a `ClassLabel` become names
-        valid:str|None=None, # Split for validation; `validation`, else `test`, if `None`
-        **kwargs # More for `from_lists` and `hf_tagger_dls`
+        dataset, # A Hugging Face `Dataset` or `DatasetDict`
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        words_col='tokens', # Column with lists of words
+        tags_col='tags', # Column with lists of tags; `ClassLabel` numbers are converted to names
+        valid:str|None=None, # Name of the validation split; `None`: `validation`, `valid`, `dev` or `test`
+        **kwargs # Passed to `from_lists` and `hf_tagger_dls`
     ): # `HFTagDataLoaders`
-        "Make DataLoaders from a dataset of Hugging Face's datasets"
+        "Make DataLoaders from a Hugging Face dataset"
         if isinstance(dataset, dict):
             df = two_splits(dataset, valid)
             kwargs['valid_col'] = 'split_'
@@ -340,11 +340,11 @@ class HFTagDataLoaders(SpecDataLoaders):
 
     @classmethod
     def from_spec(cls,
-        spec:TextSpec, # The spec of the data that the model was trained with
-        tokenizer, # A name, a folder, or a fast tokenizer of transformers
-        bs:int=32 # Sentences of a batch
+        spec:TextSpec, # The spec of the training data
+        tokenizer, # A name, a folder, or a fast transformers tokenizer
+        bs:int=32 # Batch size
     ): # `HFTagDataLoaders`
-        "Make DataLoaders without rows, for a model that tags new sentences"
+        "Make empty DataLoaders, for a model that tags new sentences"
         sep = ' ' if spec.word_sep is None else spec.word_sep
         tok = HFTokenizeWords(tokenizer, sep, spec.max_length, verbose=False, rules=text_rules(spec.rules))
         types = [[TaggedWords, list, TensorTokens], [TaggedWords]]
@@ -353,12 +353,12 @@ class HFTagDataLoaders(SpecDataLoaders):
         return set_batch_types(dls, TensorTokens, TensorTags).with_spec(spec, tok.tokenizer, tok.rules)
 
     def test_dl(self,
-        test_items, # Lists of words, or strings; `TaggedWords` with `with_labels`; or a table like the first one
-        rm_type_tfms=None, # fastai's
+        test_items, # Lists of words, strings, `TaggedWords` if `with_labels`, or a table with the same columns
+        rm_type_tfms=None, # As in fastai's `test_dl`
         with_labels:bool=False, # Whether the items have tags
-        **kwargs # More for the DataLoader: `bs`, …
-    ): # A DataLoader without shuffling
-        "Make a DataLoader of new sentences"
+        **kwargs # Passed to the DataLoader: `bs`, …
+    ): # A DataLoader that does not shuffle
+        "Make a DataLoader for new sentences"
         items = test_items
         if isinstance(items, pd.DataFrame):
             items = _tagged_rows(items, self.spec.columns, with_labels)
@@ -367,7 +367,7 @@ class HFTagDataLoaders(SpecDataLoaders):
 
 # %% ../../nbs/133_data.tagging.ipynb #e8e4d730
 def _tagged_rows(df, columns, with_labels):
-    "Sentences of a table, with their tags if wanted"
+    "Return the sentences of a table, with their tags if `with_labels`"
     words = [list(o) if _is_list(o) else o for o in column(df, columns['words'])]
     if not with_labels:
         return words
@@ -375,14 +375,14 @@ def _tagged_rows(df, columns, with_labels):
 
 # %% ../../nbs/133_data.tagging.ipynb #aa59459f
 def word_tags(x, decoded):
-    "The tags of the words of a sentence, given those of its tokens; '' for a word without a token"
+    "Return the tags of words, given the tags of their tokens; '' for a word without a token"
     places = x.places.tolist()
     first = first_tokens(x.places).tolist()
     tags = {place: tag for place, is_first, tag in zip(places, first, decoded) if is_first}
     return [tags.get(word, '') for word in range(max(places)+1)]
 
 def _tag_rows(x, samples, outs=None, max_n=9, trunc_at=150):
-    "HTML of each sentence with its true tags, and with the predicted ones if there are `outs`"
+    "Yield HTML of each sentence with its true tags, and with the predicted tags if `outs` is given"
     colours = {}
     for i in range(min(max_n, len(samples))):
         words, true = samples[i][:2]

@@ -1,4 +1,4 @@
-"""Texts as token ids without special tokens, and in blocks of equal length for a causal language model
+"""Turn texts into token ids without special tokens, and into blocks of equal length for a causal language model
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.token_blocks.html.md"""
 
@@ -16,7 +16,7 @@ from .tokenizers import apply_rules
 
 # %% ../../nbs/137_data.token_blocks.ipynb #642f29de
 def frame(tokenizer):
-    "The special tokens that a tokenizer puts before and after a text"
+    "Return the special tokens that a tokenizer puts before and after a text"
     bare = list(tokenizer('a', add_special_tokens=False, verbose=False)['input_ids'])
     full = list(tokenizer('a', add_special_tokens=True, verbose=False)['input_ids'])
     n = len(bare)
@@ -24,16 +24,16 @@ def frame(tokenizer):
     return full[:start], full[start+n:]
 
 def end_of_text(tokenizer):
-    "The token that ends a text: the end of text, else the separator; `None` if there is neither"
+    "Return the id of the token that ends a text: `eos_token`, else `sep_token`; `None` if there is neither"
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 def block_length(tokenizer, max_length=None):
-    "Tokens of a block: `max_length`, or the tokenizer's own limit, at most 512"
+    "Return the number of tokens per block: `max_length`, or the tokenizer's own limit, at most 512"
     return max_length or min(tokenizer.model_max_length, 512)
 
 # %% ../../nbs/137_data.token_blocks.ipynb #802b17bb
 def word_starts(encoded, i, tokenizer):
-    "For each token of text `i`, whether a word begins with it"
+    "Return for each token of text `i` whether a word begins with it"
     if encoded.encodings is not None:
         words = encoded.word_ids(i)
         starts = [k == 0 or words[k] is None or words[k] != words[k-1] for k in range(len(words))]
@@ -44,7 +44,7 @@ def word_starts(encoded, i, tokenizer):
     return np.array([not token.startswith('##') for token in tokens], dtype=bool)
 
 def cut_texts(texts, tokenizer, words=False, rules=()):
-    "Token ids of texts without special tokens, one array a text; with `words` also where words begin, else `None`"
+    "Return token ids without special tokens, one array per text, and with `words` also where words begin"
     ids, starts = [], []
     for first in range(0, len(texts), 1000):
         part = list(apply_rules(rules, texts[first:first+1000]))
@@ -60,14 +60,14 @@ def cut_texts(texts, tokenizer, words=False, rules=()):
 
 # %% ../../nbs/137_data.token_blocks.ipynb #6bc5db8e
 class CausalBlocks:
-    "Texts in blocks of equal length: `(TensorTokens, TensorTargets)`, the targets being the next tokens"
+    "A dataset of blocks of equal length: `(TensorTokens, TensorTargets)`, with the next tokens as targets"
     n_inp = 1
     task = 'causal_lm'
     def __init__(self,
-        docs:list, # Arrays of token ids, one a text; see `cut_texts`
-        tokenizer, # A tokenizer of transformers
-        max_length:int, # Tokens of a block
-        rules=() # Functions from string to string, applied to other texts before they are tokenized
+        docs:list, # Arrays of token ids, one per text, as returned by `cut_texts`
+        tokenizer, # A transformers tokenizer
+        max_length:int, # Tokens per block
+        rules=() # Functions from string to string, applied to new texts before they are tokenized
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -94,40 +94,40 @@ class CausalBlocks:
 
     @property
     def lens(self):
-        "Tokens of each block"
+        "Return the number of tokens of each block"
         if not len(self):
             return []
         full = [self.max_length]*(len(self)-1)
         return full + [len(self.stream)-1-sum(full)]
 
     def arrange(self,
-        order=None, # Indexes of the texts; as they came if `None`
-        turn:int=1 # Tokens at the end of the stream that are moved to its beginning
+        order=None, # Indexes of the texts; `None`: the original order
+        turn:int=1 # Number of tokens to move from the end of the stream to its beginning
     ):
-        "Put the texts into an order and turn the ring"
+        "Put the texts into the given order and rotate the ring"
         docs = self.docs if order is None else [self.docs[i] for i in order]
         self.stream = np.roll(np.concatenate(docs), turn) if docs else np.zeros(0, np.int32)
 
     def reshuffle(self):
-        "Put the texts into a random order and turn the ring at random"
+        "Put the texts into a random order and rotate the ring by a random number of tokens"
         self.arrange(np.random.permutation(len(self.docs)), np.random.randint(len(self.stream)))
 
     def decode(self,
         o, # `(TensorTokens, …)`, with targets or predictions
-        full:bool=True # fastai's; not used
+        full:bool=True # Part of fastai's signature; not used
     ) -> tuple: # Strings
-        "Decode a block to text; the ends of texts are visible"
+        "Decode a block to text, including the end-of-text tokens"
         rows = [part.ids if isinstance(part, TensorTokens) else part for part in o]
         return tuple(TitledStr(self.tokenizer.decode([i for i in row.flatten().tolist() if i >= 0])) for row in rows)
 
     def new_empty(self):
-        "The same blocks without texts"
+        "Return the same dataset without texts"
         return type(self)([], self.tokenizer, self.max_length, self.rules)
 
     def of_texts(self,
         texts:list, # Strings
         with_labels:bool=False # Not used: the texts are their own targets
     ):
-        "Put other texts into blocks"
+        "Return a dataset of new texts with the same settings"
         ids, _ = cut_texts(texts, self.tokenizer, rules=self.rules)
         return type(self)(ids, self.tokenizer, self.max_length, self.rules)

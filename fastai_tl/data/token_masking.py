@@ -1,4 +1,4 @@
-"""Texts with hidden tokens for a masked language model, chosen by token or by word
+"""Mask tokens or whole words of texts for a masked language model
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.token_masking.html.md"""
 
@@ -17,13 +17,13 @@ from .token_blocks import cut_texts, frame
 
 # %% ../../nbs/138_data.token_masking.ipynb #5ee405ee
 class TokenMasker:
-    "Choose tokens to be predicted, and hide them"
+    "Choose tokens as targets and mask them"
     def __init__(self,
         tokenizer, # A tokenizer with a mask token
-        prob:float=.15, # Share of the tokens (or words) to predict
-        p_mask:float=.8, # Share of those that become the mask token
-        p_random:float=.1, # Share of those that become a random token; the rest stays
-        whole_words:bool=False # Choose words with all their tokens
+        prob:float=.15, # Probability of choosing a token (or word) as a target
+        p_mask:float=.8, # Fraction of the targets that become the mask token
+        p_random:float=.1, # Fraction of the targets that become a random token; the others are not changed
+        whole_words:bool=False # Choose all tokens of a word together
     ):
         if getattr(tokenizer, 'mask_token_id', None) is None:
             raise VocabError('A masked language model needs a mask token', 'a tokenizer without one',
@@ -41,10 +41,10 @@ class TokenMasker:
 
     def __call__(self,
         ids:np.ndarray, # Token ids of a text
-        starts:np.ndarray, # Whether a word begins with each token
-        rng:np.random.Generator # Generator of random numbers
-    ) -> tuple: # The text with tokens hidden, and the targets: the token where one is to be predicted, else -100
-        "Hide tokens of one text"
+        starts:np.ndarray, # For each token, whether a word begins with it
+        rng:np.random.Generator # Random number generator
+    ) -> tuple: # The masked text, and the targets: the original id of each chosen token, else -100
+        "Mask tokens of one text"
         chosen = self._choose(ids, starts, rng)
         draw = rng.random(len(ids))
         changed = np.where(draw < self.p_mask+self.p_random, rng.choice(self.ordinary, len(ids)), ids)
@@ -52,7 +52,7 @@ class TokenMasker:
         return np.where(chosen, changed, ids), np.where(chosen, ids, -100)
 
     def _choose(self, ids, starts, rng):
-        "Whether each token is a target"
+        "Return a mask of the tokens that are targets"
         can = ~np.isin(ids, self.special)
         units = np.cumsum(starts | ~can) if self.whole_words else np.arange(len(ids))
         candidates = np.unique(units[can])
@@ -63,7 +63,7 @@ class TokenMasker:
 
 # %% ../../nbs/138_data.token_masking.ipynb #cd35aa78
 def _packed(ids, starts, tokenizer):
-    "All texts as one, with separators between them"
+    "Join all texts to one, with separators between them"
     sep = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     if sep is None:
         return [np.concatenate(ids)], [np.concatenate(starts)]
@@ -72,12 +72,12 @@ def _packed(ids, starts, tokenizer):
     return [ids[:-1]], [starts[:-1]]
 
 def _framed(docs, before, after, room, dtype):
-    "Arrays of at most `room` values, each between `before` and `after`"
+    "Cut arrays into parts of at most `room` values, and put each part between `before` and `after`"
     parts = [doc[start:start+room] for doc in docs for start in range(0, len(doc), room)]
     return [np.concatenate([before, part, after]).astype(dtype) for part in parts]
 
 def framed_blocks(ids, starts, tokenizer, max_length, pack):
-    "Blocks of at most `max_length` tokens with their special tokens, and where words begin in them"
+    "Make blocks of at most `max_length` tokens, including special tokens, and return where words begin in them"
     before, after = frame(tokenizer)
     room = max_length - len(before) - len(after)
     if room < 1:
@@ -90,7 +90,7 @@ def framed_blocks(ids, starts, tokenizer, max_length, pack):
 
 # %% ../../nbs/138_data.token_masking.ipynb #1da9bb08
 def target_runs(targets):
-    "The targets of a text, those that are neighbours in one list"
+    "Return the targets of a text, with neighbouring targets in one list"
     targets = torch.as_tensor(targets).as_subclass(torch.Tensor)
     runs = targets.tensor_split((targets < 0).nonzero().flatten().tolist())
     runs = [[token for token in run.tolist() if token >= 0] for run in runs]
@@ -98,18 +98,18 @@ def target_runs(targets):
 
 # %% ../../nbs/138_data.token_masking.ipynb #ec15b15b
 class MaskedBlocks:
-    "Texts with tokens hidden: `(TensorTokens, TensorTargets)`, or without a `masker` the texts as they are"
+    "A dataset of masked texts: `(TensorTokens, TensorTargets)`, or `(TensorTokens,)` without a `masker`"
     n_inp = 1
     task = 'masked_lm'
     def __init__(self,
-        docs:list, # Arrays of token ids, one a text
+        docs:list, # Arrays of token ids, one per text
         starts:list, # For each text, where words begin
-        tokenizer, # A tokenizer of transformers
-        max_length:int, # Tokens of a block with its special ones
-        masker:TokenMasker|None=None, # Hides tokens
-        pack:bool=False, # Join texts to full blocks
-        seed:int|None=None, # Fixes the masks; drawn each time if `None`
-        rules=() # Functions from string to string, applied to other texts before they are tokenized
+        tokenizer, # A transformers tokenizer
+        max_length:int, # Tokens per block, including special tokens
+        masker:TokenMasker|None=None, # Masks the tokens; `None`: nothing is masked
+        pack:bool=False, # Join texts so that each block is full
+        seed:int|None=None, # Seed for fixed masks; `None`: new masks each time
+        rules=() # Functions from string to string, applied to new texts before they are tokenized
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -136,14 +136,14 @@ class MaskedBlocks:
 
     @property
     def lens(self):
-        "Tokens of each block"
+        "Return the number of tokens of each block"
         return [len(block) for block in self.blocks]
 
     def decode(self,
         o, # `(TensorTokens, …)`, with targets or predictions
-        full:bool=True # fastai's; not used
+        full:bool=True # Part of fastai's signature; not used
     ) -> tuple: # Strings
-        "Decode a text with its masks but without its other special tokens, and the tokens to be found"
+        "Decode a text with its masks but without other special tokens, and decode its targets"
         x, *targets = o
         mask = self.tokenizer.mask_token
         hidden = set(self.tokenizer.all_special_ids) - {self.tokenizer.mask_token_id}
@@ -156,13 +156,13 @@ class MaskedBlocks:
         return type(self)(ids, starts, self.tokenizer, self.max_length, masker, pack, self.seed, self.rules)
 
     def new_empty(self):
-        "The same blocks without texts"
+        "Return the same dataset without texts"
         return self._new([], [], self.masker, self.pack)
 
     def of_texts(self,
         texts:list, # Strings
-        with_labels:bool=False # Hide tokens and make them targets, else leave the texts as they are
+        with_labels:bool=False # Whether to mask tokens and make them targets
     ):
-        "Put other texts into blocks"
+        "Return a dataset of new texts with the same settings"
         ids, starts = cut_texts(texts, self.tokenizer, True, self.rules)
         return self._new(ids, starts, self.masker if with_labels else None, self.pack and with_labels)
