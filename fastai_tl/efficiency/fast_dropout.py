@@ -1,4 +1,4 @@
-"""Dropout that is cheap on a CPU: other random numbers, the same distribution
+"""Fast dropout on a CPU: different random numbers, the same distribution
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.fast_dropout.html.md"""
 
@@ -23,7 +23,7 @@ from ..core import FastaiTLError
 BITS = 15
 
 def random_signs(shape, p):
-    "Numbers of 16 bits (`shape`), negative with probability `p`, and the factor that preserves the mean"
+    "Return random 16-bit numbers that are negative with probability `p`, and the factor that preserves the mean"
     n = math.prod(shape)
     threshold = round(p*2**BITS)
     words = torch.empty(-(-n//4), dtype=torch.int64).random_(-2**63, None) # all 64 bits
@@ -31,10 +31,10 @@ def random_signs(shape, p):
     return numbers.sub_(threshold), 2**BITS/(2**BITS-threshold)
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #79eef46b
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64} # bytes of a number -> an integer of the same size
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64} # bytes per number -> integer type of the same size
 
 class Masked(torch.autograd.Function):
-    "`x` where the words `keep` are -1, and 0 where they are 0, times `scale`"
+    "Keep `x` where `keep` is -1, set it to 0 where `keep` is 0, and multiply by `scale`"
     @staticmethod
     def forward(ctx, x, keep, scale):
         ctx.save_for_backward(keep)
@@ -46,24 +46,24 @@ class Masked(torch.autograd.Function):
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #ac11e088
 def fast_mask_dropout(
-    x:torch.Tensor, # Floating point, on a CPU
-    p:float # Probability of 0, rounded to 15 bits
-) -> torch.Tensor: # As `x`
-    "Drop out elements of `x` as in training"
+    x:torch.Tensor, # Floating point tensor on a CPU
+    p:float # Dropout probability, rounded to 15 bits
+) -> torch.Tensor: # Tensor with the shape and dtype of `x`
+    "Apply dropout to `x` as in training mode"
     signs, scale = random_signs(x.shape, p)
     return Masked.apply(x, signs.bitwise_right_shift_(BITS).bitwise_not_(), scale)
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #465b3c7a
-BLOCK = 2**18 # probabilities that are computed together: what a cache of a CPU holds
+BLOCK = 2**18 # probabilities per block, so that a block fits into the CPU cache
 
 def _blocks(B, H, n):
-    "Slices of texts and of heads, of about `BLOCK` probabilities, `n` for each head"
+    "Return pairs of slices (texts, heads) with about `BLOCK` probabilities each; a head has `n` of them"
     h = max(1, min(H, BLOCK//n))
     b = max(1, BLOCK//(n*h)) if h == H else 1
     return [(slice(i, i+b), slice(j, j+h)) for i in range(0, B, b) for j in range(0, H, h)]
 
 def _hidden_keys(mask, q, k, causal):
-    "The addend of the scores, or a mask of hidden keys, for each text and head; and the queries that see nothing"
+    "Return what hides keys (a bool mask, or scores to add), and a mask of the queries that see no key"
     shape = (*q.shape[:3], k.shape[2])
     if causal:
         mask = torch.ones(shape[2:], dtype=torch.bool).tril()
@@ -76,7 +76,7 @@ def _hidden_keys(mask, q, k, causal):
     return (mask.to(q.dtype) if is_addend else hidden).expand(shape), blind
 
 def _probabilities(q, k, hidden, blind, at):
-    "Softmax of the scores of a block"
+    "Compute the attention probabilities of a block"
     scores = q[at]@k[at].transpose(-1, -2)
     if hidden is not None and hidden.dtype == torch.bool:
         scores.masked_fill_(hidden[at], -torch.inf)
@@ -87,7 +87,7 @@ def _probabilities(q, k, hidden, blind, at):
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #d9b8ea14
 class Attention(torch.autograd.Function):
-    "Scaled dot-product attention with dropout"
+    "Compute scaled dot-product attention with dropout"
     @staticmethod
     def forward(ctx, q, k, v, hidden, blind, p, scaling):
         B, H, T, _ = q.shape
@@ -124,15 +124,15 @@ def _attention_gradients(q, k, v, probs, g, blocks, scaling):
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #51fdfae8
 def fast_attention(
-    q:torch.Tensor, # (texts, heads, queries, width), on a CPU
-    k:torch.Tensor, # (texts, heads, keys, width)
-    v:torch.Tensor, # (texts, heads, keys, width of a value)
-    attn_mask:torch.Tensor|None=None, # `True` for visible keys, or an addend of the scores; broadcast to all of them
-    dropout_p:float=0., # Probability that a key is not seen, rounded to 15 bits
-    is_causal:bool=False, # A query sees the keys up to its own
-    scale:float|None=None # Factor of the scores; one over the root of the width if `None`
-) -> torch.Tensor: # (texts, heads, queries, width of a value)
-    "Compute `F.scaled_dot_product_attention` with dropout, for training"
+    q:torch.Tensor, # Queries on a CPU: (texts, heads, queries, width)
+    k:torch.Tensor, # Keys: (texts, heads, keys, width)
+    v:torch.Tensor, # Values: (texts, heads, keys, width of a value)
+    attn_mask:torch.Tensor|None=None, # `True` for visible keys, or a tensor added to the scores; broadcast
+    dropout_p:float=0., # Dropout probability of a key, rounded to 15 bits
+    is_causal:bool=False, # Each query sees only the keys up to its own position
+    scale:float|None=None # Factor for the scores; the default is 1/√width
+) -> torch.Tensor: # Output: (texts, heads, queries, width of a value)
+    "Compute the same as `F.scaled_dot_product_attention` with dropout, for training"
     if torch.is_autocast_enabled('cpu'):
         q, k, v = (o.to(torch.get_autocast_dtype('cpu')) for o in (q, k, v))
     scale = q.shape[-1]**-.5 if scale is None else scale
@@ -142,7 +142,7 @@ def fast_attention(
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #c0c1cd6b
 class FastDropout(TorchFunctionMode):
-    "Compute dropout, and attention with dropout, by the functions of this module on a CPU, inside the `with` block"
+    "Use this module's functions for dropout, and for attention with dropout, on a CPU within a `with` block"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.dropout:
@@ -153,7 +153,7 @@ class FastDropout(TorchFunctionMode):
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #0540d8d9
 def _is_plain(t):
-    "Whether a tensor is an ordinary one with floating point numbers on a CPU"
+    "Return whether `t` is an ordinary, non-empty floating point tensor on a CPU"
     ordinary = type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == 'cpu'
     return ordinary and t.is_floating_point() and t.numel() > 0
 
@@ -182,31 +182,31 @@ def _refuse_checkpointing(model):
                             'Call `gradient_checkpointing_disable()` of the model, or `learn.fast_dropout(False)`')
 
 def _is_useful(model):
-    "Whether the model is on a CPU and not compiled: compiled dropout is fast"
+    "Return whether the model is on a CPU and not compiled (compiled dropout is already fast)"
     on_cpu = next(model.parameters()).device.type == 'cpu'
     return on_cpu and not any(m._compiled_call_impl is not None for m in model.modules())
 
 class FastDropoutTraining(AroundBatch):
-    "Train with `FastDropout`, where the model is on a CPU"
-    order = MixedPrecision.order+2 # inside of mixed precision
+    "Train with `FastDropout` if the model is on a CPU"
+    order = MixedPrecision.order+2 # inside mixed precision
     def before_fit(self):
-        "Check the model"
+        "Check whether the model can and should use `FastDropout`"
         _refuse_checkpointing(self.model)
         self.of_use = _is_useful(self.model)
     @contextmanager
     def around_batch(self):
-        "Use `FastDropout` for a training batch"
+        "Use `FastDropout` for training batches"
         with FastDropout() if self.learn.training and self.of_use else nullcontext():
             yield
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #9f1374a5
 @patch
 def fast_dropout(self:Learner,
-    on:bool=True # `False`: back to PyTorch's dropout
-) -> Learner: # Itself
-    "Train with dropout that is cheap on a CPU: other random numbers, the same distribution"
+    on:bool=True # `False` returns to PyTorch's dropout
+) -> Learner: # The same Learner
+    "Train with dropout that is fast on a CPU: different random numbers, the same distribution"
     if on:
-        _refuse_checkpointing(self.model) # an error now rather than in the fit
+        _refuse_checkpointing(self.model) # raise the error now, not later in the fit
     self.remove_cb(FastDropoutTraining)
     unguard_batches(self)
     return self.add_cb(FastDropoutTraining()) if on else self

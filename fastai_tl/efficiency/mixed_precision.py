@@ -1,4 +1,4 @@
-"""Mixed precision on every device: bfloat16 on a CPU too, for training, validation and prediction
+"""Mixed precision on every device, including bfloat16 on a CPU, for training, validation and prediction
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.mixed_precision.html.md"""
 
@@ -23,9 +23,9 @@ from .lstm_bf16 import autocast_lstms
 _CPU_BF16 = ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16') # x86, x86, ARM, ARM
 
 def has_bf16(
-    device='cpu' # A device or its type
-) -> bool: # `False` also where PyTorch cannot tell
-    "Return whether the device has bfloat16 instructions of its own, so that nothing is emulated"
+    device='cpu' # Device or device type
+) -> bool: # `False` also if PyTorch cannot tell
+    "Return whether the device has bfloat16 instructions, so that PyTorch does not emulate them"
     kind = torch.device(device).type
     if kind == 'cpu':
         flags = getattr(torch.cpu, 'get_capabilities', dict)() # new in PyTorch 2.11
@@ -47,7 +47,7 @@ def as_dtype(dtype):
     return _DTYPES[name]
 
 def why_no_autocast(kind, dtype):
-    "Return why autocast to `dtype` is of no use on a kind of device; empty if it is of use"
+    "Return the reason not to use autocast to `dtype` on a device type; empty if there is none"
     if not is_autocast_available(kind):
         return f'PyTorch has no autocast for {kind!r}'
     if dtype == torch.float16 and kind == 'cpu':
@@ -61,11 +61,11 @@ def why_no_autocast(kind, dtype):
 
 # %% ../../nbs/305_efficiency.mixed_precision.ipynb #c5764e3d
 class AutocastPrecision(AroundBatch, MixedPrecision):
-    "Mixed precision by autocast on any device"
+    "Use mixed precision by autocast on any device"
     def __init__(self,
-        dtype=None, # `bf16` or `fp16`, also as a PyTorch dtype; the best that the device has if `None`
-        force:bool=False, # Use `dtype` (bfloat16 if `None`) even if the device is slow with it
-        **kwargs # Passed to the `GradScaler` that float16 needs, such as `init_scale`
+        dtype=None, # `bf16`, `fp16` or a PyTorch dtype; `None` chooses the best one for the device
+        force:bool=False, # Use `dtype` (bfloat16 if `None`) even if it is slow on this device
+        **kwargs # Passed to the `GradScaler` for float16, such as `init_scale`
     ):
         self.dtype = dtype if dtype is None else as_dtype(dtype)
         self.force = force
@@ -77,7 +77,7 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
         self._warned = None
 
     def _choose(self, kind):
-        "Return the dtype to compute in on this kind of device; warn once if it is not the one asked for"
+        "Return the dtype to compute in on this device type; warn once if it is not the requested one"
         candidates = [self.dtype] if self.dtype else [torch.bfloat16, torch.float16]
         reasons = [why_no_autocast(kind, dtype) for dtype in candidates]
         can_force = is_autocast_available(kind)
@@ -101,7 +101,7 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
         return next(self.model.parameters()).device.type # fastai moves each batch there
 
     def before_fit(self):
-        "Choose the dtype for the device, and make autocast and scaler"
+        "Choose the dtype for the device, and create autocast and the gradient scaler"
         self._leave()
         if len(self.learn.cbs.filter(risinstance((MixedPrecision, NonNativeMixedPrecision)))) > 1:
             todo = ('Remove both with `learn.to_fp32()` (`learn.to_non_native_fp32()`), '
@@ -116,13 +116,13 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
         self.scales = L()
 
     def before_batch(self):
-        "Choose again if another fit or prediction has ended in between"
+        "Choose the dtype again if another fit or prediction has ended in between"
         if self.autocast is None:
             self.before_fit()
 
     @contextmanager
     def around_batch(self):
-        "Enter autocast, and leave it however the batch ends; fastai has no event for errors and interrupts"
+        "Enter autocast, and always leave it after the batch; fastai has no event for errors and interrupts"
         is_bf16_on_cpu = self._device_type() == 'cpu' and self.compute_dtype == torch.bfloat16
         try:
             with autocast_lstms(self.model) if is_bf16_on_cpu else nullcontext():
@@ -137,18 +137,18 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
         self._leave()
 
     def after_fit(self):
-        "Remove autocast and scaler"
+        "Remove autocast and the gradient scaler"
         self._leave()
         self.autocast = None
         self.learn.scaler = None
         unguard_batches(self.learn)
 
-    def state_dict(self) -> dict: # Numbers; empty unless float16 is in use
-        "Return the loss scale and when it was last raised"
+    def state_dict(self) -> dict: # State of the `GradScaler`; empty unless float16 is used
+        "Return the loss scale and the number of steps since its last change"
         return {} if self.learn.scaler is None else self.learn.scaler.state_dict()
 
     def load_state_dict(self,
-        sd:dict # From `state_dict`
+        sd:dict # Result of `state_dict`
     ):
         "Continue with the loss scale of an earlier fit"
         if sd and self.learn.scaler.is_enabled():
@@ -157,9 +157,9 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
 # %% ../../nbs/305_efficiency.mixed_precision.ipynb #ad4f533e
 @patch
 def to_mixed_precision(self:Learner,
-    dtype=None, # `bf16` or `fp16`, also as a PyTorch dtype; the best that the device has if `None`
-    force:bool=False, # Use `dtype` (bfloat16 if `None`) even if the device is slow with it
-    **kwargs # Passed to the `GradScaler` that float16 needs, such as `init_scale`
+    dtype=None, # `bf16`, `fp16` or a PyTorch dtype; `None` chooses the best one for the device
+    force:bool=False, # Use `dtype` (bfloat16 if `None`) even if it is slow on this device
+    **kwargs # Passed to the `GradScaler` for float16, such as `init_scale`
 ) -> Learner: # The same Learner
-    "Train, validate and predict in mixed precision, on any device; `to_fp32` undoes it"
+    "Train, validate and predict in mixed precision on any device, until `to_fp32` is called"
     return self.to_fp32().add_cb(AutocastPrecision(dtype, force, **kwargs))
