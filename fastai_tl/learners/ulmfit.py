@@ -1,4 +1,4 @@
-"""ULMFiT in three stages, forwards and backwards, in a folder that survives a crash
+"""ULMFiT in three stages, forwards and backwards, in a run folder that can be resumed after a crash
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.ulmfit.html.md"""
 
@@ -28,7 +28,7 @@ def _pop_fields(options_class, kwargs):
     return {f.name: kwargs.pop(f.name) for f in fields(options_class) if f.name in kwargs}
 
 def _train_classifier(run, stage, encoder, *args):
-    "Train the classifier of one direction on the encoder that was chosen"
+    "Train the classifier of one direction on the chosen encoder"
     start = start_encoder(run, stage.direction, encoder, ('general', 'domain'))
     if start is None and encoder == 'auto':
         raise RunError('A classifier needs an encoder', 'a run without stage 1 or 2',
@@ -41,18 +41,18 @@ def _one_or_both(learners):
 
 # %% ../../nbs/535_learners.ulmfit.ipynb #077ec788
 class ULMFiT(ULMFiTRun):
-    "Transfer learning in three stages and one folder: `pretrain`, `finetune_lm`, `classifier`"
+    "Transfer learning in three stages: `pretrain`, `finetune_lm` and `classifier`, saved in one folder"
     @delegates(LMOptions)
     def pretrain(self,
-        source=None, # Texts: a DataFrame, a table file, a folder, an iterator of strings; or DataLoaders
-        weights=None, # Instead of texts: `'wikitext103'` for the published weights, or an `Encoder` or its file
-        text_col='text', # Column of the texts, for tables
+        source=None, # Texts as a DataFrame, a table file, a folder or an iterator of strings; or DataLoaders
+        weights=None, # Weights to use instead of texts: `'wikitext103'` (published), an `Encoder`, or its file
+        text_col='text', # Column of the texts, if the source is a table
         epochs:int=10, # Number of epochs
-        lr:float=5e-3, # Highest learning rate
-        cbs=None, # More Callbacks
-        **kwargs # More for `LMOptions`
-    ): # A language model Learner, or the `Encoder` of the weights; a tuple for two directions
-        "Stage 1: learn general language, or take over published weights"
+        lr:float=5e-3, # Maximum learning rate
+        cbs=None, # Additional Callbacks
+        **kwargs # Passed to `LMOptions`
+    ): # A language model Learner, or the `Encoder` with the weights; a tuple for two directions
+        "Train the general language model (stage 1), or use published weights"
         if (source is None) == (weights is None):
             raise DataError('Stage 1 needs either texts or weights', 'both' if source is not None else 'neither')
         stages = self.stages('general')
@@ -65,17 +65,17 @@ class ULMFiT(ULMFiTRun):
 
     @delegates(LMOptions)
     def finetune_lm(self,
-        source, # Texts of the domain, labelled or not: see `pretrain`
-        encoder='auto', # What to start from: `auto` (stage 1, if done), an `Encoder`, or `None` for random weights
-        text_col='text', # Column of the texts, for tables
-        epochs:int=10, # Number of epochs with all layers
-        lr:float|None=None, # Highest learning rate; 2e-3 with an encoder, 5e-3 from random weights if `None`
-        head_epochs:int=1, # Number of epochs before that, in which the top group trains alone
-        head_lr:float=2e-2, # Highest learning rate of these
-        cbs=None, # More Callbacks
-        **kwargs # More for `LMOptions`
+        source, # Texts of the domain, labelled or not, in the formats of `pretrain`
+        encoder='auto', # Encoder to start from: `auto` (stage 1, if done), an `Encoder`, or `None` (random weights)
+        text_col='text', # Column of the texts, if the source is a table
+        epochs:int=10, # Number of epochs in which all layers are trained
+        lr:float|None=None, # Maximum learning rate; if `None`, 2e-3 with an encoder and 5e-3 with random weights
+        head_epochs:int=1, # Number of epochs before that, in which only the top group is trained
+        head_lr:float=2e-2, # Maximum learning rate of the epochs before
+        cbs=None, # Additional Callbacks
+        **kwargs # Passed to `LMOptions`
     ): # A language model Learner; a tuple for two directions
-        "Stage 2: continue with the texts of the domain"
+        "Fine-tune the language model on texts of the domain (stage 2)"
         options = asdict(LMOptions(**kwargs))
         source = self.read(source, text_col)
         trained = []
@@ -93,13 +93,13 @@ class ULMFiT(ULMFiTRun):
         source, # A DataFrame, a table file, a folder with a subfolder for each class, or DataLoaders
         text_col='text', # Column of the texts
         label_col='label', # Column of the labels
-        encoder='auto', # `auto` (the last stage done), `general`, `domain`, an `Encoder`, or `None` for random weights
-        metrics=None, # fastai metrics; accuracy or root mean square error if `None`
-        name:str='classifier', # Name of the stage: a run can have several classifiers
-        cbs=None, # More Callbacks
-        **kwargs # More for `TableOptions` and `ClassifierOptions`
+        encoder='auto', # `auto` (last finished stage), `general`, `domain`, an `Encoder`, or `None` (random weights)
+        metrics=None, # fastai metrics; accuracy, or root mean squared error for a regression, if `None`
+        name:str='classifier', # Name of the stage; a run can have several classifiers
+        cbs=None, # Additional Callbacks
+        **kwargs # Passed to `TableOptions` or `ClassifierOptions`
     ): # A trained `TextLearner`, or a `BidirectionalLearner`
-        "Stage 3: train a classifier on the encoder by gradual unfreezing with discriminative rates"
+        "Train a classifier on the encoder by gradual unfreezing with discriminative learning rates (stage 3)"
         table = TableOptions(text_col, label_col, **_pop_fields(TableOptions, kwargs))
         options = ClassifierOptions(**kwargs)
         if not isinstance(source, DataLoaders):
@@ -111,7 +111,7 @@ class ULMFiT(ULMFiTRun):
     def load_classifier(self,
         name:str='classifier' # Name of the stage
     ): # A `TextLearner` or `BidirectionalLearner` without data, for `predict` and `get_preds`
-        "Read a trained classifier, without its texts"
+        "Load a trained classifier, without its texts"
         return _one_or_both([read_classifier(self, stage) for stage in self.stages(name)])
 
     def encoder(self,
@@ -124,10 +124,10 @@ class ULMFiT(ULMFiTRun):
     def history(self,
         stage:str='classifier', # `general`, `domain`, or a classifier's name
         direction:str='forward' # `forward` or `backward`
-    ) -> pd.DataFrame: # One row an epoch
+    ) -> pd.DataFrame: # One row per epoch
         "Read the losses and metrics of a finished stage"
         return self.stage(direction, stage).history()
 
     def status(self) -> pd.DataFrame: # direction | stage | done | epochs | the last epoch's losses and metrics
-        "List what is done in this run"
+        "List the stages of this run"
         return run_status(self.path)

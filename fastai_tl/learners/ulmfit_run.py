@@ -1,4 +1,4 @@
-"""The folder of a ULMFiT run: how its texts are tokenized, its stages in each direction, and what they leave behind
+"""The folder of a ULMFiT run: how its texts are tokenized, its stages in each direction, and the files that they save
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.ulmfit_run.html.md"""
 
@@ -27,12 +27,12 @@ from ..tune.resume import RunStage
 # %% ../../nbs/532_learners.ulmfit_run.ipynb #16c9c925
 @dataclass
 class TextOptions:
-    "How the texts of a run become tokens, and tokens a vocabulary"
-    lang:str='en' # `en`, or `zh-tw`: Traditional Chinese
-    tok:object=None # Tokenizer instead of the language's; for Chinese also `chars`, `jieba` or `mapped`
-    rules:list|None=None # Rules applied to each text first, instead of the language's
-    max_vocab:int=60_000 # Largest vocabulary
-    min_freq:int=3 # Rarer tokens are unknown
+    "Options for tokenizing the texts of a run and for making its vocabulary"
+    lang:str='en' # `en`, or `zh-tw` for Traditional Chinese
+    tok:object=None # Tokenizer; that of the language if `None`; for Chinese also `chars`, `jieba` or `mapped`
+    rules:list|None=None # Rules applied to each text first; those of the language if `None`
+    max_vocab:int=60_000 # Maximum size of the vocabulary
+    min_freq:int=3 # Minimum count of a token; rarer tokens become unknown
 
     def __post_init__(self):
         self.lang = lang_code(self.lang)
@@ -40,14 +40,14 @@ class TextOptions:
 
     @property
     def settings(self) -> dict:
-        "What the tokens depend on"
+        "Return the settings that determine the tokens"
         return tokenizer_settings(self.tok, self.rules)
 
     def vocab(self,
-        texts:TokenizedTexts, # The texts
-        idxs=None # Count only these texts
-    ) -> list: # Token of each id
-        "Make the vocabulary of tokenized texts"
+        texts:TokenizedTexts, # Tokenized texts
+        idxs=None # Indexes of the texts to count; all if `None`
+    ) -> list: # Tokens, in the order of their ids
+        "Make a vocabulary from tokenized texts"
         return texts_vocab(texts, self.min_freq, self.max_vocab, idxs)
 
 # %% ../../nbs/532_learners.ulmfit_run.ipynb #f1824dda
@@ -55,8 +55,8 @@ _OLD_TASKS = dict(single='classification', multi='multilabel')
 
 def read_task(
     settings:dict # Settings of a stage, or the content of a `model.safetensors`
-) -> dict: # A copy, with the task under `task`
-    "Rename what older versions of the package called `target`"
+) -> dict: # A copy that has the task under `task`
+    "Rename `target`, the name of older versions of the package, to `task`"
     settings = dict(settings)
     if 'target' in settings:
         task = settings.pop('target')
@@ -70,27 +70,27 @@ class ULMFiTStage(RunStage):
     "One stage of a run, in one direction"
     @property
     def name(self) -> str:
-        "`general`, `domain`, or a classifier's name"
+        "Return the name of the stage: `general`, `domain`, or the name of a classifier"
         return self.folder.name
     @property
     def direction(self) -> str:
-        "`forward` or `backward`"
+        "Return the direction: `forward` or `backward`"
         return self.folder.parent.name
     @property
     def backwards(self) -> bool:
-        "Whether the stage reads from right to left"
+        "Return whether the stage reads from right to left"
         return self.direction == 'backward'
     @property
     def encoder_file(self) -> Path:
-        "Where a language model leaves its encoder"
+        "Return the file in which a language model saves its encoder"
         return self.folder/'encoder.safetensors'
     @property
     def model_file(self) -> Path:
-        "Where a classifier leaves its weights"
+        "Return the file in which a classifier saves its weights"
         return self.folder/'model.safetensors'
 
     def saved_settings(self) -> dict:
-        "Read the settings that the stage was begun with"
+        "Read the settings with which the stage was started"
         return read_task(super().saved_settings())
 
     def encoder(self) -> Encoder:
@@ -101,16 +101,16 @@ class ULMFiTStage(RunStage):
 
 # %% ../../nbs/532_learners.ulmfit_run.ipynb #33135952
 class ULMFiTRun:
-    "The folder of a ULMFiT run and what all its stages share"
+    "The folder of a ULMFiT run, with the settings and methods that all its stages share"
     @delegates(TextOptions)
     def __init__(self,
-        run_dir:str|Path, # Folder of the run; what is done there is not done again
-        config:dict|None=None, # Sizes of the AWD_LSTM: `emb_sz`, `n_hid` and `n_layers`; fastai's if `None`
+        run_dir:str|Path, # Folder of the run; stages that are done there are not trained again
+        config:dict|None=None, # Sizes of the AWD_LSTM: `emb_sz`, `n_hid` and `n_layers`; fastai's defaults if `None`
         bidirectional:bool=False, # Train a second model that reads backwards
-        seed:int=42, # Seed of everything random
-        seq_len:int=72, # Tokens of backpropagation through time
+        seed:int=42, # Random seed
+        seq_len:int=72, # Number of tokens for backpropagation through time
         progress:bool=True, # Show progress bars, losses and tables
-        **kwargs # More for `TextOptions`
+        **kwargs # Passed to `TextOptions`
     ):
         self.path = Path(run_dir)
         self.config = {size: merge(awd_lstm_lm_config, config or {})[size] for size in ('emb_sz', 'n_hid', 'n_layers')}
@@ -125,11 +125,11 @@ class ULMFiTRun:
 
     @property
     def tok(self):
-        "The tokenizer"
+        "Return the tokenizer"
         return self.texts.tok
     @property
     def rules(self):
-        "The rules applied to each text first"
+        "Return the rules that are applied to each text first"
         return self.texts.rules
 
     def say(self,
@@ -159,8 +159,8 @@ class ULMFiTRun:
         return tokenize_texts_once(texts, self.tok, self.rules, cache_dir=self.path/'tokens', progress=self.progress)
 
     def read(self,
-        source, # Texts: a DataFrame, a table file, a folder, an iterator of strings; or DataLoaders
-        text_col='text' # Column of the texts, for tables
+        source, # Texts as a DataFrame, a table file, a folder or an iterator of strings; or DataLoaders
+        text_col='text' # Column of the texts, if the source is a table
     ): # `TokenizedTexts`, or the DataLoaders
         "Read and tokenize the texts of a language model, once for both directions"
         is_ready = isinstance(source, (DataLoaders, TokenizedTexts))
@@ -168,29 +168,29 @@ class ULMFiTRun:
 
     def stage(self,
         direction:str, # `forward` or `backward`
-        name:str # `general`, `domain`, or a classifier's name
+        name:str # `general`, `domain`, or the name of a classifier
     ) -> ULMFiTStage:
         "Return a stage of the run"
         return ULMFiTStage(self.path/direction/name)
 
     def stages(self,
-        name:str # `general`, `domain`, or a classifier's name
-    ) -> list: # One stage for each direction of the run
-        "List a stage in all directions"
+        name:str # `general`, `domain`, or the name of a classifier
+    ) -> list: # The stage of each direction
+        "Return a stage in all directions of the run"
         return [self.stage(direction, name) for direction in self.directions]
 
     def begin(self,
         stage:ULMFiTStage, # The stage
-        **settings # What must be the same when it is resumed
+        **settings # Settings that must be the same when the stage is resumed
     ) -> bool: # Whether the stage is already done
         "Start a stage, or resume it with the same settings"
         return stage.begin(dict(settings, seed=self.seed, config=self.config, tokenizer=digest(self.texts.settings),
                                 seq_len=self.seq_len))
 
     def use_config(self,
-        encoder:Encoder|None # An encoder, or `None`
+        encoder:Encoder|None # An encoder, or `None` to change nothing
     ):
-        "Take over the sizes of an encoder"
+        "Use the sizes of an encoder for the models of this run"
         if encoder is not None:
             self.config = {size: encoder.config[size] for size in self.config}
 
@@ -198,7 +198,7 @@ class ULMFiTRun:
 def run_status(
     path:Path # Folder of a run
 ) -> pd.DataFrame: # direction | stage | done | epochs | the last epoch's losses and metrics
-    "List the stages of a run in the order in which they changed last"
+    "List the stages of a run; the one that was changed last comes last"
     rows = []
     for file in sorted(path.glob('*/*/stage.json'), key=lambda file: file.stat().st_mtime):
         stage = ULMFiTStage(file.parent)
@@ -211,8 +211,8 @@ def start_encoder(
     run:ULMFiTRun, # The run
     direction:str, # `forward` or `backward`
     encoder, # `auto`, `general`, `domain`, an `Encoder`, or `None`
-    earlier:tuple # Stages that `auto` looks at
-) -> Encoder|None: # `None`: start from random weights
+    earlier:tuple # Names of the stages that `auto` considers
+) -> Encoder|None: # The encoder, or `None` to start from random weights
     "Find the encoder that a stage starts from"
     if encoder is None or isinstance(encoder, Encoder):
         return encoder

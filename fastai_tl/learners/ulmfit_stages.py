@@ -1,4 +1,4 @@
-"""How the stages of ULMFiT are trained, resumed and read: language models, and the classifier
+"""How the stages of ULMFiT are trained, resumed and loaded: the language models and the classifier
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.ulmfit_stages.html.md"""
 
@@ -33,14 +33,14 @@ from .ulmfit_run import read_task
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #6c148a59
 @dataclass
 class LMOptions:
-    "Settings that both stages of language modeling share"
+    "Settings shared by both language model stages"
     wd:float=.1 # Weight decay
     drop_mult:float=1. # Multiplier on all dropouts
-    bs:int=64 # Rows of a batch
-    valid_pct:float=.1 # Share of the texts held out
+    bs:int=64 # Batch size
+    valid_pct:float=.1 # Fraction of the texts held out for validation
 
 def _need_one_direction(stage):
-    "Raise an error for DataLoaders of the user in the backward direction"
+    "Raise an error if the user passed DataLoaders and the direction is backward"
     if stage.backwards:
         raise DataError('Two directions need texts', 'DataLoaders',
                         'Pass texts, or run each direction as a ULMFiT of its own')
@@ -50,7 +50,7 @@ def _fit_callbacks(run, stage, cbs):
     return L(cbs) + [StopOnNaN(), resumable]
 
 def _lm_data(run, stage, source, text_col, options):
-    "DataLoaders, a digest of the texts, and how often each token occurs (`None` for DataLoaders of the user)"
+    "Return DataLoaders, a digest of the texts, and token counts (`None` if the user passed DataLoaders)"
     if isinstance(source, DataLoaders):
         _need_one_direction(stage)
         return source, digest(text_vocab(source), len(source.train_ds)), None
@@ -77,14 +77,14 @@ def _fit_lm(run, stage, learn, options, has_encoder, cbs):
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #3d6a6343
 def train_language_model(
     run, # A `ULMFiTRun`
-    stage, # Stage of the run
+    stage, # Stage of the run, in one direction
     source, # `TokenizedTexts`, or DataLoaders
-    text_col, # Column that the texts come from
+    text_col, # Column of the texts
     start, # `Encoder` to start from, or `None`
     options, # Settings of the stage
-    cbs # More Callbacks
+    cbs # Additional Callbacks
 ): # A Learner
-    "Train the language model of a stage, resume it, or read it if it is done"
+    "Train or resume the language model of a stage, or load it if the stage is done"
     dls, data, counts = _lm_data(run, stage, source, text_col, options)
     vocab = text_vocab(dls)
     seed_everything(run.seed, stage.direction, stage.name, 'weights')
@@ -102,10 +102,10 @@ def train_language_model(
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #054387f0
 def take_over(
     run, # A `ULMFiTRun`
-    stage, # Its stage `general`
-    weights # `'wikitext103'`, an `Encoder`, its file, or a pair of them for both directions
+    stage, # The stage `general` of the run
+    weights # `'wikitext103'`, an `Encoder`, its file, or a pair (forward, backward)
 ) -> Encoder:
-    "Make weights from elsewhere the result of stage 1"
+    "Save existing weights as the result of stage 1"
     if isinstance(weights, (tuple, list)):
         weights = weights[stage.backwards]
     elif isinstance(weights, str) and weights == 'wikitext103':
@@ -126,23 +126,23 @@ _LabelledRows = namedtuple('LabelledRows', 'texts labels task train valid')
 
 @dataclass
 class TableOptions:
-    "Which columns of a table a classifier reads, and what they mean"
+    "Columns of a table that a classifier reads, and how it interprets them"
     text_col:str='text' # Column of the texts
     label_col:str='label' # Column of the labels
-    valid_col:str|None=None # Column of the split: booleans, or `train`, `valid`, `test`; test rows are left out
-    valid_pct:float=.2 # Share of the rows to validate on, without `valid_col`
-    task:str|None=None # `classification`, `multilabel` or `regression`; found from the labels if `None`
-    label_delim:str|None=None # Separates several labels in a string
+    valid_col:str|None=None # Column with the split: booleans, or `train`, `valid`, `test`; test rows are left out
+    valid_pct:float=.2 # Fraction of the rows used for validation if there is no `valid_col`
+    task:str|None=None # `classification`, `multilabel` or `regression`; inferred from the labels if `None`
+    label_delim:str|None=None # Separator between several labels in a string
 
     def columns(self) -> dict:
-        "The columns as a spec has them"
+        "Return the columns in the form of a data spec"
         return dict(text=self.text_col, label=self.label_col)
 
     def read(self,
         source, # A DataFrame, a table file, or a folder with a subfolder for each class
-        seed # Seed of a random split
-    ) -> tuple: # Texts, labels, task, and the indexes for training and for validation
-        "Read texts, labels, task and split, checked"
+        seed # Seed of the random split
+    ) -> tuple: # Texts, labels, task, and the indexes of the training and validation rows
+        "Read and check texts, labels, task and split"
         df = _as_table(source)
         texts = read_texts(df, self.text_col)
         split = None if self.valid_col is None else list(column(df, self.valid_col))
@@ -165,17 +165,17 @@ def _as_table(source):
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #b07a0169
 @dataclass
 class ClassifierOptions:
-    "Settings of the classifier; the first six are those of `learn.fit_gradual`"
-    epochs:list|None=None # Epochs of each stage of unfreezing
-    lr:float|None=None # Top rate of the first of them
-    lrs:list|None=None # Top rate of each of them, instead of `lr`
-    groups:list|None=None # How many groups train in each of them
-    spread:float=2.6**4 # Ratio of the top group's rate to the bottom group's
-    schedule:str='one_cycle' # Schedule within each of them: `one_cycle` or `stlr`
+    "Settings of the classifier; the first six are parameters of `learn.fit_gradual`"
+    epochs:list|None=None # Number of epochs in each unfreezing stage
+    lr:float|None=None # Learning rate of the top group in the first unfreezing stage
+    lrs:list|None=None # Learning rate of the top group in each unfreezing stage, instead of `lr`
+    groups:list|None=None # Number of layer groups trained in each unfreezing stage
+    spread:float=2.6**4 # Learning rate of the top group divided by that of the bottom group
+    schedule:str='one_cycle' # Learning rate schedule within each unfreezing stage: `one_cycle` or `stlr`
     wd:float=.01 # Weight decay
     drop_mult:float=.5 # Multiplier on all dropouts
-    bs:int=64 # Texts of a batch
-    y_range:tuple|None=None # Lowest and highest value of a regression
+    bs:int=64 # Batch size
+    y_range:tuple|None=None # Lowest and highest prediction of a regression model
 
     def __post_init__(self):
         if self.schedule not in STAGE_SCHEDULES:
@@ -191,7 +191,7 @@ class ClassifierOptions:
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #63918cf3
 def _classifier_data(run, stage, source, table, start, bs):
-    "DataLoaders, and a digest of their rows"
+    "Return DataLoaders and a digest of their rows"
     if isinstance(source, DataLoaders):
         _need_one_direction(stage)
         return source, digest(text_vocab(source), len(source.train_ds), len(source.valid_ds))
@@ -205,15 +205,15 @@ def _classifier_data(run, stage, source, table, start, bs):
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #d5801b72
 def train_classifier(
     run, # A `ULMFiTRun`
-    stage, # Stage of the run
+    stage, # Stage of the run, in one direction
     start, # `Encoder` to start from, or `None`
     source, # What `TableOptions.read` returns, with tokenized texts; or DataLoaders
     table:TableOptions, # Columns of the table
-    options:ClassifierOptions, # Settings
+    options:ClassifierOptions, # Settings of the classifier
     metrics, # fastai metrics
-    cbs # More Callbacks
+    cbs # Additional Callbacks
 ): # A Learner
-    "Train the classifier of one direction, resume it, or read it if it is done"
+    "Train or resume the classifier of one direction, or load it if the stage is done"
     dls, data = _classifier_data(run, stage, source, table, start, options.bs)
     spec = spec_of(dls)
     seed_everything(run.seed, stage.direction, stage.name, 'weights')
@@ -239,9 +239,9 @@ def _save_classifier(run, stage, learn, spec, options):
 
 def read_classifier(
     run, # A `ULMFiTRun`
-    stage # A stage whose classifier is trained
+    stage # Stage with a trained classifier
 ): # A Learner without data
-    "Read the classifier of one direction, for `predict` and `get_preds`"
+    "Load the classifier of one direction, for `predict` and `get_preds`"
     if not stage.model_file.exists():
         raise RunError(f'{stage.model_file} must exist', 'nothing there',
                        'Train it first with `classifier(...)`; `status()` says what is done')
