@@ -1,4 +1,4 @@
-"""Restores what blurr 1.0.5 needs and its dependencies have removed since
+"""Restore functions and methods that blurr 1.0.5 uses and that newer versions of its dependencies have removed
 
 Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr_compat.html.md"""
 
@@ -24,9 +24,9 @@ from ..learners.tagging import entity_counts, entity_scores
 _ABSENT = object()
 
 class Patches:
-    "Attributes set on other libraries, recorded so that they can be undone"
+    "Set attributes of other libraries and record the changes, so that they can be undone"
     def __init__(self):
-        self.rows = [] # (what, why), as `enable_blurr` shows them
+        self.rows = [] # tuples (what, why), which `enable_blurr` shows
         self.undo = []
 
     def set(self, owner, name, value, why):
@@ -46,21 +46,21 @@ class Patches:
             self.rows.append((f'{label}.{name}', why))
 
     def set_if_missing(self, owner, name, value, why):
-        "Set an attribute that does not exist"
+        "Set an attribute only if it does not exist"
         names = owner if isinstance(owner, dict) else dir(owner)
         if name not in names:
             self.set(owner, name, value, why)
 
     def restore(self):
-        "Undo all changes, the last first"
+        "Undo all changes in reverse order"
         while self.undo:
             self.undo.pop()()
         self.rows.clear()
 
 # %% ../../nbs/900_interop.blurr_compat.ipynb #b792eaa0
 def typedispatch(
-    f # A function with types on its first arguments
-): # plum's function of that name
+    f # Function with type annotations on its first arguments
+): # plum's function of the same name
     "Register `f` by the types of its first two arguments, as fastcore 1 did"
     required = [p for p in inspect.signature(f).parameters.values()
                 if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
@@ -76,7 +76,7 @@ def typedispatch(
     return dispatch.multi(tuple(types))(called)
 
 def _n_dispatched(name, default):
-    "Number of arguments that plum's function of this name looks at"
+    "Return the number of arguments that plum considers for the function of this name"
     known = dispatch.functions.get(name)
     return default if known is None else min((len(m.signature.types) for m in known.methods), default=default)
 
@@ -104,7 +104,7 @@ def _sacrebleu(predictions, references, **kwargs):
     return dict(score=sacrebleu.corpus_bleu(predictions, by_position, **kwargs).score)
 
 def _bleu(predictions, references, **kwargs):
-    "BLEU of lists of words, between 0 and 1"
+    "Compute BLEU of lists of words, between 0 and 1"
     texts = [' '.join(p) for p in predictions]
     joined = [[' '.join(r) for r in rs] for rs in references]
     return dict(bleu=_sacrebleu(texts, joined, tokenize='none', smooth_method='none', force=True)['score']/100)
@@ -113,11 +113,11 @@ def _bleu(predictions, references, **kwargs):
 _METRICS = dict(squad=_squad, rouge=_rouge, sacrebleu=_sacrebleu, bleu=_bleu)
 
 class OldMetric:
-    "Metric with the name and the `compute` method that `datasets` gave it"
+    "Metric with a name and a `compute` method, like those of `datasets`"
     def __init__(self, name):
         self.name = name
     def compute(self, predictions, references, **kwargs):
-        "Compute the metric of some predictions"
+        "Compute the metric for predictions and references"
         return _METRICS[self.name](predictions, references, **kwargs)
 
 def load_metric(name, *args, **kwargs):
@@ -133,7 +133,7 @@ def load_metric(name, *args, **kwargs):
 
 # %% ../../nbs/900_interop.blurr_compat.ipynb #681ffe86
 def _report(y_true, y_pred, **kwargs):
-    "Table of the entities, a line for each type"
+    "Return a table of scores with one line per entity type"
     rows = []
     for entity_type, (n_right, n_predicted, n_true) in sorted(entity_counts(y_pred, y_true).items()):
         f1 = 2*n_right/max(n_predicted+n_true, 1)
@@ -173,17 +173,17 @@ def _as_frame(o):
     return pd.DataFrame([o]) if isinstance(o, dict) else o
 
 def append(self, other, ignore_index=False, **kwargs):
-    "`DataFrame.append` of pandas 1"
+    "Append rows to a data frame, as `DataFrame.append` of pandas 1 did"
     others = other if is_listy(other) else [other]
     return pd.concat([self, *map(_as_frame, others)], ignore_index=ignore_index)
 
 def get(self, key, default=None):
-    "Get a setting of a config, as of a dictionary"
+    "Return a setting of a config, like `dict.get`"
     return getattr(self, key, default)
 
 @contextmanager
 def as_target_tokenizer(self):
-    "Tokenize texts as targets inside the block, as in transformers 4"
+    "Tokenize texts as targets inside the `with` block, as in transformers 4"
     getattr(self, '_switch_to_target_mode', lambda: None)()
     self._in_target_context_manager = True
     try:
@@ -205,7 +205,7 @@ def adding(add):
 _SENTENCE_END = re.compile(r'(?<=[.!?])\s+|(?<=[。！？])')
 
 def sentences_of(tokenize):
-    "Make a `sent_tokenize` that splits after full stops where nltk's data are missing"
+    "Make a `sent_tokenize` that splits at `.`, `!` and `?` if the data of nltk are missing"
     @wraps(tokenize)
     def sent_tokenize(text, *args, **kwargs):
         try:
@@ -223,11 +223,11 @@ def download_later(download):
 
 # %% ../../nbs/900_interop.blurr_compat.ipynb #0a60bcd9
 def is_available(name):
-    "Whether a module is imported or can be"
+    "Return whether a module is imported or can be imported"
     return name in sys.modules or importlib.util.find_spec(name) is not None
 
 def put_in_place(patches):
-    "Restore what blurr 1.0.5 needs, where it is missing"
+    "Restore the names that blurr 1.0.5 needs and that are missing"
     import fastcore.all, fastcore.dispatch, fasttransform.transform as ft
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
     datasets, nltk = (optional(o, 'blurr', 'blurr') for o in ('datasets', 'nltk'))

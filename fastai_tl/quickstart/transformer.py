@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained Transformer on the same rows, with the same table of results
+"""Fine-tune a pre-trained Transformer on the data of the quickstart and write the same table of results
 
 Docs: https://fastai-tl.github.io/fastai_tl/quickstart.transformer.html.md"""
 
@@ -25,13 +25,13 @@ from ..tune.resume import ResumableFit
 
 # %% ../../nbs/965_quickstart.transformer.ipynb #9720fd22
 class TransformerQuickstart(Quickstart):
-    "A quickstart that fine-tunes a pre-trained Transformer"
+    "Fine-tune a pre-trained Transformer and compare it with the baselines"
     @delegates(Quickstart)
     def __init__(self,
-        out, # Folder of the results
-        data, # `QuickData`: texts and labels
-        model, # `minilm`, a name on the hub, or a folder
-        size:dict, # `TRANSFORMER`, perhaps with changes
+        out, # Output folder
+        data, # Texts and labels, as `QuickData`
+        model, # `minilm`, a name on the Hugging Face hub, or a folder
+        size:dict, # Settings: `TRANSFORMER` or a changed copy
         **kwargs
     ):
         super().__init__(out, data, size, **kwargs)
@@ -39,17 +39,17 @@ class TransformerQuickstart(Quickstart):
         self.label = 'MiniLM, fine-tuned' if model == 'minilm' else f'{Path(model).name}, fine-tuned'
 
     def make_dls(self):
-        "Return DataLoaders of training and validation rows"
+        "Return DataLoaders for the training and validation sets"
         rows = self.rows.assign(validates=self.rows.split == 'valid')
         return HFTextDataLoaders.from_df(rows, self.model, valid_col='validates', task='classification',
                                          max_length=self.size['max_length'], bs=self.size['bs'],
                                          verbose=self.progress, lang=self.lang)
 
     def fit(self,
-        dls, # From `make_dls`
+        dls, # DataLoaders returned by `make_dls`
         lr:float # Learning rate of the head
     ):
-        "Train the model with one rate; continue where an earlier try stopped"
+        "Train the model with one learning rate; resume if an earlier run was stopped"
         seed_everything(self.seed)
         learn = hf_classifier_learner(dls, self.model, path=self.out)
         learn.create_opt()
@@ -66,12 +66,12 @@ class TransformerQuickstart(Quickstart):
         return learn
 
     def _data_digest(self):
-        "Return a string that changes with the texts, labels, split, model or language"
+        "Return a checksum of the texts, labels, split, model and language"
         labels = list(map(str, self.rows.label))
         return digest(list(self.rows.text), labels, list(self.rows.split), str(self.model), self.lang)
 
-    def classifier(self) -> tuple: # Learner, `Evaluation` of the test rows, and what was chosen
-        "Train the classifier with each rate, and evaluate the one with the best validation accuracy"
+    def classifier(self) -> tuple: # Learner, `Evaluation` on the test set, and a dict about the chosen learning rate
+        "Train the classifier with each learning rate and evaluate the one with the best validation accuracy"
         dls = self.make_dls()
         best = None
         for lr in self.size['rates']:
@@ -84,10 +84,10 @@ class TransformerQuickstart(Quickstart):
         return learn, self.evaluate(learn), dict(lr=lr, valid_accuracy=accuracy, name=f'classifier-{lr:g}')
 
     def figures(self,
-        learn, # The classifier
-        evaluation:Evaluation # Its evaluation
+        learn, # Learner of the classifier
+        evaluation:Evaluation # Evaluation of the classifier
     ):
-        "Write confusion matrix and learning curves as PNG"
+        "Save the confusion matrix and the learning curves as PNG"
         self.save_confusion(evaluation)
         values = np.array(learn.recorder.values)
         epochs = np.arange(1, len(values)+1)
@@ -95,7 +95,7 @@ class TransformerQuickstart(Quickstart):
         save_figure(plot_panels(panels, 'epoch', ['loss']), self.out/'learning_curves.png')
 
     def run(self) -> dict: # The summary
-        "Run all steps; write table, figures, model and summary.json"
+        "Run all steps and write the table, the figures, the model and `summary.json`"
         accuracies = self.baselines()
         with self.step(f'The classifier: {self.label}'):
             learn, evaluation, chosen = self.classifier()

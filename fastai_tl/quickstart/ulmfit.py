@@ -1,4 +1,4 @@
-"""Three stages of transfer on real text, compared with training from scratch and with counting words
+"""Train the three stages of ULMFiT on real text, and compare them with training from scratch and with a bag of words
 
 Docs: https://fastai-tl.github.io/fastai_tl/quickstart.ulmfit.html.md"""
 
@@ -22,20 +22,20 @@ _COUNTING_WINS = ('The bag of words is still ahead: many labels and words that g
 _TRANSFER_WINS = ('A bag of words knows neither the order of words nor words that are not in the labelled texts; '
                   'the language model has read all texts.')
 _CLASSIFIERS = {'from scratch': ('scratch', None), 'stage 2': ('stage 2', 'domain'),
-                'stages 1 and 2': ('stages 1+2', 'domain')} # name: run, and stage of the encoder
+                'stages 1 and 2': ('stages 1+2', 'domain')} # maps a name to a run and the stage of its encoder
 
 def _curve(values):
     return np.arange(1, len(values)+1), values.to_numpy()
 
 # %% ../../nbs/960_quickstart.ulmfit.ipynb #815268b1
 class ULMFiTQuickstart(Quickstart):
-    "A quickstart that trains language models and classifiers in the three stages of ULMFiT"
+    "Train language models and classifiers in the three stages of ULMFiT"
     @delegates(Quickstart)
     def __init__(self,
-        out, # Folder of the results
-        data, # `QuickData`: texts and labels
-        size:dict, # `QUICK` or `FULL`, perhaps with changes
-        bidirectional:bool=False, # Train models in both directions
+        out, # Output folder
+        data, # Texts and labels, as `QuickData`
+        size:dict, # Settings: `QUICK`, `FULL` or a changed copy
+        bidirectional:bool=False, # Train a forward and a backward model
         **kwargs
     ):
         super().__init__(out, data, size, **kwargs)
@@ -44,14 +44,14 @@ class ULMFiTQuickstart(Quickstart):
         self.best_run = _CLASSIFIERS[self.best][0]
 
     def ulmfit(self,
-        name:str # Folder below `runs`
+        name:str # Name of the subfolder of `runs`
     ) -> ULMFiT:
-        "Return the ULMFiT run of this name"
+        "Return the ULMFiT run with this name"
         return ULMFiT(self.out/'runs'/name, config=self.size['config'], bidirectional=self.bidirectional,
                       seed=self.seed, max_vocab=self.size['max_vocab'], progress=self.progress, lang=self.lang)
 
     def train_language_models(self):
-        "Train stage 1, stage 2 after it, and stage 2 alone"
+        "Train the language models of stage 1, of stage 2 after it, and of stage 2 alone"
         size = self.size
         domain = take_tokens(self.data.domain, size['domain_tokens'], self.seed)
         both = self.ulmfit('stages 1+2')
@@ -65,10 +65,10 @@ class ULMFiTQuickstart(Quickstart):
             self.ulmfit('stage 2').finetune_lm(domain, encoder=None, lr=size['scratch_lr'], **size['lm'])
 
     def classifier(self,
-        name:str, # Run
-        encoder # Stage whose encoder it starts from; `None` for random weights
-    ) -> tuple: # Learner, `Evaluation` of the test rows, and what was chosen
-        "Train a classifier with each rate, and evaluate the one with the best validation accuracy"
+        name:str, # Name of the ULMFiT run
+        encoder # Stage whose encoder the classifier starts from; `None`: random weights
+    ) -> tuple: # Learner, `Evaluation` on the test set, and a dict about the chosen learning rate
+        "Train a classifier with each learning rate and evaluate the one with the best validation accuracy"
         ulm = self.ulmfit(name)
         options = {name: self.size[name] for name in ('epochs', 'drop_mult', 'bs')}
         best = None
@@ -84,11 +84,11 @@ class ULMFiTQuickstart(Quickstart):
         return learn, self.evaluate(learn), chosen
 
     def figures(self,
-        learn, # The classifier
-        evaluation:Evaluation, # Its evaluation
-        name:str # Its stage
+        learn, # Learner of the classifier
+        evaluation:Evaluation, # Evaluation of the classifier
+        name:str # Name of the classifier's stage in the run
     ):
-        "Write confusion matrix, stages and learning curves as PNG"
+        "Save the confusion matrix, the stages and the learning curves as PNG"
         self.save_confusion(evaluation)
         learn = learn.forward if self.bidirectional else learn
         if hasattr(learn, 'unfreezing'):
@@ -105,7 +105,7 @@ class ULMFiTQuickstart(Quickstart):
         save_figure(fig, self.out/'learning_curves.png')
 
     def run(self) -> dict: # The summary
-        "Run all steps; write table, figures and summary.json"
+        "Run all steps and write the table, the figures and `summary.json`"
         accuracies = self.baselines()
         self.train_language_models()
         chosen = {}
@@ -121,11 +121,11 @@ class ULMFiTQuickstart(Quickstart):
         return self.finish(table, self.summary(table, accuracies, chosen), conclusion)
 
     def summary(self,
-        table:pd.DataFrame, # From `table`
+        table:pd.DataFrame, # Table returned by the method `table`
         accuracies:dict, # Accuracy of each model
-        chosen:dict # What the validation rows chose for each classifier
-    ) -> dict: # Content of summary.json
-        "Return everything that a reader or a program wants to know about this run"
+        chosen:dict # Learning rate that was chosen for each classifier, with its validation accuracy
+    ) -> dict: # Content of `summary.json`
+        "Return the results and settings of the run"
         best = self.best
         model = f"runs/{self.best_run}/forward/{chosen[best]['name']}/model.safetensors"
         return dict(accuracy=accuracies[best], scratch_accuracy=accuracies['from scratch'],
