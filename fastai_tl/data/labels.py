@@ -1,4 +1,4 @@
-"""Labels of texts: one class, several classes, or a value
+"""Check labels and turn them into tensors: one class, several classes, or a number for each text
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.labels.html.md"""
 
@@ -17,12 +17,12 @@ from .tables import is_missing
 
 # %% ../../nbs/109_data.labels.ipynb #ce92109b
 def check_labels(
-    labels, # One for each text
-    index=None, # Row names for messages; `None`: counted from 0
+    labels, # One label for each text, or a list of labels
+    index=None, # Row names for error messages; `None`: rows are numbered from 0
     task:str|None=None, # `classification`, `multilabel` or `regression`; `None`: inferred from the labels
-    label_delim:str|None=None # Separator of several labels in one string
-) -> tuple: # The labels, cut and converted, and the task
-    "Check labels, convert them and return them with their task"
+    label_delim:str|None=None # Separator between the labels in one string
+) -> tuple: # The labels, split and converted, and the task
+    "Check and convert labels, and return them with their task"
     labels = list(labels)
     rows = list(range(len(labels)) if index is None else index)
     missing = [row for row, label in zip(rows, labels) if is_missing(label)]
@@ -41,7 +41,7 @@ def check_labels(
 
 # %% ../../nbs/109_data.labels.ipynb #bd21672d
 def _infer_task(labels, label_delim):
-    "Infer the task from how labels look"
+    "Infer the task from the labels"
     if label_delim is not None or any(isinstance(o, (list, tuple, set, L, np.ndarray)) for o in labels):
         return 'multilabel'
     floats = [o for o in labels if isinstance(o, (float, np.floating))]
@@ -70,7 +70,7 @@ def _values(labels, rows):
 def label_tfms(
     task:str, # `classification`, `multilabel` or `regression`
     classes:list|None # Class names in the order of the model's outputs; `None` for a regression
-) -> list: # fastai's transforms
+) -> list: # Transforms of fastai
     "Return the transforms that turn labels into tensors"
     if task == 'classification':
         return [Categorize(vocab=classes, sort=False)]

@@ -16,19 +16,19 @@ from .labels import check_labels
 from .tables import column
 
 # %% ../../nbs/112_data.splits.ipynb #cef83861
-# The words for the parts of a split, in lower case, with the part that each stands for
+# The words that a split column may contain, in lower case, and the part of the split that each word means
 SPLIT_NAMES = dict(train='train', training='train', test='test',
                    valid='valid', validation='valid', val='valid', dev='valid')
 
 # %% ../../nbs/112_data.splits.ipynb #33126e9a
 def split_rows(
-    labels:list, # One for each text, as `check_labels` returns them
+    labels:list, # One label for each text, as `check_labels` returns them
     task:str, # `classification`, `multilabel` or `regression`
-    valid=None, # Which rows validate: booleans, or the words `train`, `valid` and `test`; test rows are left out
+    valid=None, # Which rows are for validation: booleans, or the words `train`, `valid` and `test` (left out)
     valid_pct:float=.2, # Share of validation rows in a random split
-    seed:int=42 # Decides which rows are drawn
-) -> tuple: # Indexes for training and for validation
-    "Split rows as `valid` says, or at random with the shares of the classes kept"
+    seed:int=42 # Random seed of the split
+) -> tuple: # Indexes of the training rows and of the validation rows
+    "Split rows as `valid` says, or at random with the same share of validation rows in each class"
     n_rows = len(labels)
     if valid is not None:
         return _given_split(list(valid), n_rows)
@@ -42,7 +42,7 @@ def split_rows(
     return [i for i in range(n_rows) if i not in held_out], sorted(held_out)
 
 def _draw_validation(groups, valid_pct, rng):
-    "Draw a share of each group; at least one row of a group of four or more"
+    "Draw a share of each group, and at least one row from a group of four or more"
     held_out = set()
     for rows in groups:
         n_valid = round(len(rows)*valid_pct) if len(rows) > 1 else 0
@@ -53,7 +53,7 @@ def _draw_validation(groups, valid_pct, rng):
 
 # %% ../../nbs/112_data.splits.ipynb #090de5d1
 def _given_split(valid, n_rows):
-    "Return the indexes of a split given by booleans or words"
+    "Return the training and validation indexes of a split given by booleans or words"
     if len(valid) != n_rows:
         raise DataError(f'The split must have {n_rows} rows, as the table', str(len(valid)))
     parts = [_split_part(value) for value in valid]
@@ -81,12 +81,12 @@ def need_rows(train, valid):
 
 # %% ../../nbs/112_data.splits.ipynb #485ccff4
 def check_split(
-    labels:list, # One for each text
+    labels:list, # One label for each text
     task:str, # `classification`, `multilabel` or `regression`
-    train:list, # Indexes for training
-    valid:list # Indexes for validation
+    train:list, # Indexes of the training rows
+    valid:list # Indexes of the validation rows
 ) -> list|None: # The classes, sorted; `None` for a regression
-    "Raise an error if a split cannot be learned or validated; return the classes"
+    "Return the classes, or raise an error if the split is not suitable for training and validation"
     need_rows(train, valid)
     if task == 'regression':
         return None
@@ -105,7 +105,7 @@ def check_split(
 class Fold:
     "The training and validation rows of one split"
     repeat:int # Number of the repeat, from 1
-    number:int # Number within the repeat, from 1
+    number:int # Number of the fold within the repeat, from 1
     train:np.ndarray # Positions of the training rows
     valid:np.ndarray # Positions of the validation rows
 
@@ -118,11 +118,11 @@ def cross_folds(
     df:pd.DataFrame, # One row for each text
     label_col='label', # Column of the labels; `None`: no stratification
     n_folds:int=5, # Number of folds in each repeat
-    repeats:int=1, # Number of repeats, each with other folds
+    repeats:int=1, # Number of repeats, each with different folds
     group_col=None, # Column of the groups; rows of a group stay together
-    stratify:bool|None=None, # Whether to keep the shares of the classes; `None`: if each text has one class
-    seed:int=42, # Decides which fold a row is in
-    label_delim:str|None=None # Separator of several labels in one string
+    stratify:bool|None=None, # Whether to keep the class proportions; `None`: only if each text has one class
+    seed:int=42, # Random seed of the folds
+    label_delim:str|None=None # Separator between the labels in one string
 ) -> list: # A `Fold` for each fold of each repeat
     "Make folds for cross-validation: stratified, grouped, repeated"
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
@@ -179,11 +179,11 @@ def _groups(df, group_col, n_folds):
 def time_folds(
     times, # Time of each row: dates, or numbers
     n_folds:int=5, # Number of validation windows
-    valid_size:int|None=None, # Distinct times in a validation window; `None`: all windows have the same number
-    gap:int|str|pd.Timedelta=0, # Left out before a window: a number of distinct times, or a duration such as `'7D'`
-    train_size=None # Rolling window: a number of distinct times, or a duration; `None`: all of the past
+    valid_size:int|None=None, # Number of distinct times in a validation window; `None`: all of them divided by `n_folds+1`
+    gap:int|str|pd.Timedelta=0, # Gap before each window: a number of distinct times, or a duration such as `'7D'`
+    train_size=None # Length of a rolling window: a number of distinct times, or a duration; `None`: all of the past
 ) -> list: # A `Fold` for each window, the earliest first
-    "Make folds that train on the past and validate on what follows"
+    "Make folds that train on the past and validate on the time after it"
     from sklearn.model_selection import TimeSeriesSplit
     distinct, code = np.unique(_checked_times(times), return_inverse=True)
     sizes = dict(max_train_size=_as_count(train_size), test_size=valid_size, gap=_as_count(gap) or 0)

@@ -14,17 +14,17 @@ from ..core import DataError, did_you_mean, shorten
 
 # %% ../../nbs/106_data.tables.ipynb #476e6cd4
 def is_missing(
-    value # A cell of a table
+    value # Value of a table cell
 ) -> bool: # `True` for `None`, `pd.NA` and NaN
-    "Return whether a value stands for a missing one"
+    "Return whether a table cell has no value"
     is_nan = isinstance(value, (float, np.floating)) and value != value
     return value is None or value is pd.NA or is_nan
 
 # %% ../../nbs/106_data.tables.ipynb #89e0012d
 def check_texts(
     texts, # An iterable of strings
-    index=None, # Row names for messages; `None`: counted from 0
-    what:str='text' # What messages call one of them
+    index=None, # Row names for error messages; `None`: rows are numbered from 0
+    what:str='text' # What error messages call an item
 ) -> list: # The texts, as a list of `str`
     "Return `texts` as a list; raise an error that names the rows of missing, blank and non-string texts"
     if isinstance(texts, (str, bytes)):
@@ -53,9 +53,9 @@ _readers = {
 
 def read_table(
     path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file
-    **kwargs # More for pandas' reader
+    **kwargs # Passed to the pandas reader
 ) -> pd.DataFrame:
-    "Read a table of texts with the pandas reader for the file's ending"
+    "Read a table of texts with the pandas reader for its file extension"
     path = Path(path)
     if not path.exists():
         raise DataError(f'{path} must be a file', 'nothing there')
@@ -83,8 +83,8 @@ def column(
 # %% ../../nbs/106_data.tables.ipynb #ac1836cb
 def read_folder(
     path:str|Path, # A folder with `.txt` files, at any depth
-    label_from_parent:bool=False, # Whether to add the name of a text's folder as its label
-    skip:tuple=() # Names of folders whose files are left out; a message gives their number
+    label_from_parent:bool=False, # Whether to use the name of a text's folder as its label
+    skip:tuple=() # Names of folders to skip; a message says how many files were skipped
 ) -> pd.DataFrame: # Columns `text`, `file` and, with `label_from_parent`, `label`
     "Read a folder of texts, sorted by file name"
     every = sorted(Path(path).rglob('*.txt'))
@@ -102,8 +102,8 @@ def read_folder(
 # %% ../../nbs/106_data.tables.ipynb #a8214eb0
 def read_texts(
     source, # A DataFrame, a table file, a folder of `.txt` files, or an iterable of strings
-    text_col='text' # Column of the texts, for tables
-) -> list: # Strings, none of them blank
+    text_col='text' # Text column, if `source` is a table
+) -> list: # Strings that are not blank
     "Read all texts of `source` and check them"
     if isinstance(source, (str, Path)):
         path = Path(source)
