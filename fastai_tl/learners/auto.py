@@ -1,4 +1,4 @@
-"""One factory for all tasks: `hf_learner` finds the task from the model's class and from the data
+"""One factory for all tasks: `hf_learner` infers the task from the class of the model and from the data
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.auto.html.md"""
 
@@ -31,14 +31,14 @@ TASK_BY_CLASS = {
     'EncoderDecoderModel': 'seq2seq'}
 
 def task_of_class(
-    name:str # Name of a class of transformers
-) -> str|None: # A task; `None` if the name does not tell
-    "Find what a class of transformers is for, by the end of its name"
+    name:str # Name of a transformers class
+) -> str|None: # A task, or `None` if the name has another ending
+    "Find the task of a transformers class from the ending of its name"
     return next((task for end, task in TASK_BY_CLASS.items() if name.endswith(end)), None)
 
 # %% ../../nbs/540_learners.auto.ipynb #6bf43a85
 def _classes_of(model):
-    "Name of a model's class, or the names that a config has"
+    "Return the name of a model's class, or the class names that a config lists"
     if isinstance(model, (str, Path)):
         model = load_config(model)
     if hasattr(model, 'to_diff_dict'):
@@ -47,14 +47,14 @@ def _classes_of(model):
     return [type(base).__name__]
 
 def _task_of_data(dls):
-    "The task of DataLoaders, or `None` if nothing tells it"
+    "Return the task of DataLoaders, or `None` if it is unknown"
     try:
         return spec_of(dls).task
     except FastaiTLError:
         return None
 
 def _find_task(dls, model):
-    "The task by the model's class if it has a head, else by the data, else by the class in the config"
+    "Find the task from the class if the model has a head, else from the data, else from the config"
     names = _classes_of(model)
     by_class = next((task for task in map(task_of_class, names) if task), None)
     has_head = not isinstance(model, (str, Path)) and not hasattr(model, 'to_diff_dict')
@@ -68,11 +68,11 @@ def _find_task(dls, model):
 # %% ../../nbs/540_learners.auto.ipynb #e5f6b3d4
 def hf_learner(
     dls:DataLoaders, # DataLoaders for one of the tasks
-    model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
-    task:str|None=None, # A key of `LEARNERS`; found from model and data if `None`
-    **kwargs # More for the factory of the task
+    model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
+    task:str|None=None, # A key of `LEARNERS`; inferred from model and data if `None`
+    **kwargs # Passed to the factory of the task
 ) -> HFLearner:
-    "Make a Learner for the task of the model and the data"
+    "Make a Learner for the given task, or for the task inferred from the model and the data"
     if task is not None and task not in LEARNERS:
         raise unknown_option('task', task, LEARNERS)
     return LEARNERS[task or _find_task(dls, model)](dls, model, **kwargs)

@@ -38,9 +38,9 @@ def awd_lm_learner(
     config:dict|None=None, # Sizes: `emb_sz`, `n_hid`, `n_layers`; fastai's 400, 1152 and 3 if `None`
     drop_mult:float=1., # Multiplier on all dropouts
     metrics=None, # fastai metrics; accuracy and perplexity if `None`
-    **kwargs # More for `LMLearner`
+    **kwargs # Passed to `LMLearner`
 ) -> LMLearner:
-    "Make a Learner of an AWD_LSTM language model"
+    "Make a Learner for an AWD_LSTM language model"
     config = merge(awd_lstm_lm_config, config or {})
     model = get_language_model(AWD_LSTM, len(text_vocab(dls)), config=config, drop_mult=drop_mult)
     model = allow_zero_weight_dropout(model)
@@ -49,12 +49,12 @@ def awd_lm_learner(
                      splitter=layer_splitter(), train_bn=False, metrics=metrics, **kwargs)
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #7825b939
-_IGNORED = -100 # the target of tokens that are not predicted, as in PyTorch and transformers
+_IGNORED = -100 # target of tokens that are not predicted, as in PyTorch and transformers
 
 class TokenLossFlat(CrossEntropyLossFlat):
-    "Mean cross-entropy of the tokens that have a target; with the reduction `none`, the mean of each text"
+    "Mean cross-entropy over tokens with a target; with reduction `none`, one mean per text"
     def __init__(self,
-        label_smoothing:float=0. # Share of the probability spread over all tokens (Szegedy et al. 2016, section 7)
+        label_smoothing:float=0. # Probability that is spread over all tokens (Szegedy et al. 2016, section 7)
     ):
         super().__init__(label_smoothing=label_smoothing)
 
@@ -69,10 +69,10 @@ class TokenLossFlat(CrossEntropyLossFlat):
             return loss.view(targets.shape).sum(-1) / has_target.sum(-1).clamp(min=1)
         if self.reduction == 'sum':
             return loss
-        return loss / has_target.sum().clamp(min=1) # a batch without targets has the loss 0
+        return loss / has_target.sum().clamp(min=1) # the loss of a batch without targets is 0
 
     def activation(self, x):
-        "Compute the probabilities of all tokens"
+        "Return the probabilities of all tokens"
         return each_row(super().activation, x)
 
     def decodes(self, x):
@@ -81,7 +81,7 @@ class TokenLossFlat(CrossEntropyLossFlat):
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #f8a1d4ad
 class TokenAccuracy(Metric):
-    "Share of the targets that are predicted, each token counting the same"
+    "Fraction of the targets that are predicted correctly, over all batches"
     def reset(self):
         self.total = 0
         self.count = 0
@@ -96,7 +96,7 @@ class TokenAccuracy(Metric):
         return self.total/self.count if self.count else None
 
 class TokenPerplexity(Metric):
-    "exp of the mean negative log-likelihood of the targets, each token counting the same"
+    "Perplexity: exp of the mean negative log-likelihood of the targets, over all batches"
     def reset(self):
         self.total = 0.
         self.count = 0
@@ -112,10 +112,10 @@ class TokenPerplexity(Metric):
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #45e30368
 def with_token_ids(
-    model, # A config of transformers, or anything else
+    model, # A config of transformers, or any other form of model
     tokenizer # The tokenizer of the texts
-): # A copy of a config; anything else as it is
-    "Give a config the special tokens of `tokenizer`"
+): # A changed copy of a config; anything else is returned unchanged
+    "Set the special token ids of a config to those of `tokenizer`"
     if not hasattr(model, 'to_diff_dict'):
         return model
     config = copy.deepcopy(model)
@@ -136,23 +136,23 @@ def check_task(
 ):
     "Raise an error if the data were made for another task"
     try:
-        found = spec_of(dls).task # also of a DataBlock's DataLoaders, which have no spec
+        found = spec_of(dls).task # also works for DataLoaders of a DataBlock, which have no `spec`
     except FastaiTLError:
         found = 'something else'
     if found != task:
         raise DataError(f'The data must be made for {task}', f'data for {found}', f'Make them with `{maker}`')
 
 def token_metrics():
-    "Make the metrics of a language model"
+    "Return the default metrics of a language model"
     return [TokenAccuracy(), TokenPerplexity()]
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #9d095224
 class HFCausalLMLearner(HFLearner):
-    "A Learner of a causal language model"
+    "A Learner for a causal language model"
     def predict(self,
         item:str, # The beginning of a text
-        max_new_tokens:int=30, # Highest number of tokens to add
-        **kwargs # More for `generate` of transformers
+        max_new_tokens:int=30, # Maximum number of tokens to add
+        **kwargs # Passed to `generate` of transformers
     ) -> str: # The text and its continuation
         "Continue a text"
         ids = self._prompt_ids(item)
@@ -165,7 +165,7 @@ class HFCausalLMLearner(HFLearner):
         return item + self.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
     def _prompt_ids(self, text):
-        "Tokens of a text after the start token that training texts have, if any"
+        "Return the token ids of a text, after the start token if training texts have one"
         before, _ = frame(self.tokenizer)
         text = next(apply_rules(self.dls.rules, [text]))
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
@@ -174,12 +174,12 @@ class HFCausalLMLearner(HFLearner):
 # %% ../../nbs/510_learners.language_modeling.ipynb #3dcbde0d
 def hf_causal_lm_learner(
     dls:DataLoaders, # From `HFCausalLMDataLoaders`
-    model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
+    model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
     metrics=None, # fastai metrics; accuracy and perplexity of tokens if `None`
-    loss_func=None, # `TokenLossFlat` if `None`
-    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    loss_func=None, # Loss function; `TokenLossFlat` if `None`
+    **kwargs # Passed to `load_hf` (`peft_config`, …) or `Learner`; `model_kwargs` goes to `from_pretrained`
 ) -> HFCausalLMLearner:
-    "Make a Learner of a causal language model, such as GPT-2 or Llama"
+    "Make a Learner for a causal language model, such as GPT-2 or Llama"
     check_task(dls, 'causal_lm', 'HFCausalLMDataLoaders')
     metrics = token_metrics() if metrics is None else metrics
     return make_learner(dls, with_token_ids(model, dls.tokenizer), 'causal_lm', cls=HFCausalLMLearner,
@@ -187,11 +187,11 @@ def hf_causal_lm_learner(
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #35917faf
 class HFMaskedLMLearner(HFLearner):
-    "A Learner of a masked language model"
+    "A Learner for a masked language model"
     def predict(self,
         item:str # A text with one or more mask tokens
-    ) -> tuple: # The filled text, the tokens found, and the probabilities of all tokens, (masks, vocabulary)
-        "Fill the masks of a text"
+    ) -> tuple: # The filled-in text, the ids of the predicted tokens, and probabilities (masks, vocabulary)
+        "Fill in the mask tokens of a text"
         tokenizer = self.tokenizer
         dl = self.dls.test_dl(check_texts([item]))
         if tokenizer.mask_token not in item:
@@ -212,12 +212,12 @@ class HFMaskedLMLearner(HFLearner):
 # %% ../../nbs/510_learners.language_modeling.ipynb #80e694e5
 def hf_masked_lm_learner(
     dls:DataLoaders, # From `HFMaskedLMDataLoaders`
-    model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
-    metrics=None, # fastai metrics; accuracy and perplexity of the hidden tokens if `None`
-    loss_func=None, # `TokenLossFlat` if `None`
-    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
+    metrics=None, # fastai metrics; accuracy and perplexity of the masked tokens if `None`
+    loss_func=None, # Loss function; `TokenLossFlat` if `None`
+    **kwargs # Passed to `load_hf` (`peft_config`, …) or `Learner`; `model_kwargs` goes to `from_pretrained`
 ) -> HFMaskedLMLearner:
-    "Make a Learner of a masked language model, such as BERT or RoBERTa"
+    "Make a Learner for a masked language model, such as BERT or RoBERTa"
     check_task(dls, 'masked_lm', 'HFMaskedLMDataLoaders')
     metrics = token_metrics() if metrics is None else metrics
     return make_learner(dls, with_token_ids(model, dls.tokenizer), 'masked_lm', cls=HFMaskedLMLearner,

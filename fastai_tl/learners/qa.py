@@ -1,4 +1,4 @@
-"""Question answering as a fastai Learner: the best span over all windows of a passage, or no answer, and scores of whole questions
+"""Question answering as a fastai Learner: it finds the best span over all windows of a passage, or no answer, and scores whole questions
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.qa.html.md"""
 
@@ -28,12 +28,12 @@ from .base import HFLearner, each_row, make_learner
 
 # %% ../../nbs/520_learners.qa.ipynb #e7d5ce57
 def best_spans(
-    start, # Score of each token as the first, (tokens,)
-    end, # Score of each token as the last, (tokens,)
-    free, # Which tokens an answer can contain, (tokens,) booleans
-    n_best:int=1, # Number of spans
-    max_tokens:int=30 # Maximum length of an answer
-) -> list: # `(score, first, last)`, the best first
+    start, # Score of each token as the first token of an answer, (tokens,)
+    end, # Score of each token as the last token of an answer, (tokens,)
+    free, # Whether an answer can start or end at each token, (tokens,) booleans
+    n_best:int=1, # Number of spans to return
+    max_tokens:int=30 # Maximum number of tokens of an answer
+) -> list: # `(score, first, last)` of each span, with the best span first
     "Find the spans with the highest scores"
     places = torch.as_tensor(free).nonzero().view(-1)
     n = len(places)
@@ -49,7 +49,7 @@ def best_spans(
 
 # %% ../../nbs/520_learners.qa.ipynb #59daa4cf
 def _best_answer_span(start, end, none_at, max_tokens):
-    "Return first and last token of the best span of a window, from probabilities; those of padding are 0"
+    "Return the first and last token of the best span of a window, from probabilities that are 0 for padding"
     start = start.log()
     end = end.log()
     is_real = start > -torch.inf
@@ -62,8 +62,8 @@ def _best_answer_span(start, end, none_at, max_tokens):
 class AnswerLoss:
     "Mean of the cross-entropies of an answer's first and last token"
     def __init__(self,
-        max_tokens:int=30, # Maximum length of an answer when a prediction is decoded
-        none_at:int=0, # Place of the token for no answer: the start (0) or the end (-1)
+        max_tokens:int=30, # Maximum number of tokens of an answer when a prediction is decoded
+        none_at:int=0, # Position of the no-answer token: first (0) or last (-1)
         reduction:str='mean' # `mean`, `sum` or `none`
     ):
         self.max_tokens = max_tokens
@@ -80,14 +80,14 @@ class AnswerLoss:
 
     def activation(self,
         preds # Start and end logits, each (windows, tokens) or a list of rows
-    ): # The same for probabilities
-        "Return the probabilities of each token to be the first and to be the last"
+    ): # Start and end probabilities, in the same form
+        "Return the probabilities that each token is the first and the last of the answer"
         return tuple(each_row(lambda row: row.softmax(-1), logits) for logits in preds)
 
     def decodes(self,
         preds # Start and end probabilities, from `activation`
     ): # (windows, 3): first token, last token, -1
-        "Return first and last token of the best span of each window"
+        "Return the first and last token of the best span in each window"
         rows = zip(*(p if isinstance(p, (L, list)) else p.unbind() for p in preds))
         spans = [_best_answer_span(start, end, self.none_at, self.max_tokens) for start, end in rows]
         return TensorBase([[first, last, -1] for first, last in spans])
@@ -95,8 +95,8 @@ class AnswerLoss:
 # %% ../../nbs/520_learners.qa.ipynb #561b5a2a
 def normalize_answer(
     text:str # An answer
-) -> list: # Its words; characters where it is Chinese
-    "Return the words of an answer that are compared, as in SQuAD's script"
+) -> list: # Its words; each CJK character is a word
+    "Return the normalized words of an answer, as in SQuAD's script"
     has_cjk = re.search(f'[{CJK}]', text)
     def is_punctuation(c): return c in string.punctuation or (has_cjk and unicodedata.category(c)[0] == 'P')
     text = ''.join(c for c in text.lower() if not is_punctuation(c))
@@ -113,10 +113,10 @@ def _score(pred, target):
     return is_same, 2*n_common/(len(pred) + len(target))
 
 def answer_scores(
-    pred:str, # The answer given; '' for none
+    pred:str, # The predicted answer; '' for no answer
     answers # The accepted answers
 ) -> tuple: # Exact match and F1, 0 to 1
-    "Score an answer against the best of the accepted ones"
+    "Score an answer against the accepted answer that matches best"
     scores = [_score(normalize_answer(pred), normalize_answer(answer)) for answer in answers]
     return tuple(max(values) for values in zip(*scores))
 
@@ -124,23 +124,23 @@ def answer_scores(
 @dataclass
 class Answer:
     "A part of a passage, or no answer"
-    text:str # As written in the passage; '' for no answer
-    start:int # Its first character; -1 for no answer
-    end:int # The character after its last
+    text:str # Text, as written in the passage; '' for no answer
+    start:int # Index of its first character; -1 for no answer
+    end:int # Index of the character after its last one; -1 for no answer
     score:float # Sum of the logits of its start and end
-    confidence:float # Share among the candidates, by softmax
+    confidence:float # Softmax of the score over all candidates
 
 # %% ../../nbs/520_learners.qa.ipynb #3b955714
 def window_candidates(x, start, end, n_best=20, max_tokens=30):
-    "Return the score of no answer, and `(score, first character, character after the last)` of the best spans"
-    begins, ends = x.as_subclass(torch.Tensor)[2:4] # counted from 1; 0 is the token for no answer, -1 the question
+    "Return the score of no answer, and the best spans as `(score, first character, character after the last)`"
+    begins, ends = x.as_subclass(torch.Tensor)[2:4] # counted from 1; 0 marks the no-answer token, -1 the question
     none = (begins == 0).nonzero()[0, 0]
     spans = best_spans(start, end, (begins > 0) & (ends >= begins), n_best, max_tokens)
     candidates = [(score, int(begins[first]) - 1, int(ends[last])) for score, first, last in spans]
     return float(start[none] + end[none]), candidates
 
 def _trimmed(context, begin, end):
-    "Return an answer without space around it, and where it begins"
+    "Return an answer without the whitespace around it, and the index where it begins"
     text = context[begin:end]
     return text.strip(), begin + len(text) - len(text.lstrip())
 
@@ -160,12 +160,12 @@ def best_answers(context, found, n_best=1, may_be_none=False, none_threshold=0.)
 
 # %% ../../nbs/520_learners.qa.ipynb #43bd14a0
 class AnswerExact(Metric):
-    "Share of the questions whose answer is exactly right"
+    "Fraction of the questions with an exact match"
     which = 0 # index into `answer_scores`
     name = 'exact_match'
     def __init__(self,
-        share=None, # Another of these metrics, whose answers are used again
-        max_tokens:int=30, # Maximum length of an answer
+        share=None, # An `AnswerExact` or `AnswerF1` whose answers are reused
+        max_tokens:int=30, # Maximum number of tokens of an answer
         none_threshold:float=0. # Added to the score of no answer
     ):
         self.share = share
@@ -203,7 +203,7 @@ class AnswerExact(Metric):
 
 # %% ../../nbs/520_learners.qa.ipynb #f4d92af8
 class AnswerF1(AnswerExact):
-    "Mean F1 of the words of the answers"
+    "Mean of the word F1 over all questions"
     which = 1
     name = 'answer_f1'
 
@@ -219,11 +219,11 @@ class HFAnswerer(HFLearner):
     "A Learner that answers questions about passages"
     def answers(self,
         questions:list, # `(question, passage)` pairs
-        n_best:int=1, # Answers to each question
+        n_best:int=1, # Number of answers to each question
         may_be_none:bool|None=None, # Whether a passage can have no answer; as in the training data if `None`
-        max_tokens:int|None=None, # Maximum length of an answer; that of the loss if `None`
+        max_tokens:int|None=None, # Maximum number of tokens of an answer; that of the loss if `None`
         none_threshold:float=0., # Added to the score of no answer
-        bs:int|None=None # Windows of a batch; as in validation if `None`
+        bs:int|None=None # Batch size, in windows; that of validation if `None`
     ) -> L: # An `Answer` for each question, or a list of them if `n_best>1`
         "Answer questions about passages of any length"
         _check_questions(questions)
@@ -234,7 +234,7 @@ class HFAnswerer(HFLearner):
         return L(res if n_best > 1 else [answers[0] for answers in res])
 
     def _candidates(self, examples, n_best, max_tokens, bs):
-        "Return the `window_candidates` of all windows of each example, by its `id`"
+        "Return a dictionary from the `id` of each example to the `window_candidates` of its windows"
         windows = self.dls.tok.windows(examples)
         dl = self.dls.test_dl(windows, **({} if bs is None else dict(bs=bs)))
         xs, (starts, ends), *_ = self.get_preds(dl=dl, with_input=True, act=lambda o: o)
@@ -247,32 +247,32 @@ class HFAnswerer(HFLearner):
     def answer(self,
         question:str, # The question
         context:str, # The passage
-        **kwargs # More for `answers`: `n_best`, `may_be_none`, …
-    ) -> Answer: # Or a list of them if `n_best>1`
+        **kwargs # Passed to `answers`: `n_best`, `may_be_none`, …
+    ) -> Answer: # An `Answer`, or a list of them if `n_best>1`
         "Answer one question"
         with self.no_bar(), self.no_logging():
             return self.answers([(question, context)], **kwargs)[0]
 
     def predict(self,
         item, # `(question, passage)`
-        **kwargs # More for `answers`
+        **kwargs # Passed to `answers`
     ) -> Answer:
-        "Answer one question, as `answer` does"
+        "Answer one question, given as a pair"
         return self.answer(*item, **kwargs)
 
 # %% ../../nbs/520_learners.qa.ipynb #bf2c61bc
 def _no_answer_at(tokenizer):
-    "Return the place of the token for no answer: the start (0), or the end (-1) as in XLNet"
+    "Return the position of the no-answer token: first (0), or last (-1) as in XLNet"
     ids = tokenizer('a', 'b')['input_ids']
     return -1 if ids[-1] == tokenizer.cls_token_id != ids[0] else 0
 
 def hf_qa_learner(
     dls:DataLoaders, # From `HFQADataLoaders`
-    model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
+    model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
     metrics=None, # fastai metrics; exact match and F1 of whole questions if `None`
-    loss_func=None, # `AnswerLoss` if `None`
-    max_tokens:int=30, # Maximum length of an answer
-    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    loss_func=None, # Loss function; `AnswerLoss` if `None`
+    max_tokens:int=30, # Maximum number of tokens of an answer
+    **kwargs # Passed to `load_hf` (`peft_config`, …) or `Learner`; `model_kwargs` goes to `from_pretrained`
 ) -> HFAnswerer:
     "Make a Learner that answers questions"
     if not isinstance(dls, HFQADataLoaders):

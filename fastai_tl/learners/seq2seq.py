@@ -1,4 +1,4 @@
-"""Sequence-to-sequence models (T5, BART, Marian, …) as fastai Learners that translate, summarize, rewrite
+"""Sequence-to-sequence models (T5, BART, Marian, …) as fastai Learners that translate, summarize or rewrite texts
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.seq2seq.html.md"""
 
@@ -26,9 +26,9 @@ from ..models.third_party import spec_of
 # %% ../../nbs/525_learners.seq2seq.ipynb #88011d4b
 def decoder_inputs(
     model:HFModel, # A sequence-to-sequence model
-    labels:torch.Tensor # Targets, (texts, tokens), -100 after their ends
+    labels:torch.Tensor # Targets, (texts, tokens); -100 after the end of each target
 ) -> TensorTokens: # (texts, 1, tokens)
-    "Shift the targets by one token, by the rule of the model"
+    "Shift the targets by one token, following the rule of the model"
     hf = model.inner[0]
     targets = labels.as_subclass(torch.Tensor)
     try:
@@ -43,10 +43,10 @@ def decoder_inputs(
 
 # %% ../../nbs/525_learners.seq2seq.ipynb #f751d794
 class DecoderInputs(Callback):
-    "Give the decoder the target shifted by one token"
-    order = CastToTensor.order - 1 # after `get_preds` has kept the source, before all inputs are cast
+    "Give the decoder the target, shifted by one token, as its input"
+    order = CastToTensor.order - 1 # after `get_preds` has stored the source, and before all inputs are cast
     def before_batch(self):
-        "Shift the target"
+        "Add the shifted target to the inputs of the model"
         if not self.yb:
             raise FastaiTLError('To be compared with a target, a source needs one', 'sources alone',
                                 'Use `learn.predict` or `learn.generate_texts` to get texts')
@@ -54,7 +54,7 @@ class DecoderInputs(Callback):
 
 # %% ../../nbs/525_learners.seq2seq.ipynb #7406ace4
 def generate_from(learn, x, max_new_tokens=None, **kwargs):
-    "Generate texts for a batch of sources; lists of texts with `num_return_sequences`"
+    "Generate a text for each source of a batch, or a list of texts with `num_return_sequences`"
     model = learn.model
     x = x.as_subclass(TensorTokens).to(next(model.parameters()).device)
     max_new_tokens = max_new_tokens or spec_of(learn).max_target_length
@@ -66,7 +66,7 @@ def generate_from(learn, x, max_new_tokens=None, **kwargs):
 
 # %% ../../nbs/525_learners.seq2seq.ipynb #ff29f1f9
 class SharedGeneration:
-    "Texts generated during a validation and their references, which several metrics share"
+    "The texts generated during validation and their references, shared by several metrics"
     def __init__(self, n, seed, kwargs):
         self.n = n
         self.seed = seed
@@ -75,11 +75,11 @@ class SharedGeneration:
     def clear(self):
         self.preds = []
         self.refs = []
-        self.n_batches = 0 # batches that were read
-        self.n_pairs = 0 # pairs that were read
-        self.is_drawn = None # for each pair of the validation set, whether it is one of the `n`
+        self.n_batches = 0 # batches seen so far
+        self.n_pairs = 0 # pairs seen so far
+        self.is_drawn = None # for each validation pair, whether it is in the sample of `n`
     def add(self, learn):
-        "Generate for the drawn pairs of a batch, unless another metric has done so"
+        "Generate texts for the sampled pairs of a batch, unless another metric has already done so"
         if learn.iter < self.n_batches:
             return
         if self.is_drawn is None:
@@ -97,9 +97,9 @@ class SharedGeneration:
 class GeneratedMetric(Metric):
     "A score of the texts that a model generates for validation sources; see `generation_metrics`"
     def __init__(self,
-        score:str, # Its name
+        score:str, # Name of the score
         func, # Function from lists of predictions and references to a number
-        made # Where the texts are, shared with other metrics
+        made # A `SharedGeneration` with the texts, shared with other metrics
     ):
         self.score = score
         self.func = func
@@ -136,13 +136,13 @@ def _scorer(score, tokenize=None):
 
 # %% ../../nbs/525_learners.seq2seq.ipynb #03c438d5
 def generation_metrics(
-    *scores:str, # `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`; between 0 and 100
-    n:int=100, # Validation pairs to generate for
-    seed:int=42, # Which pairs
+    *scores:str, # `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`; values are between 0 and 100
+    n:int=100, # Number of validation pairs to generate texts for
+    seed:int=42, # Seed for sampling the pairs
     tokenize:str|None=None, # Tokenizer of BLEU: `zh` for Chinese, `ja-mecab`, …; sacrebleu's `13a` if `None`
-    **kwargs # More for `generate` of transformers: `num_beams`, `max_new_tokens`, …
+    **kwargs # Passed to `generate` of transformers: `num_beams`, `max_new_tokens`, …
 ) -> list: # Metrics, for `metrics=`
-    "Make metrics of generated texts that share one generation"
+    "Make metrics that score the same generated texts"
     for score in scores:
         if score not in SCORES:
             raise unknown_option('scores', score, SCORES)
@@ -152,31 +152,31 @@ def generation_metrics(
 
 # %% ../../nbs/525_learners.seq2seq.ipynb #79a712a1
 class HFSeq2SeqLearner(HFLearner):
-    "A Learner of a sequence-to-sequence model"
+    "A Learner for a sequence-to-sequence model"
     def generate_texts(self,
-        texts, # Sources
-        bs:int|None=None, # Sources of a batch; as in validation if `None`
-        **kwargs # More for `generate` of transformers: `num_beams`, `max_new_tokens`, `forced_bos_token_id`, …
+        texts, # Source texts
+        bs:int|None=None, # Batch size; that of validation if `None`
+        **kwargs # Passed to `generate` of transformers: `num_beams`, `max_new_tokens`, `forced_bos_token_id`, …
     ) -> list: # A text for each source; a list of texts for each with `num_return_sequences`
-        "Translate, summarize, rewrite: do what the model was trained to do"
+        "Generate a text for each source"
         dl = self.dls.test_dl(texts, **({} if bs is None else {'bs': bs}))
         made = [text for batch in dl for text in generate_from(self, batch[0], **kwargs)]
         return [text for _, text in sorted(zip(dl.get_idxs(), made), key=lambda pair: pair[0])]
 
     def predict(self,
-        item:str, # A source
-        **kwargs # More for `generate` of transformers
+        item:str, # Source text
+        **kwargs # Passed to `generate` of transformers
     ) -> str: # The generated text
-        "Generate the text for a source"
+        "Generate the text for one source"
         return self.generate_texts([item], **kwargs)[0]
 
     def show_results(self,
-        ds_idx:int=1, # Which DataLoader
-        dl=None, # Another DataLoader
+        ds_idx:int=1, # Index of the DataLoader: 0 for training, 1 for validation
+        dl=None, # DataLoader to use instead
         max_n:int=9, # Maximum number of pairs
-        shuffle:bool=True, # Draw them at random
-        trunc_at:int=150, # Words of a text to show
-        **kwargs # More for `generate` of transformers
+        shuffle:bool=True, # Sample the pairs at random
+        trunc_at:int=150, # Maximum number of words to show of each text
+        **kwargs # Passed to `generate` of transformers
     ):
         "Show sources, targets, and the texts that the model generates"
         dl = dl or self.dls[ds_idx].new(shuffle=shuffle)
@@ -200,14 +200,14 @@ def _check_special_tokens(hf, tokenizer):
 # %% ../../nbs/525_learners.seq2seq.ipynb #a57f2eae
 def hf_seq2seq_learner(
     dls:DataLoaders, # From `HFSeq2SeqDataLoaders`, or from a `DataBlock` with an `HFTargetTextBlock`
-    model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
+    model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
     metrics=None, # fastai metrics; accuracy and perplexity of tokens if `None`; see `generation_metrics` for more
-    label_smoothing:float=0., # Share of the probability spread over all tokens; .1 is usual
-    loss_func=None, # `TokenLossFlat` if `None`
+    label_smoothing:float=0., # Probability that is spread over all tokens; .1 is usual
+    loss_func=None, # Loss function; `TokenLossFlat` if `None`
     cbs=None, # Callbacks
-    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    **kwargs # Passed to `load_hf` (`peft_config`, …) or `Learner`; `model_kwargs` goes to `from_pretrained`
 ) -> HFSeq2SeqLearner:
-    "Make a Learner of a model that turns texts into texts, such as T5, BART or Marian"
+    "Make a Learner for a model that turns texts into texts, such as T5, BART or Marian"
     check_task(dls, 'seq2seq', 'HFSeq2SeqDataLoaders')
     model = with_token_ids(model, dls.tokenizer)
     metrics = token_metrics() if metrics is None else metrics

@@ -1,4 +1,4 @@
-"""Taggers as fastai Learners: a loss over labelled tokens, entity F1 as CoNLL counts it, and one tag for each word of sentences of any length
+"""Taggers as fastai Learners: a loss over labelled tokens, entity F1 as in CoNLL, and one tag per word for sentences of any length
 
 Docs: https://fastai-tl.github.io/fastai_tl/learners.tagging.html.md"""
 
@@ -24,11 +24,11 @@ from .base import HFLearner, each_row, make_learner
 
 # %% ../../nbs/515_learners.tagging.ipynb #6aa2e995
 class TaggingLoss(CrossEntropyLossFlat):
-    "Cross-entropy of the tokens that have a tag; without reduction, a mean for each sentence"
+    "Mean cross-entropy over tokens with a tag; with reduction `none`, one mean per sentence"
     def __call__(self,
         inp, # Logits, (sentences, tokens, tags)
-        targ, # Ids of the tags, (sentences, tokens); -100 where there is none
-        **kwargs # More for PyTorch's loss
+        targ, # Tag ids, (sentences, tokens); -100 for tokens without a tag
+        **kwargs # Passed to the loss of PyTorch
     ):
         is_tagged = targ != -100
         each = self.reduction == 'none'
@@ -47,7 +47,7 @@ class TaggingLoss(CrossEntropyLossFlat):
 
 # %% ../../nbs/515_learners.tagging.ipynb #72e9cea3
 def word_level(learn):
-    "Return predicted and true tags of the words of a batch that have one: a pair of tensors for each sentence"
+    "Return the predicted and true tags of the labelled words in a batch, a pair of tensors per sentence"
     x = learn.xb[0].as_subclass(TensorTokens)
     y = learn.yb[0].as_subclass(torch.Tensor)
     is_word = first_tokens(x.places) & (y != -100)
@@ -56,7 +56,7 @@ def word_level(learn):
 
 # %% ../../nbs/515_learners.tagging.ipynb #eb245fa3
 class TagAccuracy(Metric):
-    "Share of the words whose tag is right"
+    "Fraction of the words with the correct tag"
     def reset(self):
         self.n_right = 0
         self.n_words = 0
@@ -73,10 +73,10 @@ class TagAccuracy(Metric):
 
 # %% ../../nbs/515_learners.tagging.ipynb #7597e145
 def entity_counts(
-    preds, # A list of tags for each sentence
-    targets # The true ones
-) -> dict: # Type to `[right, predicted, true]`
-    "Count right, predicted and true entities of each type"
+    preds, # Predicted tags, a list for each sentence
+    targets # True tags, a list for each sentence
+) -> dict: # Dictionary from type to `[right, predicted, true]`
+    "Count correct, predicted and true entities of each type"
     counts = {}
     for pred, true in zip(preds, targets, strict=True):
         if len(pred) != len(true):
@@ -96,13 +96,13 @@ def _check_average(average):
         raise unknown_option('average', average, _AVERAGES)
 
 def _ratio(a, b):
-    "Return `a/b`, and 0 where `b` is 0"
+    "Return `a/b`, or 0 where `b` is 0"
     return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
 def entity_scores(
-    preds, # A list of tags for each sentence
-    targets, # The true ones
-    average:str='micro' # Over all entities (`micro`), or the mean over their types (`macro`)
+    preds, # Predicted tags, a list for each sentence
+    targets, # True tags, a list for each sentence
+    average:str='micro' # `micro`: over all entities; `macro`: mean over the entity types
 ) -> dict: # `precision`, `recall` and `f1`
     "Compute precision, recall and F1 of entities"
     _check_average(average)
@@ -113,10 +113,10 @@ def entity_scores(
 
 # %% ../../nbs/515_learners.tagging.ipynb #9817cfc9
 class EntityF1(Metric):
-    "F1 of the entities, as CoNLL's `conlleval` counts them"
+    "F1 of entities, computed as in CoNLL's `conlleval`"
     def __init__(self,
-        average:str='micro', # Over all entities (`micro`), or the mean over their types (`macro`)
-        vocab:list|None=None # Name of each tag; those of the data if `None`
+        average:str='micro', # `micro`: over all entities; `macro`: mean over the entity types
+        vocab:list|None=None # Names of the tags; those of the data if `None`
     ):
         _check_average(average)
         self.average = average
@@ -141,7 +141,7 @@ class EntityF1(Metric):
 
 # %% ../../nbs/515_learners.tagging.ipynb #be2d7b81
 def _window_end(sizes, begin, room):
-    "Return the word after the last of a window of at most `room` tokens; a window has at least one word"
+    "Return the index after the last word of a window of at most `room` tokens and at least one word"
     end = begin
     n_tokens = 0
     while end < len(sizes) and (n_tokens + sizes[end] <= room or end == begin):
@@ -150,7 +150,7 @@ def _window_end(sizes, begin, room):
     return end
 
 def _next_begin(sizes, begin, end, stride):
-    "Return the first word of the next window, which shares at most `stride` tokens with this one"
+    "Return the index of the first word of the next window, which shares at most `stride` tokens with this one"
     following = end
     n_shared = 0
     while following - 1 > begin and n_shared + sizes[following - 1] <= stride:
@@ -159,7 +159,7 @@ def _next_begin(sizes, begin, end, stride):
     return following
 
 def windows_of(sizes, room, stride):
-    "Make windows `(first word, word after the last)` of at most `room` tokens, over words of `sizes` tokens"
+    "Split words of `sizes` tokens into windows of at most `room` tokens: `(first word, word after the last)`"
     windows = []
     begin = 0
     while True:
@@ -171,7 +171,7 @@ def windows_of(sizes, room, stride):
 
 # %% ../../nbs/515_learners.tagging.ipynb #e2047171
 def context_around(begin, end, n_words):
-    "Return for each word of a window the distance to the nearer cut; the ends of the sentence are no cuts"
+    "Return each word's distance to the nearest edge of its window; ends of the sentence do not count as edges"
     words = np.arange(begin, end)
     left = words - begin if begin > 0 else np.full_like(words, n_words)
     right = end - 1 - words if end < n_words else np.full_like(words, n_words)
@@ -186,13 +186,13 @@ def _word_sizes(tok, sentences):
     return [np.bincount(ws, minlength=len(s)).tolist() for ws, s in zip(words, sentences)]
 
 def _merge_windows(sentences, windows, xs, preds, n_tags):
-    "Take the probabilities of each word from the window where it has most context"
+    "Take the probabilities of each word from the window in which it has the most context"
     probs = [np.zeros((len(s), n_tags), dtype=np.float32) for s in sentences]
     context = [np.full(len(s), -1) for s in sentences]
     for (i, begin, end), x, pred in zip(windows, xs, preds, strict=True):
         places = x.as_subclass(TensorTokens).places
         is_first = first_tokens(places)
-        words = places[is_first].numpy() # in the window
+        words = places[is_first].numpy() # indexes in the window
         around = context_around(begin, end, len(sentences[i]))[words]
         better = around > context[i][begin + words]
         at = begin + words[better]
@@ -204,15 +204,15 @@ def _merge_windows(sentences, windows, xs, preds, n_tags):
 @dataclass
 class Entity:
     "An entity: words `start` to `end` (exclusive) of a sentence"
-    type:str # Such as `PER`
-    text:str # As written in the sentence
+    type:str # Type of the entity, such as `PER`
+    text:str # Text, as written in the sentence
     start:int # Index of its first word
-    end:int # Index of the word after its last
+    end:int # Index of the word after its last one
     confidence:float # Mean probability of the tags of its words
 
 @dataclass
 class TaggedSentence:
-    "Words with their tags, the probabilities of the tags, and the entities"
+    "A sentence with the tags of its words, their probabilities, and the entities"
     words:list # Strings
     tags:list # A tag for each word
     confidence:list # Probability of each tag; 0 for a word without a token
@@ -223,9 +223,9 @@ class TaggedSentence:
 # %% ../../nbs/515_learners.tagging.ipynb #2c6ca089
 def tag_words(
     probs, # (words, tags), from `learn.word_probs`
-    vocab # Name of each tag
+    vocab # Names of the tags
 ) -> tuple: # A tag for each word, and its probability
-    "Return the most likely tag of each word; `O`, or the first tag, for a word without a token"
+    "Return the most likely tag of each word, or `O` (else the first tag) if the word has no token"
     best = probs.argmax(-1)
     no_token = 'O' if 'O' in vocab else vocab[0]
     tags = [vocab[i] if p.any() else no_token for i, p in zip(best, probs)]
@@ -233,7 +233,7 @@ def tag_words(
 
 # %% ../../nbs/515_learners.tagging.ipynb #5486fd1a
 def _cut_sentence(sentence, i, sep):
-    "Return `(word, begin, end)` of a sentence; `None` as begin and end where it came as words"
+    "Return `(word, begin, end)` of each word; for a list of words, begin and end are `None`"
     if not isinstance(sentence, str) and not all(isinstance(w, str) for w in sentence):
         bad = next(w for w in sentence if not isinstance(w, str))
         raise DataError('Words must be strings', f'{bad!r} in sentence {i}')
@@ -244,7 +244,7 @@ def _cut_sentence(sentence, i, sep):
     return words
 
 def _tagged_sentence(sentence, cut, probs, vocab, sep):
-    "Put words, tags and entities of one sentence together"
+    "Make a `TaggedSentence` from the words and probabilities of one sentence"
     tags, confidence = tag_words(probs, vocab)
     def text(start, end):
         if isinstance(sentence, str):
@@ -259,11 +259,11 @@ def _tagged_sentence(sentence, cut, probs, vocab, sep):
 class HFTagger(HFLearner):
     "A Learner that gives each word of a sentence a tag"
     def word_probs(self,
-        sentences:list, # Lists of words
-        stride:int=32, # Tokens that two windows of a long sentence share
-        bs:int|None=None # Sentences of a batch; as in validation if `None`
-    ) -> list: # For each sentence an array, (words, tags); a row of zeros for a word without a token
-        "Return the probabilities of the tags of each word"
+        sentences:list, # Sentences, as lists of words
+        stride:int=32, # Maximum number of tokens that two windows of a long sentence share
+        bs:int|None=None # Batch size; that of validation if `None`
+    ) -> list: # An array (words, tags) for each sentence; the row of a word without a token is 0
+        "Return the tag probabilities of each word"
         tok = self.dls.tok
         room = tok.max_length - tok.tokenizer.num_special_tokens_to_add()
         windows = [(i, begin, end) for i, sizes in enumerate(_word_sizes(tok, sentences))
@@ -274,11 +274,11 @@ class HFTagger(HFLearner):
         return _merge_windows(sentences, windows, xs, preds, len(self.dls.spec.classes))
 
     def tag(self,
-        sentences:list, # Lists of words, or strings
-        stride:int=32, # Tokens that two windows of a long sentence share
-        bs:int|None=None # Sentences of a batch; as in validation if `None`
+        sentences:list, # Sentences, as lists of words or strings
+        stride:int=32, # Maximum number of tokens that two windows of a long sentence share
+        bs:int|None=None # Batch size; that of validation if `None`
     ) -> L: # `TaggedSentence` objects, in the order of the sentences
-        "Tag sentences of any length, each word once"
+        "Tag sentences of any length, with one tag per word"
         if isinstance(sentences, str):
             raise DataError('`tag` needs a list of sentences', 'one string', 'Put it into a list, or use `predict`')
         spec = self.dls.spec
@@ -287,8 +287,8 @@ class HFTagger(HFLearner):
         return L(_tagged_sentence(s, cut, p, spec.classes, spec.word_sep) for s, cut, p in zip(sentences, cuts, probs))
 
     def predict(self,
-        item, # A string, or a list of words
-        **kwargs # More for `tag`
+        item, # A sentence, as a string or a list of words
+        **kwargs # Passed to `tag`
     ) -> TaggedSentence:
         "Tag one sentence"
         with self.no_bar(), self.no_logging():
@@ -297,10 +297,10 @@ class HFTagger(HFLearner):
 # %% ../../nbs/515_learners.tagging.ipynb #7ec3c782
 def hf_tagger_learner(
     dls:DataLoaders, # From `HFTagDataLoaders`
-    model, # A name on the hub, a folder, a `PreTrainedModel`, or a config (random weights)
-    metrics=None, # fastai metrics; `None`: accuracy, and the F1 of entities if the tags mark entities
-    loss_func=None, # `TaggingLoss()` if `None`
-    **kwargs # More for `load_hf` (`peft_config`, …), `model_kwargs` for `from_pretrained`, and for `Learner`
+    model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
+    metrics=None, # fastai metrics; if `None`, accuracy, and entity F1 if the tags mark entities
+    loss_func=None, # Loss function; `TaggingLoss()` if `None`
+    **kwargs # Passed to `load_hf` (`peft_config`, …) or `Learner`; `model_kwargs` goes to `from_pretrained`
 ) -> HFTagger:
     "Make a Learner that tags words"
     if not isinstance(dls, HFTagDataLoaders):
