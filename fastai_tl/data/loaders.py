@@ -1,4 +1,4 @@
-"""DataLoaders that carry the spec of their texts, the tokenizer and the text rules
+"""Base class of DataLoaders with the spec of the texts, the tokenizer and the text rules as attributes
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.loaders.html.md"""
 
@@ -18,17 +18,17 @@ from .spec import TextSpec
 
 # %% ../../nbs/123_data.loaders.ipynb #70eb8676
 def language_rules(lang):
-    "Rules for texts of a language that a tokenizer of transformers reads: `CHINESE_RULES`, or none for English"
+    "Return the text rules of a language for a transformers tokenizer: `CHINESE_RULES`, or none for English"
     return tuple(CHINESE_RULES) if lang_code(lang) == 'zh-tw' else ()
 
 def rule_names(rules):
-    "The names of text rules, as a spec keeps them"
+    "Return the names of text rules, as stored in a spec"
     return tuple(getattr(rule, '__name__', str(rule)) for rule in rules)
 
 # %% ../../nbs/123_data.loaders.ipynb #195c8a2d
 def text_rules(
     names # Names of rules, as in `spec.rules`
-) -> list: # The functions, in the same order
+) -> list: # The functions, in the same order as the names
     "Find text rules by their names"
     rules = [*CHINESE_RULES, widen_punctuation, *defaults.text_proc_rules, *defaults.text_postproc_rules]
     known = {rule.__name__: rule for rule in rules}
@@ -41,11 +41,11 @@ def text_rules(
 
 # %% ../../nbs/123_data.loaders.ipynb #c0b11a85
 class SpecDataLoaders(DataLoaders):
-    "DataLoaders that carry `spec`, `tokenizer` and `rules`"
+    "DataLoaders with the attributes `spec`, `tokenizer` and `rules`"
     def with_spec(self,
-        spec:TextSpec, # What is known about the texts
-        tokenizer, # A tokenizer of transformers, or fastai's `Tokenizer`
-        rules=None # Functions applied to each text first; found by the names in `spec.rules` if `None`
+        spec:TextSpec, # Description of the texts and labels
+        tokenizer, # A transformers tokenizer, or fastai's `Tokenizer`
+        rules=None # Functions applied to each text before it is tokenized; `None`: those in `spec.rules`
     ): # The same DataLoaders
         "Set `spec`, `tokenizer` and `rules`"
         self.spec = spec
@@ -54,7 +54,7 @@ class SpecDataLoaders(DataLoaders):
         return self
 
     def new_empty(self):
-        "The same DataLoaders without rows, as `learn.export` writes them"
+        "Return the same DataLoaders without data, as `learn.export` saves them"
         empty = super().new_empty()
         for name in ('spec', 'tokenizer', 'rules'):
             if name in vars(self):
@@ -63,7 +63,7 @@ class SpecDataLoaders(DataLoaders):
 
 # %% ../../nbs/123_data.loaders.ipynb #86abdb92
 def empty_datasets(tfms, types):
-    "Datasets without rows; for each list of transforms, `types` has the types of an item before each of them"
+    "Return empty Datasets; for each list of transforms, `types` has the type of an item before each transform"
     lists = [TfmdLists([], tfm, types=kinds, splits=[[], []]) for tfm, kinds in zip(tfms, types)]
     return Datasets(tls=lists, n_inp=1)
 
@@ -71,8 +71,8 @@ def empty_datasets(tfms, types):
 TARGET_TYPES = dict(classification=TensorCategory, multilabel=TensorMultiCategory, regression=Tensor)
 
 def set_batch_types(dls, *types):
-    "Tell DataLoaders without rows the types of the tensors of a batch, such as `TensorTokens, TensorCategory`"
+    "Set the tensor types of a batch of empty DataLoaders, such as `TensorTokens, TensorCategory`"
     for dl in dls.loaders:
-        dl._n_inp = 1 # the names that fastai's `TfmdDL` uses
+        dl._n_inp = 1 # fastai's `TfmdDL` uses these two private names
         dl._types = {tuple: list(types)}
     return dls

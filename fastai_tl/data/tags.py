@@ -1,4 +1,4 @@
-"""Tag schemes (IOB2, BIOES, BILOU, BMES, IO), the entities that tags mean, and tags in colour
+"""Read the tag schemes IOB2, BIOES, BILOU, BMES and IO, find entities in tags, and show tags in colour
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.tags.html.md"""
 
@@ -12,11 +12,11 @@ import html
 from ..resources import read_json
 
 # %% ../../nbs/131_data.tags.ipynb #6a169af8
-_letters = dict(B='B', I='I', E='E', S='S', L='E', U='S', M='I') # BILOU and BMES in the letters of BIOES
+_letters = dict(B='B', I='I', E='E', S='S', L='E', U='S', M='I') # letters of BILOU and BMES, converted to BIOES
 
 def split_tag(
-    tag:str # Such as `B-PER`, `O`, or a bare type
-) -> tuple: # One of `B`, `I`, `E`, `S`, `O`; and the type
+    tag:str # A tag, such as `B-PER` or `O`, or only a type, such as `PER`
+) -> tuple: # The letter (`B`, `I`, `E`, `S` or `O`) and the type
     "Split a tag into its position in an entity and its type"
     if tag == 'O':
         return 'O', ''
@@ -26,8 +26,8 @@ def split_tag(
 # %% ../../nbs/131_data.tags.ipynb #4d94490a
 def tag_spans(
     tags:list # A tag for each word of a sentence
-) -> list: # `(type, first word, word after the last)` of each entity
-    "Find the entities that tags mean, as `conlleval` reads them"
+) -> list: # `(type, start, end)` of each entity, in words; `end` is not included
+    "Find the entities in a sequence of tags, by the rules of `conlleval`"
     spans = []
     start = None
     letter_before, kind_before = 'O', ''
@@ -43,19 +43,19 @@ def tag_spans(
 
 # %% ../../nbs/131_data.tags.ipynb #cf3ed54a
 def tag_vocab(tags):
-    "All tags that occur, `O` first, those of a type together"
+    "Return all tags in the data, `O` first and the others sorted by type"
     def order(tag):
         letter, kind = split_tag(tag)
         return tag != 'O', kind, 'BIES'.find(letter), tag
     return sorted({tag for sentence in tags for tag in sentence}, key=order)
 
 def has_entities(vocab):
-    "Whether the tags mean entities; otherwise each tag is a class of its own, such as a part of speech"
+    "Return whether the tags encode entities; if not, each tag is a class of its own, such as a part of speech"
     return any(tag == 'O' or tag[1:2] == '-' for tag in vocab) or set(vocab) <= set(_letters)
 
 # %% ../../nbs/131_data.tags.ipynb #28138c21
 def tags_html(words, *rows, colours=None):
-    "HTML of words above one or more rows of tags; `colours` keeps the number of each type's colour"
+    "Return HTML of words above one or more rows of tags; `colours` stores the colour index of each type"
     style = read_json('tag_styles.json')
     colours = {} if colours is None else colours
     return ''.join(_word_html(word, tags, style, colours) for word, *tags in zip(words, *rows))

@@ -1,4 +1,4 @@
-"""Long texts in overlapping windows, and the predictions of windows as predictions of texts
+"""Cut long texts into overlapping windows, and average the predictions of windows for each text
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.windows.html.md"""
 
@@ -14,7 +14,7 @@ from .hf_tokenizer import HFTokenize
 
 # %% ../../nbs/128_data.windows.ipynb #e6a25553
 def _room(tok, stride):
-    "Tokens of a text that fit into a window; errors for a slow tokenizer and for a `stride` that is too large"
+    "Return how many tokens of a text fit into a window; raise an error for a slow tokenizer or a too large `stride`"
     if not getattr(tok.tokenizer, 'is_fast', False):
         raise FastaiTLError('Windows need a fast tokenizer, which knows the position of its tokens in the text',
                             f'a {type(tok.tokenizer).__name__}')
@@ -24,7 +24,7 @@ def _room(tok, stride):
     return room
 
 def _windows_of(text, tokenizer, room, stride):
-    "The windows of one text, as strings"
+    "Return the windows of one text as strings"
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = encoded['offset_mapping']
     if not offsets:
@@ -35,11 +35,11 @@ def _windows_of(text, tokenizer, room, stride):
 
 # %% ../../nbs/128_data.windows.ipynb #abe22fb8
 def text_windows(
-    texts:list, # Texts
-    tokenizer, # A name, a folder, or a fast tokenizer of transformers
-    max_length:int|None=None, # Tokens of a window with its special ones; the tokenizer's own limit if `None`
+    texts:list, # Strings
+    tokenizer, # A name, a folder, or a fast transformers tokenizer
+    max_length:int|None=None, # Maximum tokens per window, including special tokens; `None`: the tokenizer's own
     stride:int=32 # Tokens that neighbouring windows share
-) -> tuple: # The windows as strings, and for each the index of its text
+) -> tuple: # The windows as strings, and the index of the text of each window
     "Cut texts into windows of at most `max_length` tokens"
     tok = HFTokenize(tokenizer, max_length)
     room = _room(tok, stride)
@@ -52,10 +52,10 @@ def text_windows(
 
 # %% ../../nbs/128_data.windows.ipynb #df34bcb7
 def pool_windows(
-    preds, # Predictions, one a window: a tensor or an array
-    rows # For each window the index of its text, as in `dls.window_rows`
-): # Predictions, one a text: the mean over its windows
-    "Average the predictions of windows into predictions of texts"
+    preds, # Predictions, one row per window: a tensor or an array
+    rows # The index of the text of each window, as in `dls.window_rows`
+): # Predictions, one row per text: the mean over its windows
+    "Average the predictions of the windows of each text"
     rows = torch.as_tensor(rows)
     preds = torch.as_tensor(preds)
     total = preds.new_zeros(int(rows.max())+1, *preds.shape[1:]).index_add_(0, rows, preds)
