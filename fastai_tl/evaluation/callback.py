@@ -1,4 +1,4 @@
-"""The evaluation during training: scores in the table of the fit, figures and tables in a folder
+"""Evaluation during training: scores in the training table, figures and tables in a folder
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.callback.html.md"""
 
@@ -31,7 +31,7 @@ CALIBRATION_SCORES = ('ece', 'ece_mass', 'mce', 'brier', 'nll')
 REGRESSION_SCORES = ('rmse', 'mae', 'r2', 'spearman')
 
 # %% ../../nbs/740_evaluation.callback.ipynb #1f5067c0
-WATCHED = (*COUNT_SCORES, *PROBABILITY_SCORES, *CALIBRATION_SCORES, *REGRESSION_SCORES) # Scores known by name
+WATCHED = (*COUNT_SCORES, *PROBABILITY_SCORES, *CALIBRATION_SCORES, *REGRESSION_SCORES) # Names of the built-in scores
 
 # %% ../../nbs/740_evaluation.callback.ipynb #b4381ba1
 def score_name(score):
@@ -39,7 +39,7 @@ def score_name(score):
     return getattr(score, '__name__', score)
 
 def scores_by_name(ev, wanted):
-    "Return the wanted scores of an evaluation by name; NaN where the task has no such score"
+    "Return the requested scores of an evaluation by name, with NaN for scores that the task does not have"
     names = {score for score in wanted if not callable(score)}
     known = {}
     if names - set(CALIBRATION_SCORES):
@@ -51,14 +51,14 @@ def scores_by_name(ev, wanted):
 
 # %% ../../nbs/740_evaluation.callback.ipynb #f203bf59
 class EvaluationCallback(Callback):
-    "Evaluate each validation pass: scores into the table, a page with figures and tables into a folder"
+    "Evaluate each validation pass, add scores to the training table and write a report into a folder"
     remove_on_fetch = True
     def __init__(self,
-        path=None, # Folder for the page; nothing is written if `None`
-        every:str='fit', # Write at the end of the `fit`, or after each `epoch` into a folder of its own
-        scores=None, # Names of `WATCHED` or functions of an `Evaluation`; `macro_f1` and `ece`, or `r2` and `spearman`
-        figures=None, # Which of `FIGURES` to draw; all that fit the task if `None`
-        lang:str|None=None, # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
+        path=None, # Folder for the report; nothing is written if `None`
+        every:str='fit', # Write at the end of the `fit`, or after each `epoch` into a separate folder
+        scores=None, # Names from `WATCHED` or functions of an `Evaluation`; default scores of the task if `None`
+        figures=None, # Names from `FIGURES`; all figures of the task if `None`
+        lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
         dpi:int=150 # Dots per inch of the figures in the folder
     ):
         if every not in ('fit', 'epoch'):
@@ -77,7 +77,7 @@ class EvaluationCallback(Callback):
         self._trained = False
     @property
     def order(self):
-        "Before the Recorder, which reads the names of metrics; after SaveModelCallback once an epoch is validated"
+        "Return an order before the Recorder, which reads metric names; after SaveModelCallback once validation ends"
         return SaveModelCallback.order+.5 if self._late else Recorder.order-1
     def history(self) -> ScoreTable: # One row for each epoch
         "Return the scores of each epoch"
@@ -97,22 +97,22 @@ class EvaluationCallback(Callback):
         self._new = [ValueMetric(lambda k=k: self._now.get(k), k) for k in map(score_name, self._scores)]
         self.learn.metrics = self.learn.metrics + self._new
         if self._late:
-            self.recorder.before_fit() # an interrupted fit has left the order late: let the names be read again
+            self.recorder.before_fit() # an interrupted fit left the order late: the Recorder must read the names again
         self._late = False
     def before_epoch(self):
-        "Be early again, for the next validation"
+        "Move back before the Recorder for the next validation"
         self._late = False
     def before_train(self):
-        "Remember that this epoch trains and does not only validate"
+        "Remember that this epoch trains the model and does not only validate it"
         self._trained = True
     def before_validate(self):
-        "Start gathering predictions"
+        "Start collecting predictions"
         self._pass = PassCallback(self._spec.activate)
         self._pass.learn = self.learn
         self._pass.before_validate()
         self._losses = []
     def after_batch(self):
-        "Keep the predictions and losses of a validation batch"
+        "Store the predictions and losses of a validation batch"
         if self.training or not hasattr(self, '_pass'):
             return
         self._pass.after_batch()
@@ -124,14 +124,14 @@ class EvaluationCallback(Callback):
         self._late = True
         if not self._pass.parts:
             return
-        idxs = getattr(self.dl, '_DataLoader__idxs', None) # the order in which fastai has read the rows
+        idxs = getattr(self.dl, '_DataLoader__idxs', None) # the order in which fastai read the rows
         if idxs is not None:
             idxs = pd.Series(idxs).rank().astype(int).to_numpy()-1
         parts = [in_order(o, idxs) for o in (self._pass.parts, self._pass.ys, self._losses)]
         self.last = rows_of_pass(Evaluation, self._spec, self.dl, *parts)
         self._now = scores_by_name(self.last, self._scores)
     def after_epoch(self):
-        "Keep the scores, write if wanted, and remember the best epoch"
+        "Store the scores, write the report if `every` is `epoch`, and remember the best epoch"
         if not self._trained:
             return
         self._trained = False
@@ -141,7 +141,7 @@ class EvaluationCallback(Callback):
         if self.folder is not None and self.every == 'epoch':
             self.last.save(self.folder/f'epoch_{self.epoch:02d}', **self.page)
     def after_fit(self):
-        "Write the evaluation of the model that the fit leaves"
+        "Write the evaluation of the model that is loaded at the end of the fit"
         self._remove_metrics()
         self._late = False
         if self.best is None:
@@ -155,7 +155,7 @@ class EvaluationCallback(Callback):
     def _default_scores(self):
         return ('r2', 'spearman') if self._spec.task == 'regression' else ('macro_f1', 'ece')
     def _is_best(self):
-        "Whether the last epoch is the best so far: for the last SaveModelCallback, or without one"
+        "Return whether SaveModelCallback found the last epoch to be the best so far; true without that callback"
         savers = [cb for cb in self.learn.cbs if isinstance(cb, SaveModelCallback)]
         savers = [cb for cb in savers if not cb.every_epoch and not cb.at_end]
         return not savers or savers[-1].new_best

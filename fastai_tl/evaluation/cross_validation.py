@@ -1,4 +1,4 @@
-"""Cross-validation and validation in time of Learner factories, with intervals and paired comparisons
+"""Cross-validation and time series validation of Learners, with intervals and paired comparisons
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.cross_validation.html.md"""
 
@@ -27,9 +27,9 @@ from ..tune.resume import check_same
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #3207faa8
 def fold_metrics(
-    ev:Evaluation # One pass over some rows
-) -> dict: # Name to value
-    "Return accuracy, macro F1 and loss; RMSE, MAE and R² of a regression"
+    ev:Evaluation # Evaluation of the validation rows of a fold
+) -> dict: # Scores by name
+    "Return accuracy, macro F1 and loss; for a regression RMSE, MAE, R² and loss"
     from sklearn import metrics as skm
     loss = {} if ev.losses is None else dict(loss=float(np.mean(ev.losses)))
     y = ev.targets
@@ -43,11 +43,11 @@ def fold_metrics(
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #523904dd
 def corrected_ttest(
-    differences, # (folds,) differences of two scores; or scores, for an interval of their mean
+    differences, # Differences of two scores (folds,), or scores, to get an interval of their mean
     ratio:float, # Number of validation rows divided by the number of training rows
-    level:float=.95 # Level of the interval
+    level:float=.95 # Confidence level of the interval
 ) -> dict: # `mean`, `sd`, `low`, `high`, `t`, `p`
-    "Test the mean against 0 by the corrected resampled t-test, with its interval (Nadeau and Bengio 2003)"
+    "Test whether the mean is 0 by the corrected resampled t-test, and return its interval (Nadeau and Bengio 2003)"
     from scipy import stats
     d = np.asarray(differences, dtype=float)
     n_folds = len(d)
@@ -65,7 +65,7 @@ def corrected_ttest(
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #97973a3d
 def in_classes(ev, classes):
-    "Return probabilities and targets of one fold in the classes of all folds"
+    "Return probabilities and targets of one fold, with the classes of all folds"
     if classes is None:
         return ev.preds, ev.targets.reshape(-1)
     at = [classes.index(c) for c in ev.classes]
@@ -79,11 +79,11 @@ def in_classes(ev, classes):
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #b316c56e
 def out_of_fold(folds, evaluations):
-    "Return the predictions of several folds as one `Evaluation`, a row for each position that they validate"
+    "Return the predictions of several folds as one `Evaluation`, with one row for each validated position"
     _, pos = np.unique(np.concatenate([fold.valid for fold in folds]), return_inverse=True)
     _, first = np.unique(pos, return_index=True)
     def mean(parts):
-        "The mean over the predictions of each row, (rows, columns)"
+        "Return the mean over the predictions of each row, (rows, columns)"
         columns = np.concatenate(parts).reshape(len(pos), -1).T
         return np.stack([np.bincount(pos, column) for column in columns], 1)/np.bincount(pos)[:, None]
     classes = None
@@ -101,7 +101,7 @@ def out_of_fold(folds, evaluations):
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #ef172f94
 def fold_matrix(folds, order, width=600):
-    "Return 0, 1 (training) or 2 (validation) for each fold and row, with at most `width` rows for a figure"
+    "Return a matrix (folds, rows) of 0 (unused), 1 (training) or 2 (validation), thinned to at most `width` rows"
     m = np.zeros((len(folds), len(order)))
     for row, fold in zip(m, folds):
         row[fold.train] = 1
@@ -136,11 +136,11 @@ def draw_fold_scores(ax, values, summary, metric):
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #f1de02b4
 class FoldResults:
-    "Out-of-fold predictions and scores of the finished folds"
+    "Hold the out-of-fold predictions and scores of the finished folds"
     def __init__(self,
-        folds:list, # `Fold` objects
-        metrics:dict|None=None, # More scores: name to a function of an `Evaluation`
-        order=None # Order of the rows for figures, such as by time
+        folds:list, # List of `Fold` objects
+        metrics:dict|None=None, # Additional scores: dictionary from name to function of an `Evaluation`
+        order=None # Row positions in the order that figures use, such as by time
     ):
         self.folds = list(folds)
         self.metrics = dict(metrics or {})
@@ -149,26 +149,26 @@ class FoldResults:
         self.seconds = {}
     @property
     def done(self) -> list:
-        "The finished folds"
+        "Return the finished folds"
         return [fold for fold in self.folds if (fold.repeat, fold.number) in self.evaluations]
     @property
     def metric_names(self) -> list:
-        "Names of the scores"
+        "Return the names of the scores"
         return list(self.scores().columns[4:-1])
     @property
     def rows(self) -> np.ndarray: # (rows,) positions in the table
-        "Positions of the rows with an out-of-fold prediction"
+        "Return the positions of the rows that have an out-of-fold prediction"
         if not self.done:
             return np.array([], dtype=int)
         return np.unique(np.concatenate([fold.valid for fold in self.done]))
     def __repr__(self):
         return f'FoldResults({len(self.done)} of {len(self.folds)} folds done)'
     def add(self,
-        fold:Fold, # A fold
+        fold:Fold, # The finished fold
         ev:Evaluation, # Evaluation of its validation rows, in their order
         seconds:float=0. # Time for training and evaluation
     ):
-        "Keep the results of a fold"
+        "Store the results of a fold"
         key = fold.repeat, fold.number
         self.evaluations[key] = ev
         self.seconds[key] = seconds
@@ -179,23 +179,23 @@ class FoldResults:
             raise FastaiTLError('At least one fold must be done', 'none')
         return pd.DataFrame(rows)
     def evaluation(self,
-        repeat:int|None=None # Predictions of this repeat alone; averaged over repeats if `None`
-    ) -> Evaluation: # With a row for each of `rows`
+        repeat:int|None=None # Use only the predictions of this repeat; averaged over repeats if `None`
+    ) -> Evaluation: # One row for each position in `rows`
         "Return the out-of-fold predictions in the order of the table"
         folds = [fold for fold in self.done if repeat in (None, fold.repeat)]
         if not folds:
             raise unknown_option('repeat', repeat, sorted({fold.repeat for fold in self.done}))
         return out_of_fold(folds, [self.evaluations[fold.repeat, fold.number] for fold in folds])
     def summary(self,
-        level:float=.95 # Level of the interval
+        level:float=.95 # Confidence level of the interval
     ) -> pd.DataFrame: # mean | sd | low | high, one row for each score
-        "Return mean and spread of each score over the folds, with the corrected interval"
+        "Return mean and standard deviation of each score over the folds, with the corrected interval"
         scores = self.scores()
         tests = {name: corrected_ttest(scores[name], self._ratio(), level) for name in self.metric_names}
         return pd.DataFrame(tests).T[['mean', 'sd', 'low', 'high']]
     def compare(self,
         other, # `FoldResults` of another factory on the same folds
-        level:float=.95 # Level of the interval of the difference
+        level:float=.95 # Confidence level of the interval of the difference
     ) -> pd.DataFrame: # this | other | difference | sd | low | high | t | p, one row for each score
         "Compare two factories on the same folds by the corrected resampled t-test"
         same = len(self.done) == len(other.done) and all(map(same_rows, self.done, other.done))
@@ -209,7 +209,7 @@ class FoldResults:
                 for name in self.metric_names if name in b}
         return pd.DataFrame(rows).T.rename(columns={'mean': 'difference'})
     def plot(self,
-        metric:str|None=None # Name of a score; the first if `None`
+        metric:str|None=None # Name of the score to plot; the first score if `None`
     ):
         "Plot which rows each fold trains on, and one score by fold with its mean and interval"
         metric = self.metric_names[0] if metric is None else metric
@@ -243,7 +243,7 @@ def same_rows(a, b):
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #ac0423c9
 def evaluation_of(made):
-    "Return the `Evaluation` of what a factory returned"
+    "Return the `Evaluation` of the object that a factory returned"
     if isinstance(made, Evaluation):
         return made
     if not hasattr(made, 'evaluate'):
@@ -264,7 +264,7 @@ def labels_of(ev):
     return [sorted(str(c) for c, has in zip(ev.classes, row) if has) for row in ev.targets]
 
 def comparable(labels, task):
-    "Return checked labels of a table in the form of `labels_of`"
+    "Return checked labels of a table in the same form as `labels_of`"
     if task == 'regression':
         return labels
     return [sorted(map(str, label)) if task == 'multilabel' else str(label) for label in labels]
@@ -293,9 +293,9 @@ def check_valid_rows(ev, labels, index, label_delim):
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #23728446
 class FoldError(TrainingError):
-    "A fold that failed; `results` has the finished ones"
+    "Report that a fold failed; `results` has the finished folds"
     def __init__(self,
-        expected:str, # Which fold
+        expected:str, # Which fold failed
         got:str='', # What went wrong
         todo:str='', # What to do
         results:FoldResults|None=None # The finished folds
@@ -312,14 +312,14 @@ def save_fold(file, ev, seconds):
                          losses=tensor(ev.losses), texts=texts, seconds=seconds))
 
 def load_fold(file):
-    "Read what `save_fold` wrote: an `Evaluation` and its seconds"
+    "Return the `Evaluation` and the seconds that `save_fold` wrote"
     tree = load_tree(file)
     array = lambda o: None if o is None else o.numpy()
     ev = Evaluation(array(tree['probs']), array(tree['targets']), tree['classes'], array(tree['losses']), tree['texts'])
     return ev, tree['seconds']
 
 def begin_folder(out, make_learner, df, folds, seed):
-    "Make the folder of a run, or check that it was begun with the same settings"
+    "Create the folder of a run, or check that an existing one has the same settings"
     if out is None:
         return None
     out = Path(out)
@@ -334,7 +334,7 @@ def begin_folder(out, make_learner, df, folds, seed):
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #c172bdc6
 def run_fold(make_learner, df, fold, label_col, seed, label_delim):
-    "Train and evaluate one fold; return its `Evaluation` and the seconds"
+    "Train and evaluate one fold, and return its `Evaluation` and the time in seconds"
     start = time.perf_counter()
     train = df.iloc[fold.train].copy()
     valid = df.iloc[fold.valid].copy()
@@ -344,11 +344,11 @@ def run_fold(make_learner, df, fold, label_col, seed, label_delim):
     check_valid_rows(ev, labels, df.index[fold.valid], label_delim)
     if made is not ev:
         del made
-        gc.collect() # a Learner and its callbacks refer to each other
+        gc.collect() # a Learner and its callbacks refer to each other, so `del` alone does not free them
     return ev, time.perf_counter()-start
 
 def fold_error(fold, error, results, out):
-    "Return the error of a fold that failed"
+    "Return the error to raise for a fold that failed"
     todo = f'Finished folds ({len(results.done)}) are in the `results` of this error'
     if out is not None:
         todo += f' and in {out.name!r}: the same call continues from there'
@@ -357,16 +357,16 @@ def fold_error(fold, error, results, out):
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #bd8e25b8
 def run_folds(
-    make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner that validates `valid_df`
-    df:pd.DataFrame, # One row a text
-    folds:list, # `Fold` objects of `cross_folds` or `time_folds`, or made by hand
-    label_col='label', # Column of the labels, compared with the Learner's; not compared if `None`
-    seed:int=42, # Seed of the run
-    metrics:dict|None=None, # More scores: name to a function of an `Evaluation`
-    out=None, # Folder that keeps finished folds, to continue from
-    label_delim:str|None=None, # Split strings into several labels here
+    make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner with `valid_df` as validation set
+    df:pd.DataFrame, # Table with one row per text
+    folds:list, # `Fold` objects from `cross_folds` or `time_folds`, or your own
+    label_col='label', # Column of the labels, which are compared with the Learner's; not compared if `None`
+    seed:int=42, # Random seed of the run
+    metrics:dict|None=None, # Additional scores: dictionary from name to function of an `Evaluation`
+    out=None, # Folder where finished folds are saved, to resume an interrupted run
+    label_delim:str|None=None, # Delimiter that splits a string into several labels
     progress:bool=True, # Show a progress bar
-    order=None # Order of the rows for figures
+    order=None # Row positions in the order that figures use
 ) -> FoldResults:
     "Train and evaluate a fresh Learner for each fold"
     results = FoldResults(folds, metrics, order)
@@ -387,35 +387,35 @@ def run_folds(
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #3610b1a1
 def cross_validate(
-    make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner that validates `valid_df`
-    df:pd.DataFrame, # One row a text
+    make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner with `valid_df` as validation set
+    df:pd.DataFrame, # Table with one row per text
     label_col='label', # Column of the labels
-    n_folds:int=5, # Number of folds of a repeat
-    repeats:int=1, # Number of repeats, each with other folds
+    n_folds:int=5, # Number of folds in each repeat
+    repeats:int=1, # Number of repeats, each with different folds
     group_col=None, # Rows with the same value in this column stay together
-    stratify:bool|None=None, # Keep the shares of the classes; if `None`, where each text has one class
-    seed:int=42, # Seed of the folds and of each fold's training
-    label_delim:str|None=None, # Split strings into several labels here
-    **kwargs # More for `run_folds`: `metrics`, `out`, `progress`
+    stratify:bool|None=None, # Keep the class shares in each fold; if `None`, only where each text has one class
+    seed:int=42, # Random seed of the folds and of the training
+    label_delim:str|None=None, # Delimiter that splits a string into several labels
+    **kwargs # Passed to `run_folds`: `metrics`, `out`, `progress`
 ) -> FoldResults:
-    "Cross-validate a Learner factory: stratified, grouped, repeated"
+    "Cross-validate a Learner factory with stratified, grouped or repeated folds"
     folds = cross_folds(df, label_col, n_folds, repeats, group_col, stratify, seed, label_delim)
     return run_folds(make_learner, df, folds, label_col, seed, label_delim=label_delim, **kwargs)
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #2e9ba730
 def time_series_validate(
-    make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner that validates `valid_df`
-    df:pd.DataFrame, # One row a text
-    time_col, # Column of the times: dates, or numbers
+    make_learner, # `make_learner(train_df, valid_df, seed)` returns a trained Learner with `valid_df` as validation set
+    df:pd.DataFrame, # Table with one row per text
+    time_col, # Column with the time of each row, as dates or numbers
     n_folds:int=5, # Number of validation windows
-    valid_size:int|None=None, # Distinct times in a validation window; all windows the same size if `None`
-    gap:int|str|pd.Timedelta=0, # Left out before it: a number of distinct times, or a duration such as `'7D'`
-    train_size=None, # Rolling window: a number of distinct times, or a duration; all of the past if `None`
+    valid_size:int|None=None, # Number of distinct times in each validation window; equal windows if `None`
+    gap:int|str|pd.Timedelta=0, # Left out before each window: number of distinct times, or duration like `'7D'`
+    train_size=None, # Size of a rolling training window: distinct times or a duration; all of the past if `None`
     label_col='label', # Column of the labels
-    seed:int=42, # Seed of each fold's training
-    **kwargs # More for `run_folds`: `metrics`, `out`, `label_delim`, `progress`
+    seed:int=42, # Random seed of the training
+    **kwargs # Passed to `run_folds`: `metrics`, `out`, `label_delim`, `progress`
 ) -> FoldResults:
-    "Train on the past, and validate on what follows"
+    "Train each fold on the past and validate it on the rows that follow"
     times = column(df, time_col)
     folds = time_folds(times, n_folds, valid_size, gap, train_size)
     order = np.argsort(times.to_numpy(), kind='stable')

@@ -1,4 +1,4 @@
-"""Errors by slice and by word, wrong labels, and validation rows that were in the training data
+"""Error rates by slice, words of wrong texts, wrong labels, and validation rows that are also in the training data
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.error_analysis.html.md"""
 
@@ -20,7 +20,7 @@ from ..plot import PALETTE, figure_style, in_words
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #3a689729
 def texts_of(ev):
-    "Return the texts, or raise an error that says how to get them"
+    "Return the texts, or raise an error that says how to pass them"
     if ev.texts is None:
         raise FastaiTLError('This needs the texts of the rows', 'an Evaluation without them',
                             'Pass `texts` to `Evaluation`')
@@ -35,7 +35,7 @@ def range_name(low, high):
     return text(low) if low == high else f'{text(low)} – {text(high)}'
 
 def slice_values(s, bins):
-    "Return values as strings: ranges of numbers and dates with more than `bins` values, members of lists, `missing`"
+    "Return slice values as strings, with numbers and dates cut into `bins` ranges and lists split into their members"
     s = s.reset_index(drop=True) if isinstance(s, pd.Series) else pd.Series(list(s)).convert_dtypes()
     numeric = is_numeric_dtype(s) and not is_bool_dtype(s)
     if (numeric or is_datetime64_any_dtype(s)) and s.nunique() > bins:
@@ -46,7 +46,7 @@ def slice_values(s, bins):
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #bb4bd1f1
 def named_slice(ev, name):
-    "Return the column that a name stands for: `length`, `class` or `predicted`"
+    "Return the values of a named slice: `length`, `class` or `predicted`"
     if name == 'length':
         return [len(t) for t in texts_of(ev)]
     if name not in ('class', 'predicted') or ev.classes is None:
@@ -58,7 +58,7 @@ def named_slice(ev, name):
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #156c7066
 def named_columns(ev, by):
-    "Return `by` as a dictionary of columns, names and functions"
+    "Return `by` as a dictionary from slice name to column, name or function"
     if by is None:
         known = dict(length=ev.texts is not None, **{'class': bool(ev.classes)})
         by = [name for name, is_known in known.items() if is_known]
@@ -74,7 +74,7 @@ def named_columns(ev, by):
     return {getattr(o, '__name__', str(o)): o for o in several}
 
 def slice_columns(ev, by):
-    "Return `by` as a dictionary of columns with a value for each row"
+    "Return `by` as a dictionary from slice name to column, with a value for each row"
     def column(o):
         if isinstance(o, str):
             return named_slice(ev, o)
@@ -89,18 +89,18 @@ def slice_columns(ev, by):
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #d8ab1e64
 def row_errors(ev):
-    "Return 1 for a row with any wrong label and 0 for a right one; the absolute errors of a regression"
+    "Return 1 for rows with a wrong label and 0 for the others; for a regression, the absolute errors"
     if ev.task == 'regression':
         return np.abs(ev.preds-ev.targets.reshape(-1)).astype(float)
     return (ev.preds != ev.targets).reshape(len(ev), -1).any(1).astype(int)
 
 def excess_p(k, n, errors, rows):
-    "Return the probability of `k` or more of all `errors` among `n` of all `rows` drawn at random"
+    "Return the probability that `n` of `rows` rows, drawn at random, have at least `k` of the `errors` errors"
     from scipy.stats import hypergeom
     return hypergeom.sf(np.asarray(k)-1, rows, errors, n)
 
 def rate_of_slice(errors, rows, level):
-    "Return error rate, interval and p of one slice of a classifier's rows"
+    "Return error rate, interval and p-value of one slice of a classifier's rows"
     n = len(rows)
     k = errors[rows].sum()
     low, high = map(float, wilson_interval(k, n, level))
@@ -109,7 +109,7 @@ def rate_of_slice(errors, rows, level):
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #4635ee3a
 def mean_of_slice(errors, rows, level):
-    "Return mean absolute error, interval and p of one slice of a regression's rows"
+    "Return mean absolute error, interval and p-value of one slice of a regression's rows"
     from scipy import stats
     e = errors[rows]
     rest = np.delete(errors, rows)
@@ -132,13 +132,12 @@ def rows_by_value(values, min_rows):
 
 def slice_errors(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    by=None, # `length`, `class`, `predicted`, a function of a text, a list of these; a Series, table or dict of columns
-    bins:int=4, # Numbers and dates with more values are cut into this many ranges
+    by=None, # `length`, `class`, `predicted`, a function of a text, a list of these, or a Series, DataFrame or dict
+    bins:int=4, # Number of ranges into which numbers and dates with more values are cut
     min_rows:int=10, # Values with fewer rows are pooled
-    level:float=.95 # Share of the intervals that contain the true value
+    level:float=.95 # Confidence level of the intervals
 ) -> pd.DataFrame: # slice | value | rows | errors | error | low | high | worse | p
-    """Return the error rate (mean absolute error of a regression) by slice, the worst first, length and class by
-    default; `worse` is the difference from all rows"""
+    "Return the error rate, or mean absolute error of a regression, by slice, with the worst slice first"
     from scipy.stats import false_discovery_control
     errors = row_errors(ev)
     of_slice = mean_of_slice if ev.task == 'regression' else rate_of_slice
@@ -151,15 +150,15 @@ def slice_errors(
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #d729a2a7
 def plot_intervals(
-    labels, # One for each row of the figure, from top to bottom
-    at, # Value of each
-    low, # Lower end of its interval
-    high, # Upper end of its interval
-    line:float, # Position of the line that they are compared with
+    labels, # Labels of the rows of the figure, from top to bottom
+    at, # Value of each row
+    low, # Lower end of each interval
+    high, # Upper end of each interval
+    line:float, # Position of the reference line
     xlabel:str='', # Label of the horizontal axis
-    notes=None # Small texts at the right, one for each row
+    notes=None # Short notes at the right, one for each row
 ):
-    "Plot values with intervals against a line; color marks intervals that do not contain the line"
+    "Plot values with intervals and a reference line, with color for intervals that do not contain the line"
     xlabel = in_words(xlabel)
     with figure_style(list(labels), xlabel) as plt:
         fig, ax = plt.subplots(figsize=(6.4, .8+.27*len(labels)))
@@ -182,11 +181,11 @@ def plot_intervals(
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #14530560
 def plot_slice_errors(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    by=None, # What to slice by, see `error_slices`
-    n:int=15, # Largest number of slices, the worst first
-    bins:int=4, # Numbers and dates with more values are cut into this many ranges
+    by=None, # What to slice by; see `error_slices`
+    n:int=15, # Maximum number of slices; the worst are shown
+    bins:int=4, # Number of ranges into which numbers and dates with more values are cut
     min_rows:int=10, # Values with fewer rows are pooled
-    level:float=.95 # Share of the intervals that contain the true value
+    level:float=.95 # Confidence level of the intervals
 ):
     "Plot the error of each slice with its interval, the worst first"
     table = slice_errors(ev, by, bins, min_rows, level).head(n)
@@ -208,8 +207,8 @@ SPACED_CHARACTERS = re.compile(f'(?<![{UNSPACED}])[{UNSPACED}](?: [{UNSPACED}](?
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #8cd12b5b
 def text_words(
     text:str # A text, or its tokens joined by spaces
-) -> list: # Words in lower case; characters and pairs of characters where a script has no spaces
-    "Return the words of a text for counting"
+) -> list: # Words in lower case; characters and pairs of characters for scripts without spaces
+    "Return the words of a text that are counted"
     text = SPACED_CHARACTERS.sub(lambda m: m[0].replace(' ', ''), without_specials(text))
     words = WORD.findall(UNSPACED_RUN.sub(' ', text).lower())
     runs = UNSPACED_RUN.findall(text)
@@ -217,12 +216,12 @@ def text_words(
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #7271688f
 def overused_words(
-    texts, # Strings
-    marked, # (texts,) booleans: which texts to compare with the others
-    n:int|None=20, # Largest number of words
-    alpha:float=.05, # Largest adjusted p; 1 for all words
-    min_texts:int=5, # A word must occur in this many texts
-    words=None # Function from a text to its words; `text_words` if `None`
+    texts, # List of texts
+    marked, # Booleans (texts,) that mark the texts to compare with the others
+    n:int|None=20, # Maximum number of words; all if `None`
+    alpha:float=.05, # Maximum adjusted p-value; 1 returns all words
+    min_texts:int=5, # Minimum number of texts in which a word must occur
+    words=None # Function that returns the words of a text; `text_words` if `None`
 ) -> pd.DataFrame: # word | texts | marked | share | odds_ratio | p
     "Return words that occur in the marked texts more often than by chance, the most significant first"
     from sklearn.feature_extraction.text import CountVectorizer
@@ -245,7 +244,7 @@ def overused_words(
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #ec6fdb29
 def association_table(names, in_texts, in_marked, n_marked, n_texts):
-    "Return share, odds ratio and adjusted p of words that occur `in_texts` texts, `in_marked` of them marked"
+    "Return share, odds ratio and adjusted p-value of words that occur in `in_texts` texts, `in_marked` of them marked"
     from scipy.stats import false_discovery_control
     if not len(names):
         return pd.DataFrame(columns=['word', 'texts', 'marked', 'share', 'odds_ratio', 'p'])
@@ -258,10 +257,10 @@ def association_table(names, in_texts, in_marked, n_marked, n_texts):
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #863521ac
 def overused_error_words(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    n:int|None=20, # Largest number of words
-    of=None, # Only texts of this true class
-    wrong=None, # (rows,) booleans: what counts as an error; required for a regression
-    **kwargs # More for `overused_words`: `alpha`, `min_texts`, `words`
+    n:int|None=20, # Maximum number of words; all if `None`
+    of=None, # Use only texts of this true class
+    wrong=None, # Booleans (rows,) that mark the errors; required for a regression
+    **kwargs # Passed to `overused_words`: `alpha`, `min_texts`, `words`
 ) -> pd.DataFrame: # word | texts | errors | error | odds_ratio | p
     "Return words that wrong texts contain more often than by chance, the most significant first"
     if wrong is None and ev.task == 'regression':
@@ -283,11 +282,11 @@ def confident_class(probs, labels):
     "Return the class of which each row is confident (the set in eq. 1 of the paper), or -1"
     n = np.bincount(labels, minlength=probs.shape[1])
     mean = np.array([probs[labels == k, k].mean() if n[k] else np.inf for k in range(len(n))])
-    above = probs >= np.maximum(mean, 2e-6)-1e-6 # so that rounding has no say where all rows have one probability
+    above = probs >= np.maximum(mean, 2e-6)-1e-6 # tolerance for rounding, for when all rows have the same probability
     return np.where(above.any(1), np.where(above, probs, -1).argmax(1), -1)
 
 def suspects(probs, labels):
-    "Return rows that are confident of another class and whose label is not the most probable one, and that class"
+    "Return rows that are confident of another class and whose label is not the most probable, and the other class"
     guess = confident_class(probs, labels)
     of_label = probs[np.arange(len(labels)), labels]
     rows = np.flatnonzero((guess >= 0) & (guess != labels) & (probs.max(1) > of_label+1e-6))
@@ -297,8 +296,8 @@ def suspects(probs, labels):
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #c49c080a
 def label_noise_table(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
-) -> pd.DataFrame: # Given labels as rows, estimated true ones as columns
-    "Estimate the number of rows with each given and each true label by confident learning (eq. 3)"
+) -> pd.DataFrame: # Rows are given labels, columns are estimated true labels
+    "Estimate by confident learning how many rows have each pair of given and true label (eq. 3)"
     if ev.task != 'classification':
         raise FastaiTLError('The joint of given and true labels needs one class a text', f'a {ev.task} task',
                             'See `label_errors()`')
@@ -313,7 +312,7 @@ def label_noise_table(
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #1a2063b9
 def label_problems(ev):
-    "Return (probabilities, labels, names) of the classes, or of each of several labels a text and its absence"
+    "Return a list of (probabilities, labels, names): one of all classes, or one for each label of a multi-label task"
     if ev.task == 'classification':
         return [(ev.probs, ev.targets.astype(int), ev.classes)]
     columns = zip(ev.probs.T, ev.targets.T, ev.classes)
@@ -321,10 +320,9 @@ def label_problems(ev):
 
 def suspected_labels(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    n:int|None=None # Largest number of rows; all that are suspected if `None`
+    n:int|None=None # Maximum number of rows; all suspected rows if `None`
 ) -> pd.DataFrame: # row | label | suggested | p_label | p_suggested | text
-    """Return rows whose label is probably wrong by confident learning, the clearest first; with several labels a text,
-    each label is checked on its own"""
+    "Return rows whose label is probably wrong according to confident learning, the clearest first"
     if ev.task == 'regression':
         raise FastaiTLError('Confident learning needs classes', 'a regression',
                             'See `error_slices()` and the largest `abs(ev.preds-ev.targets)`')
@@ -342,10 +340,10 @@ def suspected_labels(
 def find_leaked_rows(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     train_texts, # Training texts
-    threshold:float=.7, # Smallest similarity, see `near_duplicates`
-    n:int|None=None # Characters of an n-gram, see `near_duplicates`
+    threshold:float=.7, # Minimum similarity; see `near_duplicates`
+    n:int|None=None # Number of characters in an n-gram; see `near_duplicates`
 ) -> pd.DataFrame: # row | other | similarity | right | text | other_text
-    "Return rows whose text is exactly or nearly one of the training texts, and whether they are right"
+    "Return rows whose text is identical or similar to a training text, and whether their predictions are right"
     table = near_duplicates(texts_of(ev), train_texts, threshold, n)
     if ev.task != 'regression':
         table.insert(3, 'right', row_errors(ev)[table.row.to_numpy(dtype=int)] == 0)

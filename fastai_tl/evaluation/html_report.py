@@ -1,4 +1,4 @@
-"""An evaluation as a folder: a page that opens offline, figures for print, and tables for a spreadsheet
+"""Save an evaluation as a folder with an offline HTML page, figures for print and tables for spreadsheets
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.html_report.html.md"""
 
@@ -46,9 +46,9 @@ def prediction_columns(ev):
 # %% ../../nbs/728_evaluation.html_report.ipynb #d035c071
 def prediction_table(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    errors:bool=False # Only rows that are wrong, the highest loss first
+    errors:bool=False # Return only wrong rows, with the highest loss first
 ) -> pd.DataFrame: # row | true | predicted | confidence or error | loss | probabilities | text
-    "Return every row with its prediction"
+    "Return a table of all rows with their predictions"
     df = pd.DataFrame(dict(row=np.arange(len(ev)), **prediction_columns(ev)))
     if ev.losses is not None:
         df['loss'] = np.asarray(ev.losses)
@@ -78,9 +78,9 @@ def draw_figure(ev, name, lang=None):
 
 def draw_figures(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    names=None, # Which of `FIGURES`; all that fit the task if `None`
-    lang:str|None=None # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
-) -> dict: # Name to figure
+    names=None, # Names from `FIGURES`; all figures of the task if `None`
+    lang:str|None=None # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
+) -> dict: # Figures by name
     "Draw the figures of the task"
     bad = [name for name in names or () if name not in FIGURES]
     if bad:
@@ -95,8 +95,8 @@ CALIBRATION_NAMES = dict(ece='ECE', ece_mass='ECE, equal mass', mce='MCE', brier
 
 def page_tables(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    n:int=20 # Rows of errors
-) -> dict: # Title to table
+    n:int=20 # Maximum number of wrong rows
+) -> dict: # Tables by title
     "Return the tables of the page"
     tables = {'Report': score_report(ev)}
     if ev.task != 'regression':
@@ -119,7 +119,7 @@ def escaped(value, n=600):
     return escape(text if len(text) <= n else text[:n]+' …')
 
 def table_html(df, lang=None, names=0):
-    "Return a table as HTML; the first `names` rows have names of the user, which are not translated"
+    "Return a table as HTML; the row labels of the first `names` rows are not translated"
     df = ScoreTable(df).as_text()
     words = lambda o: escaped(in_words(str(o), lang))
     has_names = not (isinstance(df.index, pd.RangeIndex) or pd.api.types.is_integer_dtype(df.index))
@@ -148,17 +148,17 @@ def png_bytes(
 # %% ../../nbs/728_evaluation.html_report.ipynb #f68725f3
 def save_png(
     fig, # A Matplotlib figure
-    path, # File to write
+    path, # Path of the PNG file
     dpi:int=300 # Dots per inch
 ):
-    "Write a figure as PNG, atomically"
+    "Write a figure as a PNG file atomically"
     data = png_bytes(fig, dpi)
     with atomic_path(path) as p:
         p.write_bytes(data)
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #eaf9c74a
 def image_html(name, fig):
-    "Return a figure as an image of the page, with at most 2200 pixels a side"
+    "Return a figure as an HTML image whose sides have at most 2200 pixels"
     dpi = int(min(150, 2200/max(fig.get_size_inches())))
     width = f'{fig.get_size_inches()[0]*92:.0f}px'
     data = base64.b64encode(png_bytes(fig, dpi)).decode()
@@ -166,7 +166,7 @@ def image_html(name, fig):
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #6ee855d7
 def headline_scores(ev):
-    "Return the scores at the top of the page, by their shown names"
+    "Return the scores at the top of the page, by the names shown there"
     scores = total_scores(ev)
     if ev.task == 'regression':
         return scores
@@ -174,7 +174,7 @@ def headline_scores(ev):
             'ECE': calibration_scores(ev)['ece']}
 
 def page_head(ev, title, words):
-    "Return title, number of rows and classes, and scores of the page"
+    "Return the top of the page: title, number of rows and classes, and scores"
     lead = f"{len(ev):,} {words('rows')}"
     if ev.classes:
         lead += f", {len(ev.classes)} {words('classes')}"
@@ -186,10 +186,10 @@ def page_head(ev, title, words):
 def html_page(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     title:str='', # Title of the page
-    lang:str|None=None, # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
-    n:int=20, # Rows of errors
-    figures:dict|None=None # Name to figure; drawn here if `None`
-) -> str: # A whole page
+    lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
+    n:int=20, # Maximum number of wrong rows
+    figures:dict|None=None # Figures by name; drawn by this function if `None`
+) -> str: # HTML of the whole page
     "Return the evaluation as a self-contained HTML page"
     words = lambda o: in_words(o, lang)
     title = title or words('Evaluation')
@@ -211,13 +211,13 @@ def html_page(
 # %% ../../nbs/728_evaluation.html_report.ipynb #a233b065
 def save_report(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    path, # Folder, made if it does not exist
+    path, # Folder, created if it does not exist
     title:str='', # Title of the page
-    lang:str|None=None, # Language of the words: `en` or `zh-tw`; the one of `set_language` if `None`
-    figures=None, # Which of `FIGURES`; all that fit the task if `None`
-    n:int=20, # Rows of errors on the page; the CSV file has all
+    lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
+    figures=None, # Names from `FIGURES`; all figures of the task if `None`
+    n:int=20, # Maximum number of wrong rows on the page; the CSV file has all of them
     dpi:int=300 # Dots per inch of the figures in the folder
-) -> Path: # The page
+) -> Path: # Path of the page
     "Write a page, figures, tables and predictions into a folder"
     path = Path(path)
     drawn = draw_figures(ev, figures, lang)
