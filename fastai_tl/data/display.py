@@ -1,4 +1,4 @@
-"""Tables of texts, labels and predictions, in notebooks and in a terminal
+"""Show tables of texts, labels and predictions in notebooks and in a terminal
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.display.html.md"""
 
@@ -15,7 +15,7 @@ from fastai.torch_core import display_df
 
 # %% ../../nbs/122_data.display.ipynb #71647567
 def shown_item(item, trunc_at=None):
-    "A decoded item as a cell of a table: texts shortened, labels joined, tensors as numbers"
+    "Convert a decoded item to a table cell: truncate texts, join labels, turn tensors into numbers"
     if isinstance(item, (list, tuple, L)):
         return ';'.join(map(str, item))
     if isinstance(item, torch.Tensor):
@@ -28,7 +28,7 @@ def shown_item(item, trunc_at=None):
     return item if len(item) <= 10*trunc_at else item[:trunc_at] + ' …'
 
 def show_rows(columns, max_n, trunc_at=150):
-    "Display lists of decoded items as the columns of a table"
+    "Display lists of decoded items as columns of a table, and return it as a DataFrame"
     shown = {name: [shown_item(item, trunc_at) for item in list(items)[:max_n]] for name, items in columns.items()}
     df = pd.DataFrame(shown)
     display_df(df)

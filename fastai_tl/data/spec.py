@@ -1,4 +1,4 @@
-"""What is known about texts and labels when DataLoaders are made: task, classes, tokenizer settings, columns
+"""A description of texts and labels: task, classes, tokenizer settings, language and columns
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.spec.html.md"""
 
@@ -21,10 +21,10 @@ TASKS = (*CLASSIFICATION_TASKS, 'tagging', 'qa', *LANGUAGE_MODEL_TASKS, 'seq2seq
 
 # %% ../../nbs/100_data.spec.ipynb #f4546f1d
 def activate(
-    scores, # (…, outputs) logits: a tensor or an array
-    task:str, # A key of `TASKS`
-    temperature:float=1. # Logits are divided by it first (Guo et al. 2017)
-): # Probabilities of the same type and shape; the values themselves for a regression
+    scores, # Logits (…, outputs), a tensor or an array
+    task:str, # One of `TASKS`
+    temperature:float=1. # Temperature to divide the logits by (Guo et al. 2017)
+): # Probabilities of the same type and shape; for regression the unchanged logits
     "Turn the logits of a model into probabilities"
     if task not in TASKS:
         raise unknown_option('task', task, TASKS)
@@ -39,25 +39,25 @@ def activate(
 # %% ../../nbs/100_data.spec.ipynb #1a0fec20
 @dataclass(frozen=True)
 class TextSpec:
-    "What is known about texts and labels when their DataLoaders are made"
+    "Description of the texts and labels of DataLoaders"
     task:str # One of `TASKS`
-    family:str='huggingface' # Who tokenizes: `huggingface`, or `fastai` for an AWD_LSTM
+    family:str='huggingface' # Library that tokenizes: `huggingface`, or `fastai` for an AWD_LSTM
     classes:tuple|None=None # Class or tag names, in the order of the model's outputs; `None` if there are none
-    threshold:float=.5 # A class of a multi-label task is predicted above this probability
+    threshold:float=.5 # Multi-label: probability above which a class is predicted
     lang:str='en' # Language of the texts: `en` or `zh-tw`
     rules:tuple=() # Names of the functions applied to each text before it is tokenized
-    tokenizer:dict=field(default_factory=dict) # Settings that the tokenizer can be made from again
-    max_length:int|None=None # Tokens of a text, special tokens included
-    truncation:bool=True # Whether longer texts are cut at `max_length`
-    windows:int|None=None # Tokens that neighbouring windows of a long text share; `None`: no windows
-    backwards:bool=False # Whether texts are read from right to left
-    pairs:bool=False # Whether a text is a pair of texts
-    columns:dict=field(default_factory=dict) # Column of each part, such as `{'text': 'review', 'label': 'stars'}`
-    label_delim:str|None=None # What separates several labels in one string
-    seq_len:int|None=None # AWD_LSTM: tokens of one step of backpropagation through time
-    word_sep:str|None=None # Tagging: what separates the words of a sentence in a string
+    tokenizer:dict=field(default_factory=dict) # Settings to recreate the tokenizer
+    max_length:int|None=None # Maximum number of tokens of a text, including special tokens
+    truncation:bool=True # Whether longer texts are truncated to `max_length`
+    windows:int|None=None # Number of tokens by which windows of a long text overlap; `None`: no windows
+    backwards:bool=False # Whether texts are reversed, for a backwards model
+    pairs:bool=False # Whether each item is a pair of texts
+    columns:dict=field(default_factory=dict) # Column names, such as `{'text': 'review', 'label': 'stars'}`
+    label_delim:str|None=None # Separator of several labels in one string
+    seq_len:int|None=None # AWD_LSTM: sequence length of backpropagation through time, in tokens
+    word_sep:str|None=None # Tagging: separator of words in a string
     may_be_none:bool=False # Question answering: whether a passage may have no answer
-    max_target_length:int|None=None # Sequence to sequence: tokens of a target
+    max_target_length:int|None=None # Sequence to sequence: maximum number of tokens of a target
 
     def __post_init__(self):
         if self.classes is not None:
@@ -72,59 +72,59 @@ class TextSpec:
 
     @property
     def is_classification(self):
-        "Whether each text gets one class, several classes or a value"
+        "Return whether the model predicts classes or a number for each text"
         return self.task in CLASSIFICATION_TASKS
 
     @property
     def is_language_model(self):
-        "Whether the model predicts the tokens of the text itself"
+        "Return whether the task is causal or masked language modelling"
         return self.task in LANGUAGE_MODEL_TASKS
 
     def activate(self,
-        scores, # (…, outputs) logits: a tensor or an array
-        temperature:float=1. # Logits are divided by it first
-    ): # Probabilities of the same type and shape; the values themselves for a regression
+        scores, # Logits (…, outputs), a tensor or an array
+        temperature:float=1. # Temperature to divide the logits by
+    ): # Probabilities of the same type and shape; for regression the unchanged logits
         "Turn the logits of a model for this task into probabilities"
         return activate(scores, self.task, temperature)
 
     def replace(self,
-        **changes # Fields and their new values
+        **changes # New values of fields, by field name
     ) -> 'TextSpec':
-        "Return the same spec with other values of some fields"
+        "Return a copy of the spec with some fields changed"
         return replace(self, **changes)
 
     def to_json(self) -> dict:
-        "Return the spec as a dictionary of JSON's types"
+        "Return the spec as a dictionary that can be written as JSON"
         content = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return dict(version=SPEC_VERSION, **content)
 
     def save(self,
-        path:str|Path # Where to write
+        path:str|Path # Path of the JSON file
     ):
-        "Write the spec as a JSON file"
+        "Save the spec to a JSON file"
         write_json(path, self.to_json())
 
     @classmethod
     def from_json(cls,
-        content:dict # What `to_json` returned
+        content:dict # A dictionary returned by `to_json`
     ) -> 'TextSpec':
-        "Make a spec of a dictionary that `to_json` made"
+        "Make a spec from a dictionary returned by `to_json`"
         return cls(**_checked_fields(cls, content))
 
     @classmethod
     def load(cls,
-        path:str|Path # A JSON file that `save` wrote
+        path:str|Path # A JSON file written by `save`
     ) -> 'TextSpec':
-        "Read the spec of a JSON file"
+        "Load a spec from a JSON file"
         return cls.from_json(read_json(path))
 
 # %% ../../nbs/100_data.spec.ipynb #2fcdf948
 FAMILIES = ('huggingface', 'fastai')
-TUPLE_FIELDS = ('classes', 'rules') # fields that are tuples; JSON makes lists of them
+TUPLE_FIELDS = ('classes', 'rules') # fields that are tuples; JSON has only lists
 SPEC_VERSION = 1
 
 def _plain(value, field):
-    "Return a value of a spec in Python's own types, or raise an error that names the field"
+    "Convert a value of a spec to plain Python types, or raise an error that names the field"
     if isinstance(value, dict):
         return {_plain_key(k, field): _plain(v, field) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -147,7 +147,7 @@ def _plain_key(key, field):
 
 # %% ../../nbs/100_data.spec.ipynb #d4ec5dd6
 def _class_names(classes):
-    "Return the names of classes as a tuple, or raise an error about one that cannot be a name"
+    "Return class names as a tuple, or raise an error for an invalid name"
     classes = tuple(classes)
     for name in classes:
         if name is None or isinstance(name, (list, tuple, dict)):
@@ -157,7 +157,7 @@ def _class_names(classes):
 
 # %% ../../nbs/100_data.spec.ipynb #d25f5e1b
 def _checked_fields(cls, content):
-    "Return the fields of a spec, or raise an error that says what is wrong with them"
+    "Return the fields of a spec, or raise an error that explains what is wrong"
     if not isinstance(content, dict) or 'task' not in content:
         got = shorten(content) if isinstance(content, dict) else f'a {type(content).__name__}'
         raise DataError('A spec must be a dictionary with a `task`', got)
