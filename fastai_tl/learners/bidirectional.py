@@ -86,7 +86,7 @@ class BidirectionalLearner:
     def row_losses(self,
         probs, # Averaged probabilities, (rows, classes)
         y # Targets of the rows
-    ) -> torch.Tensor: # (rows,)
+    ) -> torch.Tensor: # Losses, (rows,)
         "Compute the loss of each row"
         with self.forward.loss_not_reduced():
             loss = self.forward.loss_func(self._scores(probs), y)

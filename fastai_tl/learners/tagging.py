@@ -262,7 +262,7 @@ class HFTagger(HFLearner):
         sentences:list, # Sentences, as lists of words
         stride:int=32, # Maximum number of tokens that two windows of a long sentence share
         bs:int|None=None # Batch size; that of validation if `None`
-    ) -> list: # An array (words, tags) for each sentence; the row of a word without a token is 0
+    ) -> list: # An array (words, tags) for each sentence; a word without a token has a row of zeros
         "Return the tag probabilities of each word"
         tok = self.dls.tok
         room = tok.max_length - tok.tokenizer.num_special_tokens_to_add()

@@ -71,7 +71,7 @@ class ULMFiT(ULMFiTRun):
         epochs:int=10, # Number of epochs in which all layers are trained
         lr:float|None=None, # Maximum learning rate; if `None`, 2e-3 with an encoder and 5e-3 with random weights
         head_epochs:int=1, # Number of epochs before that, in which only the top group is trained
-        head_lr:float=2e-2, # Maximum learning rate of the epochs before
+        head_lr:float=2e-2, # Maximum learning rate in these first epochs
         cbs=None, # Additional Callbacks
         **kwargs # Passed to `LMOptions`
     ): # A language model Learner; a tuple for two directions

@@ -56,7 +56,7 @@ _OLD_TASKS = dict(single='classification', multi='multilabel')
 def read_task(
     settings:dict # Settings of a stage, or the content of a `model.safetensors`
 ) -> dict: # A copy that has the task under `task`
-    "Rename `target`, the name of older versions of the package, to `task`"
+    "Rename `target` to `task` in what older versions of the package saved"
     settings = dict(settings)
     if 'target' in settings:
         task = settings.pop('target')
@@ -198,7 +198,7 @@ class ULMFiTRun:
 def run_status(
     path:Path # Folder of a run
 ) -> pd.DataFrame: # direction | stage | done | epochs | the last epoch's losses and metrics
-    "List the stages of a run; the one that was changed last comes last"
+    "List the stages of a run, sorted by the time of their last change"
     rows = []
     for file in sorted(path.glob('*/*/stage.json'), key=lambda file: file.stat().st_mtime):
         stage = ULMFiTStage(file.parent)

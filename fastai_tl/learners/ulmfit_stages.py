@@ -207,7 +207,7 @@ def train_classifier(
     run, # A `ULMFiTRun`
     stage, # Stage of the run, in one direction
     start, # `Encoder` to start from, or `None`
-    source, # What `TableOptions.read` returns, with tokenized texts; or DataLoaders
+    source, # Result of `TableOptions.read` with tokenized texts, or DataLoaders
     table:TableOptions, # Columns of the table
     options:ClassifierOptions, # Settings of the classifier
     metrics, # fastai metrics
