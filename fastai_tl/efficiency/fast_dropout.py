@@ -188,7 +188,7 @@ def _is_useful(model):
 
 class FastDropoutTraining(AroundBatch):
     "Train with `FastDropout` if the model is on a CPU"
-    order = MixedPrecision.order+2 # inside mixed precision
+    order = MixedPrecision.order+2 # so that it runs inside mixed precision
     def before_fit(self):
         "Check whether the model can and should use `FastDropout`"
         _refuse_checkpointing(self.model)

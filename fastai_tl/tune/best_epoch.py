@@ -15,8 +15,8 @@ from .unfreezing import recorded_values
 
 # %% ../../nbs/420_tune.best_epoch.ipynb #2744c2a2
 class BestEpoch(Callback):
-    "Restore the weights of the epoch with the lowest validation loss at the end of a fit"
-    order = 60 # after the Recorder, which records the loss
+    "Keep the weights of the epoch with the lowest validation loss, and restore them at the end of a fit"
+    order = 60 # so that it runs after the Recorder, which records the loss
 
     def __init__(self,
         device='cpu' # Device where the best weights are kept
@@ -26,8 +26,8 @@ class BestEpoch(Callback):
 
     def _forget(self):
         self.best_loss = math.inf
-        self.best_at = None # the epoch, counted from 0
-        self._kept = None # its weights
+        self.best_at = None # the best epoch, counted from 0
+        self._kept = None # weights of the best epoch
         self._trained = False # whether the epoch was trained; a resumed fit skips finished epochs
 
     def before_fit(self):

@@ -64,8 +64,8 @@ class LayerwiseOptimizer(_BaseOptimizer):
         sqr_mom:float=.99, # Decay of the average of squared gradients (β2), if the optimizer uses it
         eps:float=1e-5, # Added to the denominator in Adam and AdamW
         wd:float=.01, # Decoupled weight decay, or a list with one per layer group
-        lr_mults:dict|None=None, # Dict from kind of parameter to multiplier of its group's learning rate
-        wd_mults:dict|None=None, # Dict from kind to multiplier of weight decay; default `{'norm': 0, 'bias': 0}`
+        lr_mults:dict|None=None, # Learning rate multiplier for each kind of parameter, such as `{'embedding': .5}`
+        wd_mults:dict|None=None, # Weight decay multiplier for each kind; the default is `{'norm': 0, 'bias': 0}`
         group_wd_mults:list|None=None, # Weight decay multiplier of each layer group, from bottom to top
         **kwargs # Passed to `opt`
     ):

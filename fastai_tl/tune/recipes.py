@@ -21,7 +21,7 @@ from .gradual import recipe_lrs, recipe_stages
 class Recipe:
     "A fine-tuning recipe: the stages of unfreezing and their learning rates"
     what:str # One-line description
-    stages:tuple # Groups that train (number, `half` or `all`) and relative rate per stage; `()` uses ULMFiT's
+    stages:tuple # (groups, relative rate) of each stage; groups are a number, `half` or `all`; `()` means ULMFiT's
     spread:float=2.6 # Learning rate of the top group divided by that of the bottom group
     lr:float=1. # Learning rate of the last stage relative to the model's default
     cache:bool=False # Whether the output of frozen layers is computed only once per stage

@@ -132,7 +132,7 @@ def check_same(
 # %% ../../nbs/430_tune.resume.ipynb #32604ca8
 class ResumableFit(Callback):
     "Save a checkpoint after every epoch, and resume from it if it exists"
-    order = Recorder.order+20 # after the Recorder and the trackers have seen the epoch
+    order = Recorder.order+20 # so that it runs after the Recorder and the trackers
 
     def __init__(self,
         file:str|Path, # Path of the checkpoint

@@ -247,7 +247,7 @@ def transfer_plan(self:Learner,
     min_steps:int|None=None, # Add epochs to reach this many steps; default 150 for a Transformer without `epochs`
     cache='auto', # Compute frozen layers only once per stage; `auto` does so if recipe, model and data allow it
     schedule:str='auto', # Schedule in each stage: `stlr` (slanted triangle), `one_cycle` or `auto` (by model family)
-    warmup:float|None=None, # Fraction of a stage with rising rate; default .1 for `stlr`, .25 for `one_cycle`
+    warmup:float|None=None, # Fraction of a stage in which the rate rises; default .1 for `stlr`, .25 for `one_cycle`
     clip='auto' # Maximum gradient norm or `None`; `auto` uses 1 for taggers that have no `GradientClip`
 ) -> TransferPlan: # Plan with the methods `table()`, `explain()` and `show()`
     "Return the plan that `fit_transfer` would follow, without changing anything"
@@ -294,14 +294,14 @@ def fit_transfer(self:Learner,
     epochs=None, # Total number of epochs, or a list with the epochs of each stage; the default depends on the model
     recipe:str='auto', # Key of `TRANSFER_RECIPES`; `auto` chooses one for the model and data
     reinit:int=0, # Number of top layers of a Hugging Face model to reset to random weights, see `reinit_top_layers`
-    best:bool=False, # Restore the weights of the epoch with the lowest validation loss at the end
+    best:bool=False, # At the end, restore the weights of the epoch with the lowest validation loss
     mixed_precision='auto', # Train in bfloat16; `auto` does so if the device has bfloat16 instructions
     one_position='auto', # Compute only one position in the top layer; `auto` does so if that gives the exact result
     wd:float|None=None, # Weight decay
     cbs=None, # Additional Callbacks
     **kwargs # Passed to `transfer_plan`
 ) -> TransferPlan: # The plan that was run; its `unfreezing` has the methods `table()` and `plot()`
-    "Choose a fine-tuning recipe for this model and data, explain it, and train; takes all options of `transfer_plan`"
+    "Choose a fine-tuning recipe for this model and data, explain it and train; accepts the options of `transfer_plan`"
     if _clips(cbs):
         kwargs.setdefault('clip', None)
     plan = self.transfer_plan(epochs, recipe, **kwargs)
