@@ -1,4 +1,4 @@
-"""Two corrections of fastai's AWD_LSTM models: pooling that ignores padding, and training without weight dropout
+"""Correct two faults of fastai's AWD_LSTM models: padding that changes predictions, and an error if weight dropout is 0
 
 Docs: https://fastai-tl.github.io/fastai_tl/models.awd_lstm.html.md"""
 
@@ -15,9 +15,9 @@ from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder, _p
 
 # %% ../../nbs/220_models.awd_lstm.ipynb #8a7e5854
 class RealTokenEncoder(SentenceEncoder):
-    "fastai's `SentenceEncoder`, with a mask of padding and of what exceeds `max_len` for each text by itself"
+    "A `SentenceEncoder` whose mask of padding and of tokens over `max_len` depends only on the text itself"
     def _mask(self, padding, first):
-        "`True` for positions that are not pooled: padding, and whole chunks at the start of a text over `max_len`"
+        "Return a mask of positions not to pool: padding, and whole chunks at the start of a text over `max_len`"
         if self.max_len is None or padding.shape[1] <= self.max_len:
             return padding
         n_tokens = padding.shape[1]-padding.flip(1).long().argmin(1)-first
@@ -29,12 +29,12 @@ class RealTokenEncoder(SentenceEncoder):
     def forward(self, input):
         self.reset()
         padding = input == self.pad_idx
-        first = (~padding).long().argmax(1) # of each text, the position of its first token
+        first = (~padding).long().argmax(1) # position of the first token of each text
         mask = self._mask(padding, first)
-        begin = int((~mask).any(0).long().argmax())//self.bptt*self.bptt # nothing before it is pooled
+        begin = int((~mask).any(0).long().argmax())//self.bptt*self.bptt # positions before it are not pooled
         outs = []
         for i in range(0, input.shape[1], self.bptt):
-            n_begun = int((first <= i).sum()) # texts that have not begun come last
+            n_begun = int((first <= i).sum()) # number of texts that have begun; they come first in the batch
             states = self.module(input[:n_begun, i:i+self.bptt])
             if i >= begin:
                 outs.append(_pad_tensor(states, len(input)))
@@ -42,7 +42,7 @@ class RealTokenEncoder(SentenceEncoder):
 
 # %% ../../nbs/220_models.awd_lstm.ipynb #8f1cfe8a
 class RealTokenPooling(PoolingLinearClassifier):
-    "fastai's `PoolingLinearClassifier`, with the last, the maximum and the mean of the states that the mask leaves"
+    "A `PoolingLinearClassifier` that pools only the states that are not masked"
     def forward(self, input):
         states, mask = input
         hidden = mask[...,None]
@@ -57,10 +57,10 @@ class RealTokenPooling(PoolingLinearClassifier):
 _CLASSES = {SentenceEncoder: RealTokenEncoder, PoolingLinearClassifier: RealTokenPooling}
 
 def pool_real_tokens(
-    model:nn.Module, # fastai's text classifier
-    back:bool=False # Make it pool as fastai does again
-) -> nn.Module: # The same
-    "Make a text classifier pool the tokens of each text, whatever the other texts of the batch are"
+    model:nn.Module, # A fastai text classifier
+    back:bool=False # Restore the pooling of fastai
+) -> nn.Module: # The same model
+    "Make a classifier pool the tokens of each text independently of the other texts in the batch"
     classes = {ours: theirs for theirs, ours in _CLASSES.items()} if back else _CLASSES
     for m in model.modules():
         if type(m) in classes:
@@ -70,8 +70,8 @@ def pool_real_tokens(
 # %% ../../nbs/220_models.awd_lstm.ipynb #c479397a
 def allow_zero_weight_dropout(
     model:nn.Module # Any model
-) -> nn.Module: # The same
-    "Make each `WeightDropout` with a rate of 0 work in training"
+) -> nn.Module: # The same model
+    "Make each `WeightDropout` with a rate of 0 usable in training"
     for m in model.modules():
         if isinstance(m, WeightDropout) and m.weight_p == 0:
             m.weight_p = 1e-9

@@ -1,4 +1,4 @@
-"""In which order a Hugging Face model uses its parameters, what feeds what, and which of them are fixed
+"""Find the order in which a Hugging Face model uses its parameters, which ones feed which, and which ones are fixed
 
 Docs: https://fastai-tl.github.io/fastai_tl/models.execution_order.html.md"""
 
@@ -25,8 +25,8 @@ from ..core import FastaiTLError
 # %% ../../nbs/200_models.execution_order.ipynb #b103a1c1
 def hf_models(
     model:nn.Module # Any model
-) -> list: # The outermost modules in it that read `input_ids` as a model of transformers does
-    "Find the Hugging Face text models in `model`"
+) -> list: # The outermost modules that have a `config` and `input_ids` as their main input
+    "Find the Hugging Face text models inside `model`"
     if getattr(model, 'main_input_name', None) == 'input_ids' and hasattr(model, 'config'):
         return [model]
     return [found for child in model.children() for found in hf_models(child)]
@@ -36,21 +36,21 @@ def _special_ids(config):
     return {k: v for k, v in vars(config).items() if k.endswith(('_id', '_index')) and isinstance(v, (int, list))}
 
 def _text_config(config):
-    "The part of a configuration that describes the text model"
+    "Return the part of a configuration that describes the text model"
     try:
         return config.get_text_config()
     except (AttributeError, ValueError): # a class of another library, or several text models
         return config
 
 def _vocab_size(model):
-    "How many tokens `model` knows, as far as it tells"
+    "Return the vocabulary size of `model`, or an estimate if it is not available"
     try:
         return model.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError): # characters, or a special embedding class
+    except (AttributeError, NotImplementedError): # a character model, or a special embedding class
         return getattr(_text_config(model.config), 'vocab_size', 100)
 
 def _token_ids(model, n):
-    "Ids of `n-1` ordinary tokens and the end of text"
+    "Return the ids of `n-1` ordinary tokens and the end-of-text token"
     config = model.config
     special = {**_special_ids(_text_config(config)), **_special_ids(config)}
     taken = {i for v in special.values() for i in (v if isinstance(v, list) else [v])}
@@ -63,9 +63,9 @@ def _token_ids(model, n):
 # %% ../../nbs/200_models.execution_order.ipynb #45ad4682
 def dummy_inputs(
     model:nn.Module, # One of `hf_models`
-    n:int=8 # Length in tokens
-) -> dict: # Arguments for `model`
-    "Make one short text that ends as texts of this model end"
+    n:int=8 # Number of tokens
+) -> dict: # Keyword arguments for `model`
+    "Create the inputs for one short text that ends with the end-of-text token of the model"
     params = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
     x = dict(input_ids=torch.tensor([_token_ids(model, n)], device=device))
@@ -76,7 +76,7 @@ def dummy_inputs(
 
 # %% ../../nbs/200_models.execution_order.ipynb #9f2369f5
 def _shadow(model):
-    "A copy of the modules of `model` with the same parameters and buffers, and without hooks"
+    "Copy the modules of `model` without hooks; the copy shares all parameters and buffers"
     memo = {id(o): o for o in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         hooks = (v for k, v in vars(module).items() if k.startswith('_') and '_hooks' in k and isinstance(v, dict))
@@ -86,7 +86,7 @@ def _shadow(model):
 # %% ../../nbs/200_models.execution_order.ipynb #2a4f13e4
 @contextmanager
 def _undisturbed(device):
-    "No gradients, no messages, and all random numbers as before"
+    "Disable gradients and messages inside this context, and restore all random states afterwards"
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     level = logging.root.manager.disable
@@ -102,13 +102,13 @@ def _undisturbed(device):
         logging.disable(level)
 
 # %% ../../nbs/200_models.execution_order.ipynb #52a7ea5c
-# names of operations in place
+# names of in-place operations
 _writes = re.compile('.*[^_]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__')
 
 def _memory(t):
     try:
         return t.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError): # a tensor without memory of its own
+    except (RuntimeError, NotImplementedError): # a tensor without its own memory
         return 0
 
 def _tensors(o):
@@ -121,7 +121,7 @@ def _tensors(o):
 
 # %% ../../nbs/200_models.execution_order.ipynb #eab3517b
 class _Recorder(TorchFunctionMode):
-    "Record each use of a parameter and what has fed it, and write nothing into the model"
+    "Records each use of a parameter and the parameters that feed it, and skips writes into the model"
     def __init__(self, model):
         super().__init__()
         self.bits = {id(p): 1<<i for i, p in enumerate(model.parameters())}
@@ -139,7 +139,7 @@ class _Recorder(TorchFunctionMode):
         return res
 
     def record(self, inputs, outputs):
-        "Append the uses of parameters among `inputs`, and mark `outputs`"
+        "Append the uses of the parameters in `inputs`, and mark `outputs`"
         used = [self.bits[id(t)] for t in inputs if id(t) in self.bits]
         fed_by = reduce(or_, [self.marks.get(t, 0) for t in inputs], 0)
         self.uses += [(bit, fed_by) for bit in used if self.uses[-1:] != [(bit, fed_by)]]
@@ -148,10 +148,10 @@ class _Recorder(TorchFunctionMode):
                 self.marks[t] = reduce(or_, used, fed_by)
 
 # %% ../../nbs/200_models.execution_order.ipynb #432ff9f2
-_known = WeakKeyDictionary() # model -> its parameters' ids, and what was found
+_known = WeakKeyDictionary() # model -> ids of its parameters, and the result
 
 def _once(what, model, find):
-    "`find(model)`, remembered until the model gets other parameters"
+    "Return `find(model)`, cached until the parameters of the model are replaced"
     key = tuple((n, id(p)) for n, p in model.named_parameters())
     got = _known.setdefault(model, {}).get(what)
     if got is None or got[0] != key:
@@ -160,7 +160,7 @@ def _once(what, model, find):
     return got[1]
 
 def _trace(model):
-    "`(bit, bits that fed it)` for each use in order and `None`, or nothing and the error"
+    "Return `(bit, bits that feed it)` of each use in order and `None`, or an empty list and the error"
     try:
         recorder = _Recorder(model)
         x = dummy_inputs(model)
@@ -168,7 +168,7 @@ def _trace(model):
             shadow = _shadow(model)
             with recorder:
                 shadow(**x)
-    except Exception as e: # models of other people may raise anything
+    except Exception as e: # a model may raise any error
         return [], e.with_traceback(None)
     return recorder.uses, None
 
@@ -176,8 +176,8 @@ def _trace(model):
 @dataclass
 class Use:
     "One use of a parameter in a forward pass"
-    name:str # Its name in `model.named_parameters()`
-    bit:int # Its bit in the `fed_by` of others
+    name:str # Name of the parameter in `model.named_parameters()`
+    bit:int # Bit of the parameter in the `fed_by` of other uses
     fed_by:int # Bits of all parameters that the input of this use depends on
     def feeds(self,
         other # Another `Use`
@@ -188,9 +188,9 @@ class Use:
 # %% ../../nbs/200_models.execution_order.ipynb #e8e435fe
 def execution_order(
     model:nn.Module, # Any model
-    strict:bool=False # Raise an error if a Hugging Face model in it cannot be run
-) -> list: # One `Use` for each use; empty if there is nothing to run
-    "List the uses of the parameters in the order of a forward pass"
+    strict:bool=False # Raise an error if a Hugging Face model inside `model` cannot be run
+) -> list: # One `Use` for each use; empty if no model can be run
+    "Return the uses of the parameters in the order of a forward pass"
     names = {id(p): n for n, p in model.named_parameters()}
     res = []
     offset = 0
@@ -206,29 +206,29 @@ def execution_order(
 
 # %% ../../nbs/200_models.execution_order.ipynb #7c44ad14
 class Work:
-    "What the blocks of a model do in a forward pass"
+    "Computes the positions of parameters from the uses in a forward pass"
     def __init__(self,
-        uses:list, # From `execution_order`
-        at:list # For each use, the position of the block in which it happens, or `None`
+        uses:list, # The uses that `execution_order` returns
+        at:list # For each use, the position of its block, or `None` outside the blocks
     ):
         self.uses = uses
         self.at = at
-        self.busy = [t for t, i in enumerate(at) if i] # times at which a block works
+        self.busy = [t for t, i in enumerate(at) if i] # indexes of the uses inside a block
         self.bits = defaultdict(int) # position -> bits of the parameters there
         for use, i in zip(uses, at):
             self.bits[i or 0] |= use.bit
-        self.last = list(accumulate((i or 0 for i in at), lambda a, b: b or a)) # the block that worked last
+        self.last = list(accumulate((i or 0 for i in at), lambda a, b: b or a)) # position of the last block used so far
         self.fed = reduce(or_, (use.fed_by for use, i in zip(uses, at) if i), 0) # everything that feeds a block
         lower = set(self.last) - {0, max(self.last, default=0)}
-        self.sound = all(self.bits[i] & self.fed for i in lower) # no trail is lost
+        self.sound = all(self.bits[i] & self.fed for i in lower) # no mark is lost
 
     def positions(self,
         name:str, # A parameter outside the blocks
         n:int, # Number of blocks
         own, # Positions of the blocks of its own stack
         embedding:bool=False # Whether it is an embedding
-    ) -> set: # One position for each place of use; empty if it is not used
-        "Return where the parameter `name` works"
+    ) -> set: # The positions of all its uses; empty if it is not used
+        "Return the positions at which the parameter `name` is used"
         start = next((t for t in self.busy if self.at[t] in own), self.busy[0])
         times = [t for t, use in enumerate(self.uses) if use.name == name]
         return {self._position(t, n, embedding or t < start) for t in times}
@@ -246,15 +246,15 @@ class Work:
 
 # %% ../../nbs/200_models.execution_order.ipynb #07175e51
 def mark_fixed(
-    model:nn.Module # A model just created: what does not require a gradient now never will
+    model:nn.Module # A new model; parameters that require no gradient now are fixed
 ) -> nn.Module: # The same model
-    "Remember which parameters of `model` are fixed by design"
+    "Store the names of the parameters that are fixed by design in `model`"
     model._fixed_parameters = tuple(n for n, p in model.named_parameters() if not p.requires_grad)
     return model
 
 # %% ../../nbs/200_models.execution_order.ipynb #f96f7a65
 def _fixed_by_class(model):
-    "Names of the parameters that the class of `model` fixes when it builds one"
+    "Return the names of the parameters that require no gradient in a new model of the same class"
     try:
         with _undisturbed(torch.device('cpu')), torch.device('meta'), torch.enable_grad():
             fresh = type(model)(copy.deepcopy(model.config))
@@ -264,8 +264,8 @@ def _fixed_by_class(model):
 
 def fixed_parameters(
     model:nn.Module # Any model
-) -> tuple: # Names as in `model.named_parameters()`
-    "Names of the parameters of `model` that are fixed by design"
+) -> tuple: # Names in `model.named_parameters()`
+    "Return the names of the parameters of `model` that are fixed by design"
     marked = [(m, m._fixed_parameters) for m in model.modules() if '_fixed_parameters' in vars(m)]
     if not marked:
         partly = [hf for hf in hf_models(model) if not all(p.requires_grad for p in hf.parameters())]

@@ -1,4 +1,4 @@
-"""Where the blocks of a model are, and at which of them each parameter works
+"""Find the blocks of a model, and the position of each parameter among them
 
 Docs: https://fastai-tl.github.io/fastai_tl/models.layer_stacks.html.md"""
 
@@ -20,7 +20,7 @@ def has_params(module):
     return any(True for _ in module.parameters())
 
 def is_embedding(module):
-    "Return whether a module is an embedding, also one of another library"
+    "Return whether a module is an embedding of PyTorch or of another library"
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__.endswith('Embedding')
 
 def _is_block(module):
@@ -41,16 +41,16 @@ def is_stack(
 
 # %% ../../nbs/203_models.layer_stacks.ipynb #4b7bb275
 def _blocks_of(stack, path):
-    "`(path, block)` for each block of a stack"
+    "Return `(path, block)` for each block of a stack"
     blocks = [(f'{path}.{n}'.lstrip('.'), c) for n, c in stack.named_children() if has_params(c)]
-    if all(isinstance(c, nn.ModuleList) for _, c in blocks): # a list of lists, as Funnel has
+    if all(isinstance(c, nn.ModuleList) for _, c in blocks): # a list of lists, as in Funnel
         blocks = [(f'{p}.{n}', b) for p, c in blocks for n, b in c.named_children()]
     return blocks
 
 def find_stacks(
     model:nn.Module, # Any model
     sequential:bool=False # Whether an `nn.Sequential` can be a stack
-) -> dict: # Path of each outermost stack to its blocks, as pairs of path and module
+) -> dict: # For the path of each outermost stack, a list of its blocks as `(path, module)`
     "Find the stacks of blocks in a model"
     res = {}
     def walk(module, path):
@@ -64,7 +64,7 @@ def find_stacks(
 
 # %% ../../nbs/203_models.layer_stacks.ipynb #3bd5443d
 def inside(
-    name:str, # Of a parameter
+    name:str, # Name of a parameter
     paths # Paths of modules
 ) -> str|None:
     "Return the one of `paths` that contains the parameter `name`"
@@ -72,7 +72,7 @@ def inside(
     return next((o for o in ('.'.join(parts[:i]) for i in range(1, len(parts))) if o in paths), None)
 
 def _sequence(stacks, uses):
-    "The blocks of all stacks by first use; an unused one follows its predecessor"
+    "Return the blocks of all stacks, sorted by first use; an unused block follows its predecessor"
     first_use = {block: t for t, block in reversed(list(enumerate(uses)))}
     times = []
     for blocks in stacks.values():
@@ -87,7 +87,7 @@ def _parent(path):
 
 # %% ../../nbs/203_models.layer_stacks.ipynb #be755bec
 def _companions(model, stacks):
-    "Lists of loose modules that have the same parent and the same length as a stack"
+    "Return the lists of modules outside the stacks that have the same parent and length as a stack"
     res = {}
     for path, module in model.named_modules():
         is_list = isinstance(module, nn.ModuleList) and path not in stacks and len(module) > 1
@@ -98,7 +98,7 @@ def _companions(model, stacks):
     return res
 
 def _take_turns(a, b, stacks, sequence):
-    "Whether two stacks have the same parent and length and work in turns"
+    "Return whether two stacks have the same parent and length and are used alternately"
     if _parent(a) != _parent(b) or len(stacks[a]) != len(stacks[b]) or len(stacks[a]) < 2:
         return False
     index = {path: i for s in (a, b) for i, (path, _) in enumerate(stacks[s])}
@@ -106,7 +106,7 @@ def _take_turns(a, b, stacks, sequence):
     return turns == sorted(turns)
 
 def _joined_stacks(stacks, sequence):
-    "Lists of stacks: several if they take turns in `sequence`, else one"
+    "Return lists of stacks; stacks that are used alternately in `sequence` are in the same list"
     res = []
     for stack in stacks:
         found = next((joined for joined in res if _take_turns(joined[0], stack, stacks, sequence)), None)
@@ -118,7 +118,7 @@ def _joined_stacks(stacks, sequence):
 
 # %% ../../nbs/203_models.layer_stacks.ipynb #ecb1a2fb
 def _short_names(paths):
-    "As much of the end of each path as tells them apart"
+    "Return the shortest endings of the paths that are all different"
     for k in range(1 if len(paths) == 1 else 2, 9):
         tails = ['.'.join(path.split('.')[-k:]) for path in paths]
         if len(set(tails)) == len(tails):
@@ -126,7 +126,7 @@ def _short_names(paths):
     return tails
 
 def _layers(stacks, uses, companions=()):
-    "`(name, paths of the blocks)` of each layer, bottom to top"
+    "Return `(name, paths of the blocks)` of each layer, from bottom to top"
     sequence = _sequence(stacks, uses)
     joined = [group for group in _joined_stacks(stacks, sequence) if group[0] not in companions]
     res = []
@@ -137,13 +137,13 @@ def _layers(stacks, uses, companions=()):
 
 # %% ../../nbs/203_models.layer_stacks.ipynb #ba635b96
 def _nearest(names, stacks):
-    "The stacks whose paths share most with one of `names`"
+    "Return the stacks whose paths have the longest common beginning with one of `names`"
     shared = {s: max(len(commonprefix([n.split('.'), s.split('.')])) for n in names) for s in stacks}
     return [s for s in shared if shared[s] == max(shared.values())]
 
 # %% ../../nbs/203_models.layer_stacks.ipynb #c84c4bca
 def _registered_at(model, number, n):
-    "Positions of all loose parameters by registration: `{name: position}`"
+    "Return the positions of all loose parameters by registration order, as `{name: position}`"
     res = {}
     current = 0
     for path, module in model.named_modules(remove_duplicate=False):
@@ -163,22 +163,22 @@ def _registered_at(model, number, n):
 # %% ../../nbs/203_models.layer_stacks.ipynb #1b2988d7
 @dataclass
 class Layout:
-    "The layers of a model, and where its parameters are"
-    names:list # Of the layers, bottom to top
-    positions:dict # Name of each parameter to the indexes of the layers that use it
+    "The layers of a model and the positions of its parameters"
+    names:list # Names of the layers, from bottom to top
+    positions:dict # For the name of each parameter, the indexes of the layers that use it
     blocks:set # Paths of the blocks; empty for a model without a stack
 
 def all_names(
     model:nn.Module # Any model
-) -> dict: # Name in `named_parameters()` to a list with all names
-    "Return all names of each parameter, more than one for a shared parameter"
+) -> dict: # For each name in `named_parameters()`, a list of all names of the parameter
+    "Return all names of each parameter; a shared parameter has more than one"
     res = defaultdict(list)
     for name, p in model.named_parameters(remove_duplicate=False):
         res[id(p)].append(name)
     return {name: res[id(p)] for name, p in model.named_parameters()}
 
 def _only(blocks):
-    # a parameter of several blocks tells nothing about their order
+    # a parameter that several blocks share says nothing about their order
     return next(iter(blocks)) if len(blocks) == 1 else None
 
 def _in_embedding(model, names):
@@ -190,7 +190,7 @@ def _blocks_with(names, stacks):
 
 # %% ../../nbs/203_models.layer_stacks.ipynb #c9f256b8
 def _stack_layout(model, stacks):
-    "The layout of a model with stacks"
+    "Return the layout of a model with stacks"
     names = all_names(model)
     uses = execution_order(model)
     companions = _companions(model, stacks) if uses else {}
@@ -212,7 +212,7 @@ def _stack_layout(model, stacks):
 
 # %% ../../nbs/203_models.layer_stacks.ipynb #daf160eb
 def _children_layout(model):
-    "The layout of a model without a stack"
+    "Return the layout of a model without a stack"
     module = model
     path = ''
     while True:

@@ -1,4 +1,4 @@
-"""What any Learner is made of, also one of plain fastai or blurr: its task and classes, its tokenizer, its model, its loss
+"""Find the task, classes, tokenizer, model and loss of any Learner, including those of plain fastai and blurr
 
 Docs: https://fastai-tl.github.io/fastai_tl/models.third_party.html.md"""
 
@@ -36,21 +36,21 @@ WRAPPERS = dict(
     DataParallel='module', DistributedDataParallel='module', OptimizedModule='_orig_mod')
 
 def _wrapped_model(model):
-    "The module that the wrapper `model` holds, or `None`"
+    "Return the module inside the wrapper `model`, or `None` if it is not a wrapper"
     attributes = [WRAPPERS[c.__name__] for c in type(model).__mro__ if c.__name__ in WRAPPERS]
     return first(getattr(model, name, None) for name in attributes if isinstance(getattr(model, name, None), nn.Module))
 
 def unwrap_model(
     model:nn.Module # Any model
-) -> nn.Module: # The innermost model; `model` itself if it is no wrapper
-    "Remove any number of wrappers from a model"
+) -> nn.Module: # The innermost model; `model` itself if it is not a wrapper
+    "Remove all wrappers from a model"
     while (inner := _wrapped_model(model)) is not None:
         model = inner
     return model
 
 # %% ../../nbs/230_models.third_party.ipynb #ea3ace99
 def _transform_lists(dls):
-    "For each dataset its lists of transforms: first the text's, then the label's"
+    "Return the lists of transforms of each dataset: first those of the text, then those of the label"
     return [list(getattr(getattr(dl, 'dataset', None), 'tls', ())) for dl in getattr(dls, 'loaders', ())]
 
 def _functions(lists):
@@ -72,7 +72,7 @@ def _is_hf_tokenizer(o):
     return callable(getattr(o, 'convert_ids_to_tokens', None))
 
 def _hf_tokenizer(learn, dls):
-    "The tokenizer of transformers that a Learner, its DataLoaders or one of their transforms has, or `None`"
+    "Return the transformers tokenizer of a Learner, its DataLoaders or one of their transforms, or `None`"
     owners = [learn, dls, *getattr(dls, 'loaders', ()), *_batch_transforms(dls), *_text_transforms(dls),
               *_label_transforms(dls)]
     found = (getattr(o, name, None) for o in owners for name in ('tokenizer', 'hf_tokenizer', 'tok'))
@@ -83,17 +83,17 @@ def _first_of(kind, transforms):
 
 # %% ../../nbs/230_models.third_party.ipynb #8eb578e5
 def _task_of_activation(activation):
-    "The classification task for which `activate` does the same as `activation`, or `None`"
+    "Return the classification task for which `activate` gives the same result as `activation`, or `None`"
     scores = torch.tensor([[.5, -1., 2.], [0., 3., 1.]])
     try:
         found = torch.as_tensor(activation(scores)).as_subclass(torch.Tensor)
-    except Exception: # the function of a user, which may raise anything
+    except Exception: # a function of the user, which may raise any error
         return None
     same = lambda task: found.shape == scores.shape and torch.allclose(found, activate(scores, task), atol=1e-6)
     return first(task for task in CLASSIFICATION_TASKS if same(task))
 
 def _task_of_loss(loss):
-    "The classification task that a loss function is for, or `None` if it cannot be known"
+    "Return the classification task that a loss function is for, or `None` if this is unknown"
     if isinstance(loss, functools.partial):
         return _task_of_loss(loss.func)
     if callable(getattr(loss, 'activation', None)):
@@ -101,7 +101,7 @@ def _task_of_loss(loss):
     name = getattr(loss, '__name__', type(loss).__name__).lower().replace('_', '')
     if 'withlogits' in name:
         return 'multilabel'
-    if 'bce' in name or 'binary' in name: # takes probabilities, so that the model has no scores
+    if 'bce' in name or 'binary' in name: # it takes probabilities, so the model does not return scores
         return None
     return 'classification' if 'crossentropy' in name or 'nll' in name else 'regression'
 
@@ -112,12 +112,12 @@ _HEAD_TASKS = dict(TokenClassification='tagging', QuestionAnswering='qa', Masked
                    LMHeadModel='causal_lm', CausalLM='causal_lm', ConditionalGeneration='seq2seq')
 
 def _task_of_labels(dls):
-    "The task by fastai's transforms of the labels"
+    "Return the task that fastai's label transforms belong to, or `None`"
     transforms = _label_transforms(dls)
     return first(task for kind, task in _LABEL_TASKS.items() if _first_of(kind, transforms))
 
 def _task_of_model(model):
-    "The task by the head of the model, if it is no classifier"
+    "Return the task that the head of the model belongs to, or `None` for a classifier"
     if model is None:
         return None
     if _first_of(LinearDecoder, model.modules()):
@@ -127,7 +127,7 @@ def _task_of_model(model):
 
 # %% ../../nbs/230_models.third_party.ipynb #5764fcf0
 def _infer_task(learn, dls):
-    "The task of a Learner or of DataLoaders that have no spec, or an error"
+    "Return the task of a Learner or of DataLoaders without a spec, or raise an error"
     said = getattr(dls, 'task', None)
     if said in TASKS:
         return said
@@ -152,7 +152,7 @@ def _is_name(o):
     return isinstance(o, (str, int, float, bool)) or not hasattr(o, '__len__')
 
 def _infer_classes(dls, task):
-    "Names of the classes or tags, or `None`"
+    "Return the names of the classes or tags, or `None` if there are none"
     if task not in ('classification', 'multilabel', 'tagging'):
         return None
     transform = _first_of(Categorize, _label_transforms(dls))
@@ -166,12 +166,12 @@ def _infer_classes(dls, task):
 
 # %% ../../nbs/230_models.third_party.ipynb #5b753299
 def _named_column(columns):
-    "One column, or a list of several, if they have names"
+    "Return the name of the column, or a list if there are several; columns without a name are ignored"
     names = [c for c in L(columns) if isinstance(c, str)]
     return names[0] if len(names) == 1 else names
 
 def _infer_columns(dls):
-    "Columns of the table that the DataLoaders were made from, as far as fastai keeps them"
+    "Return the columns of the original table, if fastai has stored them"
     text = _first_of(ColReader, _text_transforms(dls))
     label = _first_of(ColReader, _label_transforms(dls))
     tokenizer = _first_of(Tokenizer, _text_transforms(dls))
@@ -184,7 +184,7 @@ def _rules_lang(rules):
     return 'zh-tw' if rules and all(rule in rules for rule in CHINESE_RULES) else 'en'
 
 def _hf_fields(dls, tokenizer):
-    "Fields of the spec of texts that a tokenizer of transformers cuts"
+    "Return the spec fields for texts with a transformers tokenizer"
     transform = _first_of(HFTokenize, _text_transforms(dls))
     rules = getattr(transform, 'rules', [])
     return dict(
@@ -197,12 +197,12 @@ def _reads_backwards(dls):
     return 'reverse_text' in [getattr(f, '__name__', getattr(f, 'name', '')) for f in _text_transforms(dls)]
 
 def _seq_len(dls):
-    "Tokens of one step of backpropagation through time: of a language model, or of a classifier's padding"
+    "Return `seq_len`, the number of tokens in one step of backpropagation through time"
     lengths = [getattr(o, 'seq_len', None) for o in (*dls.loaders, *_batch_transforms(dls))]
     return first(n for n in lengths if isinstance(n, int))
 
 def _fastai_fields(dls, tokenizer):
-    "Fields of the spec of texts that a fastai `Tokenizer` cuts"
+    "Return the spec fields for texts with a fastai `Tokenizer`"
     settings = tokenizer_settings(tokenizer.tok, tokenizer.rules)
     if type(tokenizer.tok) is SpacyTokenizer:
         settings = dict(tokenizer='word', lang=tokenizer.tok.pipe.__self__.lang, rules=settings['rules'])
@@ -212,7 +212,7 @@ def _fastai_fields(dls, tokenizer):
 
 # %% ../../nbs/230_models.third_party.ipynb #feeaf672
 def _infer_spec(learn, dls):
-    "The spec of a Learner or of DataLoaders that others made"
+    "Infer the spec of a Learner or of DataLoaders that fastai_tl did not create"
     task = _infer_task(learn, dls)
     tokenizer = _first_of(Tokenizer, _text_transforms(dls))
     if tokenizer is None:
@@ -229,7 +229,7 @@ _LOSS_HINT = ("Use CrossEntropyLossFlat for one class a text, BCEWithLogitsLossF
               "values, or give your loss function the method `activation(scores)`")
 
 def _fit_to_loss(spec, loss):
-    "The spec with the threshold of the loss function, or an error if the loss is for another task"
+    "Return the spec with the threshold of the loss function, or raise an error if the loss does not fit"
     task = _task_of_loss(loss)
     one_output = task == 'multilabel' and spec.task == 'classification' and len(spec.classes or ()) == 2
     if task != spec.task and not one_output:
@@ -245,9 +245,9 @@ def _dls_of(learn_or_dls):
     return learn_or_dls if isinstance(learn_or_dls, DataLoaders) else learn_or_dls.dls
 
 def spec_of(
-    learn_or_dls # A Learner (its loss function is checked, too), or DataLoaders
-) -> TextSpec: # `dls.spec` where there is one, else what can be inferred
-    "Return what is known about the texts and labels of a Learner or of DataLoaders"
+    learn_or_dls # A Learner, whose loss function is also checked, or DataLoaders
+) -> TextSpec: # `dls.spec` if there is one; otherwise an inferred spec
+    "Return the spec of the texts and labels of a Learner or of DataLoaders"
     dls = _dls_of(learn_or_dls)
     learn = None if dls is learn_or_dls else learn_or_dls
     spec = getattr(dls, 'spec', None)
@@ -259,14 +259,14 @@ def spec_of(
 # %% ../../nbs/230_models.third_party.ipynb #6a8e30f5
 @dataclass
 class TextParts:
-    "What turns the texts of a Learner into numbers"
-    spec:TextSpec # What is known about the texts and labels
-    tokenizer:object # A tokenizer of transformers, or the object inside fastai's `Tokenizer`
-    rules:list # Functions from string to string, applied to each text first
-    vocab:list|None=None # Token of each number; for a fastai tokenizer only
+    "The objects that turn the texts of a Learner into token ids"
+    spec:TextSpec # The spec of the texts and labels
+    tokenizer:object # A transformers tokenizer, or the object inside fastai's `Tokenizer`
+    rules:list # Functions from string to string that are applied to each text before tokenizing
+    vocab:list|None=None # The token of each id; only for a fastai tokenizer
 
 def _found_parts(learn, dls):
-    "Tokenizer and rules out of the transforms"
+    "Return the tokenizer and the rules in the transforms"
     tokenizer = _first_of(Tokenizer, _text_transforms(dls))
     if tokenizer is not None:
         return tokenizer, tokenizer.rules
@@ -275,11 +275,11 @@ def _found_parts(learn, dls):
 def text_parts(
     learn # A Learner, or DataLoaders
 ) -> TextParts:
-    "Return spec, tokenizer, rules and vocabulary of a Learner, or raise an error that says which of them is missing"
+    "Return the spec, tokenizer, rules and vocabulary of a Learner; raise an error if one is missing"
     dls = _dls_of(learn)
     has_spec = isinstance(getattr(dls, 'spec', None), TextSpec)
     tokenizer, rules = (dls.tokenizer, dls.rules) if has_spec else _found_parts(learn, dls)
-    rules = tokenizer.rules if isinstance(tokenizer, Tokenizer) else rules # fastai's applies its own
+    rules = tokenizer.rules if isinstance(tokenizer, Tokenizer) else rules # fastai's `Tokenizer` applies its own rules
     if tokenizer is None:
         raise FastaiTLError('The tokenizer of the model is needed', 'a Learner that has none', 'Pass `tokenizer=`')
     spec = spec_of(learn)
@@ -288,7 +288,7 @@ def text_parts(
 
 # %% ../../nbs/230_models.third_party.ipynb #15fd6819
 def _token_vocab(dls):
-    "The token of each number, of a fastai tokenizer"
+    "Return the token of each id, for a fastai tokenizer"
     numericalize = _first_of(Numericalize, _text_transforms(dls))
     if numericalize is None:
         seen = shorten([type(f).__name__ for f in _text_transforms(dls)])
@@ -301,7 +301,7 @@ def _first_part(row):
     return row[0] if isinstance(row, (list, tuple, UserList)) and len(row) else row
 
 def row_texts(
-    dl # A DataLoader with `[text, label]` rows, tokenized or not, or with a table
+    dl # A DataLoader with a table or with `[text, label]` rows; texts may be tokenized
 ) -> list|None: # Strings; `None` if the rows have no text
     "Return the texts of a DataLoader's rows, in the order of the dataset"
     items = getattr(getattr(dl, 'dataset', None), 'items', None)
@@ -320,10 +320,10 @@ def row_texts(
 # %% ../../nbs/230_models.third_party.ipynb #b65a071a
 @dataclass
 class ForeignParts:
-    "What a Learner of another library is made of"
-    source:str # The library
+    "The parts of a Learner of another library"
+    source:str # Name of the library
     model:nn.Module # The model without its wrappers
-    tokenizer:object # Its tokenizer
+    tokenizer:object # Tokenizer of the model
     transform:object # The transform that tokenizes the texts
 
 def foreign_parts(
@@ -342,9 +342,9 @@ def _is_precalculated(loss_func):
     return any('PreCalculated' in c.__name__ for c in type(loss_func).__mro__)
 
 def plain_loss(
-    loss_func # A loss function, perhaps one that leaves the work to the model
-): # `loss_func` itself if it computes a loss
-    "Return the loss of predictions and targets that a blurr loss function represents"
+    loss_func # A loss function; may be one of blurr, which uses the loss that the model computed
+): # `loss_func` itself if it computes a loss from predictions and targets
+    "Return the ordinary loss function that a blurr loss function represents"
     if not _is_precalculated(loss_func):
         return loss_func
     if isinstance(loss_func, BCEWithLogitsLossFlat):
@@ -362,7 +362,7 @@ def plain_loss(
 def row_losses_of(
     learn # A Learner
 ):
-    "Let the Learner compute its loss from predictions and targets, inside the `with` block"
+    "Make the Learner compute its loss from predictions and targets inside the `with` block"
     before = learn.loss_func
     learn.loss_func = plain_loss(before)
     try:
