@@ -29,15 +29,15 @@ _characters = re.compile(rf'[\u2e80-\u9fff]|{_NUMBER}|{_WORD}|.', re.S)
 _latin_words = re.compile(f'{_NUMBER}|{_WORD}')
 _runs_and_words = re.compile(rf'[{HAN}]+|{_NUMBER}|{_WORD}|.', re.S)
 _runs_of_han = re.compile(f'[{HAN}]{{2,}}')
-_long_word = re.compile(LETTER+'{41}') # is cut in two
+_long_word = re.compile(LETTER+'{41}') # `_WORD` splits it
 _three_equal = re.compile(r'(.)\1\1')
-_repetition = re.compile(rf'(?=[^ ])(?!{LETTER})(.)\1{{2,999}}', re.S) # at most as many as decoding undoes
+_repetition = re.compile(rf'(?=[^ ])(?!{LETTER})(.)\1{{2,999}}', re.S) # at most 1,000, as `undo_rules` allows
 
 class _Repetition(str):
     "A character that is repeated three times or more"
 
 def _with_repetitions(text, cut):
-    "Return the pieces of a text, repetitions among them"
+    "Cut a text into pieces; each repetition is one piece"
     pieces = []
     end = 0
     for match in _repetition.finditer(text):
@@ -49,7 +49,7 @@ def _with_repetitions(text, cut):
 
 # %% ../../nbs/121_data.chinese.ipynb #47537ef7
 def _mark_glue(tokens):
-    "Cut words that look like special tokens in two, and mark words that have no space between them"
+    "Split words that look like special tokens, and put `xxglue` between words that have no space between them"
     marked = []
     for token in tokens:
         parts = (token[:1], token[1:]) if token in _SPECIAL_TOKENS else (token,)
@@ -60,7 +60,7 @@ def _mark_glue(tokens):
     return marked
 
 def _mark_spaces(tokens):
-    "Remove spaces between two words, which decoding adds, and mark the others"
+    "Remove spaces between two words, which decoding adds, and replace all other spaces with `xxsp`"
     marked = []
     for i, token in enumerate(tokens):
         if token != ' ':
@@ -77,7 +77,7 @@ def _mark_repetitions(tokens):
 # %% ../../nbs/121_data.chinese.ipynb #f84de51d
 def marked_tokens(
     text:str, # A normalized text
-    cut # Function from a string to its pieces, which joined are the string
+    cut # Function that cuts a string into pieces and keeps all characters
 ) -> list: # Tokens that `join_marked` decodes to `text`
     "Cut a text into pieces, and add the marks that decoding needs"
     text = squeeze_spaces(text)
@@ -108,7 +108,7 @@ class _JiebaCutter:
 
 class _MappedCutter:
     name = 'mapped'
-    takes_texts = True # whole texts rather than runs of Chinese characters
+    takes_texts = True # it cuts whole texts, not only runs of Chinese characters
     _converter = None
 
     def __getstate__(self): return {} # OpenCC's object cannot be pickled
@@ -132,7 +132,7 @@ def _is_han():
     return np.array([re.match(f'[{HAN}]', chr(i)) is not None for i in range(0x32400)])
 
 def _keep_lengths(text, converted):
-    "Return the converted text, with each line whose length has changed as it was"
+    "Return the converted text, but keep the original of each line whose length has changed"
     same_lines = np.array_equal(*(np.flatnonzero(_to_codes(o) == ord('\n')) for o in (text, converted)))
     if same_lines and len(text) == len(converted):
         return converted
@@ -157,7 +157,7 @@ def map_cuts(
     starts_piece[1:] |= ~han
     for match in _latin_words.finditer(text):
         starts_piece[match.start()+1:match.end()] = False
-    # a zero after each piece; the methods of strings, which are fast, split there
+    # put a zero after each piece, so that the string methods, which are fast, can split there
     marked = _from_codes(np.insert(codes, np.flatnonzero(starts_piece[1:])+1, 0))
     return [pieces.split('\0') for pieces in marked.removesuffix('\0\n\0').split('\0\n\0')]
 
@@ -165,7 +165,7 @@ def map_cuts(
 class ChineseTokenizer:
     "Tokenize Chinese texts for fastai's pipeline, and decode tokens"
     def __init__(self,
-        cut='chars', # `chars`, `jieba`, `mapped`, or a function from runs to lists of pieces, see `train_subwords`
+        cut='chars', # `chars`, `jieba`, `mapped`, or a function from runs to lists of pieces (`train_subwords`)
         bos:bool=True # Whether each text begins with `xxbos`, as with fastai's rules
     ):
         if isinstance(cut, str) and cut not in CUTS:
@@ -175,15 +175,15 @@ class ChineseTokenizer:
 
     def __repr__(self): return f'ChineseTokenizer({getattr(self.cut, "name", self.cut)!r})'
 
-    def settings(self) -> dict: # JSON
-        "Return what the tokens depend on"
+    def settings(self) -> dict: # Can be saved as JSON
+        "Return the settings that the tokens depend on"
         return dict(tokenizer='chinese', lang='zh-tw', cut=getattr(self.cut, 'name', repr(self.cut)), bos=self.bos)
 
     def __call__(self, items): return iter(self.tokenize(list(items)))
 
     def tokenize(self,
         texts:list # Normalized strings
-    ) -> list: # A list of tokens for each
+    ) -> list: # A list of tokens for each text
         "Return the tokens of texts; the words of all texts are cut in one call"
         begin = [BOS] if self.bos else []
         if isinstance(self.cut, _CharCutter):
@@ -198,7 +198,7 @@ class ChineseTokenizer:
         return [begin + marked_tokens(text, pieces) for text in texts]
 
     def _cut_texts(self, texts):
-        "Cut whole texts; leave out those that need more than the cutter does"
+        "Cut whole texts; leave out texts with repetitions, which the cutter cannot handle"
         plain = [text for text in dict.fromkeys(texts) if text and not _three_equal.search(text) and '\0' not in text]
         return dict(zip(plain, self.cut(plain))) if plain else {}
 
@@ -218,9 +218,9 @@ class ChineseTokenizer:
         return dict(zip(runs, cuts))
 
     def decode(self,
-        tokens:list # Tokens, special ones among them
+        tokens:list # Tokens, including special tokens
     ) -> str:
-        "Return the text of tokens"
+        "Turn tokens back into text"
         return join_marked(word for word, _ in undo_rules(tokens, space=''))
 
 # %% ../../nbs/121_data.chinese.ipynb #8f84f3c1
@@ -244,8 +244,8 @@ class SubwordCut:
 # %% ../../nbs/121_data.chinese.ipynb #006d5209
 def train_subwords(
     texts, # Strings to learn from
-    vocab_size:int=8000, # Maximum number of pieces; each character of the texts is one
-    rules=None, # Functions applied to each text first; `None`: `CHINESE_RULES`
+    vocab_size:int=8000, # Maximum number of pieces, including every single character of the texts
+    rules=None, # Functions that are applied to each text first; `None`: `CHINESE_RULES`
     max_length:int=4 # Maximum number of characters of a piece
 ) -> SubwordCut: # For `ChineseTokenizer`
     "Learn Chinese subwords from texts"
@@ -269,10 +269,10 @@ def train_chinese_tokenizer(
     texts, # Strings to learn from
     vocab_size:int=8000, # Maximum number of tokens
     min_freq:int=2, # Rarer characters are unknown; rarer words are cut into letters
-    rules=None, # Functions applied to each text first; `None`: `CHINESE_RULES`
-    max_length:int=512 # Tokens of a text, the `model_max_length`
+    rules=None, # Functions that are applied to each text first; `None`: `CHINESE_RULES`
+    max_length:int=512 # Maximum number of tokens in a text (`model_max_length`)
 ): # A fast tokenizer of transformers
-    "Learn a tokenizer by characters for a model like BERT"
+    "Train a character tokenizer for a model like BERT"
     from tokenizers import Tokenizer as Model, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     if isinstance(texts, str):
@@ -318,9 +318,9 @@ def _is_simplified(char):
 # %% ../../nbs/121_data.chinese.ipynb #de120b74
 def char_shares(
     texts:list, # Strings
-    vocab=None # Tokens of a model
-) -> dict: # Numbers of texts and characters, and shares of kinds of characters
-    "Count kinds of characters in texts; `vocab` adds the share of Chinese characters that it does not have"
+    vocab=None # Vocabulary of a model
+) -> dict: # Number of texts, number of characters, and the share of each kind of character
+    "Count kinds of characters in texts; with `vocab`, also the Chinese characters that are not in it"
     counts = Counter()
     for text in texts:
         counts.update(text)
@@ -352,9 +352,9 @@ _ADVICE = dict(
 
 def chinese_report(
     texts, # Strings, or one string
-    vocab=None # Tokens of the model that will read them
-): # A pandas Series: shares of kinds of characters, and `advice`
-    "Report what characters Chinese texts have, and what to do about wrong ones"
+    vocab=None # Vocabulary of the model that will read the texts
+): # A pandas Series: the share of each kind of character, and `advice`
+    "Report problematic characters in Chinese texts, and what to do about them"
     import pandas as pd
     shares = char_shares([texts] if isinstance(texts, str) else list(texts), vocab)
     advice = [message.format(shares[kind]) for kind, (applies, message) in _ADVICE.items()
@@ -364,8 +364,8 @@ def chinese_report(
 # %% ../../nbs/121_data.chinese.ipynb #34eec2ae
 def language_tools(
     lang:str='en', # `en`, or `zh-tw` for Traditional Chinese
-    tok=None, # A tokenizer instead of the language's own; for Chinese also a name of `CUTS`
-    rules=None # Rules instead of the language's own
+    tok=None, # Tokenizer to use instead of the default; for Chinese, it can also be a name in `CUTS`
+    rules=None # Rules to use instead of the default
 ) -> tuple: # Tokenizer and rules
     "Return the tokenizer and the rules of a language"
     if lang_code(lang) == 'en':
@@ -376,9 +376,9 @@ def language_tools(
 
 # %% ../../nbs/121_data.chinese.ipynb #2f9f75ce
 def tools_from_settings(
-    settings:dict # What `tokenizer_settings` returned
+    settings:dict # Settings from `tokenizer_settings`
 ) -> tuple: # Tokenizer and rules
-    "Make a tokenizer and its rules again from their settings"
+    "Recreate a tokenizer and its rules from their settings"
     kind = settings.get('tokenizer')
     if kind == 'word':
         tok, known_rules = WordLevelTokenizer(settings['lang']), defaults.text_proc_rules

@@ -16,7 +16,7 @@ from ..core import FastaiTLError
 from .tables import check_texts
 
 # %% ../../nbs/115_data.near_duplicates.ipynb #d380b9a1
-# For a regular expression: characters of scripts without spaces between words
+# Characters of scripts without spaces between words, for use in a regular expression
 UNSPACED = '\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af'
 
 def without_specials(text):
@@ -34,9 +34,9 @@ _FNV_PRIME = np.uint64(0x100000001b3)
 
 def char_ngrams(
     text:str, # Any string, such as `comparable_text` returns
-    n:int # Characters of an n-gram
+    n:int # Number of characters in an n-gram
 ) -> np.ndarray: # 64-bit integers, sorted
-    "Return the hashes of the character n-grams of a text, each once"
+    "Return the distinct hashes of the character n-grams of a text"
     padded = text.ljust(n, '\0').encode('utf-32-le', 'surrogatepass')
     codes = np.frombuffer(padded, dtype=np.uint32).astype(np.uint64)
     n_ngrams = len(codes)-n+1
@@ -59,7 +59,7 @@ _multipliers, _offsets = np.random.default_rng(0).integers(1<<63, size=(2,128), 
 _multipliers |= np.uint64(1)
 
 def _minhash(ngrams):
-    "Return the minima of 128 random functions (multiply-shift) of the n-grams"
+    "Return the minima of 128 random hash functions (multiply-shift) over the n-grams"
     blocks = (ngrams[i:i+2048,None] for i in range(0, len(ngrams), 2048)) # bounds the memory for long texts
     minima = [((block*_multipliers + _offsets) >> np.uint64(32)).min(0) for block in blocks]
     return np.min(minima, axis=0).astype(np.uint32)
@@ -71,7 +71,7 @@ def _signatures(texts, rows, n):
 
 # %% ../../nbs/115_data.near_duplicates.ipynb #97484243
 def _band_len(threshold):
-    "Return the longest band with which a pair of this similarity is found in 99 of 100 cases"
+    "Return the longest band length that finds a pair of this similarity in 99 of 100 cases"
     found = lambda length: 1 - (1 - threshold**length)**(128//length)
     return max([length for length in range(1, 33) if found(length) >= .99], default=1)
 
@@ -133,17 +133,17 @@ def _likely_candidates(block, signatures_b, rows, others, threshold):
 
 def _most_similar(ngrams, candidates, ngrams_of):
     "Return the candidate with the highest Jaccard similarity, and that similarity"
-    similarity, negative = max((_jaccard(ngrams, ngrams_of(o)), -o) for o in candidates) # of equals the first
+    similarity, negative = max((_jaccard(ngrams, ngrams_of(o)), -o) for o in candidates) # on a tie, the first
     return -negative, similarity
 
 # %% ../../nbs/115_data.near_duplicates.ipynb #e259ab66
 def near_duplicates(
     texts, # Strings
-    others=None, # Texts to compare with, such as the training texts; `None`: the earlier ones of `texts`
-    threshold:float=.7, # Smallest Jaccard similarity of character n-grams of a near-duplicate; 1 for exact copies only
-    n:int|None=None # Characters of an n-gram; `None`: 5, or 3 for scripts without spaces
+    others=None, # Texts to compare with, such as the training texts; `None`: the earlier texts in `texts`
+    threshold:float=.7, # Minimum Jaccard similarity of the character n-grams; 1 finds only exact copies
+    n:int|None=None # Number of characters in an n-gram; `None`: 5, or 3 for scripts without spaces
 ) -> pd.DataFrame: # Columns `row`, `other`, `similarity`, `text`, `other_text`; one row for each text with a match
-    "Find the texts that occur in `others`, exactly or nearly, each with its most similar one"
+    "Find the texts that have a copy or a near-duplicate in `others`, and the most similar one of each"
     if not 0 < threshold <= 1:
         raise FastaiTLError('`threshold` must be above 0 and at most 1', str(threshold))
     within = others is None
@@ -168,7 +168,7 @@ def _row_names(texts):
 
 # %% ../../nbs/115_data.near_duplicates.ipynb #b3bf6e07
 def _matches(texts, others, threshold, n, within):
-    "Return `(row, other, similarity)` of each text with a match; copies are found without comparing"
+    "Return `(row, other, similarity)` of each text with a match; copies are found by their hash"
     keys = [hash(comparable_text(text)) for text in texts]
     first_rows = _first_rows(keys)
     other_rows = first_rows if within else _first_rows([hash(comparable_text(text)) for text in others])
@@ -186,7 +186,7 @@ def _matches(texts, others, threshold, n, within):
     return matches
 
 def _first_rows(keys):
-    "Return `{key: first row with it}`"
+    "Return `{key: first row with that key}`"
     first = {}
     for row, key in enumerate(keys):
         first.setdefault(key, row)
@@ -205,22 +205,22 @@ def _near_matches(texts, rows, others, other_rows, threshold, n, within):
 # %% ../../nbs/115_data.near_duplicates.ipynb #9f226eae
 def shingles(
     text:str, # A passage
-    n:int=3 # Words of a shingle
-) -> set: # Each `n` neighbouring words, in lower case and without punctuation
-    "Return the set of word n-grams of `text`; a shorter text is one shingle"
+    n:int=3 # Number of words in a shingle
+) -> set: # Every sequence of `n` words, in lower case and without punctuation
+    "Return the set of word n-grams of `text`; a text of fewer than `n` words is one shingle"
     words = re.findall('[a-z]+', text.lower())
     return {' '.join(words[i:i+n]) for i in range(max(1, len(words)-n+1))}
 
 # %% ../../nbs/115_data.near_duplicates.ipynb #cbda0dd4
 def drop_near_duplicates(
     texts, # Passages, the preferred ones first
-    threshold:float=.5, # Smallest Jaccard similarity of shingles of a near-duplicate
-    n:int=3 # Words of a shingle
+    threshold:float=.5, # Minimum Jaccard similarity of the shingles of two near-duplicates
+    n:int=3 # Number of words in a shingle
 ) -> list: # Positions of the passages that stay
-    "Keep each passage that is no near-duplicate of one kept before"
+    "Keep each passage that is not a near-duplicate of a passage kept before it"
     sets = [shingles(text, n) for text in texts]
     frequency = Counter(shingle for own in sets for shingle in own)
-    index = defaultdict(list) # shingle to the kept passages that have it in their prefix
+    index = defaultdict(list) # shingle → kept passages that have it in their prefix
     kept = []
     for i, own in enumerate(sets):
         rare_first = sorted(own, key=lambda shingle: (frequency[shingle], shingle))

@@ -179,7 +179,7 @@ def _groups(df, group_col, n_folds):
 def time_folds(
     times, # Time of each row: dates, or numbers
     n_folds:int=5, # Number of validation windows
-    valid_size:int|None=None, # Number of distinct times in a validation window; `None`: all of them divided by `n_folds+1`
+    valid_size:int|None=None, # Distinct times in a validation window; `None`: all of them divided by `n_folds+1`
     gap:int|str|pd.Timedelta=0, # Gap before each window: a number of distinct times, or a duration such as `'7D'`
     train_size=None # Length of a rolling window: a number of distinct times, or a duration; `None`: all of the past
 ) -> list: # A `Fold` for each window, the earliest first

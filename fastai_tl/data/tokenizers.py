@@ -26,24 +26,24 @@ from ..files import digest, load_tree, save_tree
 class WordLevelTokenizer(SpacyTokenizer):
     "fastai's word tokenizer, for texts of any length"
     def __init__(self,
-        lang:str='en', # A language of spaCy
-        special_toks=None, # Tokens that are never cut; `None`: fastai's
+        lang:str='en', # Language code of spaCy
+        special_toks=None, # Tokens that are never split; `None`: fastai's special tokens
         buf_sz:int=5000 # Number of texts in a batch
     ):
         super().__init__(lang, special_toks, buf_sz)
         self.lang = lang
         self.pipe.__self__.max_length = 10**9 # spaCy's limit bounds the memory of its parser, which does not run here
 
-    def settings(self) -> dict: # JSON
-        "Return what the tokens depend on"
+    def settings(self) -> dict: # Can be saved as JSON
+        "Return the settings that the tokens depend on"
         return dict(tokenizer='word', lang=self.lang)
 
 # %% ../../nbs/118_data.tokenizers.ipynb #e6c25e42
 def tokenizer_settings(
     tok, # A tokenizer: an object that turns texts into lists of tokens
-    rules # Functions applied to each text before it is tokenized
-) -> dict: # JSON
-    "Return what the tokens of a text depend on, to recognise a cache or an encoder by it"
+    rules # Functions that are applied to each text before tokenization
+) -> dict: # Can be saved as JSON
+    "Return all settings that the tokens depend on, to identify a cache or an encoder"
     if hasattr(tok, 'settings'):
         settings = tok.settings()
     else:
@@ -58,7 +58,7 @@ def apply_rules(
     rules, # Functions from string to string, applied in this order
     texts # Strings
 ): # A generator of the changed texts
-    "Apply all `rules` to each text, and replace lone surrogates by `\ufffd`"
+    "Apply all `rules` to each text, and replace lone surrogates with `\ufffd`"
     for text in texts:
         for rule in rules:
             text = rule(text)
@@ -66,12 +66,12 @@ def apply_rules(
 
 # %% ../../nbs/118_data.tokenizers.ipynb #2152cd1c
 class TokenizedTexts:
-    "Tokenized texts: `words` has each token once, and each text is indexes into `words`"
+    "Tokenized texts: each text is a sequence of indexes into `words`, the list of distinct tokens"
     def __init__(self,
         words:list, # The distinct tokens
-        ids:np.ndarray, # (tokens of all texts,) indexes into `words`, one text after the other
+        ids:np.ndarray, # (tokens of all texts,) indexes into `words`, one text after another
         lens:np.ndarray, # (texts,) number of tokens of each text
-        settings:dict|None=None # What the tokens depend on
+        settings:dict|None=None # Settings that the tokens depend on
     ):
         self.words = list(words)
         self.ids = np.asarray(ids, dtype=np.int32)
@@ -90,16 +90,16 @@ class TokenizedTexts:
 
     def counter(self,
         idxs=None # Indexes of texts; `None`: all
-    ) -> Counter: # Token to its count
+    ) -> Counter: # Maps each token to its count
         "Count the tokens of all texts, or of those at `idxs`"
         ids = self.ids if idxs is None else np.concatenate([self._ids_of(i) for i in idxs])
         counts = np.bincount(ids, minlength=len(self.words))
         return Counter({word: int(count) for word, count in zip(self.words, counts) if count})
 
     def numericalize(self,
-        vocab:list # The token of each number
-    ) -> list: # A tensor of numbers for each text; 0 for tokens that are not in the vocabulary
-        "Return each text as numbers into `vocab`"
+        vocab:list # The token of each id
+    ) -> list: # A tensor of token ids for each text; 0 for tokens that are not in the vocabulary
+        "Return the token ids of each text in `vocab`"
         number_of = {}
         for i, word in enumerate(vocab):
             if word != 'xxfake': # fastai pads vocabularies with it
@@ -109,7 +109,7 @@ class TokenizedTexts:
 
 # %% ../../nbs/118_data.tokenizers.ipynb #aa47a84e
 def _tokenize_part(texts, tok, rules):
-    "Return the distinct tokens of some texts, their indexes, and the number of tokens of each text"
+    "Return the distinct tokens of some texts, the index of each token, and the length of each text"
     index_of = {}
     ids, lens = [], []
     has_decode = hasattr(tok, 'decode') # then fastai's rules for tokens, such as `replace_space`, are not needed
@@ -126,7 +126,7 @@ def _parts(texts, size):
         yield first_row, part
         first_row += len(part)
 
-_worker = {} # the tokenizer and the rules of a process
+_worker = {} # the tokenizer and the rules of this process
 
 def _begin_worker(tok, rules): _worker.update(tok=tok, rules=rules)
 
@@ -154,16 +154,16 @@ def _tokenize_in_processes(texts, tok, rules, n_workers, size):
             pool.shutdown(wait=False, cancel_futures=True)
 
 def _can_fork():
-    "Return whether new processes can take over what is loaded"
+    "Return whether processes can be forked, so that they need not load everything again"
     return sys.platform == 'linux' and 'fork' in multiprocessing.get_all_start_methods()
 
 def _default_workers(n_texts):
-    "Return one process for a short job, or if processes cannot be forked; else one a core, at most eight"
+    "Return one process per core, at most eight; one process for few texts, or if processes cannot be forked"
     return min(len(os.sched_getaffinity(0)), 8) if n_texts >= 20_000 and _can_fork() else 1
 
 # %% ../../nbs/118_data.tokenizers.ipynb #89f4ad0b
 def _tokenize(texts, tok, rules, settings, progress, n_workers, size=1000):
-    "Tokenize texts part by part and put the parts together"
+    "Tokenize texts part by part and merge the parts"
     n_parts = -(-len(texts)//size)
     n_workers = min(n_workers or _default_workers(len(texts)), n_parts)
     if n_workers > 1:
@@ -184,10 +184,10 @@ def _tokenize(texts, tok, rules, settings, progress, n_workers, size=1000):
 def tokenize_texts_once(
     texts, # Strings, see `read_texts`
     tok=None, # A tokenizer; `None`: `WordLevelTokenizer()`
-    rules=None, # Functions applied to each text first; `None`: fastai's
+    rules=None, # Functions that are applied to each text before tokenization; `None`: fastai's rules
     cache_dir:str|Path|None=None, # Folder of the cache; `None`: no cache
-    progress:bool=True, # Whether to show a progress bar, for more than a thousand texts
-    n_workers:int|None=None # Number of processes; `None`: one, or one a core for 20,000 texts and more
+    progress:bool=True, # Whether to show a progress bar if there are more than a thousand texts
+    n_workers:int|None=None # Number of processes; `None`: one, or one per core from 20,000 texts
 ) -> TokenizedTexts:
     "Tokenize `texts` with fastai's rules, or read their tokens from the cache"
     texts = check_texts(texts)
@@ -207,10 +207,10 @@ def tokenize_texts_once(
 
 # %% ../../nbs/118_data.tokenizers.ipynb #466c418a
 class TextTokenizer(Tokenizer):
-    "fastai's `Tokenizer` transform, decoded by the tokenizer itself if it can decode"
+    "fastai's `Tokenizer` transform, which decodes with the tokenizer's own `decode` if it has one"
     @property
     def tokenizer(self):
-        "Return the transform itself: fastai asks a data set for its `tokenizer`"
+        "Return the transform itself, because fastai asks a data set for its `tokenizer`"
         return self
 
     def decodes(self, o): return TitledStr(self.tok.decode(o) if hasattr(self.tok, 'decode') else self.sep.join(o))
