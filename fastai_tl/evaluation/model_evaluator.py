@@ -1,4 +1,4 @@
-"""The evaluation program of the tutorials for a plain PyTorch model: a printed report, two figures, the most frequent errors
+"""Evaluate a plain PyTorch model as tutorials do: a printed report, two figures and the most frequent errors
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.model_evaluator.html.md"""
 
@@ -19,13 +19,13 @@ from ..resources import read_json
 
 # %% ../../nbs/736_evaluation.model_evaluator.ipynb #2fd1748c
 class ModelEvaluator:
-    "Evaluate a plain PyTorch model: report, two figures, most frequent errors"
+    "Evaluate a plain PyTorch model with a printed report, two figures and the most frequent errors"
     def __init__(self,
-        model, # A PyTorch model that returns scores
-        test_loader, # Batches: dictionaries with `labels`, or `(inputs, labels)`
-        class_names, # Names of the classes, in the order of the scores
+        model, # A PyTorch model that returns logits
+        test_loader, # Iterable of batches, each a dictionary with `labels` or `(inputs, labels)`
+        class_names, # Names of the classes, in the order of the logits
         folder='.', # Folder for the figures
-        lang:str|None=None # `en` or `zh-tw`; `zh-tw` for Chinese class names if `None`
+        lang:str|None=None # Language of the output: `en` or `zh-tw`; if `None`, it is that of the class names
     ):
         self.model = model
         self.test_loader = test_loader
@@ -34,7 +34,7 @@ class ModelEvaluator:
         self.lang = lang or ('zh' if has_cjk(self.class_names) else 'en')
         self.evaluation = None
     def evaluate(self) -> tuple: # Predicted classes (rows,), true classes (rows,), probabilities (rows, classes)
-        "Evaluate the model, print the results and write the figures; `evaluation` has the rest"
+        "Evaluate the model, print the results, save the figures and keep the `Evaluation` in `evaluation`"
         words = read_json('model_evaluator.json')[lang_code(self.lang)]
         ev = Evaluation.from_model(self.model, self.test_loader, self.class_names)
         self.evaluation = ev

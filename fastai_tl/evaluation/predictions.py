@@ -27,18 +27,18 @@ from ..models.third_party import row_losses_of, row_texts, spec_of
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #f92b7be0
 class PassCallback(Callback):
-    "Keep probabilities and targets of a validation pass"
-    order = GatherPredsCallback.order-1 # before it looks for labels, so that missing ones give a clear error
+    "Collect probabilities and targets of a validation pass"
+    order = GatherPredsCallback.order-1 # before it reads the labels, so that missing labels give a clear error
     def __init__(self,
-        act # Function from scores to probabilities, such as `spec.activate`
+        act # Function that turns logits into probabilities, such as `spec.activate`
     ):
         self.act = act
     def before_validate(self):
-        "Start with nothing"
+        "Clear the results of the last pass"
         self.parts = []
         self.ys = []
     def after_batch(self):
-        "Keep the probabilities and targets of a batch"
+        "Store the probabilities and targets of a batch"
         if not len(self.yb):
             raise DataError('An evaluation needs labels', 'rows without',
                             'Use `dls.test_dl(items, with_labels=True)`, or `get_preds`')
@@ -52,7 +52,7 @@ class PassCallback(Callback):
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #7e06414c
 def in_order(parts, idxs=None):
-    "Join batches in the order of the rows, whose positions are `idxs`; each batch is freed as it is copied"
+    "Join batches and put their rows at the positions `idxs`; each batch is freed after it is copied"
     n_rows = sum(map(len, parts))
     joined = np.empty((n_rows, *parts[0].shape[1:]), dtype=parts[0].dtype)
     start = 0
@@ -65,13 +65,13 @@ def in_order(parts, idxs=None):
     return joined
 
 def pass_over(learn, dl, spec):
-    "Return probabilities, targets and losses of one pass of a Learner, in the order of the dataset"
+    "Return probabilities, targets and losses of one pass of a Learner, in dataset order"
     idxs = None
     if hasattr(dl, 'get_idxs'):
         dl = dl.new(shuffle=False, drop_last=False)
         read = list(dl.get_idxs())
-        dl = dl.new(get_idxs=_ConstantFunc(read)) # asked once, because it may draw at random
-        idxs = np.argsort(np.argsort(read)) # the position of each row among those that are read
+        dl = dl.new(get_idxs=_ConstantFunc(read)) # called only once, because the order may be random
+        idxs = np.argsort(np.argsort(read)) # position of each row among the rows that are read
     gather = PassCallback(spec.activate)
     with row_losses_of(learn):
         *_, losses = learn.get_preds(dl=dl, with_preds=False, with_targs=False, with_loss=True, act=noop,
@@ -80,7 +80,7 @@ def pass_over(learn, dl, spec):
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #e9db8527
 def pass_of_pair(pair, ds_idx, dl, spec):
-    "Return averaged probabilities, targets and losses of one pass of each Learner of a pair"
+    "Return averaged probabilities, targets and losses of a `BidirectionalLearner`, from one pass of each Learner"
     loaders = [learn.dls[ds_idx] for learn in pair.learners]
     if dl is not None:
         loaders = [dl, pair.backward.dls.test_dl(list(dl.items), with_labels=True)]
@@ -94,7 +94,7 @@ def pass_of_pair(pair, ds_idx, dl, spec):
     return mean, targets, losses.float().numpy()
 
 def two_columns(probs, targets, classes):
-    "Return the single output of a binary classifier as the probabilities of both classes, other outputs as they are"
+    "Turn the single output of a binary classifier into probabilities of both classes; return other outputs unchanged"
     single = probs.size == len(probs) and targets.size == len(targets)
     if classes is None or len(classes) != 2 or not single:
         return probs
@@ -103,7 +103,7 @@ def two_columns(probs, targets, classes):
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #200ae758
 def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None):
-    "Make scored rows of class `cls` from a pass, with the classes of the spec and the texts of the DataLoader"
+    "Create a `cls` object from the results of a pass, with the classes of the spec and the texts of the DataLoader"
     if classes is None and spec.task != 'regression':
         classes = spec.classes
     if classes is None and probs.ndim == 2 and probs.shape[1] > 1 and targets.dtype.kind in 'iu':
@@ -117,7 +117,7 @@ def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #6bde4fdc
 def check_known(labels, spec, index):
-    "Raise an error if a label is not one of the classes"
+    "Raise an error if a label is not a class of the model"
     if spec.classes is None:
         return
     known = set(spec.classes)
@@ -128,14 +128,14 @@ def check_known(labels, spec, index):
                         f'The classes are: {shorten(spec.classes, 20)}')
 
 def text_column(df, name):
-    "Return the texts of one column, or the pairs of texts of two"
+    "Return the texts of one column, or the text pairs of two columns"
     if isinstance(name, str) or not isinstance(name, (list, tuple)):
         return check_texts(column(df, name), df.index)
     return [list(pair) for pair in zip(*(check_texts(column(df, one), df.index) for one in name))]
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #b858a483
 def labelled_texts(spec, data, labels=None):
-    "Return texts and checked labels of a table with the columns of the spec, or of two lists"
+    "Return texts and checked labels, from a table with the columns of the spec or from two lists"
     if isinstance(data, pd.DataFrame):
         texts = text_column(data, spec.columns.get('text', 'text'))
         index = list(data.index)
@@ -155,7 +155,7 @@ def labelled_dl(dls, texts, labels):
     "Return a DataLoader of texts and labels"
     if isinstance(getattr(dls, 'spec', None), TextSpec):
         return dls.test_dl([[text, label] for text, label in zip(texts, labels)], with_labels=True)
-    columns = spec_of(dls).columns # a DataBlock of fastai reads tables
+    columns = spec_of(dls).columns # a fastai DataBlock reads tables
     if not (isinstance(columns.get('text'), str) and isinstance(columns.get('label'), str)):
         raise DataError('The columns of the training data must be known', 'DataLoaders without column names',
                         'Pass a DataLoader: `learn.evaluate(dl=dls.test_dl(items, with_labels=True))`')
@@ -163,7 +163,7 @@ def labelled_dl(dls, texts, labels):
     return dls.test_dl(pd.DataFrame(table), with_labels=True)
 
 def pass_over_windows(learn, texts, labels, spec):
-    "Return the mean probabilities of each text's windows, its target and its loss"
+    "Return the probabilities of each text as the mean over its windows, with targets and losses"
     windows, owner = text_windows(texts, learn.dls.tokenizer, spec.max_length, spec.windows)
     dl = labelled_dl(learn.dls, windows, [labels[i] for i in owner])
     probs, targets, _ = pass_over(learn, dl, spec)
@@ -176,10 +176,10 @@ def pass_over_windows(learn, texts, labels, spec):
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #86be44a4
 def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, data=None, labels=None):
-    "Make scored rows of class `cls` with one pass of a Learner, or a pair of them, over its own rows or new ones"
+    "Create a `cls` object with one pass of a Learner or `BidirectionalLearner` over its own rows or new rows"
     spec = spec_of(learn)
     if data is not None:
-        of_labels = spec_of(learn.dls) # without the loss function, which may read a class as a label of its own
+        of_labels = spec_of(learn.dls) # without the loss function, which could change the task to multi-label
         new_texts, new_labels = labelled_texts(of_labels, data, labels)
         texts = new_texts if texts is None and isinstance(new_texts[0], str) else texts
         if spec.windows is not None:
@@ -203,7 +203,7 @@ def logits_of(output):
     return output.logits if hasattr(output, 'logits') else output[0]
 
 def forward_batch(model, batch, label):
-    "Return scores and labels of one batch, a dictionary or `(inputs, labels)`"
+    "Return logits and labels of one batch, which is a dictionary or `(inputs, labels)`"
     if not hasattr(batch, 'keys'):
         *inputs, labels = batch
         return logits_of(model(*inputs)), labels
@@ -213,7 +213,7 @@ def forward_batch(model, batch, label):
     return logits_of(model(**batch)), batch[label]
 
 def task_of_targets(scores, targets):
-    "Return the task of a batch of targets of a plain PyTorch model"
+    "Return the task that fits the scores and targets of a plain PyTorch model"
     if targets.ndim == 2 and targets.shape == scores.shape and scores.shape[1] > 1:
         return 'multilabel'
     return 'regression' if targets.is_floating_point() else 'classification'
@@ -229,13 +229,13 @@ def batch_losses(scores, targets, task):
     return loss(scores, targets.reshape(scores.shape).float(), reduction='none').reshape(len(scores), -1).mean(1)
 
 def batch_probs(scores, task):
-    "Return the probabilities of a batch; a classifier with a single output has a sigmoid"
+    "Return the probabilities of a batch, with a sigmoid for a classifier with a single output"
     if task == 'classification' and scores.shape[-1] == 1:
         return scores.sigmoid()
     return activate(scores, task)
 
 def on_device(batch, device):
-    "Return a batch with its tensors on a device"
+    "Return a batch with its tensors moved to a device"
     move = lambda o: o.to(device) if hasattr(o, 'to') else o
     if hasattr(batch, 'keys'):
         return {name: move(o) for name, o in batch.items()}
@@ -244,7 +244,7 @@ def on_device(batch, device):
 # %% ../../nbs/730_evaluation.predictions.ipynb #b52e9cb0
 @torch.inference_mode()
 def model_pass(model, loader, task=None, label='labels'):
-    "Return task, probabilities, targets and losses of one pass of a PyTorch model over a loader, in its order"
+    "Return task, probabilities, targets and losses of one pass of a PyTorch model, in the order of the loader"
     if task not in (None, *CLASSIFICATION_TASKS):
         raise unknown_option('task', task, CLASSIFICATION_TASKS)
     device = next((p.device for p in model.parameters()), 'cpu')
@@ -262,7 +262,7 @@ def model_pass(model, loader, task=None, label='labels'):
     return task, *map(in_order, parts)
 
 def rows_of_model(cls, model, loader, classes=None, texts=None, task=None, label='labels'):
-    "Make scored rows of class `cls` with one pass of a PyTorch model over a loader"
+    "Create a `cls` object with one pass of a PyTorch model over a loader"
     task, probs, targets, losses = model_pass(model, loader, task, label)
     if task == 'regression':
         classes = None

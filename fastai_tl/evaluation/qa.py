@@ -19,7 +19,7 @@ from ..learners.qa import answer_scores, normalize_answer
 
 # %% ../../nbs/724_evaluation.qa.ipynb #3ec36959
 def length_groups(lengths, starts):
-    "Return the rows of each group of lengths as booleans: no answer, from each start to the next, and all"
+    "Return booleans that mark the rows of each group: no answer, each range of lengths, and all"
     groups = {'no answer': lengths == 0}
     for start, end in zip(starts, [*starts[1:], None]):
         if end is None:
@@ -30,16 +30,16 @@ def length_groups(lengths, starts):
     return {**groups, 'all': np.ones(len(lengths), dtype=bool)}
 
 def table_examples(df, columns):
-    "Return the questions of a table, checked, as `QAExample` objects"
+    "Check the questions of a table and return them as `QAExample` objects"
     part = lambda name: list(column(df, columns[name]))
     starts = part('start') if 'start' in columns else None
     return check_answers(part('question'), part('context'), part('answer'), starts, df.index)
 
 # %% ../../nbs/724_evaluation.qa.ipynb #cd4641aa
 class AnswerEvaluation:
-    "Predicted and accepted answers of some questions"
+    "Evaluate predicted answers against accepted answers"
     def __init__(self,
-        preds, # Predicted answers; an empty one means that there is none
+        preds, # Predicted answers; an empty string means that the text does not contain the answer
         targets, # Accepted answers: a string or a list of strings for each question
         questions=None # Questions, shown with the errors
     ):
@@ -55,12 +55,12 @@ class AnswerEvaluation:
         self.lengths = np.array([shortest(accepted) for accepted in self.targets])
     @classmethod
     def from_learner(cls,
-        learn, # A Learner of `hf_qa_learner`
-        data=None, # A table with the columns of the training data, or (question, passage) pairs; its own rows if `None`
-        labels=None, # Accepted answers, where `data` are pairs
-        ds_idx:int=1 # 0 for the training, 1 for the validation rows
+        learn, # A Learner made by `hf_qa_learner`
+        data=None, # DataFrame with the columns of the training data, or (question, passage) pairs; own rows if `None`
+        labels=None, # Accepted answers, if `data` is a list of pairs
+        ds_idx:int=1 # 0 for the training rows, 1 for the validation rows
     ):
-        "Answer questions and compare; long passages are read in windows, and each question counts once"
+        "Answer questions and compare with the accepted answers; long passages are read in windows"
         if data is None:
             windows = learn.dls[ds_idx].dataset.items
             examples = list({id(w.example): w.example for w in windows}.values())
@@ -77,12 +77,12 @@ class AnswerEvaluation:
     def __repr__(self):
         return f'AnswerEvaluation({len(self):,} rows)'
     def report(self,
-        lengths:tuple=(1, 2, 3, 5, 9), # Where the groups of lengths begin; 0, no answer, has a group of its own
-        level:float|None=.95, # Share of the bootstrap intervals of F1 that contain the true value; none if `None`
-        n_boot:int=1000, # Number of resamples
-        seed:int=0 # Seed of the resamples
+        lengths:tuple=(1, 2, 3, 5, 9), # Smallest length of each group; questions without an answer have their own group
+        level:float|None=.95, # Confidence level of the bootstrap intervals of F1; no intervals if `None`
+        n_boot:int=1000, # Number of bootstrap resamples
+        seed:int=0 # Random seed of the bootstrap
     ) -> ScoreTable: # exact | f1 | low | high | support, by length and for all
-        "Report exact match and F1 by the length of the answer"
+        "Return exact match and F1 by the length of the answer, with intervals of F1"
         if not len(self):
             raise DataError('A report needs at least one row', 'none')
         rng = np.random.default_rng(seed)
@@ -98,9 +98,9 @@ class AnswerEvaluation:
             rows[name]['support'] = len(f1)
         return ScoreTable(pd.DataFrame(rows.values(), index=list(rows)))
     def worst(self,
-        n:int=10 # Number of rows
+        n:int=10 # Maximum number of rows
     ) -> pd.DataFrame: # row | question | true | predicted | exact | f1
-        "Return the answers that share least with the accepted ones"
+        "Return the answers with the lowest F1"
         rows = np.argsort(self.f1, kind='stable')[:n]
         df = pd.DataFrame(dict(row=rows, true=[' | '.join(self.targets[i]) for i in rows],
             predicted=[self.preds[i] for i in rows], exact=self.exact[rows], f1=self.f1[rows]))

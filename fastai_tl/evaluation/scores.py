@@ -14,7 +14,7 @@ from ..data.spec import activate
 
 # %% ../../nbs/700_evaluation.scores.ipynb #98d60b00
 def row_losses(probs, targets, task):
-    "Return the loss of each row in 64 bits, (rows,)"
+    "Return the loss of each row as float64, (rows,)"
     n = len(probs)
     if task == 'regression':
         return (np.asarray(targets, dtype=float).reshape(n) - np.asarray(probs, dtype=float).reshape(n))**2
@@ -27,7 +27,7 @@ def row_losses(probs, targets, task):
 
 # %% ../../nbs/700_evaluation.scores.ipynb #8b6c3456
 def check_shapes(probs, targets, classes, task):
-    "Raise an error unless there is one prediction, or one for each class, for each target"
+    "Raise an error unless each target has one prediction, or one prediction for each class"
     n = len(targets)
     if len(probs) != n:
         raise DataError('Predictions and targets must have the same number of rows', f'{len(probs)} and {n}')
@@ -43,7 +43,7 @@ def check_shapes(probs, targets, classes, task):
 
 # %% ../../nbs/700_evaluation.scores.ipynb #c9b2dc32
 def check_probs(probs, task):
-    "Raise an error unless all predictions are finite, and probabilities between 0 and 1"
+    "Raise an error unless all predictions are finite and all probabilities are between 0 and 1"
     n = len(probs)
     finite = np.isfinite(probs.reshape(n, -1)).all(1) if n else np.ones(0, dtype=bool)
     if not finite.all():
@@ -54,7 +54,7 @@ def check_probs(probs, task):
                         'Pass scores of a model with `Evaluation.from_preds(..., logits=True)`')
 
 def check_targets(targets, n_classes, task):
-    "Raise an error unless targets are class numbers, or indicators for `multilabel`"
+    "Raise an error unless targets are class numbers, or 0/1 indicators for `multilabel`"
     if task == 'regression':
         return
     top = 2 if task == 'multilabel' else n_classes
@@ -71,7 +71,7 @@ def check_targets(targets, n_classes, task):
 
 # %% ../../nbs/700_evaluation.scores.ipynb #b6851da0
 def target_numbers(targets, classes):
-    "Turn names of classes into their numbers, and lists of names into 0/1 indicators; leave numbers as they are"
+    "Turn class names into class numbers and lists of names into 0/1 indicators; return numbers unchanged"
     targets = targets.tolist() if hasattr(targets, 'tolist') else list(targets)
     lists = (list, tuple, set)
     first = next((t for t in targets if not (isinstance(t, lists) and not len(t))), None)
@@ -90,14 +90,14 @@ def target_numbers(targets, classes):
 
 # %% ../../nbs/700_evaluation.scores.ipynb #3a0de172
 class ScoredRows:
-    "Probabilities, targets and losses of some rows, in the order of the rows"
+    "Hold probabilities, targets and losses of a set of rows, in the order of the rows"
     def __init__(self,
-        probs, # (rows, classes) probabilities, or (rows,) predicted values of a regression
-        targets, # (rows,) numbers of classes, (rows, classes) 0/1 indicators of several labels, or (rows,) values
+        probs, # Probabilities (rows, classes), or predicted values (rows,) of a regression
+        targets, # Class numbers (rows,), 0/1 indicators (rows, classes) of a multi-label task, or values (rows,)
         classes=None, # Names of the classes; `None` for a regression
-        losses=None, # (rows,) loss of each row
+        losses=None, # Loss of each row, (rows,)
         texts=None, # Text of each row
-        threshold:float=.5 # A class of a multi-label task is predicted above this probability
+        threshold:float=.5 # In a multi-label task, a class is predicted if its probability is above this threshold
     ):
         probs = np.asarray(probs)
         self.probs = probs if probs.dtype in (np.float32, np.float64) else probs.astype(float)
@@ -112,14 +112,14 @@ class ScoredRows:
         self.preds = self._decided(threshold)
     @classmethod
     def from_preds(cls,
-        probs, # (rows, classes) probabilities, or (rows,) values of a regression
-        targets, # Numbers or names of classes, indicators or lists of names, or values
+        probs, # Probabilities (rows, classes), or predicted values (rows,) of a regression
+        targets, # Class numbers or names, 0/1 indicators or lists of names, or values of a regression
         classes=None, # Names of the classes; `None` for a regression
-        losses=None, # (rows,) loss of each row; computed from the probabilities if `None`
+        losses=None, # Loss of each row, (rows,); computed from the probabilities if `None`
         texts=None, # Text of each row
-        logits:bool=False # Whether `probs` are scores before the softmax or sigmoid
+        logits:bool=False # Whether `probs` are logits, before softmax or sigmoid
     ):
-        "Make scored rows from predictions that exist already"
+        "Create an object from existing predictions"
         y = target_numbers(targets, classes)
         if logits:
             probs = activate(np.asarray(probs, dtype=float), 'multilabel' if y.ndim == 2 else 'classification')
@@ -128,8 +128,8 @@ class ScoredRows:
             rows.losses = row_losses(rows.probs, rows.targets, rows.task)
         return rows
     def with_probs(self,
-        probs, # (rows, classes) probabilities
-        preds=None # Decisions in the form of `preds`; the most probable class, or labels above one half, if `None`
+        probs, # Probabilities (rows, classes)
+        preds=None # New `preds`; if `None`, the most probable class, or labels with a probability above one half
     ):
         "Return the same rows with other probabilities"
         rows = type(self).from_preds(probs, self.targets, self.classes, texts=self.texts)
@@ -137,8 +137,8 @@ class ScoredRows:
             rows.preds = preds
         return rows
     @property
-    def indicators(self) -> np.ndarray: # (rows, classes) booleans
-        "True where a class is right for a row"
+    def indicators(self) -> np.ndarray: # Booleans (rows, classes)
+        "Return booleans that are true where a class is a true class of the row"
         if self.task == 'multilabel':
             return self.targets > 0
         return self.targets.astype(int)[:, None] == np.arange(len(self.classes))
@@ -160,12 +160,12 @@ class ScoredRows:
 
 # %% ../../nbs/700_evaluation.scores.ipynb #714a9f70
 def ratio(a, b):
-    "Divide `a` by `b`, with 0 where `b` is 0"
+    "Return `a/b`, or 0 where `b` is 0"
     a, b = np.broadcast_arrays(np.asarray(a, dtype=float), b)
     return np.divide(a, b, out=np.zeros(a.shape), where=b != 0)
 
 def class_scores(tp, true, pred):
-    "Return precision, recall and F1 of each class, (..., classes) each"
+    "Return precision, recall and F1 of each class, each as an array (..., classes)"
     return dict(precision=ratio(tp, pred), recall=ratio(tp, true), f1=ratio(2*tp, np.add(true, pred)))
 
 def averages(tp, true, pred):
@@ -191,11 +191,11 @@ def agreement_scores(tp, true, pred, n):
 
 # %% ../../nbs/700_evaluation.scores.ipynb #b53347df
 def resample_counts(
-    counts, # (kinds,) rows of each kind
-    parts, # Matrices (kinds, columns), to be summed over the rows
-    n_boot:int=1000, # Number of resamples
-    seed:int=0 # Seed of the draws
-) -> list: # For each matrix its sums, (n_boot, columns)
+    counts, # Number of rows of each kind, (kinds,)
+    parts, # Matrices (kinds, columns) to sum over the rows
+    n_boot:int=1000, # Number of bootstrap resamples
+    seed:int=0 # Random seed of the bootstrap
+) -> list: # Sums of each matrix, (n_boot, columns)
     "Sum matrices over `n_boot` resamples of the rows"
     from scipy.sparse import csr_array
     counts = np.asarray(counts)
@@ -203,7 +203,7 @@ def resample_counts(
     rng = np.random.default_rng(seed)
     matrices = [csr_array(part, dtype=float) for part in parts]
     sums = [[] for _ in matrices]
-    step = max(1, 4_000_000//len(counts)) # bounds the memory of one draw
+    step = max(1, 4_000_000//len(counts)) # limits the memory of one draw
     for start in range(0, n_boot, step):
         draws = rng.multinomial(n, counts/n, size=min(step, n_boot-start)).astype(float)
         for done, matrix in zip(sums, matrices):
@@ -212,7 +212,7 @@ def resample_counts(
 
 # %% ../../nbs/700_evaluation.scores.ipynb #166455c6
 def percentiles(draws, level=.95):
-    "Return the ends of the central interval that holds `level` of the draws along the first axis, (2, ...)"
+    "Return the ends of the central interval that contains a share `level` of the draws along the first axis, (2, ...)"
     draws = np.asarray(draws, dtype=float)
     ends = [(1-level)/2, (1+level)/2]
     missing = np.isnan(draws)
@@ -222,11 +222,11 @@ def percentiles(draws, level=.95):
 
 # %% ../../nbs/700_evaluation.scores.ipynb #2b7777fb
 def wilson_interval(
-    k, # Number of hits: a number or an array
+    k, # Number of successes, as a number or an array
     n, # Number of trials
-    level:float=.95 # Share of such intervals that contain the true value
-) -> tuple: # Lower and upper end of the share
-    "Return Wilson's interval of the share `k/n`; 0 to 1 where `n` is 0"
+    level:float=.95 # Confidence level
+) -> tuple: # Lower and upper end of the interval
+    "Return Wilson's interval of the share `k/n`, or 0 to 1 where `n` is 0"
     from scipy.stats import norm
     k = np.asarray(k, dtype=float)
     n = np.asarray(n, dtype=float)
@@ -237,7 +237,7 @@ def wilson_interval(
 
 # %% ../../nbs/700_evaluation.scores.ipynb #98837d75
 def curve(y, p, weight=None):
-    "Return thresholds from high to low, and the weight of the true rows and of all rows that reach each of them"
+    "Return thresholds from high to low, and the weight of true rows and of all rows that reach each threshold"
     order = np.argsort(-p)
     last_of_tie = np.flatnonzero(np.r_[np.diff(p[order]) != 0, True])
     w = np.ones(len(p)) if weight is None else weight[order]
@@ -246,7 +246,7 @@ def curve(y, p, weight=None):
     return p[order][last_of_tie], true, reached
 
 def ranking_scores(targets, probs, weight=None):
-    "Return ROC-AUC and average precision of each class from (rows, classes) indicators; NaN without rows on both sides"
+    "Return ROC-AUC and average precision of each class from indicators (rows, classes), NaN where undefined"
     auc = np.full(probs.shape[1], np.nan)
     ap = np.full(probs.shape[1], np.nan)
     for k in range(probs.shape[1]):
@@ -261,20 +261,20 @@ def ranking_scores(targets, probs, weight=None):
     return dict(roc_auc=auc, average_precision=ap)
 
 def mean_ranking(targets, probs, weight=None):
-    "Return the means of the ranking scores over the classes that have them"
+    "Return the mean of each ranking score over the classes for which it is defined"
     by_class = ranking_scores(targets, probs, weight)
     return {name: np.nan if np.isnan(v).all() else float(np.nanmean(v)) for name, v in by_class.items()}
 
 # %% ../../nbs/700_evaluation.scores.ipynb #1a71082f
 def bootstrap_rows(f, n, n_boot=200, level=.95, seed=0):
-    "Return the interval of each score in the dictionary that `f` computes from (n,) weights"
+    "Return the interval of each score in the dictionary that `f` returns for row weights (n,)"
     rng = np.random.default_rng(seed)
     draws = [f(np.bincount(rng.integers(0, n, n), minlength=n).astype(float)) for _ in range(n_boot)]
     return {name: percentiles([d[name] for d in draws], level) for name in draws[0]}
 
 # %% ../../nbs/700_evaluation.scores.ipynb #67d84c6d
 def spearman(a, b):
-    "Return the correlation of the ranks, with the mean rank for ties"
+    "Return the rank correlation, where ties get their mean rank"
     from scipy.stats import rankdata
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
@@ -294,7 +294,7 @@ def regression_scores(targets, preds, weight=None, ranking=True):
 
 # %% ../../nbs/700_evaluation.scores.ipynb #c2891f65
 def bin_rows(conf, n_bins, mass=False):
-    "Return the bin of each row, and the edges of the bins"
+    "Return the bin of each row and the edges of the bins"
     even = np.linspace(0, 1, n_bins+1)
     edges = np.unique(np.quantile(conf, even)) if mass else even
     if len(edges) == 1:
@@ -302,7 +302,7 @@ def bin_rows(conf, n_bins, mass=False):
     return np.searchsorted(edges[1:-1], conf, side='right'), edges
 
 def bin_sums(conf, right, n_bins, mass=False):
-    "Return the edges of the bins, and for each bin its rows, its right rows and its sum of confidences"
+    "Return the bin edges, and for each bin the number of rows, of right rows and the sum of confidences"
     at, edges = bin_rows(conf, n_bins, mass)
     n, k, c = (np.bincount(at, weights=w, minlength=len(edges)-1) for w in (None, right.astype(float), conf))
     return edges, n, k, c
@@ -314,7 +314,7 @@ def calibration_error(conf, right, n_bins=15, mass=False):
     return float((gap*n).sum()/n.sum()), float(gap.max())
 
 def brier(probs, targets, task):
-    "Return the mean squared distance between probabilities and truth"
+    "Return the mean squared distance between probabilities and true labels"
     p = np.asarray(probs, dtype=float)
     if task == 'multilabel':
         return float(((p-targets)**2).mean())

@@ -1,4 +1,4 @@
-"""Precision, recall and F1 of entities, with intervals, and every wrong entity
+"""Precision, recall and F1 of entities with confidence intervals, and a table of all wrong entities
 
 Docs: https://fastai-tl.github.io/fastai_tl/evaluation.tagging.html.md"""
 
@@ -20,7 +20,7 @@ from .scores import averages, class_scores, percentiles, resample_counts
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #9393bd4c
 def check_tags(preds, targets):
-    "Raise an error unless each sentence has as many predicted as true tags, all of them `O` or of the form `B-PER`"
+    "Raise an error unless each sentence has as many predicted as true tags, all `O` or of a form like `B-PER`"
     if len(preds) != len(targets):
         raise DataError('Predictions and targets must have the same number of sentences',
                         f'{len(preds)} and {len(targets)}')
@@ -38,7 +38,7 @@ def entities(tags):
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #86913d72
 def entity_table(tp, true, pred):
-    "Return precision, recall and F1 of each type, followed by the micro, macro and weighted average"
+    "Return precision, recall and F1 of each type, followed by their micro, macro and weighted averages"
     of_average = averages(tp, true, pred)
     table = {}
     for name, values in class_scores(tp, true, pred).items():
@@ -47,7 +47,7 @@ def entity_table(tp, true, pred):
     return table
 
 def match_entity(entity, found):
-    "Return the found entity in the same place or else one that overlaps, and how it differs"
+    "Return the predicted entity in the same place, or one that overlaps, and how it differs"
     same_place = [other for other in found if other[1:] == entity[1:]]
     overlapping = [other for other in found if other[1] <= entity[2] and entity[1] <= other[2]]
     near = next(iter(same_place + overlapping), None)
@@ -59,11 +59,11 @@ def match_entity(entity, found):
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #408a5c53
 class TagEvaluation:
-    "True and predicted tags of some sentences"
+    "Evaluate predicted tags of sentences against their true tags"
     def __init__(self,
         preds, # Lists of predicted tags such as `B-PER` and `O`, one list for each sentence
         targets, # Lists of true tags, of the same lengths
-        tokens=None # Lists of the tagged words, for the table of errors
+        tokens=None # Lists of words, shown in the table of errors
     ):
         self.preds = [list(tags) for tags in preds]
         self.targets = [list(tags) for tags in targets]
@@ -74,12 +74,12 @@ class TagEvaluation:
         self.types = sorted({kind for sentence in self.found+self.true for kind, _, _ in sentence})
     @classmethod
     def from_learner(cls,
-        learn, # A tagger of `hf_tagger_learner`
-        data=None, # A table with the columns of the training data, or lists of words; the Learner's own rows if `None`
-        labels=None, # Lists of true tags, where `data` are lists of words
-        ds_idx:int=1 # 0 for the training, 1 for the validation rows
+        learn, # A tagger made by `hf_tagger_learner`
+        data=None, # DataFrame with the columns of the training data, or lists of words; the Learner's rows if `None`
+        labels=None, # Lists of true tags, if `data` is lists of words
+        ds_idx:int=1 # 0 for the training rows, 1 for the validation rows
     ):
-        "Tag sentences and compare; long sentences are read in windows, and each word counts once"
+        "Tag sentences and compare with the true tags; long sentences are read in windows, and each word counts once"
         if data is None:
             items = learn.dls[ds_idx].dataset.items
             words, tags = [words for words, _ in items], [tags for _, tags in items]
@@ -98,15 +98,15 @@ class TagEvaluation:
         return f'TagEvaluation({len(self):,} sentences, {n_entities:,} entities, types={shorten(self.types)})'
     @property
     def accuracy(self) -> float:
-        "Share of tags that are right"
+        "Return the share of correct tags"
         right = [p == t for pred, true in zip(self.preds, self.targets) for p, t in zip(pred, true)]
         return float(np.mean(right)) if right else float('nan')
     def report(self,
-        level:float|None=.95, # Share of the bootstrap intervals of F1 that contain the true value; none if `None`
-        n_boot:int=1000, # Number of resamples
-        seed:int=0 # Seed of the resamples
-    ) -> ScoreTable: # precision | recall | f1 | low | high | support, for each type and the averages
-        "Report precision, recall and F1 of the entities"
+        level:float|None=.95, # Confidence level of the bootstrap intervals of F1; no intervals if `None`
+        n_boot:int=1000, # Number of bootstrap resamples
+        seed:int=0 # Random seed of the bootstrap
+    ) -> ScoreTable: # precision | recall | f1 | low | high | support, for each type and average
+        "Return precision, recall and F1 of the entities, with intervals of F1"
         if not len(self) or not self.types:
             raise DataError('A report needs at least one entity', f'{len(self)} sentences without')
         right = [found & true for found, true in zip(self.found, self.true)]
@@ -119,14 +119,14 @@ class TagEvaluation:
         support = parts[1].sum(0)
         return ScoreTable(df.assign(support=[*support, *[support.sum()]*3]))
     def errors(self) -> pd.DataFrame: # row | kind | true | predicted | first | last | text
-        "Return every entity that is not right: `missed`, `invented`, or with another `type` or other `ends`"
+        "Return all wrong entities: `missed`, `invented`, or with wrong `type`, wrong `ends` or `type and ends`"
         rows = [error for i in range(len(self)) for error in self._sentence_errors(i)]
         return pd.DataFrame(rows, columns=['row', 'kind', 'true', 'predicted', 'first', 'last', 'text'])
     def _counts(self, sets):
-        "Entities of each type in each sentence, (sentences, types)"
+        "Return the number of entities of each type in each sentence, (sentences, types)"
         return np.array([[sum(e[0] == kind for e in sentence) for kind in self.types] for sentence in sets])
     def _sentence_errors(self, i):
-        "The errors of one sentence: true entities in their order, then those that are left"
+        "Return the errors of one sentence: true entities that were not found, then invented ones"
         in_order = lambda entities: sorted(entities, key=lambda e: e[1:])
         found = in_order(self.found[i]-self.true[i])
         rows = []
