@@ -105,13 +105,13 @@ def _sampled(logits, k, rng):
 class ReplaceWords:
     "Replace some words with predictions of a masked language model"
     model:object # A transformers masked language model
-    tokenizer:object # Its tokenizer
+    tokenizer:object # The tokenizer of the model
     p:float=.15 # Probability of replacing a token
     top_k:int=10 # Number of most likely tokens to sample from
     variants:int=4 # Number of variants of each text
     bs:int=32 # Batch size
     max_length:int=128 # Maximum number of tokens; variants of longer texts are truncated
-    made:dict=field(default_factory=dict, repr=False) # The variants of each text, by text
+    made:dict=field(default_factory=dict, repr=False) # Variants that were already made, by text
     def __call__(self,
         x, # A text
         rng # A NumPy `Generator`
@@ -201,7 +201,7 @@ def _train_texts(dls):
 
 # %% ../../nbs/147_data.augmentation.ipynb #e2a27ac7
 def augment_texts(
-    dls:DataLoaders, # DataLoaders of texts, for a Hugging Face model or an AWD_LSTM
+    dls:DataLoaders, # DataLoaders of texts for a Hugging Face model or an AWD_LSTM
     *how, # `DropWords()`, `SwapWords()`, `MaskSpans()`, `ReplaceWords(…)` or functions `(text, rng)`; none: off
     share:float=.5, # Probability of changing a training text each time it is used
     seed:int|None=None # Random seed; `None`: NumPy's global generator

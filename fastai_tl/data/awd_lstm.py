@@ -128,7 +128,7 @@ def classifier_dls(
     tok=None, # Tokenizer for new texts; `None`: a `WordLevelTokenizer`
     rules=None, # Rules applied to new texts before they are tokenized; `None`: fastai's
     bs:int=64, # Batch size
-    seq_len:int=72, # Length of the chunks of padding: `seq_len` of the classifier
+    seq_len:int=72, # `seq_len` of the classifier; padding comes in chunks of this length
     **kwargs # `backwards` and `path`
 ) -> SpecDataLoaders:
     "Make DataLoaders for a classifier"

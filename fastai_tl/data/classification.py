@@ -38,7 +38,7 @@ class HFTableDataLoaders(SpecDataLoaders):
         return cls.from_df(read_table(path), tokenizer, **kwargs)
 
 # %% ../../nbs/130_data.classification.ipynb #fd54538a
-class LabelledText(UserList): # not a tuple (fastai applies transforms to each member), not a list (a pair)
+class LabelledText(UserList): # a tuple would be transformed member by member, and a list is a pair
     "A text, or a pair of texts, and its label"
 
 def loaders_of(cls, dsets, side, bs, val_bs=None, path='.', weights=None):
@@ -130,7 +130,7 @@ def _table_items(df, spec, with_labels):
     return zip(texts, check_labels(column(df, columns['label']), df.index, None, delim)[0])
 
 def _test_items(items, spec, with_labels):
-    "Convert the items that `test_dl` gets into what the transforms expect"
+    "Convert the items of `test_dl` to the form that the transforms expect"
     if isinstance(items, pd.DataFrame):
         items = _table_items(items, spec, with_labels)
     if not with_labels:
@@ -243,7 +243,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
         dataset, # A Hugging Face `Dataset` or `DatasetDict`
         tokenizer, # A name, a folder, or a transformers tokenizer
         label_col='label', # Column with the labels; `ClassLabel` numbers are converted to names
-        valid:str|None=None, # Name of the validation split; `None`: `validation`, `valid`, `dev` or `test`
+        valid:str|None=None, # Validation split; `None`: the first of `validation`, `valid`, `dev`, `test`
         **kwargs # Passed to `from_df`
     ): # `HFTextDataLoaders`
         "Make DataLoaders from a Hugging Face dataset"

@@ -28,7 +28,7 @@ class TokenTargetsDL(TokensDL):
     "A `TokensDL` with a target for each token, which shows predictions only where there is a target"
     def show_results(self,
         b, # A batch
-        out, # Predictions for it
+        out, # Predictions for the batch
         **kwargs # Passed to `TfmdDL.show_results`
     ):
         targets = b[-1].as_subclass(torch.Tensor)

@@ -90,7 +90,7 @@ class HFTokenizeQA(DisplayedTransform):
     def __init__(self,
         tokenizer, # A name, a folder, or a fast transformers tokenizer
         max_length:int|None=None, # Tokens per window; `None`: the tokenizer's own limit, at most 384
-        stride:int=64, # Tokens of the passage that neighbouring windows share
+        stride:int=64, # Overlap of neighbouring windows, in tokens of the passage
         rules=() # Functions from string to string, applied to questions, and to each character of passages
     ):
         self.tokenizer = load_tokenizer(tokenizer)
@@ -223,7 +223,7 @@ def check_answers(
 def hf_tokenize_qa(
     tokenizer, # A name, a folder, or a fast transformers tokenizer
     max_length:int|None=None, # Tokens per window; `None`: the tokenizer's own limit, at most 384
-    stride:int=64, # Tokens of the passage that neighbouring windows share
+    stride:int=64, # Overlap of neighbouring windows, in tokens of the passage
     lang:str='en' # `zh-tw` normalizes questions and passages with `CHINESE_RULES`; `en` does not
 ) -> HFTokenizeQA:
     "Make an `HFTokenizeQA` with the text rules of a language"
@@ -279,7 +279,7 @@ def _columns_of(df, **names):
     return {what: None if name is None else list(column(df, name)) for what, name in names.items()}
 
 def _as_examples(items, columns, with_labels):
-    "Convert the items that `test_dl` gets into `QAExample` objects"
+    "Convert the items of `test_dl` to `QAExample` objects"
     if isinstance(items, pd.DataFrame) and with_labels:
         parts = _columns_of(items, **columns)
         return check_answers(parts['question'], parts['context'], parts['answer'], parts.get('start'), items.index)
@@ -340,7 +340,7 @@ class HFQADataLoaders(SpecDataLoaders):
     def from_dataset(cls,
         dataset, # A Hugging Face `Dataset` or `DatasetDict` with the columns of SQuAD
         tokenizer, # A name, a folder, or a fast transformers tokenizer
-        valid:str|None=None, # Name of the validation split; `None`: `validation`, `valid`, `dev` or `test`
+        valid:str|None=None, # Validation split; `None`: the first of `validation`, `valid`, `dev`, `test`
         answer_col='answers', # Column with the answers
         **kwargs # Passed to `from_df`
     ): # `HFQADataLoaders`

@@ -49,7 +49,7 @@ class TextSpec:
     tokenizer:dict=field(default_factory=dict) # Settings to recreate the tokenizer
     max_length:int|None=None # Maximum number of tokens of a text, including special tokens
     truncation:bool=True # Whether longer texts are truncated to `max_length`
-    windows:int|None=None # Number of tokens by which windows of a long text overlap; `None`: no windows
+    windows:int|None=None # Overlap of the windows of a long text, in tokens; `None`: no windows
     backwards:bool=False # Whether texts are reversed, for a backwards model
     pairs:bool=False # Whether each item is a pair of texts
     columns:dict=field(default_factory=dict) # Column names, such as `{'text': 'review', 'label': 'stars'}`

@@ -167,7 +167,7 @@ class EncodeTags(DisplayedTransform):
         return ShownWords(self.vocab[i] if i >= 0 else '' for i in y.tolist())
 
 # %% ../../nbs/133_data.tagging.ipynb #22a80962
-class TaggedWords(UserList): # not a tuple (fastai applies transforms to each member), not a list (a list is words)
+class TaggedWords(UserList): # a tuple would be transformed member by member, and a list is words
     "Words and their tags"
 
 # %% ../../nbs/133_data.tagging.ipynb #e4cc1c39
@@ -324,7 +324,7 @@ class HFTagDataLoaders(SpecDataLoaders):
         tokenizer, # A name, a folder, or a fast transformers tokenizer
         words_col='tokens', # Column with lists of words
         tags_col='tags', # Column with lists of tags; `ClassLabel` numbers are converted to names
-        valid:str|None=None, # Name of the validation split; `None`: `validation`, `valid`, `dev` or `test`
+        valid:str|None=None, # Validation split; `None`: the first of `validation`, `valid`, `dev`, `test`
         **kwargs # Passed to `from_lists` and `hf_tagger_dls`
     ): # `HFTagDataLoaders`
         "Make DataLoaders from a Hugging Face dataset"

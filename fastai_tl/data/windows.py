@@ -38,7 +38,7 @@ def text_windows(
     texts:list, # Strings
     tokenizer, # A name, a folder, or a fast transformers tokenizer
     max_length:int|None=None, # Maximum tokens per window, including special tokens; `None`: the tokenizer's own
-    stride:int=32 # Tokens that neighbouring windows share
+    stride:int=32 # Overlap of neighbouring windows, in tokens
 ) -> tuple: # The windows as strings, and the index of the text of each window
     "Cut texts into windows of at most `max_length` tokens"
     tok = HFTokenize(tokenizer, max_length)
