@@ -19,12 +19,12 @@ from ..resources import read_json
 _tables = read_json('characters.zh-tw.json')
 
 def _char_class(ranges):
-    "Return a regular expression's class of characters, from ranges of hexadecimal code points such as `fe00-fe0f`"
+    "Return a regular expression's character class for ranges of hexadecimal code points such as `fe00-fe0f`"
     ends = [[chr(int(code, 16)) for code in o.split('-')] for o in ranges]
     return '[' + ''.join('-'.join(map(re.escape, o)) for o in ends) + ']'
 
 def _chars_of(ranges):
-    "Return all characters of such ranges"
+    "Yield all characters of ranges of hexadecimal code points"
     for o in ranges:
         first, last = (int(code, 16) for code in (o.split('-')*2)[:2])
         yield from map(chr, range(first, last+1))
@@ -38,7 +38,7 @@ _lone_surrogate = re.compile('[\ud800-\udfff]')
 def strip_invisible(
     text:str # Any string
 ) -> str:
-    "Remove control, zero-width and direction characters; replace lone surrogates by `�`"
+    "Remove control, zero-width and direction characters; replace lone surrogates with `�`"
     text = _invisible.sub('', text)
     if '\u200d' in text:
         text = _stray_joiner.sub('', text)
@@ -48,7 +48,7 @@ def strip_invisible(
 _LETTERS_AND_DIGITS = ('Lu', 'Ll', 'Lt', 'Lo', 'Lm', 'Nd') # Unicode's categories
 
 def _changed_by_nfkc(chars):
-    "Return `{character: normalized}` of those that NFKC changes"
+    "Return `{character: normalized}` for the characters that NFKC changes"
     normalized = {c: unicodedata.normalize('NFKC', c) for c in chars}
     return {c: n for c, n in normalized.items() if n != c}
 
@@ -60,7 +60,7 @@ _may_be_composed = re.compile(_char_class(_tables['changed_by_nfc']))
 def narrow_letters(
     text:str # Any string
 ) -> str:
-    "Make letters and digits narrow and kana wide, and combine accents with their letters"
+    "Make letters and digits half-width and kana full-width, and combine accents with their letters"
     text = _may_be_wide.sub(lambda m: _narrow.get(m[0], m[0]), text)
     needs_nfc = not text.isascii() and _may_be_composed.search(text)
     return unicodedata.normalize('NFC', text) if needs_nfc else text
@@ -75,7 +75,7 @@ _variant_of_plane_2 = re.compile('[\U0002f800-\U0002fa1f]')
 def unify_variants(
     text:str # Any string
 ) -> str:
-    "Replace each variant of a character by the one that Taiwan writes, see `VARIANTS`"
+    "Replace each variant of a character with the form that is used in Taiwan, see `VARIANTS`"
     text = _variant.sub(lambda m: VARIANTS[m[0]], text)
     return _variant_of_plane_2.sub(lambda m: VARIANTS.get(m[0], m[0]), text)
 
@@ -83,7 +83,7 @@ def unify_variants(
 def squeeze_spaces(
     text:str # Any string
 ) -> str:
-    "Replace each run of white space (line ends and wide spaces included) by one space; remove it at both ends"
+    "Replace each run of white space, including line breaks, with one space, and strip both ends"
     return ' '.join(text.split())
 
 # %% ../../nbs/120_data.chinese_rules.ipynb #ced5ab08
@@ -92,7 +92,7 @@ CHINESE_RULES = [strip_invisible, narrow_letters, unify_variants, squeeze_spaces
 def normalize_chinese(
     text:str, # Any string
     rules=None # Functions from string to string, applied in order; `None`: `CHINESE_RULES`
-) -> str: # The text that is tokenized, and that decoding returns
+) -> str: # The normalized text, which is tokenized and which decoding returns
     "Apply all rules to a text"
     return reduce(lambda text, rule: rule(text), CHINESE_RULES if rules is None else rules, text)
 
@@ -102,16 +102,16 @@ _narrow_mark = re.compile(rf'(?<=[{HAN}，。！？：；）」])(?:[,!?:;](?![,
 def widen_punctuation(
     text:str # Any string
 ) -> str:
-    "Replace `,` and similar marks after a Chinese character by `，` and similar ones"
+    "Make `,` and similar marks full-width (`，`) after a Chinese character"
     before = None
-    while text != before: # a mark that was made wide counts as a Chinese character for the next one
+    while text != before: # a full-width mark counts as a Chinese character for the mark after it
         before = text
         text = _narrow_mark.sub(lambda m: _tables['wide_marks'][m[0]], text)
     return text
 
 # %% ../../nbs/120_data.chinese_rules.ipynb #efd01b07
 class ToTraditional:
-    "A rule that converts Simplified characters, and words, to those of Taiwan, with OpenCC"
+    "A rule that converts Simplified characters and words to those used in Taiwan, with OpenCC"
     def __init__(self,
         config:str='s2twp' # OpenCC's configuration: `s2twp` converts words too, `s2tw` characters only
     ):

@@ -1,4 +1,4 @@
-"""From tokens back to text: undo fastai's rules, and put spaces where they belong
+"""Turn tokens back into text: undo fastai's rules, and put spaces where they belong
 
 Docs: https://fastai-tl.github.io/fastai_tl/data.decoding.html.md"""
 
@@ -14,17 +14,17 @@ from fastai.text.core import BOS, EOS, FLD, PAD, TK_MAJ, TK_REP, TK_UP, TK_WREP
 # %% ../../nbs/103_data.decoding.ipynb #ab745dfe
 TK_SPACE = 'xxsp' # a space where the rule of `join_marked` has none
 TK_GLUE = 'xxglue' # no space where that rule has one
-GLUE = '\u2060' # `TK_GLUE` decoded: Unicode's word joiner
+GLUE = '\u2060' # `TK_GLUE` is decoded to Unicode's word joiner
 _TEXT_OF_MARK = {BOS: '', EOS: '', PAD: '', FLD: '', 'xxfake': '', TK_SPACE: ' ', TK_GLUE: GLUE}
 
 # %% ../../nbs/103_data.decoding.ipynb #5ebccd97
 def undo_rules(
-    tokens:list, # Tokens, special ones among them
+    tokens:list, # Tokens, including special tokens
     space:str='▁' # Character that means a space inside a token; empty if there is none
-) -> list: # `(word, indexes of its tokens)`; the word is empty where there is nothing to read
+) -> list: # `(word, indexes of its tokens)` pairs; the word is empty if its tokens have no text
     "Turn fastai's special tokens and the tokens that follow them into words"
     words = []
-    indexes = [] # of the tokens of the current word
+    indexes = [] # indexes of the tokens of the current word
     rule = count = None
     for i, token in enumerate(tokens):
         indexes.append(i)
@@ -97,7 +97,7 @@ def is_letter(
     return _letter.match(char) is not None
 
 def join_marked(
-    words # Words and marks such as `undo_rules` returns
+    words # Words and marks, as `undo_rules` returns them
 ) -> str: # Text
     "Join words into a text, with a space between two words of letters or digits unless `GLUE` is between them"
     parts = ['']

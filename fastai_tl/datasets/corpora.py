@@ -23,7 +23,7 @@ from ..files import atomic_path
 LIBRARIES = dict(numpy='numpy', scipy='scipy', pandas='pandas', sklearn='scikit-learn', matplotlib='matplotlib',
                  torch='torch')
 
-# Tests, bundled copies of other projects and compiler internals hold little prose
+# Tests, bundled copies of other projects and compiler internals contain little prose
 _SKIPPED_FOLDERS = set('''tests test testing conftest.py _vendor externals extern _inductor _dynamo _export
     _functorch _higher_order_ops _refs _decomp _prims _numpy _subclasses array_api_compat _pytest site-packages
     dist-packages idlelib lib2to3 turtledemo ensurepip pydoc_data __pycache__'''.split())
@@ -54,7 +54,7 @@ def _docstrings(node, name):
             yield name, docstring
     if docstring := _docstring_of_call(node):
         yield f'{name}:{node.lineno}', docstring
-    for block in ('body', 'orelse', 'handlers', 'finalbody'): # statements only: expressions document nothing
+    for block in ('body', 'orelse', 'handlers', 'finalbody'): # only statements: expressions contain no docstrings
         for child in getattr(node, block, []):
             yield from _docstrings(child, name)
 
@@ -69,7 +69,7 @@ def _docstring_of_call(node):
 
 # %% ../../nbs/150_datasets.corpora.ipynb #bda68439
 def _read_docstrings(path, name):
-    "Return all docstrings of a file; none for a template or a file for another Python version"
+    "Return all docstrings of a file; an empty list if Python cannot parse the file"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # invalid escape sequences in others' code
         try:
@@ -115,9 +115,9 @@ def _starts_paragraph(text):
 
 # %% ../../nbs/150_datasets.corpora.ipynb #f96ddf8e
 _MARKUP = [(re.compile(pattern), replacement) for pattern, replacement in [
-    (r':math:`([\w ]{1,12})`', r'\1'),                                    # a short symbol is read as a word,
+    (r':math:`([\w ]{1,12})`', r'\1'),                                    # a short symbol is kept as a word,
     (r':math:`[^`]*`|\$[^$]*[\\^=][^$]*\$', 'formula'),                   # other formulas are not English
-    (r':[\w:+-]+:`~?(?:[^`<]*<)?(?:[^`<>]*\.)?([^`<>.]*)>?`', r'\1'),     # :func:`~lib.mod.name` is read as `name`
+    (r':[\w:+-]+:`~?(?:[^`<]*<)?(?:[^`<>]*\.)?([^`<>.]*)>?`', r'\1'),     # :func:`~lib.mod.name` becomes `name`
     (r'`([^`<]*?)\s*<[^`>]*>`_*', r'\1'),                                 # links
     (r'``([^`]*)``', r'\1'),
     (r'`([^`]*)`_*', r'\1'),
@@ -132,7 +132,7 @@ _MARKUP = [(re.compile(pattern), replacement) for pattern, replacement in [
 
 def clean_markup(
     text:str # A paragraph in reStructuredText or Markdown
-) -> str: # The same as plain English
+) -> str: # The paragraph as plain text
     "Remove references, emphasis, formulas and links, and normalize white space"
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
@@ -215,25 +215,25 @@ def is_prose(
     text:str, # A passage
     min_words:int=6, # Minimum number of words of two letters or more
     max_words:int=60 # Maximum number of words
-) -> bool: # Whether it reads as English
-    "Tell sentences from code, tables and templates"
+) -> bool: # `True` for prose
+    "Return whether a passage is prose rather than code, a table or a template"
     n_letters = sum(c.isalpha() or c == ' ' for c in text)
     n_words = len(re.findall('[A-Za-z]{2,}', text))
     has_length = min_words <= n_words and len(text.split()) <= max_words
     return has_length and n_letters > .85*len(text) and not _template.search(text)
 
 # %% ../../nbs/150_datasets.corpora.ipynb #d23cb4ee
-CORPUS_VERSION = 1 # raise it when the same sources give another corpus: it is part of the cache's file name
+CORPUS_VERSION = 1 # part of the cache's file name; increase it if the same sources give another corpus
 
 def _cache_file(kind, parts, cache_dir):
-    "Return where the corpus of exactly these versions is kept"
+    "Return the path of the cache file for exactly these versions"
     default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fastai_tl'
     key = json.dumps([kind, CORPUS_VERSION, sys.version.split()[0], *parts])
     file = f'{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl.gz'
     return Path(cache_dir or default).expanduser()/file
 
 def _cached(kind, parts, make, cache_dir, refresh):
-    "Read a corpus from the cache, or make and keep it; works without a cache if that is damaged or cannot be written"
+    "Read a corpus from the cache, or make it and save it; ignore a damaged cache and errors in writing it"
     path = _cache_file(kind, parts, cache_dir)
     try:
         if not refresh:
@@ -252,7 +252,7 @@ def _cached(kind, parts, make, cache_dir, refresh):
 
 # %% ../../nbs/150_datasets.corpora.ipynb #5f35c3d2
 def _split_part(source):
-    "Return `train` (80 %), `valid` (10 %) or `test` (10 %) by the docstring's name, so that a new version moves none"
+    "Return `train` (80 %), `valid` (10 %) or `test` (10 %), depending only on the docstring's name"
     tenth = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) % 10
     return {8: 'valid', 9: 'test'}.get(tenth, 'train')
 
@@ -277,7 +277,7 @@ def docstring_corpus(
     cache_dir=None, # Folder of the cache; default `$XDG_CACHE_HOME/fastai_tl` or `~/.cache/fastai_tl`
     refresh:bool=False # Whether to make the corpus again even if the cache has it
 ) -> pd.DataFrame: # Columns `text`, `label`, `split` (`train`, `valid`, `test`), `role`, `library` and `source`
-    "Return passages of the docstrings of the installed libraries, masked, without near-duplicates, and split"
+    "Return passages from the installed libraries' docstrings: masked, split, and without near-duplicates"
     if label not in ('role', 'library'):
         raise DataError("`label` must be 'role' or 'library'", repr(label), did_you_mean(label, ['role', 'library']))
     for library in libraries:
@@ -296,10 +296,10 @@ def _library_version(library):
 # %% ../../nbs/150_datasets.corpora.ipynb #57a87df9
 def label_budget(
     df:pd.DataFrame, # A corpus with columns `label` and `split`
-    n_per_class:int=50, # Labels of each class that stay in `train`
-    seed:int=0, # Decides which passages keep their labels
-    n_eval:int|None=None # Labels of each class that stay in each of `valid` and `test`; `None`: all
-) -> pd.DataFrame: # The same rows, with `None` as the label of the others
+    n_per_class:int=50, # Number of labels to keep for each class in `train`
+    seed:int=0, # Random seed of the choice of labelled passages
+    n_eval:int|None=None # Number of labels to keep for each class in each of `valid` and `test`; `None`: all
+) -> pd.DataFrame: # The same rows; the label is `None` where it was removed
     "Keep the labels of `n_per_class` training passages of each class, and all texts"
     shuffled = df[df.label.notna()].sample(frac=1, random_state=seed)
     rank = shuffled.groupby(['split', 'label']).cumcount().reindex(df.index)

@@ -57,9 +57,9 @@ def _review(rng, good):
 def sample_reviews(
     n:int=2000, # Number of reviews
     seed:int=42, # The same seed gives the same reviews
-    noise:float=.03 # Share of wrong labels, as real reviews have
+    noise:float=.03 # Share of wrong labels; real reviews have some, too
 ) -> pd.DataFrame: # Columns `text` and `label` (正面 or 負面)
-    "Make hotel reviews in Traditional Chinese, half of them 正面 (positive), none twice"
+    "Generate distinct hotel reviews in Traditional Chinese, about half of them 正面 (positive)"
     if n < 1:
         raise DataError('At least one review is needed', str(n))
     rng = np.random.default_rng(derive_seed(seed, 'reviews'))
