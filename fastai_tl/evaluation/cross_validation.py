@@ -43,7 +43,7 @@ def fold_metrics(
 
 # %% ../../nbs/738_evaluation.cross_validation.ipynb #523904dd
 def corrected_ttest(
-    differences, # Differences of two scores (folds,), or scores, to get an interval of their mean
+    differences, # Differences between two scores, (folds,); or scores, for an interval of their mean
     ratio:float, # Number of validation rows divided by the number of training rows
     level:float=.95 # Confidence level of the interval
 ) -> dict: # `mean`, `sd`, `low`, `high`, `t`, `p`

@@ -133,11 +133,11 @@ def rows_by_value(values, min_rows):
 def slice_errors(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     by=None, # `length`, `class`, `predicted`, a function of a text, a list of these, or a Series, DataFrame or dict
-    bins:int=4, # Number of ranges into which numbers and dates with more values are cut
+    bins:int=4, # Numbers and dates are cut into this many ranges if they have more values
     min_rows:int=10, # Values with fewer rows are pooled
     level:float=.95 # Confidence level of the intervals
 ) -> pd.DataFrame: # slice | value | rows | errors | error | low | high | worse | p
-    "Return the error rate, or mean absolute error of a regression, by slice, with the worst slice first"
+    "Return the error rate by slice, the worst first; for a regression, the mean absolute error"
     from scipy.stats import false_discovery_control
     errors = row_errors(ev)
     of_slice = mean_of_slice if ev.task == 'regression' else rate_of_slice
@@ -183,7 +183,7 @@ def plot_slice_errors(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     by=None, # What to slice by; see `error_slices`
     n:int=15, # Maximum number of slices; the worst are shown
-    bins:int=4, # Number of ranges into which numbers and dates with more values are cut
+    bins:int=4, # Numbers and dates are cut into this many ranges if they have more values
     min_rows:int=10, # Values with fewer rows are pooled
     level:float=.95 # Confidence level of the intervals
 ):
@@ -279,14 +279,14 @@ def overused_error_words(
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #c5cd7e8b
 def confident_class(probs, labels):
-    "Return the class of which each row is confident (the set in eq. 1 of the paper), or -1"
+    "Return the class of which the model is confident for each row (the set in eq. 1 of the paper), or -1"
     n = np.bincount(labels, minlength=probs.shape[1])
     mean = np.array([probs[labels == k, k].mean() if n[k] else np.inf for k in range(len(n))])
     above = probs >= np.maximum(mean, 2e-6)-1e-6 # tolerance for rounding, for when all rows have the same probability
     return np.where(above.any(1), np.where(above, probs, -1).argmax(1), -1)
 
 def suspects(probs, labels):
-    "Return rows that are confident of another class and whose label is not the most probable, and the other class"
+    "Return rows where the model is confident of another class and the label is not the most probable, and that class"
     guess = confident_class(probs, labels)
     of_label = probs[np.arange(len(labels)), labels]
     rows = np.flatnonzero((guess >= 0) & (guess != labels) & (probs.max(1) > of_label+1e-6))
@@ -306,7 +306,7 @@ def label_noise_table(
     guess = confident_class(ev.probs, y)
     cells = y[guess >= 0]*n_classes + guess[guess >= 0]
     joint = np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes).astype(float)
-    np.fill_diagonal(joint, np.maximum(joint.diagonal(), 1)) # a class of which no row is confident keeps its labels
+    np.fill_diagonal(joint, np.maximum(joint.diagonal(), 1)) # a class that no row is confidently in keeps its labels
     joint *= (np.bincount(y, minlength=n_classes)/joint.sum(1))[:, None]
     return pd.DataFrame(joint, index=ev.classes, columns=ev.classes)
 

@@ -94,7 +94,7 @@ class Evaluation(ScoredRows):
 
 # %% ../../nbs/732_evaluation.evaluation.ipynb #734518a9
 def evaluated(learn, data=None, labels=None, ds_idx=1, dl=None):
-    "Return the evaluation of a Learner that fits its task"
+    "Evaluate a Learner with the evaluation class of its task"
     if isinstance(data, int):
         ds_idx = data
         data = None

@@ -25,7 +25,7 @@ class ModelEvaluator:
         test_loader, # Iterable of batches, each a dictionary with `labels` or `(inputs, labels)`
         class_names, # Names of the classes, in the order of the logits
         folder='.', # Folder for the figures
-        lang:str|None=None # Language of the output: `en` or `zh-tw`; if `None`, it is that of the class names
+        lang:str|None=None # Language of the output; if `None`, `zh-tw` for Chinese class names, else `en`
     ):
         self.model = model
         self.test_loader = test_loader

@@ -60,7 +60,7 @@ class AnswerEvaluation:
         labels=None, # Accepted answers, if `data` is a list of pairs
         ds_idx:int=1 # 0 for the training rows, 1 for the validation rows
     ):
-        "Answer questions and compare with the accepted answers; long passages are read in windows"
+        "Evaluate the answers of a Learner; long passages are read in windows, and each question counts once"
         if data is None:
             windows = learn.dls[ds_idx].dataset.items
             examples = list({id(w.example): w.example for w in windows}.values())

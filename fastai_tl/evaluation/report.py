@@ -177,7 +177,7 @@ def score_report(
     wide:bool=False, # Add intervals of precision and recall
     seed:int=0 # Random seed of the bootstrap
 ) -> ScoreTable: # precision | recall | f1 | score | low | high | support, by class, average and overall score
-    "Return the scores of each class, their averages and overall scores with intervals, or those of a regression"
+    "Return class scores, their averages and overall scores with intervals; for a regression, its scores"
     if ev.task == 'regression':
         return regression_report(ev, level, n_boot, ranking, seed)
     return classes_report(ev, level, n_boot, ranking, wide, seed)
@@ -224,7 +224,7 @@ def plot_confusion_matrix(
 # %% ../../nbs/704_evaluation.report.ipynb #d11ac76f
 def confused_pairs(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    n:int=10 # Largest number of pairs
+    n:int=10 # Maximum number of pairs
 ) -> pd.DataFrame: # true | predicted | count | share
     "Return the pairs of classes that are confused most often"
     m = confusion_matrix(ev)

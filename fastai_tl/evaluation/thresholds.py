@@ -134,7 +134,7 @@ def decide_by_thresholds(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     thresholds # A threshold for each class, in the order of the classes, or the table of `thresholds()`
 ): # The same rows and probabilities with new `preds`
-    "Predict each label that reaches its threshold; in single-label tasks, the class with the highest ratio to it"
+    "Predict labels that reach their thresholds; in single-label tasks, the class with maximal `probs/thresholds`"
     t = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
     t = np.asarray(t, dtype=float)
     if ev.task == 'regression' or t.shape != (len(ev.classes),):
