@@ -1,4 +1,4 @@
-"""`learn.compile_model()`: train with `torch.compile` where it works and pays
+"""`learn.compile_model()`: train with `torch.compile` where it works and saves time
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.compilation.html.md"""
 
@@ -43,12 +43,12 @@ def _check_compilable(learn, backend):
 # %% ../../nbs/340_efficiency.compilation.ipynb #70131b3d
 @patch
 def compile_model(self:Learner,
-    on:bool=True, # `False`: use the model uncompiled again
-    dynamic:bool=True, # Compile once for texts of all lengths, rather than once for each length
-    backend:str='inductor', # See `torch.compile`
+    on:bool=True, # `False` uses the model without compilation again
+    dynamic:bool=True, # Whether to compile once for texts of all lengths, rather than once for each length
+    backend:str='inductor', # Backend of `torch.compile`
     **kwargs # Passed to `torch.compile`
 ) -> Learner: # The same Learner
-    "Train, validate and predict with a compiled model; the first batch takes the time of compiling"
+    "Train, validate and predict with a compiled model; the first batch includes the compilation"
     if on:
         _check_compilable(self, backend)
     part = self.model.hf if isinstance(self.model, HFModel) else self.model

@@ -14,7 +14,7 @@ import numpy as np, torch
 from ..core import FastaiTLError, unknown_option
 
 # %% ../../nbs/330_efficiency.feature_store.ipynb #9200ff95
-def free_memory() -> float: # Bytes; infinite where the system does not say
+def free_memory() -> float: # Bytes; infinity if the system does not report it
     "Return the memory that can be used without swapping"
     try:
         lines = Path('/proc/meminfo').read_text().splitlines()
@@ -31,7 +31,7 @@ def _remove(path):
     Path(path).unlink(missing_ok=True)
 
 def size_in_words(n):
-    "Return a number of bytes in kB, MB or GB"
+    "Format a number of bytes in kB, MB or GB"
     if n >= 1e9:
         return f'{n/1e9:.1f} GB'
     return f'{n/1e6:.1f} MB' if n >= 1e5 else f'{n/1e3:.1f} kB'
@@ -41,10 +41,10 @@ class StateStore:
     "Hidden states of texts of different lengths, in memory or in a memory-mapped file"
     def __init__(self,
         lengths, # Number of rows of each text
-        width:int, # Numbers in a row
+        width:int, # Number of values in a row
         dtype:torch.dtype=torch.float32, # Dtype of the store
         where:str='auto', # `memory`, `disk`, or `auto`: the disk if the states need more than half of the free memory
-        folder:str|Path='.' # For the file, which is removed together with the store
+        folder:str|Path='.' # Folder for the file, which is removed together with the store
     ):
         if where not in ('auto', 'memory', 'disk'):
             raise unknown_option('where', where, ('auto', 'memory', 'disk'))
@@ -59,7 +59,7 @@ class StateStore:
 
     @property
     def nbytes(self):
-        "Number of bytes of all states"
+        "Return the size of all states in bytes"
         return int(self.ends[-1])*self.width*self.dtype.itemsize
 
     def __len__(self):
@@ -106,7 +106,7 @@ class StateStore:
 
     def read(self,
         idxs, # Indexes of texts
-        left:bool=False # Pad on the left
+        left:bool=False # Whether to pad on the left
     ) -> torch.Tensor: # (texts, rows of the longest, width), with zeros as padding
         "Return the states of some texts"
         idxs = np.asarray(idxs)

@@ -47,7 +47,7 @@ def find_blocks(
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #f4f6f682
 def frozen_layers(
     model:nn.Module # A Hugging Face model, or a module with one in it, some of its layers frozen
-) -> int: # -1 if even the embeddings train
+) -> int: # -1 if the embeddings are trained, too
     "Count the blocks, from the bottom, that are frozen together with everything below them"
     groups = layer_groups(model)
     lowest = next((i for i, g in enumerate(groups) if any(p.requires_grad for p in g.params)), len(groups))
@@ -64,7 +64,7 @@ def frozen_layers(
 def replaced_forwards(
     forwards:dict # Module → the function that replaces its `forward`
 ):
-    "Replace the `forward` of modules inside the block"
+    "Replace the `forward` of modules inside the `with` block"
     before = {module: module.__dict__.get('forward') for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -88,7 +88,7 @@ def block_output(out):
 
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #2d26bea9
 def probe_batch(model):
-    "Return positional and named arguments for `model`: two texts, the second one shorter"
+    "Return positional and keyword arguments for `model`: two texts, the second one shorter"
     inputs = dummy_inputs(hf_models(model)[0])
     ids = inputs['input_ids'].repeat(2, 1)
     mask = torch.ones_like(ids)
@@ -108,12 +108,12 @@ def logits_of(out):
     return out.logits if hasattr(out, 'logits') else torch.cat(list(out), -1)
 
 def relative_difference(a, b):
-    "Return the largest difference, relative to the largest number of `b`"
+    "Return the largest difference, relative to the largest value in `b`"
     return ((a-b).abs().max()/b.abs().max().clamp(min=1e-6)).item()
 
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #2a7278f2
 def _observe(model, blocks, args, kwargs):
-    "Run an ordinary forward pass; return the module that feeds the first block, and inputs and outputs"
+    "Run an ordinary forward pass; return the module before the first block, and inputs and outputs"
     made = []
     order = []
     seen = {}
@@ -173,7 +173,7 @@ class Prefix:
         args, kwargs = probe_batch(self.model)
         self._feeder, first_input, first_output, whole = _observe(self.model, self.blocks, args, kwargs)
         self._tuple_length = len(first_output) if isinstance(first_output, tuple) else 0
-        self.width = first_input.shape[-1] # numbers of a hidden state
+        self.width = first_input.shape[-1] # size of a hidden state
         states = self.record(*args, **kwargs)
         with self.replay(states):
             again = logits_of(self.model(*args, **kwargs))
@@ -189,8 +189,8 @@ class Prefix:
         return (states,) + (None,)*(self._tuple_length-1) if self._tuple_length else states
 
     def record(self,
-        *args, # The arguments of the model
-        **kwargs # Its named arguments
+        *args, # Positional arguments of the model
+        **kwargs # Keyword arguments of the model
     ) -> torch.Tensor: # (texts, tokens, width)
         "Run the model and return the states at the cut"
         recorded = []
@@ -217,7 +217,7 @@ class Prefix:
     def replay(self,
         states:torch.Tensor # (texts, tokens, width), from `record`
     ):
-        "Let the model continue from `states` inside the block; its inputs still say what is padding"
+        "Make the model continue from `states` inside the `with` block; its inputs still define the padding"
         def skip(*a, **kw):
             return self._as_output(states)
         forwards = {block: skip for block in self.blocks[:self.k]}
@@ -245,7 +245,7 @@ def is_pooled(
 class PooledPrefix:
     "fastai's text classifier, cut between the pooling and the layers of its head"
     def __init__(self,
-        model # A text classifier that `get_text_classifier` made
+        model # A text classifier from `get_text_classifier`
     ):
         if not is_pooled(model):
             raise FastaiTLError('The model must be a text classifier of fastai', f'a {type(model).__name__}')
@@ -253,7 +253,7 @@ class PooledPrefix:
         self.encoder = model[0]
         self.head = model[1]
         first_linear = next(m for m in self.head.layers.modules() if isinstance(m, nn.Linear))
-        self.width = first_linear.in_features # numbers of a text
+        self.width = first_linear.in_features # size of the vector of a text
 
     def __str__(self):
         return 'the encoder and its pooling'
@@ -276,7 +276,7 @@ class PooledPrefix:
     def replay(self,
         states:torch.Tensor # (texts, width), from `record`
     ):
-        "Let the head continue from `states` inside the block; the outputs for fastai's regularisation are zeros"
+        "Make the head continue from `states` in the `with` block; the outputs for fastai's regularizers are zeros"
         no_outputs = states.new_zeros(1, 2, 1)
         def encoder(x): return states
         def head(pooled): return self.head.layers(pooled), no_outputs, no_outputs
@@ -286,7 +286,7 @@ class PooledPrefix:
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #b683b8d1
 def frozen_prefix(
     model:nn.Module # A Hugging Face model or an AWD_LSTM classifier, some of its layers frozen
-): # A `Prefix` or a `PooledPrefix`; `None` if nothing is frozen that is worth keeping
+): # A `Prefix` or a `PooledPrefix`; `None` if no output of frozen layers is worth storing
     "Cut `model` above its frozen layers"
     if is_pooled(model):
         encoder_trains = any(p.requires_grad for p in model[0].parameters())

@@ -26,7 +26,7 @@ def last_tokens(ids, pad):
     return (torch.arange(ids.shape[-1], device=ids.device)*(ids != pad)).argmax(-1)
 
 class HeadPositions:
-    "Find the position that the head reads in each text; a context that remembers the `input_ids` of the model"
+    "Find the position that the head reads in each text; use it as a context, which stores the `input_ids`"
     def __init__(self, model):
         self.hf = hf_models(model)[0]
         self.now = threading.local()
@@ -47,7 +47,7 @@ class HeadPositions:
         return last_tokens(self.now.ids, getattr(self.hf.config, 'pad_token_id', None))
 
     def __getstate__(self):
-        return {**self.__dict__, 'now': None} # what a thread remembers is neither copied nor saved
+        return {**self.__dict__, 'now': None} # the data of a thread are neither copied nor saved
     def __setstate__(self, state):
         self.__dict__.update(state, now=threading.local())
 
@@ -89,7 +89,7 @@ def _find_attention(block):
         for names in _PROJECTIONS:
             if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
                 found.append((module, names))
-        if type(getattr(module, 'c_attn', None)).__name__ == 'Conv1D': # GPT-2: all three in one
+        if type(getattr(module, 'c_attn', None)).__name__ == 'Conv1D': # GPT-2: one module for all three
             found.append((module, ('c_attn',)))
     if len(found) != 1:
         raise FastaiTLError('The top layer must have one attention module of a known form',
@@ -119,7 +119,7 @@ def _project(attn, names, x, text):
 
 # %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #98a558a3
 def _mask_row(mask, attn, at, n, dtype):
-    "Return the row of the mask for one query per text: (texts, 1, 1, n), or `None` if it sees all tokens"
+    "Return the row of the mask for one query per text: (texts, 1, 1, n), or `None` if the query attends to all tokens"
     if mask is None:
         if not getattr(attn, 'is_causal', False) or bool((at == n-1).all()):
             return None
@@ -196,7 +196,7 @@ class SinglePosition:
     "Let the top layer of a model compute only the position that its head reads, inside the `with` block"
     def __init__(self,
         model:nn.Module, # An `HFModel`, or a model of transformers with a head
-        tolerance:float=1e-3 # Largest accepted difference from the ordinary layer, relative to its largest number
+        tolerance:float=1e-3 # Maximum difference from the ordinary layer, relative to the largest value of its output
     ):
         self.model = model
         self.top = find_blocks(model)[-1]
@@ -263,19 +263,19 @@ class SinglePosition:
         return out if self.kind == 'first' else self._at_all_positions(out, states.shape[1])
 
     def _at_all_positions(self, out, n):
-        "Repeat the one state at all positions, because the head of a decoder looks for the last position by itself"
+        "Repeat the one state at all positions, because a decoder's head selects the last position itself"
         states = block_output(out).expand(-1, n, -1)
         return (states, *out[1:]) if isinstance(out, tuple) else states
 
     def _attention(self, *args, **kwargs):
-        "Compute attention of one query per text, with what `_forward` has prepared in this thread"
+        "Compute attention of one query per text, with the inputs that `_forward` prepared in this thread"
         prepared = getattr(self._now, 'text', None)
         if prepared is None:
             return self._own_attention(*args, **kwargs)
         return _attend(self.attn, self.names, *prepared, *args, **kwargs)
 
     def __getstate__(self):
-        return {**self.__dict__, '_stack': None, '_now': None} # what belongs to a thread is neither copied nor saved
+        return {**self.__dict__, '_stack': None, '_now': None} # the data of a thread are neither copied nor saved
     def __setstate__(self, state):
         self.__dict__.update(state, _now=threading.local())
     def __repr__(self):
@@ -283,16 +283,16 @@ class SinglePosition:
 
 # %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #dc669ae9
 def one_position(model, tolerance=1e-3):
-    "Switch `SinglePosition` on for good and return it; return `None` if it does not work for `model`"
+    "Switch `SinglePosition` on permanently and return it; return `None` if it does not work for `model`"
     try:
         return SinglePosition(model, tolerance).__enter__()
-    except Exception: # whatever the reason is, the model can compute in full
+    except Exception: # whatever the reason is, the model can compute all positions
         return None
 
 # %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #887676d0
 class SinglePositionTop(AroundBatch):
     "Compute only one position in the top layer, in training and prediction"
-    order = 0 # so that it encloses what other Callbacks do around the batch
+    order = 0 # so that its context encloses those of other Callbacks
     one = None # the `SinglePosition` of the model
 
     def before_fit(self):
