@@ -1,4 +1,4 @@
-"""`learn.chunked_loss()`: train a language model without its logits in memory, and leave everything else as it is
+"""`learn.chunked_loss()`: train a language model without keeping its logits in memory
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.chunked_loss.html.md"""
 
@@ -24,7 +24,7 @@ from ..core import FastaiTLError
 from .linear_cross_entropy import PIECE, linear_cross_entropy, product_dtype
 
 # %% ../../nbs/318_efficiency.chunked_loss.ipynb #ecb16dbe
-_LAZY = {} # function of PyTorch -> ours, which returns `NotImplemented` where the full logits are needed
+_LAZY = {} # PyTorch function → our function, which returns `NotImplemented` if it needs the full logits
 _PROPERTIES = ('shape', 'dtype', 'device', 'ndim', 'layout', 'is_cuda', 'is_sparse', 'is_quantized', 'is_meta',
                'is_nested')
 _NATIVE = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES} | {
@@ -35,7 +35,7 @@ def _full(o):
     return o.full() if isinstance(o, LazyLogits) else o
 
 def _lazily(*funcs):
-    "Register a function as the lazy version of some functions of PyTorch"
+    "Register a function as the lazy version of some PyTorch functions"
     def _register(f):
         _LAZY.update({func: f for func in funcs})
         return f
@@ -43,7 +43,7 @@ def _lazily(*funcs):
 
 # %% ../../nbs/318_efficiency.chunked_loss.ipynb #c97352c6
 class LazyLogits(torch.Tensor):
-    "The logits of an output layer, computed when they are needed"
+    "The logits of an output layer, which are computed only when they are needed"
     @staticmethod
     def __new__(cls, x, weight, bias=None, dtype=None):
         dtype = dtype or product_dtype(x)
@@ -60,8 +60,8 @@ class LazyLogits(torch.Tensor):
         return z.to(self.dtype)
 
     def replace(self,
-        x:torch.Tensor|None=None, # Other hidden states
-        dtype=None # Another dtype of the result
+        x:torch.Tensor|None=None, # New hidden states; `None`: the same
+        dtype=None # New dtype of the logits; `None`: the same
     ): # `LazyLogits`
         "Return the logits of the same layer with other hidden states, or in another dtype"
         hidden, weight, bias = self.parts
@@ -70,7 +70,7 @@ class LazyLogits(torch.Tensor):
         return res
 
     def as_subclass(self, cls):
-        "Return the logits themselves: fastai's classes of tensors have no meaning for them"
+        "Return the lazy logits unchanged, because fastai's tensor classes do not apply to them"
         return self
     def __repr__(self):
         return f'LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})'
@@ -192,14 +192,14 @@ def output_layer(
 # %% ../../nbs/318_efficiency.chunked_loss.ipynb #10f83e1a
 class LazyLogitsCallback(AroundBatch):
     "Make the output layer return `LazyLogits` during a batch"
-    order = MixedPrecision.order+1 # inside of autocast, whose dtype the logits would have
+    order = MixedPrecision.order+1 # inside autocast, so that the logits get its dtype
     def before_fit(self):
         "Find the output layer"
         self.layer = output_layer(self.model)
         self.has_warned = False
     @property
     def needs_logits(self):
-        "Whether `get_preds` collects the predictions"
+        "Return whether `get_preds` collects the predictions"
         return bool(self.learn.cbs.filter(risinstance(GatherPredsCallback)))
     @contextmanager
     def around_batch(self):
@@ -207,7 +207,7 @@ class LazyLogitsCallback(AroundBatch):
         with nullcontext() if self.needs_logits else lazy_head(self.layer):
             yield
     def after_loss(self):
-        "Warn if the model computed with its logits"
+        "Warn if the model needed the full logits"
         if isinstance(self.pred, LazyLogits) or self.has_warned or self.needs_logits:
             return
         warnings.warn(f'{type(self.model).__name__} computes with its logits: all of them are in memory, '
@@ -217,11 +217,11 @@ class LazyLogitsCallback(AroundBatch):
 # %% ../../nbs/318_efficiency.chunked_loss.ipynb #5369c719
 @patch
 def chunked_loss(self:Learner,
-    on:bool=True # `False`: back to full logits
-) -> Learner: # Itself
-    "Train and validate a language model without its full logits in memory"
+    on:bool=True # `False` switches back to full logits
+) -> Learner: # The same Learner
+    "Train and validate a language model without keeping its full logits in memory"
     self.remove_cbs(self.cbs.filter(risinstance(LazyLogitsCallback)))
     if not on:
         return self
-    output_layer(self.model) # an error now rather than in the fit
+    output_layer(self.model) # raises its error now rather than during the fit
     return self.add_cb(LazyLogitsCallback())

@@ -1,4 +1,4 @@
-"""The loss of a large vocabulary without its logits: values and gradients in pieces that fit in the cache
+"""Cross-entropy for a large vocabulary, computed in chunks, without keeping all logits in memory
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.linear_cross_entropy.html.md"""
 
@@ -11,11 +11,11 @@ __all__ = ['PIECE', 'BLOCK', 'linear_cross_entropy']
 import torch, torch.nn.functional as F
 
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #a145ef5f
-PIECE = 2**26 # bytes of the logits of a piece
-BLOCK = 2**19 # numbers of a block
+PIECE = 2**26 # bytes of the logits of a chunk
+BLOCK = 2**19 # number of logits in a block
 
 def _losses(z, y, smoothing, grads):
-    "Loss of each row of logits `z`, and their gradients if `grads`"
+    "Return the loss of each row of logits `z`, and the gradients of the logits if `grads`"
     target = z.gather(1, y[:,None])[:,0]
     mean = z.mean(1) if smoothing else 0.
     if not grads:
@@ -30,7 +30,7 @@ def _losses(z, y, smoothing, grads):
 
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #ca7ebda0
 def _piece_losses(z, y, smoothing, loss, grads, db, scale):
-    "Write the losses of the logits of a piece into `loss`, block by block, and their gradients over `z`"
+    "Write the losses of a chunk of logits `z` into `loss`, block by block, and overwrite `z` with the gradients"
     n_rows = max(1, BLOCK//z.shape[1])
     for j in range(0, len(z), n_rows):
         rows = slice(j, j+n_rows)
@@ -45,7 +45,7 @@ def _piece_losses(z, y, smoothing, loss, grads, db, scale):
 
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #f2376cde
 def _pieces(x, w, b, y, smoothing, need=(False,)*3, scale=None):
-    "Loss of each row, and gradients of `x`, `w` and `b` as far as they are needed"
+    "Return the loss of each row, and those gradients of `x`, `w` and `b` that are needed"
     grads = any(need)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     size = PIECE if grads else PIECE//16
@@ -67,7 +67,7 @@ def _cast(x, w, b, dtype):
     return x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
 
 class _Summed(torch.autograd.Function):
-    "The sum of the losses; gradients are computed with it"
+    "Compute the sum of the losses together with the gradients"
     @staticmethod
     def forward(ctx, x, w, b, y, smoothing, dtype):
         ctx.save_for_backward(x, w, b, y)
@@ -87,7 +87,7 @@ class _Summed(torch.autograd.Function):
 
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #cf769cab
 class _Each(torch.autograd.Function):
-    "The loss of each row; logits are computed again in the backward pass"
+    "Compute the loss of each row; the backward pass computes the logits again"
     @staticmethod
     def forward(ctx, x, w, b, y, smoothing, dtype):
         ctx.save_for_backward(x, w, b, y)
@@ -103,9 +103,9 @@ class _Each(torch.autograd.Function):
 
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #11dd6d25
 def product_dtype(
-    x:torch.Tensor # A factor of the product
+    x:torch.Tensor # A factor of the matrix product
 ):
-    "Return the dtype that a matrix product has here and now, inside or outside of autocast"
+    "Return the dtype of the result of a matrix product, inside or outside autocast"
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -114,15 +114,15 @@ def product_dtype(
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #db21381c
 def linear_cross_entropy(
     x:torch.Tensor, # Hidden states (…, units)
-    weight:torch.Tensor, # Of the output layer (vocabulary, units)
-    bias:torch.Tensor|None, # Of the output layer (vocabulary)
-    target:torch.Tensor, # Numbers of tokens (…)
-    ignore_index:int=-100, # Targets that are not counted
-    reduction:str='mean', # `mean` over the targets that count, `sum`, or `none`
+    weight:torch.Tensor, # Weight of the output layer (vocabulary, units)
+    bias:torch.Tensor|None, # Bias of the output layer (vocabulary)
+    target:torch.Tensor, # Token ids (…)
+    ignore_index:int=-100, # Targets with this value are ignored
+    reduction:str='mean', # `mean` over the targets that are not ignored, `sum`, or `none`
     label_smoothing:float=0., # Share of the probability that is spread over all tokens
-    dtype=None # Of the matrix products; that of autocast, or of `x`, if `None`
-) -> torch.Tensor: # As `F.cross_entropy(F.linear(x, weight, bias), target)`
-    "Compute the cross-entropy of an output layer without its logits"
+    dtype=None # Dtype of the matrix products; `None`: that of autocast, or of `x`
+) -> torch.Tensor: # The same as `F.cross_entropy(F.linear(x, weight, bias), target)`
+    "Compute the cross-entropy of an output layer without keeping its logits"
     y = target.reshape(-1)
     rows = x.reshape(-1, x.shape[-1])
     counted = y != ignore_index

@@ -1,4 +1,4 @@
-"""An LSTM with correct bfloat16 gradients on a CPU, and a fast one: three large matrix products a layer instead of one for each step
+"""A fast LSTM with correct bfloat16 gradients on a CPU
 
 Docs: https://fastai-tl.github.io/fastai_tl/efficiency.lstm_bf16.html.md"""
 
@@ -14,7 +14,7 @@ from torch import nn
 
 # %% ../../nbs/300_efficiency.lstm_bf16.ipynb #0095af10
 def _packed_product(w, rows):
-    "Multiply with `w` in oneDNN's memory layout, or `None` if this PyTorch cannot do it"
+    "Return a function that multiplies by `w` in oneDNN's memory layout; `None` if PyTorch does not support it"
     ops = torch.ops.mkldnn
     has_ops = hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise')
     if w.device.type != 'cpu' or w.dtype != torch.bfloat16 or not has_ops:
@@ -27,12 +27,12 @@ def _packed_product(w, rows):
     return lambda x: ops._linear_pointwise(x, packed, None, 'none', [], '')
 
 def _product(w, rows):
-    "A function that multiplies `rows` rows with `w` (out, in)"
+    "Return a function that multiplies `rows` rows by `w` (out, in)"
     return _packed_product(w, rows) or (lambda x: F.linear(x, w))
 
 # %% ../../nbs/300_efficiency.lstm_bf16.ipynb #48718486
 def _forward(x, h0, c0, wi, wh, b):
-    "Outputs (steps, rows, units), cells, gates and tanh of the cells"
+    "Return the outputs (steps, rows, units), cells, gates and tanh of the cells"
     T, B, _ = x.shape
     H = wh.shape[1]
     step = _product(wh, B)
@@ -59,7 +59,7 @@ def _forward(x, h0, c0, wi, wh, b):
 
 # %% ../../nbs/300_efficiency.lstm_bf16.ipynb #3c43dd36
 def _backward_step(dz, z, dh, dc, tc, c_before, keep):
-    "Write the gradient of the gates' inputs at one step into `dz`, and update `dc` to the step before"
+    "Write the gradient of the gates' inputs at one step into `dz`, and update `dc` for the previous step"
     H = tc.shape[1]
     i, f, g, o = z.chunk(4, 1)
     di, df, dg, do = dz.chunk(4, 1)
@@ -69,13 +69,13 @@ def _backward_step(dz, z, dh, dc, tc, c_before, keep):
     torch.mul(dc, i, out=dg)
     torch.mul(dh, tc, out=do)
     dc.mul_(f)
-    torch.neg(z, out=keep).add_(1).mul_(z) # of the sigmoids: s(1-s)
-    torch.mul(g, g, out=keep[:,2*H:3*H]).neg_().add_(1) # of tanh: 1-g²
+    torch.neg(z, out=keep).add_(1).mul_(z) # derivative of the sigmoids: s(1-s)
+    torch.mul(g, g, out=keep[:,2*H:3*H]).neg_().add_(1) # derivative of tanh: 1-g²
     dz.mul_(keep)
 
 # %% ../../nbs/300_efficiency.lstm_bf16.ipynb #f9d498d6
 def _backward(dy, dh, dc, wh, cs, gates, tanhs):
-    "Gradients of the gates' inputs (steps, rows, 4 units), of their sum over rows and steps, and of the first state"
+    "Return the gradients of the gates' inputs (steps, rows, 4 units), of the bias, and of the first state and cell"
     T, B, H = tanhs.shape
     step = _product(wh.t().contiguous(), B)
     dzs = torch.empty_like(gates)
@@ -94,7 +94,7 @@ def _backward(dy, dh, dc, wh, cs, gates, tanhs):
 
 # %% ../../nbs/300_efficiency.lstm_bf16.ipynb #34e1f8a8
 class LSTMFunction(torch.autograd.Function):
-    "One layer of an LSTM in one direction, time first: outputs, last hidden state, last cell"
+    "Compute an LSTM layer in one direction, time first: outputs, last hidden state and last cell"
     @staticmethod
     def forward(ctx, x, h0, c0, wi, wh, b, dtype):
         x_low, wi, wh = (o.to(dtype) for o in (x, wi, wh))
@@ -135,11 +135,11 @@ class AutocastLSTM(nn.LSTM):
             return super().forward(input._replace(data=x.float()) if packed else input.float(), state)
 
     def _weights(self):
-        "The weights as they are now: fastai's WeightDropout puts tensors in place of parameters"
+        "Return the current weights, which are not always parameters: fastai's WeightDropout replaces them with tensors"
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _forward_bf16(self, x, hx):
-        "All layers, in bfloat16"
+        "Compute all layers in bfloat16"
         x = x.transpose(0, 1) if self.batch_first else x
         n_ways = 2 if self.bidirectional else 1
         n_states = self.num_layers*n_ways
@@ -157,7 +157,7 @@ class AutocastLSTM(nn.LSTM):
         return (x.transpose(0, 1) if self.batch_first else x), (torch.stack(hs), torch.stack(cs))
 
     def _layer_bf16(self, x, state, layer, way):
-        "One layer in one direction"
+        "Compute one layer in one direction"
         def weight(name): return getattr(self, f'{name}_l{layer}' + ('_reverse' if way else ''))
         zeros = x.new_zeros(4*self.hidden_size, dtype=torch.float32)
         b = weight('bias_ih')+weight('bias_hh') if self.bias else zeros
@@ -168,8 +168,8 @@ class AutocastLSTM(nn.LSTM):
 # %% ../../nbs/300_efficiency.lstm_bf16.ipynb #213bd0e7
 def swap_lstms(
     model:nn.Module, # Any model
-    back:bool=False # Make them `nn.LSTM` again
-) -> int: # How many were changed
+    back:bool=False # Whether to change them back to `nn.LSTM`
+) -> int: # Number of layers that were changed
     "Change each `nn.LSTM` of a model to `AutocastLSTM`, in place"
     old, new = (AutocastLSTM, nn.LSTM) if back else (nn.LSTM, AutocastLSTM)
     found = [m for m in model.modules() if type(m) is old]
