@@ -1,4 +1,4 @@
-"""Tools for Callbacks: evaluation mode, fits that train, and changes that last for one batch
+"""Tools for Callbacks: evaluation mode, a test for real training, and changes that last for one batch
 
 Docs: https://fastai-tl.github.io/fastai_tl/callbacks.html.md"""
 
@@ -18,7 +18,7 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
 def evaluating(
     model:torch.nn.Module # Any model
 ):
-    "Put `model` into evaluation mode without gradients; restore the mode of each of its modules afterwards"
+    "Put `model` into evaluation mode without gradients, and restore the mode of each module afterwards"
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -32,7 +32,7 @@ def evaluating(
 def is_real_fit(
     learn # A Learner, in a Callback's `before_fit` or later
 ) -> bool: # `False` in `lr_find` and in `get_preds`
-    "Return whether the Learner trains: it neither looks for a learning rate nor predicts"
+    "Return whether the Learner is really training, rather than finding a learning rate or predicting"
     return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')
 
 # %% ../nbs/020_callbacks.ipynb #4e1dd16e
@@ -43,7 +43,7 @@ class GuardedBatch:
     "A Learner's batch, run inside `around_batch` of each of its Callbacks"
     def __init__(self, learn):
         self.learn = learn
-        self.own = learn.__dict__.get('_do_one_batch') # a replacement that another library had made before
+        self.own = learn.__dict__.get('_do_one_batch') # a replacement that another library has made
 
     def __call__(self):
         cbs = [cb for cb in self.learn.cbs.sorted('order') if cb.run and hasattr(type(cb), 'around_batch')]
@@ -57,7 +57,7 @@ class GuardedBatch:
         except CANCELS:
             raise # fastai calls `after_fit` later
         except BaseException:
-            unguard_batches(self.learn) # the fit is over, and no event will say so
+            unguard_batches(self.learn) # the fit ends here, without `after_fit`
             raise
 
     def _run_batch(self):
@@ -68,7 +68,7 @@ class GuardedBatch:
 
 # %% ../nbs/020_callbacks.ipynb #4b659757
 def unguard_batches(learn):
-    "Give a Learner its own `_do_one_batch` back"
+    "Restore a Learner's own `_do_one_batch`"
     now = learn.__dict__.get('_do_one_batch')
     if isinstance(now, GuardedBatch):
         learn.__dict__.pop('_do_one_batch')
@@ -77,20 +77,20 @@ def unguard_batches(learn):
 
 # %% ../nbs/020_callbacks.ipynb #86ba7de6
 class AroundBatch(Callback):
-    "Base of Callbacks that have a context manager `around_batch`"
+    "Base class of Callbacks that have a context manager `around_batch`"
     def before_train(self):
-        "Guard the training batches"
+        "Run the training batches inside `around_batch`"
         self.guard_batches()
 
     def before_validate(self):
-        "Guard the validation batches"
+        "Run the validation batches inside `around_batch`"
         self.guard_batches()
 
     def after_fit(self):
-        "Give the Learner its own batch back"
+        "Restore the Learner's own `_do_one_batch`"
         unguard_batches(self.learn)
 
     def guard_batches(self):
-        "Replace the Learner's batch by a guarded one"
+        "Replace the Learner's `_do_one_batch` with a `GuardedBatch`"
         if not isinstance(self.learn.__dict__.get('_do_one_batch'), GuardedBatch):
             self.learn._do_one_batch = GuardedBatch(self.learn)

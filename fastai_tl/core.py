@@ -13,7 +13,7 @@ from fastai.torch_core import set_seed
 
 # %% ../nbs/000_core.ipynb #d7e5a6dc
 class FastaiTLError(ValueError):
-    "An error for the user: what was expected, what came, and what to do"
+    "An error for the user: what was expected, what the package got instead, and what to do"
     def __init__(self,
         expected:str, # What the package needs, as a sentence without its full stop
         got:str='', # What it got instead
@@ -46,7 +46,7 @@ def shorten(
     items, # An iterable, such as row indexes or labels
     n:int=5 # Number of items to show
 ) -> str: # `a, b, c, … (12 in all)`
-    "Show the first `n` of `items`, and their number if there are more"
+    "Show the first `n` of `items`, and the number of all items if there are more"
     items = list(items)
     shown = ', '.join(map(str, items[:n]))
     return f'{shown}, … ({len(items)} in all)' if len(items) > n else shown
@@ -66,14 +66,14 @@ def unknown_option(
     what:str, # Name of the option
     value, # What the user passed
     options # The values that it can have
-) -> FastaiTLError: # The caller raises it
-    "Make the error for an option with a value that does not exist"
+) -> FastaiTLError: # The error, which the caller raises
+    "Return the error for an option with an unknown value"
     return FastaiTLError(f'`{what}` must be one of {shorten(options, 20)}', repr(value), did_you_mean(value, options))
 
 # %% ../nbs/000_core.ipynb #96b64477
 def derive_seed(
     seed:int, # The run's seed
-    *parts # What identifies the moment, such as direction, stage and epoch
+    *parts # Values that identify the moment, such as direction, stage and epoch
 ) -> int: # Between 0 and 2**31-1, the same on every machine
     "Derive a seed from `seed` and all of `parts`"
     key = '\x1f'.join(map(str, (seed, *parts))).encode()
@@ -82,7 +82,7 @@ def derive_seed(
 # %% ../nbs/000_core.ipynb #97414145
 def seed_everything(
     seed:int, # The run's seed
-    *parts # What identifies the moment, see `derive_seed`
+    *parts # Values that identify the moment, see `derive_seed`
 ) -> int: # The seed that was set
     "Seed Python, NumPy and PyTorch (all devices) with `derive_seed(seed, *parts)`"
     derived = derive_seed(seed, *parts)
@@ -110,7 +110,7 @@ _SIMPLIFIED = ('zh-cn', 'zh-hans', 'zh-sg')
 def lang_code(
     lang:str # A code or name of a language, such as `zh_TW`
 ) -> str: # `en` or `zh-tw`
-    "Return the code that this package uses for a language"
+    "Return this package's code for a language"
     name = str(lang).lower().replace('_', '-')
     if name in _SIMPLIFIED:
         raise FastaiTLError("`lang` must be 'en' or 'zh-tw'", repr(lang),

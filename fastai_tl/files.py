@@ -17,9 +17,9 @@ from .core import FastaiTLError
 # %% ../nbs/040_files.ipynb #bb6c0cdb
 @contextmanager
 def atomic_path(
-    path:str|Path # Where the file will be
+    path:str|Path # Path of the final file
 ):
-    "Give a temporary path that is renamed to `path` when the block ends without an error"
+    "Yield a temporary path; rename it to `path` if the `with` block ends without an error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f'.{path.name}.*.part'):
@@ -30,7 +30,7 @@ def atomic_path(
         yield Path(tmp)
         with open(tmp, 'rb') as f:
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~current_umask()) # mkstemp's files are readable by their owner only
+        os.chmod(tmp, 0o666 & ~current_umask()) # only the owner can read the files of mkstemp
         os.replace(tmp, path)
     finally:
         Path(tmp).unlink(missing_ok=True)
@@ -44,8 +44,8 @@ def current_umask() -> int: # The permission bits that new files do not get
 
 # %% ../nbs/040_files.ipynb #fb500043
 def write_json(
-    path:str|Path, # Where to write
-    obj # Anything that JSON can hold
+    path:str|Path, # Path of the file
+    obj # Anything that can be saved as JSON
 ):
     "Write `obj` as JSON, atomically, in UTF-8"
     text = json.dumps(obj, ensure_ascii=False, indent=1)
@@ -82,7 +82,7 @@ def _encode_tree(tree, tensors, seen):
 def _tensor_number(tensor, tensors, seen):
     "Return the number of a tensor, as a string; add it to `tensors` if it is new"
     key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype), tensor.device)
-    if not tensor.numel() or key not in seen: # empty tensors have no address of their own
+    if not tensor.numel() or key not in seen: # empty tensors can share an address
         seen[key] = str(len(tensors))
         tensors[seen[key]] = tensor.detach().as_subclass(torch.Tensor).contiguous().cpu()
     return seen[key]
@@ -114,7 +114,7 @@ def _tree_checksum(tensors, tree_json):
 
 # %% ../nbs/040_files.ipynb #42a81c3e
 def save_tree(
-    path:str|Path, # Where to write; the usual ending is `.safetensors`
+    path:str|Path, # Path of the file; the usual extension is `.safetensors`
     tree # Nested dicts, lists and tuples of tensors, numbers, strings and None
 ):
     "Write `tree` to one safetensors file, atomically, with a checksum"
@@ -128,8 +128,8 @@ def save_tree(
 # %% ../nbs/040_files.ipynb #db093b78
 def load_tree(
     path:str|Path # A file that `save_tree` wrote
-): # The tree, its tensors on the CPU
-    "Read what `save_tree` wrote; runs no code and verifies the checksum"
+): # The tree, with its tensors on the CPU
+    "Read a file that `save_tree` wrote and verify its checksum, without running code from it"
     from safetensors import safe_open, SafetensorError
     if not Path(path).is_file():
         raise FastaiTLError(f'{path} must be a file', 'a folder' if Path(path).exists() else 'nothing there')

@@ -38,7 +38,7 @@ def find_cjk_font() -> str|None: # A font family, or `None` if none is installed
     from matplotlib.font_manager import findSystemFonts, fontManager
     if found := _preferred_font(fontManager.ttflist):
         return found
-    # Matplotlib keeps a list of fonts, which can be older than a font that was installed since
+    # Matplotlib's saved list of fonts can have gaps: a font may have been installed later
     known = {font.fname for font in fontManager.ttflist}
     for file in findSystemFonts():
         if file not in known and _cjk_file.search(file):
@@ -65,16 +65,16 @@ _STYLE = {'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': Fal
 
 @contextmanager
 def figure_style(
-    *texts, # All texts of the figure; the font must have their characters
+    *texts, # All texts of the figure, for which the font is chosen
     font:str|None=None # Font family; `None`: chosen by the texts
 ):
-    "Give `matplotlib.pyplot` with the package's style and a font for `texts`, inside a `with` block"
+    "Yield `matplotlib.pyplot` with the package's style and a font for `texts`, for a `with` block"
     import matplotlib.pyplot as plt
     font = font or _settings['font']
     if font is None and has_cjk(*texts):
         font = _required_cjk_font()
     style = dict(_STYLE)
-    if font == 'WenQuanYi Micro Hei': # its Latin letters are poor
+    if font == 'WenQuanYi Micro Hei': # its Latin letters look bad
         style['font.family'] = ['DejaVu Sans', font]
     elif font:
         style['font.family'] = [font, 'DejaVu Sans']
@@ -100,7 +100,7 @@ def set_language(
 
 # %% ../nbs/030_plot.ipynb #13d5004c
 def figure_lang(
-    lang:str|None=None # The language of one figure; `None`: that of all figures
+    lang:str|None=None # Language of this figure; `None`: the language of all figures
 ) -> str: # `en` or `zh-tw`
     "Return the language of a figure"
     return _settings['lang'] if lang is None else lang_code(lang)
@@ -108,7 +108,7 @@ def figure_lang(
 def in_words(
     word:str, # An English word or phrase of a figure
     lang:str|None=None # `en` or `zh-tw`; `None`: the language of all figures
-) -> str: # The same in `lang`
+) -> str: # Its translation into `lang`
     "Translate a word of a figure"
     return _zh_words.get(word, word) if figure_lang(lang) == 'zh-tw' else word
 
@@ -150,7 +150,7 @@ def _set_tick_labels(ax, font_size, rotate):
 
 # %% ../nbs/030_plot.ipynb #09181f1f
 def plot_heatmap(
-    values, # (rows, columns) matrix; decides the colours
+    values, # (rows, columns) matrix of the values that are shown as colours
     row_labels, # One label for each row
     col_labels, # One label for each column
     annot=None, # (rows, columns) texts of the cells; `None`: no text
@@ -199,7 +199,7 @@ def _draw_curve(ax, name, curve, i):
 
 # %% ../nbs/030_plot.ipynb #078f5f28
 def plot_curves(
-    curves:dict, # Name to `(x, y)`, or to `y` alone
+    curves:dict, # Maps the name of each curve to `(x, y)`, or to `y` alone
     title:str='', # Title of the figure
     xlabel:str='', # Name of the horizontal axis
     ylabel:str='', # Name of the vertical axis
@@ -226,7 +226,7 @@ def plot_curves(
 
 # %% ../nbs/030_plot.ipynb #7defe1ee
 def plot_panels(
-    panels:dict, # Title of each panel to its curves, see `plot_curves`
+    panels:dict, # Maps the title of each panel to its curves, see `plot_curves`
     xlabel:str='', # Name of the horizontal axes
     ylabels=(), # Names of the vertical axes, one for each panel
     figsize=(9,3.2) # Width and height in inches

@@ -25,14 +25,14 @@ def read_text(
 # %% ../nbs/010_resources.ipynb #f84bbffb
 def read_json(
     name:str # Path in `fastai_tl/resources/`
-): # What the file holds
+): # The content of the file
     "Read a JSON file of the package's resources"
     return json.loads(read_text(name))
 
 # %% ../nbs/010_resources.ipynb #a4dc46e1
 def read_csv(
     name:str, # Path in `fastai_tl/resources/`
-    **kwargs # More for `pandas.read_csv`
+    **kwargs # Passed to `pandas.read_csv`
 ): # A DataFrame
     "Read a CSV file of the package's resources"
     import io
