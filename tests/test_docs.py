@@ -199,17 +199,17 @@ def test_names_of_an_assignment(docs):
 def test_signature_and_table(made):
     "As the code has them, without `self`, with meaning and default"
     _, texts = made
-    text = next(t for o, t in texts.items() if o.endswith('_tune.recipes.ipynb'))
+    text = next(t for o, t in texts.items() if o.endswith('_tune.gradual.ipynb'))
     s = text.split('### Learner.fit_gradual { #learner.fit_gradual .api }', 1)[1].split('\n### ')[0]
     assert (
         'spread=2.6**4' in s
-        and '| `spread` | `float` | `2.6**4` | Ratio of the top group\'s rate to the bottom\'s |' in s
+        and '| `spread` | `float` | `2.6**4` | Ratio of the top group\'s rate to the bottom group\'s |' in s
     )
     assert '`self`' not in s.split('<details')[0] and '| *returns* |' in s
-    assert re.search(r'\[source\]\(https://\S+/fastai_tl/tune/recipes\.py#L(\d+)\)', s)
+    assert re.search(r'\[source\]\(https://\S+/fastai_tl/tune/gradual\.py#L(\d+)\)', s)
     line = int(re.search(r'#L(\d+)\)', s)[1])
     assert 'def fit_gradual(' in '\n'.join(
-        (PACKAGE / 'tune' / 'recipes.py').read_text().splitlines()[line - 1 : line + 1]
+        (PACKAGE / 'tune' / 'gradual.py').read_text().splitlines()[line - 1 : line + 1]
     )
 
 
