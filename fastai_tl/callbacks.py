@@ -40,7 +40,7 @@ CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, 
            CancelTrainException, CancelValidException)
 
 class GuardedBatch:
-    "A Learner's batch, run inside `around_batch` of each of its Callbacks"
+    "Run a Learner's batch inside the `around_batch` of each of its Callbacks"
     def __init__(self, learn):
         self.learn = learn
         self.own = learn.__dict__.get('_do_one_batch') # a replacement that another library has made

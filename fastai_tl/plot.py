@@ -273,7 +273,7 @@ def plot_stages(
     stages, # `(first step, name)` pairs
     figsize=(9,3.2) # Width and height in inches
 ):
-    "Draw learning rates by layer group, and losses, over the steps of a run; return the Figure"
+    "Draw the learning rate of each layer group and the losses over the steps of a run; return the Figure"
     rates = np.asarray(rates, dtype=float).reshape(len(rates), -1)
     starts, names = [first for first, _ in stages], [name for _, name in stages]
     with figure_style(names, in_words('step')) as plt:

@@ -128,7 +128,7 @@ def _from_codes(codes): return codes.tobytes().decode('utf-32-le', 'surrogatepas
 
 @cache
 def _is_han():
-    "Return for each code point whether it is a Chinese character"
+    "Return an array that says for each code point whether it is a Chinese character"
     return np.array([re.match(f'[{HAN}]', chr(i)) is not None for i in range(0x32400)])
 
 def _keep_lengths(text, converted):

@@ -143,7 +143,7 @@ def near_duplicates(
     threshold:float=.7, # Minimum Jaccard similarity of the character n-grams; 1 finds only exact copies
     n:int|None=None # Number of characters in an n-gram; `None`: 5, or 3 for scripts without spaces
 ) -> pd.DataFrame: # Columns `row`, `other`, `similarity`, `text`, `other_text`; one row for each text with a match
-    "Find the texts that have a copy or a near-duplicate in `others`, and the most similar one of each"
+    "Find the texts that have a copy or a near-duplicate in `others`, each with its most similar text"
     if not 0 < threshold <= 1:
         raise FastaiTLError('`threshold` must be above 0 and at most 1', str(threshold))
     within = others is None

@@ -222,7 +222,7 @@ def _as_count(value):
     return value if isinstance(value, (int, np.integer)) else None
 
 def _limit_by_duration(train, valid_start, times, gap, train_size):
-    "Apply a `gap` and a `train_size` that are durations to the indexes of training times"
+    "Limit the indexes of training times by `gap` and `train_size`, if these are durations"
     if _as_count(gap) is None:
         train = train[times[train] <= valid_start - _duration(gap, times, 'gap')]
     if _as_count(train_size) is None and train_size is not None and len(train):

@@ -99,7 +99,7 @@ class TokenizedTexts:
     def numericalize(self,
         vocab:list # The token of each id
     ) -> list: # A tensor of token ids for each text; 0 for tokens that are not in the vocabulary
-        "Return the token ids of each text in `vocab`"
+        "Return each text as a tensor of token ids, which are indexes into `vocab`"
         number_of = {}
         for i, word in enumerate(vocab):
             if word != 'xxfake': # fastai pads vocabularies with it

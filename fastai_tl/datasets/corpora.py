@@ -300,7 +300,7 @@ def label_budget(
     seed:int=0, # Random seed of the choice of labelled passages
     n_eval:int|None=None # Number of labels to keep for each class in each of `valid` and `test`; `None`: all
 ) -> pd.DataFrame: # The same rows; the label is `None` where it was removed
-    "Keep the labels of `n_per_class` training passages of each class, and all texts"
+    "Keep all texts, but only the labels of `n_per_class` training passages in each class"
     shuffled = df[df.label.notna()].sample(frac=1, random_state=seed)
     rank = shuffled.groupby(['split', 'label']).cumcount().reindex(df.index)
     n_labels = rank[shuffled.index][shuffled.split == 'train'].groupby(shuffled.label).max() + 1

@@ -26,7 +26,7 @@ def last_tokens(ids, pad):
     return (torch.arange(ids.shape[-1], device=ids.device)*(ids != pad)).argmax(-1)
 
 class HeadPositions:
-    "Find the position that the head reads in each text; use it as a context, which stores the `input_ids`"
+    "Find the position that the head reads in each text; use it as a context manager"
     def __init__(self, model):
         self.hf = hf_models(model)[0]
         self.now = threading.local()
