@@ -19,11 +19,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests marked `slow`, unless `--all` is given or the test is named on the command line.
-    Processes share the tests file by file, so that each file's fixtures are made once; notebooks one by one."""
-    for item in items:
-        alone = item.name.startswith('test_runs[')
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.name))
+    """Leave out tests marked `slow`, unless `--all` is given or the test is named on the command line."""
     named = any('::' in arg for arg in config.args)
     if config.getoption('--all') or named:
         return
