@@ -8,7 +8,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.hf.html.md"""
 __all__ = ['HF_TASKS', 'load_hf', 'minilm_folder', 'max_positions', 'HFModel', 'check_tokenizer', 'check_lengths', 'HFEncoder']
 
 # %% ../../nbs/215_models.hf.ipynb #be8aea9f
-import copy, importlib.util, inspect
+import copy, importlib.util, inspect, warnings
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import nn
@@ -76,6 +77,31 @@ def load_config(name):
     except (OSError, ValueError, KeyError) as e:
         raise hub_error('A model', name, e) from e
 
+# %% ../../nbs/215_models.hf.ipynb #a1c0de01
+@contextmanager
+def quiet_transformers():
+    "Turn off the progress bars and reports of transformers within a context"
+    from transformers.utils import logging
+    verbosity = logging.get_verbosity()
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+
+def _load_weights(task, name, kwargs):
+    "Load a model, with a warning if the file lacks weights of its body; a new head is expected"
+    with quiet_transformers():
+        hf, info = _auto_class(task).from_pretrained(name, output_loading_info=True, **kwargs)
+    body = [k for k in sorted(info['missing_keys']) if k.startswith(f'{hf.base_model_prefix}.') and 'pooler' not in k]
+    if body:
+        warnings.warn(f'{name} has no weights for {shorten(body)}: they start from random values')
+    return hf
+
 # %% ../../nbs/215_models.hf.ipynb #6eb22183
 def _from_name(name, task, classes, n, dtype, kwargs):
     config = load_config(name)
@@ -85,7 +111,7 @@ def _from_name(name, task, classes, n, dtype, kwargs):
         print(f'The head of {name} has {config.num_labels} outputs, {n} are needed: it gets a new one')
     kwargs = dict(kwargs, config=_with_labels(config, classes, n), dtype=dtype, ignore_mismatched_sizes=new_head)
     try:
-        return _auto_class(task).from_pretrained(name, **kwargs)
+        return _load_weights(task, name, kwargs)
     except (OSError, ValueError) as e:
         raise hub_error(f'A model for {task}', name, e) from e
 
