@@ -1,6 +1,7 @@
-"""Import each module named on the command line in a process of its own; print one line of JSON for each: status and output.
+"""Import each module named on the command line in a process of its own, and print one line of JSON for each.
 
-The processes are forked from one that has imported fastai and transformers, but nothing of the package. For test_law.py."""
+The processes are forked from one that has imported fastai and transformers, but nothing of the package. For test_law.
+"""
 
 import importlib
 import json

@@ -201,10 +201,8 @@ def test_signature_and_table(made):
     _, texts = made
     text = next(t for o, t in texts.items() if o.endswith('_tune.gradual.ipynb'))
     s = text.split('### Learner.fit_gradual { #learner.fit_gradual .api }', 1)[1].split('\n### ')[0]
-    assert (
-        'spread=2.6**4' in s
-        and '| `spread` | `float` | `2.6**4` | Ratio of the top group\'s rate to the bottom group\'s |' in s
-    )
+    meaning = 'Learning rate of the top group divided by that of the bottom group'
+    assert 'spread=2.6**4' in s and f'| `spread` | `float` | `2.6**4` | {meaning} |' in s
     assert '`self`' not in s.split('<details')[0] and '| *returns* |' in s
     assert re.search(r'\[source\]\(https://\S+/fastai_tl/tune/gradual\.py#L(\d+)\)', s)
     line = int(re.search(r'#L(\d+)\)', s)[1])

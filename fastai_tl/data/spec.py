@@ -68,7 +68,8 @@ class TextSpec:
             raise unknown_option('task', self.task, TASKS)
         if self.family not in FAMILIES:
             raise unknown_option('family', self.family, FAMILIES)
-        object.__setattr__(self, 'lang', lang_code(self.lang))
+        if self.lang not in ('en', 'zh-tw'):
+            object.__setattr__(self, 'lang', lang_code(self.lang))
 
     @property
     def is_classification(self):
