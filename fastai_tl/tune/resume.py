@@ -275,4 +275,5 @@ class StopOnNaN(Callback):
         lr = self.opt.hypers[-1]['lr']
         raise TrainingError('The training loss must be a finite number',
                             f'{self.loss.item()} at epoch {self.epoch}, batch {self.iter}, rate {lr:.2g}',
-                            'Lower the rate or clip the gradient (GradientClip); the last checkpoint is unchanged')
+                            'Lower the learning rate or clip the gradient (GradientClip); '
+                            'the last checkpoint is unchanged')
