@@ -265,7 +265,7 @@ def test_pseudo_perplexity(bert):
 def test_seq2seq_has_none(gpt):
     from transformers import T5Config, T5ForConditionalGeneration
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=400, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    with pytest.raises(FastaiTLError, match='one text given another'):
+    with pytest.raises(FastaiTLError, match='a causal or a masked language model'):
         text_perplexity(t5, 'a', gpt[1])
 
 
