@@ -33,7 +33,7 @@ is_installed = importlib.util.find_spec('blurr') is not None
 if os.environ.get('FASTAI_TL_BLURR') == '1' and not is_installed:
     raise RuntimeError(f'FASTAI_TL_BLURR=1, but blurr is not installed: {INSTALL}')
 needs_blurr = pytest.mark.skipif(not is_installed, reason=f'blurr is not installed: {INSTALL}')
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
 CLASSIFICATION = ('classification', 'multilabel', 'regression')
 SEQ2SEQ = ('summarization', 'translation')

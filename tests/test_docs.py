@@ -280,6 +280,7 @@ def fenced(path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['index', 'home'])
 def test_blocks_in_prose_run(name, tmp_path):
     "A small model with random weights is in a folder with the pre-trained one's name; cells run in test_notebooks.py"

@@ -19,7 +19,7 @@ from transformers import BertConfig
 
 from fastai_tl.all import *
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a system that can fork')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a system that can fork')]
 KILLS = 10
 
 

@@ -130,6 +130,7 @@ def test_commands():
     assert '-e ".[dev]"' in ci and ci.rstrip().splitlines()[-1].startswith('python -m pytest')
 
 
+@pytest.mark.slow
 @needs_index
 def test_code_runs(tool, tmp_path):
     "The visible code alone, in one process, without what only the notebook's hidden cells prepare"
@@ -185,6 +186,7 @@ BertForMaskedLM(config).save_pretrained('bert-base-chinese')
 '''
 
 
+@pytest.mark.slow
 def test_blocks_of_the_chinese_readme_run(tmp_path):
     blocks = fenced(PAGES['README.zh-TW.md'], 'python')
     assert len(blocks) == 3 and 'ULMFiT' in blocks[0] and 'save_bundle' in blocks[2]
@@ -214,6 +216,7 @@ def test_commands_of_the_home_page():
     assert commands('home') and set(commands('home')) <= set(commands('README.md'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['README.md', 'README.zh-TW.md'])
 def test_commands_run(name, tmp_path):
     "`fastai-tl` as it stands, with small sizes in settings.ini; what pip installs exists; pytest is what runs here"

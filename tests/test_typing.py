@@ -43,6 +43,9 @@ def test_a_users_script_passes_pyright(tmp_path):
     program = shutil.which('pyright', path=str(Path(sys.executable).parent)) or shutil.which('pyright')
     if program is None:
         pytest.skip('needs pyright: pip install -e ".[dev]"')
+    version = run(program, '--version', cwd=tmp_path)
+    if version.returncode:
+        pytest.skip(f'pyright does not start here: {version.stdout[-200:]}')
     (tmp_path/'script.py').write_text(SCRIPT, encoding='utf-8')
     (tmp_path/'pyrightconfig.json').write_text(json.dumps(dict(extraPaths=[str(ROOT)], typeCheckingMode='basic')))
     res = run(program, '--pythonpath', sys.executable, '--outputjson', tmp_path/'script.py', cwd=tmp_path)
