@@ -21,6 +21,8 @@ from ..tune.optimizer import LayerwiseOptimizer
 # %% ../../nbs/500_learners.base.ipynb #773e1be7
 class HFLearner(Learner):
     "A fastai Learner for a Hugging Face model"
+    model:HFModel
+
     @property
     def tokenizer(self):
         "Return the tokenizer of the DataLoaders"
