@@ -8,13 +8,56 @@ Docs: https://fastai-tl.github.io/fastai_tl/files.html.md"""
 __all__ = ['atomic_path', 'write_json', 'read_json', 'save_tree', 'load_tree']
 
 # %% ../nbs/040_files.ipynb #f1b7062d
-import hashlib, json, os, tempfile
+import glob, hashlib, json, os, platform, re, secrets, shutil, stat, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from .core import FastaiTLError
+from .core import FastaiTLError, shorten
 
 # %% ../nbs/040_files.ipynb #bb6c0cdb
+_MACHINE = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+_WRITER = re.compile(r'\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.(?:part|old)$')
+_DAY = 24*60*60
+
+def temporary_sibling(
+    path:Path, # Path of the final file or folder
+    suffix:str='.part' # `.part` while it is written, `.old` while it is replaced
+) -> Path: # A new name in the same folder
+    "Return a name for a temporary file that no other process or thread uses"
+    return path.with_name(f'.{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{suffix}')
+
+# %% ../nbs/040_files.ipynb #376e3782
+def _is_running(pid):
+    "Return whether a process of this machine runs"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError): # it runs and belongs to another user, or there can be no such process
+        return pid < 2**31
+    return True
+
+def _is_in_use(path):
+    "Return whether the process that writes a temporary file or folder may still run"
+    writer = _WRITER.search(path.name)
+    if writer is None: # the name does not say which process wrote it
+        return False
+    try:
+        is_recent = time.time() - path.lstat().st_mtime < _DAY
+    except FileNotFoundError: # renamed or removed in the meantime
+        return True
+    machine, pid = writer.groups()
+    can_ask = machine == _MACHINE and os.name == 'posix'
+    return is_recent and (not can_ask or _is_running(int(pid)))
+
+def leftovers(
+    path:Path, # Path of the final file or folder
+    suffix:str='.part' # `.part` or `.old`, as in `temporary_sibling`
+) -> list: # Paths of files and folders
+    "Return the temporary siblings of `path` whose process no longer runs"
+    return [p for p in path.parent.glob(f'.{glob.escape(path.name)}.*{suffix}') if not _is_in_use(p)]
+
+# %% ../nbs/040_files.ipynb #ddb5b847
 @contextmanager
 def atomic_path(
     path:str|Path # Path of the final file
@@ -22,25 +65,130 @@ def atomic_path(
     "Yield a temporary path; rename it to `path` if the `with` block ends without an error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f'.{path.name}.*.part'):
-        leftover.unlink(missing_ok=True)
-    handle, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent)
-    os.close(handle)
+    for leftover in leftovers(path):
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
+    tmp = temporary_sibling(path)
+    tmp.touch(exist_ok=False)
+    mode = stat.S_IMODE(tmp.stat().st_mode)
     try:
-        yield Path(tmp)
+        yield tmp
         with open(tmp, 'rb') as f:
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~current_umask()) # only the owner can read the files of mkstemp
+        os.chmod(tmp, mode) # files of safetensors are readable only by their owner
         os.replace(tmp, path)
     finally:
-        Path(tmp).unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
-# %% ../nbs/040_files.ipynb #ddb5b847
+# %% ../nbs/040_files.ipynb #4b451611
 def current_umask() -> int: # The permission bits that new files do not get
-    "Return the umask of the process"
-    mask = os.umask(0) # the only way to read it is to set it
-    os.umask(mask)
-    return mask
+    "Return the umask of the process without changing it"
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder)/'probe'
+        probe.mkdir()
+        return 0o777 & ~stat.S_IMODE(probe.stat().st_mode)
+
+# %% ../nbs/040_files.ipynb #c23d6e2b
+def can_be_swapped(
+    path:Path # An existing folder, without symbolic links in its path
+) -> bool:
+    "Return whether a folder can be renamed: it is neither a mount point nor the current folder or above it"
+    try:
+        holds_current = Path.cwd().is_relative_to(path)
+    except FileNotFoundError: # the current folder has been deleted
+        holds_current = False
+    return not holds_current and not os.path.ismount(path)
+
+# %% ../nbs/040_files.ipynb #0580b39d
+def _remove_empty(folder):
+    try:
+        folder.rmdir()
+    except OSError: # not empty
+        pass
+
+def _move_others(old, path, own):
+    "Move all files from `old` to `path`, except `own`, which are deleted; a file is never overwritten"
+    for entry in list(old.iterdir()):
+        target = path/entry.name
+        below = {name.partition('/')[2] for name in own if name.startswith(f'{entry.name}/')}
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        if entry.name in own and not is_folder:
+            entry.unlink()
+        elif is_folder and (below or target.is_dir()):
+            target.mkdir(exist_ok=True)
+            _move_others(entry, target, below)
+            _remove_empty(target)
+        elif not os.path.lexists(target):
+            os.replace(entry, target)
+    _remove_empty(old)
+
+# %% ../nbs/040_files.ipynb #55804f2c
+def _finish_interrupted(path, own):
+    "Tidy up after processes that were killed: restore the old folder, or move what is not its own to the new one"
+    for part in leftovers(path):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+    for old in leftovers(path, '.old'):
+        if path.exists():
+            _move_others(old, path, own(old))
+        else:
+            os.replace(old, path)
+
+# %% ../nbs/040_files.ipynb #370a3039
+def _check_names(new, path, own):
+    "Raise an error if a new file would overwrite one that is not our own"
+    names = [p.relative_to(new).as_posix() for p in new.rglob('*') if not p.is_dir()]
+    if taken := [name for name in names if name not in own and os.path.lexists(path/name)]:
+        raise FastaiTLError(f'{path} must not contain other files with the names of new ones', shorten(taken),
+                            'Move them to another folder')
+
+def _move_one_by_one(new, path, own):
+    "Move all files of `new` to `path`, in the order of writing, and delete the others of `own`"
+    files = sorted((p for p in new.rglob('*') if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
+    for file in files:
+        target = path/file.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    for name in own - {p.relative_to(new).as_posix() for p in files}:
+        (path/name).unlink(missing_ok=True)
+
+# %% ../nbs/040_files.ipynb #5dabcf7a
+def _swap(new, path, own):
+    "Rename `new` to `path`, keeping what is not our own in the old folder"
+    if not path.exists():
+        os.replace(new, path)
+        return
+    names = own(path)
+    _check_names(new, path, names)
+    if not can_be_swapped(path):
+        _move_one_by_one(new, path, names)
+        return
+    old = temporary_sibling(path, '.old')
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    _move_others(old, path, names)
+
+# %% ../nbs/040_files.ipynb #606e987e
+@contextmanager
+def atomic_folder(
+    path:str|Path, # Path of the final folder
+    own # Function from a folder to the set of names, relative to it, of the files that an earlier call wrote
+):
+    "Yield a temporary folder that takes the place of `path` if the `with` block ends without an error"
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _finish_interrupted(path, own)
+    new = temporary_sibling(path)
+    new.mkdir()
+    try:
+        yield new
+        _swap(new, path, own)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 # %% ../nbs/040_files.ipynb #fb500043
 def write_json(
@@ -59,8 +207,8 @@ def read_json(
     "Read a JSON file, or raise an error that names the damaged file"
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise FastaiTLError(f'{path} must be a JSON file', f'{e}', 'Delete it or bring it back from a copy') from None
+    except (ValueError, RecursionError) as e: # not JSON, not UTF-8, too deep, or a number with too many digits
+        raise FastaiTLError(f'{path} must be a JSON file', str(e), 'Delete it or bring it back from a copy') from None
 
 # %% ../nbs/040_files.ipynb #587808e3
 def _encode_tree(tree, tensors, seen):
