@@ -312,7 +312,7 @@ class HFQADataLoaders(SpecDataLoaders):
     ): # `HFQADataLoaders`
         "Make DataLoaders from questions, passages and answers in lists"
         examples = check_answers(questions, contexts, answers, starts, index)
-        splits = split_rows(examples, 'multilabel', valid, valid_pct, seed)
+        splits = split_rows(examples, 'qa', valid, valid_pct, seed)
         return hf_qa_dls(examples, *splits, tokenizer, rows=index, **kwargs)
 
     @classmethod

@@ -9,6 +9,7 @@ __all__ = ['split_rows', 'check_split', 'Fold', 'cross_folds', 'time_folds']
 
 # %% ../../nbs/112_data.splits.ipynb #15925918
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from ..core import DataError, FastaiTLError, derive_seed, shorten
@@ -22,8 +23,8 @@ SPLIT_NAMES = dict(train='train', training='train', test='test',
 
 # %% ../../nbs/112_data.splits.ipynb #33126e9a
 def split_rows(
-    labels:list, # One label for each text, as `check_labels` returns them
-    task:str, # `classification`, `multilabel` or `regression`
+    labels:list, # One label for each text, as `check_labels` returns them, or a list of labels or tags
+    task:str, # `classification`, `multilabel`, `tagging`; another task has no classes to look after
     valid=None, # Which rows are for validation: booleans, or the words `train`, `valid` and `test` (left out)
     valid_pct:float=.2, # Share of validation rows in a random split
     seed:int=42 # Random seed of the split
@@ -32,24 +33,59 @@ def split_rows(
     n_rows = len(labels)
     if valid is not None:
         return _given_split(list(valid), n_rows)
-    groups = {}
-    for i, label in enumerate(labels):
-        groups.setdefault(label if task == 'classification' else 0, []).append(i)
-    held_out = _draw_validation(groups.values(), valid_pct, np.random.default_rng(derive_seed(seed, 'rows')))
-    single = [label for label, rows in groups.items() if len(rows) == 1] if task == 'classification' else []
-    if single:
-        warnings.warn(f'Labels with a single text go to training and are never validated: {shorten(single)}')
+    if valid_pct >= 1:
+        raise DataError('`valid_pct` must be a share of the rows below 1', str(valid_pct), 'For 20 %, pass .2')
+    rng = np.random.default_rng(derive_seed(seed, 'rows'))
+    if task in ('multilabel', 'tagging'):
+        held_out = _draw_from_lists(labels, valid_pct, rng)
+    else:
+        held_out = _draw_by_class(labels if task == 'classification' else [0]*n_rows, valid_pct, rng)
+    if task in _ROW_NAMES:
+        _warn_of_single(labels if task != 'classification' else [[label] for label in labels], *_ROW_NAMES[task])
     return [i for i in range(n_rows) if i not in held_out], sorted(held_out)
 
-def _draw_validation(groups, valid_pct, rng):
-    "Draw a share of each group, and at least one row from a group of four or more"
+_ROW_NAMES = dict(classification=('Labels', 'text'), multilabel=('Labels', 'text'), tagging=('Tags', 'sentence'))
+
+def _warn_of_single(label_lists, what, row):
+    "Warn of labels that occur in a single row"
+    n_rows = Counter(label for labels in label_lists for label in set(labels))
+    single = [label for label, n in n_rows.items() if n == 1]
+    if single:
+        warnings.warn(f'{what} with a single {row} go to training and are never validated: {shorten(single)}')
+
+# %% ../../nbs/112_data.splits.ipynb #362de46e
+def _n_valid(n_rows, valid_pct):
+    "Return the number of validation rows among `n_rows`: at least one from four or more, and never all"
+    n = max(round(n_rows*valid_pct), 1 if n_rows >= 4 else 0)
+    return max(min(n, n_rows-1), 0)
+
+def _draw_by_class(labels, valid_pct, rng):
+    "Draw the same share of the rows of each class"
+    groups = {}
+    for i, label in enumerate(labels):
+        groups.setdefault(label, []).append(i)
     held_out = set()
-    for rows in groups:
-        n_valid = round(len(rows)*valid_pct) if len(rows) > 1 else 0
-        if len(rows) >= 4:
-            n_valid = max(n_valid, 1)
+    for rows in groups.values():
+        n_valid = _n_valid(len(rows), valid_pct)
         held_out.update(rows[i] for i in rng.permutation(len(rows))[:n_valid].tolist())
     return held_out
+
+# %% ../../nbs/112_data.splits.ipynb #19a2fbed
+def _draw_from_lists(label_lists, valid_pct, rng):
+    "Draw a share of the rows, but never the last training row of a label"
+    order = rng.permutation(len(label_lists)).tolist()
+    return set(_spared(label_lists, order)[:_n_valid(len(order), valid_pct)])
+
+def _spared(label_lists, candidates):
+    "Return the candidates that training can do without: each label keeps at least one other row"
+    n_left = Counter(label for labels in label_lists for label in set(labels))
+    spared = []
+    for i in candidates:
+        own = set(label_lists[i])
+        if all(n_left[label] > 1 for label in own):
+            spared.append(i)
+            n_left.subtract(own)
+    return spared
 
 # %% ../../nbs/112_data.splits.ipynb #090de5d1
 def _given_split(valid, n_rows):
@@ -128,7 +164,8 @@ def cross_folds(
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
     if n_folds < 2:
         raise FastaiTLError('`n_folds` must be at least 2', str(n_folds))
-    strata = _strata(df, label_col, stratify, label_delim, n_folds)
+    labels, task = _fold_labels(df, label_col, stratify, label_delim)
+    strata = _strata(df, labels, task, stratify, n_folds)
     groups = _groups(df, group_col, n_folds)
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = []
@@ -136,20 +173,51 @@ def cross_folds(
         kfold = splitter(n_folds, shuffle=True, random_state=derive_seed(seed, 'folds', repeat))
         parts = enumerate(kfold.split(strata, strata, groups), 1)
         folds += [Fold(repeat, number, train, valid) for number, (train, valid) in parts]
+    if groups is None and task in ('classification', 'multilabel'):
+        folds = _with_all_labels(folds, labels, task)
     if empty := [fold for fold in folds if not len(fold.valid) or not len(fold.train)]:
         raise DataError('Each fold needs rows on both sides', f'none in {empty[0]}',
                         'Ask for fewer folds, or pass `stratify=False`')
     return folds
 
 # %% ../../nbs/112_data.splits.ipynb #dcb2bec5
-def _strata(df, label_col, stratify, label_delim, n_folds):
+def _fold_labels(df, label_col, stratify, label_delim):
+    "Return checked labels and their task, or `None` twice if there are none to look after"
+    if label_col is None:
+        return None, None
+    try:
+        return check_labels(column(df, label_col), df.index, label_delim=label_delim)
+    except DataError:
+        if stratify is False: # plain folds do not need labels
+            return None, None
+        raise
+
+def _with_all_labels(folds, labels, task):
+    "Return folds in which each label occurs in training; rows that training needs are not validated, with a warning"
+    label_lists = labels if task == 'multilabel' else [[label] for label in labels]
+    complete, moved = [], set()
+    for fold in folds:
+        valid = np.array(sorted(_spared(label_lists, fold.valid.tolist())), dtype=int)
+        needed = np.setdiff1d(fold.valid, valid)
+        train = np.union1d(fold.train, needed)
+        complete.append(fold if not len(needed) else Fold(fold.repeat, fold.number, train, valid))
+        moved |= {label for i in needed for label in label_lists[i] if label not in _labels_of(label_lists, fold.train)}
+    if moved:
+        warnings.warn(f'Rows with labels that training would lack stay in training and are not validated: '
+                      f'{shorten(sorted(map(str, moved)))}')
+    return complete
+
+def _labels_of(label_lists, rows):
+    return {label for i in rows for label in label_lists[i]}
+
+# %% ../../nbs/112_data.splits.ipynb #a0127872
+def _strata(df, labels, task, stratify, n_folds):
     "Return the class number of each row, or zeros if there is no stratification"
     if len(df) < n_folds:
         raise DataError(f'{n_folds} folds need at least as many rows', str(len(df)))
     one_stratum = np.zeros(len(df), dtype=int)
-    if stratify is False or label_col is None:
+    if stratify is False or labels is None:
         return one_stratum
-    labels, task = check_labels(column(df, label_col), df.index, label_delim=label_delim)
     if task != 'classification':
         if stratify:
             raise FastaiTLError('Stratified folds need one class a text', f'a {task} task', 'Leave `stratify` out')

@@ -295,7 +295,7 @@ class HFTagDataLoaders(SpecDataLoaders):
     ): # `HFTagDataLoaders`
         "Make DataLoaders from words and tags in lists"
         words, tags = check_tagged(words, tags, index)
-        splits = split_rows(tags, 'multilabel', valid, valid_pct, seed)
+        splits = split_rows(tags, 'tagging', valid, valid_pct, seed)
         rows = list(index) if index is not None else range(len(words))
         vocab = _check_vocab(tags, *splits, vocab, rows)
         return hf_tagger_dls(words, tags, *splits, tokenizer, vocab, **kwargs)

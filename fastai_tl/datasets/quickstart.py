@@ -70,10 +70,11 @@ def _read_labelled_table(path, text_col, label_col):
 
 # %% ../../nbs/156_datasets.quickstart.ipynb #1b04faa5
 def _rank_in_group(df, by, seed):
-    "Return for each row the share of its group that comes before it in a random order"
+    "Return for each row the share of its group that comes before it in a random order; 1 for a group of one row"
     rng = np.random.default_rng(derive_seed(seed, 'split'))
     groups = df.iloc[rng.permutation(len(df))].groupby(by)
-    return groups.cumcount().div(groups.label.transform('size')).reindex(df.index)
+    size = groups.label.transform('size')
+    return groups.cumcount().div(size).where(size > 1, 1.).reindex(df.index) # a class with one row is for training
 
 def _add_split(df, seed):
     "Split rows that have no split; take validation rows from the training rows if there are none"
