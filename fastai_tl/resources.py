@@ -8,18 +8,20 @@ Docs: https://fastai-tl.github.io/fastai_tl/resources.html.md"""
 __all__ = []
 
 # %% ../nbs/010_resources.ipynb #1fb7f699
-import json
+import gzip, json
 from importlib.resources import files
 from .core import FastaiTLError
 
 # %% ../nbs/010_resources.ipynb #d877940d
 def read_text(
-    name:str # Path in `fastai_tl/resources/`, such as `'translations.zh-tw.json'`
+    name:str # Path in `fastai_tl/resources/`, such as `'translations.zh-tw.json'`; `.gz` is decompressed
 ) -> str: # The content of the file
     "Read a text file of the package's resources, in UTF-8"
     file = files('fastai_tl')/'resources'/name
     if not file.is_file():
         raise FastaiTLError(f'The package must contain resources/{name}', 'no such file', 'Install fastai_tl again')
+    if name.endswith('.gz'):
+        return gzip.decompress(file.read_bytes()).decode('utf-8')
     return file.read_text(encoding='utf-8')
 
 # %% ../nbs/010_resources.ipynb #f84bbffb

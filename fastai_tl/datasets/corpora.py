@@ -1,4 +1,4 @@
-"""Real English text without a download: the docstrings of the libraries that fastai installs
+"""Real English text without a download: the docstrings of the libraries that fastai needs
 
 Docs: https://fastai-tl.github.io/fastai_tl/datasets.corpora.html.md"""
 
@@ -17,6 +17,7 @@ import pandas as pd
 from ..core import DataError, did_you_mean
 from ..data.near_duplicates import drop_near_duplicates
 from ..files import atomic_path
+from ..resources import read_csv, read_json
 
 # %% ../../nbs/150_datasets.corpora.ipynb #db0fc563
 # Import name and package of each library
@@ -250,13 +251,24 @@ def _cached(kind, parts, make, cache_dir, refresh):
         pass
     return df
 
+# %% ../../nbs/150_datasets.corpora.ipynb #9d007c75
+CORPUS_SOURCES = read_json('corpora.json') # versions of the libraries and of Python in the frozen corpora
+
+def read_frozen(
+    name:str # `docstrings` or `general`
+) -> pd.DataFrame:
+    "Read a corpus that comes with the package"
+    return read_csv(f'{name}.csv.gz', dtype=str, keep_default_na=False) # the word `null` is a text like any other
+
 # %% ../../nbs/150_datasets.corpora.ipynb #5f35c3d2
 def _split_part(source):
     "Return `train` (80 %), `valid` (10 %) or `test` (10 %), depending only on the docstring's name"
     tenth = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) % 10
     return {8: 'valid', 9: 'test'}.get(tenth, 'train')
 
-def _make_docstring_corpus(libraries):
+def make_docstring_corpus(
+    libraries # Import names of installed libraries
+) -> pd.DataFrame: # Columns `text`, `role`, `library`, `source` and `split`
     "Return all passages that read as prose, without near-duplicates"
     rows = []
     for library in libraries:
@@ -273,21 +285,34 @@ def _make_docstring_corpus(libraries):
 # %% ../../nbs/150_datasets.corpora.ipynb #ecb6dd91
 def docstring_corpus(
     label:str='role', # What to predict: the `role` of a passage (summary, parameter, …) or the `library` it comes from
-    libraries=tuple(LIBRARIES), # Import names of the libraries to read
-    cache_dir=None, # Folder of the cache; default `$XDG_CACHE_HOME/fastai_tl` or `~/.cache/fastai_tl`
-    refresh:bool=False # Whether to make the corpus again even if the cache has it
+    libraries=tuple(LIBRARIES), # Import names of the libraries to read; others than `LIBRARIES` imply `installed`
+    cache_dir=None, # Folder of the cache for `installed`; default `$XDG_CACHE_HOME/fastai_tl` or `~/.cache/fastai_tl`
+    refresh:bool=False, # Make the corpus from the installed libraries even if the cache has it; implies `installed`
+    installed:bool=False # Read the installed versions instead of the corpus that comes with the package
 ) -> pd.DataFrame: # Columns `text`, `label`, `split` (`train`, `valid`, `test`), `role`, `library` and `source`
-    "Return passages from the installed libraries' docstrings: masked, split, and without near-duplicates"
+    "Return passages from the docstrings of libraries: masked, split, and without near-duplicates"
     if label not in ('role', 'library'):
         raise DataError("`label` must be 'role' or 'library'", repr(label), did_you_mean(label, ['role', 'library']))
-    for library in libraries:
-        _library_folder(library) # raises an error if it is not installed
-    versions = [(library, _library_version(library)) for library in libraries]
-    df = _cached('docstrings', versions, lambda: _make_docstring_corpus(libraries), cache_dir, refresh)
+    if installed or refresh or not set(libraries) <= set(LIBRARIES):
+        df = _installed_docstrings(libraries, cache_dir, refresh)
+    else:
+        df = read_frozen('docstrings')
+        df = df[df.library.isin(libraries)].reset_index(drop=True)
     df.insert(1, 'label', df[label])
     return df[['text', 'label', 'split', 'role', 'library', 'source']]
 
-def _library_version(library):
+def _installed_docstrings(libraries, cache_dir, refresh):
+    "Return the corpus of the installed versions of the libraries"
+    for library in libraries:
+        _library_folder(library) # raises an error if it is not installed
+    versions = [(library, library_version(library)) for library in libraries]
+    return _cached('docstrings', versions, lambda: make_docstring_corpus(libraries), cache_dir, refresh)
+
+# %% ../../nbs/150_datasets.corpora.ipynb #674e9bd9
+def library_version(
+    library:str # Import name
+) -> str: # `unknown` if it has no metadata
+    "Return the installed version of a library"
     try:
         return version(LIBRARIES.get(library, library))
     except PackageNotFoundError:
@@ -323,7 +348,7 @@ def _comments(path):
             yield '\n'.join(block)
         block = []
 
-def _make_general_corpus():
+def make_general_corpus() -> pd.DataFrame: # Columns `text` and `source`
     "Read the language reference, then the standard library file by file"
     from pydoc_data.topics import topics
     documents = [(f'topics/{name}', text) for name, text in sorted(topics.items())]
@@ -341,8 +366,11 @@ def _make_general_corpus():
 
 # %% ../../nbs/150_datasets.corpora.ipynb #2b28b26b
 def general_corpus(
-    cache_dir=None, # Folder of the cache; default `$XDG_CACHE_HOME/fastai_tl` or `~/.cache/fastai_tl`
-    refresh:bool=False # Whether to make the corpus again even if the cache has it
+    cache_dir=None, # Folder of the cache for `installed`; default `$XDG_CACHE_HOME/fastai_tl` or `~/.cache/fastai_tl`
+    refresh:bool=False, # Make the corpus from the installed Python even if the cache has it; implies `installed`
+    installed:bool=False # Read the running Python instead of the corpus that comes with the package
 ) -> pd.DataFrame: # Columns `text` (paragraphs, in reading order) and `source`
     "Return paragraphs of Python's own documentation and standard library, for stage 1"
-    return _cached('general', [], _make_general_corpus, cache_dir, refresh)
+    if installed or refresh:
+        return _cached('general', [], make_general_corpus, cache_dir, refresh)
+    return read_frozen('general')
