@@ -8,12 +8,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.manifest.html.md"""
 __all__ = ['BUNDLE', 'FORMAT', 'FORMAT_VERSION', 'bundle_folder', 'check_bundle']
 
 # %% ../../nbs/815_deploy.manifest.ipynb #4f3ea28a
-import contextlib, hashlib, os, platform, shutil, tempfile
+import contextlib, glob, hashlib, json, os, platform, warnings
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from .. import __version__
-from ..core import RunError, shorten
-from ..files import current_umask, digest, read_json, write_json
+from ..core import FastaiTLError, RunError, shorten
+from ..files import atomic_folder, can_be_swapped, digest, read_json, write_json
 
 # %% ../../nbs/815_deploy.manifest.ipynb #e5601e6f
 BUNDLE = 'bundle.json'
@@ -42,49 +42,48 @@ def bundle_folder(
     settings:dict # Further entries for `bundle.json`; the `with` block may add to them
 ):
     "Yield a temporary folder that becomes the bundle if the `with` block ends without an error"
-    path = Path(path)
-    if path.exists() and not _may_be_replaced(path):
-        raise RunError(f'{path} must be a new folder, an empty one, or a bundle to be replaced', 'something else',
-                       'Choose another folder')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent))
-    try:
+    target = Path(os.path.realpath(path))
+    _check_target(path, target)
+    with atomic_folder(target, _own_files) as folder:
         yield folder
         _seal(folder, settings)
-        os.chmod(folder, 0o777 & ~current_umask())
-        _swap(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    if others := _unlisted_files(target, _own_files(target)):
+        warnings.warn(f'{path} still holds files that were there before and are not of the bundle: {shorten(others)}. '
+                      '`load_bundle` asks you to move them out')
 
-def _may_be_replaced(path):
-    return path.is_dir() and ((path/BUNDLE).is_file() or not any(path.iterdir()))
+def _check_target(path, target):
+    "Raise an error unless the bundle may be written to the folder"
+    if not os.path.lexists(target):
+        return
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if not is_empty and not _own_files(target):
+        raise RunError(f'{path} must be a new folder, an empty one, or a bundle to be replaced', 'something else',
+                       'Choose another folder')
+    if not is_empty and not can_be_swapped(target):
+        raise RunError(f'{path} must be a folder that can be renamed, so that a bundle is replaced as a whole',
+                       'the current folder, a folder above it, or a mount point', 'Choose a folder inside it')
+
+# %% ../../nbs/815_deploy.manifest.ipynb #31dc351c
+def _own_files(folder):
+    "Return the names of the files that belong to the bundle in a folder; an empty set if there is no bundle"
+    try:
+        manifest = read_bundle_json(Path(folder)/BUNDLE)
+    except (FastaiTLError, OSError):
+        return set()
+    return {BUNDLE, *(name for name in manifest['files'] if not _name_problem(name))} if _is_list(manifest) else set()
 
 # %% ../../nbs/815_deploy.manifest.ipynb #cc0cf215
 def _seal(folder, settings):
     "Write `bundle.json` and make sure that all files are on the disk"
     files = sorted(p for p in folder.rglob('*') if p.is_file())
+    mode = 0o666 & folder.stat().st_mode
     for path in files:
-        os.chmod(path, 0o666 & ~current_umask()) # files of safetensors are readable only by their owner
+        os.chmod(path, mode) # files of safetensors are readable only by their owner
         with open(path, 'rb') as file:
             os.fsync(file.fileno())
     listed = {path.relative_to(folder).as_posix(): _facts(path) for path in files}
     manifest = dict(format=FORMAT, version=FORMAT_VERSION, versions=_versions(), **settings, files=listed)
     write_json(folder/BUNDLE, dict(manifest, checksum=digest(manifest)))
-
-def _swap(folder, path):
-    "Rename `folder` to `path`; an existing bundle is deleted only after the renaming has succeeded"
-    old = None
-    if path.exists():
-        old = path.with_name(f'.{path.name}.{os.getpid()}.old')
-        os.replace(path, old)
-    try:
-        os.replace(folder, path)
-    except BaseException:
-        if old:
-            os.replace(old, path)
-        raise
-    if old:
-        shutil.rmtree(old)
 
 # %% ../../nbs/815_deploy.manifest.ipynb #65b8983a
 def check_bundle(
@@ -95,39 +94,61 @@ def check_bundle(
     manifest = _read_manifest(path)
     for name, facts in manifest['files'].items():
         _check_file(path, name, facts)
-    if extra := [name for name in _loadable_files(path) if name not in manifest['files'] and name != BUNDLE]:
+    for name in manifest['files']:
+        if name.endswith('.index.json'):
+            _check_index(path, name, manifest['files'])
+    if extra := _unlisted_files(path, {BUNDLE, *manifest['files']}):
         raise RunError(f'{path} must contain the files that its {BUNDLE} lists and nothing else', shorten(extra),
-                       'Move them out of the folder (files that begin with a dot and .md files may stay)')
+                       'Move them out of the folder (files that begin with a dot, .md files and documents may stay)')
     return manifest
 
-def _loadable_files(path):
-    "Return the names of all files and links, except hidden files and Markdown files"
-    paths = [p for p in path.rglob('*') if p.is_symlink() or p.is_file()]
-    names = sorted(p.relative_to(path).as_posix() for p in paths)
-    return [name for name in names if not name.endswith('.md') and not any(o.startswith('.') for o in name.split('/'))]
-
 # %% ../../nbs/815_deploy.manifest.ipynb #e18910cc
+_MAX_FILES = 10_000
+_DOCUMENTS = ('.md', '.pdf', '.docx', '.odt', '.tex', '.csv', '.tsv', '.xlsx', '.png', '.jpg', '.svg', '.html',
+              '.ipynb', '.log')
+
+def _unlisted_files(path, listed):
+    "Return the names of all files and links that are not listed, except hidden files and documents"
+    names = []
+    for n, file in enumerate(path.rglob('*')):
+        if n > _MAX_FILES:
+            raise _unsafe(f'A bundle must have at most {_MAX_FILES:,} files', f'more in {path}')
+        name = file.relative_to(path).as_posix()
+        is_hidden = any(part.startswith('.') for part in name.split('/'))
+        if (file.is_symlink() or not file.is_dir()) and not is_hidden and not name.endswith(_DOCUMENTS):
+            names.append(name)
+    return sorted(set(names) - set(listed))
+
+# %% ../../nbs/815_deploy.manifest.ipynb #7b789162
 def _read_manifest(path):
+    "Return the contents of `bundle.json`, with its version and its checksum checked"
     if not (path/BUNDLE).is_file():
         got = f'a folder without {BUNDLE}' if path.is_dir() else f'no folder with {BUNDLE}'
         todo = _old_bundle(path) or 'Write one with `learn.save_bundle(folder)`'
         raise RunError(f'{path} must be a bundle', got, todo)
-    manifest = read_json(path/BUNDLE)
-    has_files = isinstance(manifest, dict) and isinstance(manifest.get('files'), dict)
-    if not has_files or manifest.get('format') != FORMAT:
+    manifest = read_bundle_json(path/BUNDLE)
+    if not _is_list(manifest):
         raise RunError(f'{path/BUNDLE} must be the list of a bundle', 'another JSON file')
     number = manifest.get('version')
-    if not isinstance(number, int) or number > FORMAT_VERSION:
-        writer = manifest.get('versions', {}).get('fastai_tl')
+    if type(number) is not int or not 1 <= number <= FORMAT_VERSION:
+        versions = manifest.get('versions')
+        writer = versions.get('fastai_tl') if isinstance(versions, dict) else None
         raise RunError(f'The version of a bundle must be at most {FORMAT_VERSION}',
                        f'version {number!r}, written by fastai_tl {writer}', 'Upgrade fastai_tl')
     if manifest.get('checksum') != digest({k: v for k, v in manifest.items() if k != 'checksum'}):
         raise _damaged(path, BUNDLE, 'its checksum differs')
     return manifest
 
+def _is_list(manifest):
+    "Return whether the contents of a JSON file are a list of files of a bundle"
+    if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
+        return False
+    files = manifest.get('files')
+    return isinstance(files, dict) and len(files) <= _MAX_FILES and all(isinstance(v, dict) for v in files.values())
+
 def _old_bundle(path):
     "Return advice if replacing the bundle was interrupted and the previous one still exists"
-    old = sorted(path.parent.glob(f'.{path.name}.*.old'))
+    old = sorted(path.parent.glob(f'.{glob.escape(path.name)}.*.old'))
     return f'Replacing it was interrupted; the previous bundle is {old[-1]}' if old else ''
 
 # %% ../../nbs/815_deploy.manifest.ipynb #d01a1c0d
@@ -144,25 +165,104 @@ def _check_file(path, name, facts):
     _check_name(path, name)
     if not file.is_file():
         raise _damaged(path, name, 'missing')
-    if file.stat().st_size != facts.get('size'):
-        raise _damaged(path, name, f"{file.stat().st_size:,} bytes instead of {facts.get('size')}")
+    status = file.stat()
+    if status.st_size != facts.get('size'):
+        raise _damaged(path, name, f"{status.st_size:,} bytes instead of {facts.get('size')!r}")
+    if getattr(status, 'st_blocks', status.st_size)*512*100 < status.st_size - _MAX_HOLE: # st_blocks: not on Windows
+        raise _unsafe('The files of a bundle must be as large on the disk as they say', f'{name!r}, which is sparse')
     if _checksum(file) != facts.get('checksum'):
         raise _damaged(path, name, 'its checksum differs')
     if file.suffix == '.json':
-        contents = read_json(file)
-        if isinstance(contents, dict) and 'auto_map' in contents:
-            raise _unsafe('The files of a bundle must not name code', f"{name!r}, with 'auto_map'")
+        _check_json(name, read_bundle_json(file))
+
+_MAX_HOLE = 1<<20
 
 # %% ../../nbs/815_deploy.manifest.ipynb #9b09c6b5
+def _name_problem(name):
+    "Return what is wrong with a file name (`place` or `type`), or `None`"
+    parts = PurePosixPath(name)
+    leaves = parts.is_absolute() or '..' in parts.parts or any(c in name for c in '\\:\0')
+    if leaves or not name or len(name) > 200 or name != parts.as_posix() or any(p[0] == '.' for p in parts.parts):
+        return 'place'
+    if parts.suffix not in _ALLOWED_SUFFIXES or parts.name.startswith('adapter_'):
+        return 'type'
+
 def _check_name(path, name):
     "Raise an error if a name points outside the folder, is a link, or has a type that can contain code"
+    problem = _name_problem(name)
     inside = 'The files of a bundle must be inside its folder'
-    parts = PurePosixPath(name)
-    leaves = parts.is_absolute() or '..' in parts.parts or '\\' in name or ':' in name
-    if leaves or name != parts.as_posix():
-        raise _unsafe(inside, repr(name))
+    if problem == 'place':
+        raise _unsafe(inside, ascii(name))
     if (path/name).is_symlink() or not (path/name).resolve().is_relative_to(path.resolve()):
-        raise _unsafe(inside, f'{name!r}, a link')
-    if parts.suffix not in _ALLOWED_SUFFIXES or parts.name.startswith('adapter_'):
-        raise _unsafe(f'The files of a bundle must end in {shorten(sorted(_ALLOWED_SUFFIXES), 9)}', repr(name),
+        raise _unsafe(inside, f'{name!a}, a link')
+    if problem == 'type':
+        raise _unsafe(f'The files of a bundle must end in {shorten(sorted(_ALLOWED_SUFFIXES), 9)}', ascii(name),
                       'Do not use this bundle: such a file can hold code, or point to it')
+
+# %% ../../nbs/815_deploy.manifest.ipynb #dd7ac1b2
+_MAX_JSON_BYTES = 64<<20
+_MAX_DEPTH = 30
+
+def _unique(pairs):
+    "Make a dict of the members of a JSON object, or raise an error if a key occurs twice"
+    res = dict(pairs)
+    if len(res) != len(pairs):
+        raise ValueError('a key occurs twice')
+    return res
+
+def containers(
+    contents # Contents of a JSON file
+): # Yields (list or dict, its depth)
+    "Go through all lists and dicts of a JSON file"
+    stack = [(contents, 1)]
+    while stack:
+        node, depth = stack.pop()
+        if not isinstance(node, (dict, list)):
+            continue
+        yield node, depth
+        children = node.values() if isinstance(node, dict) else node
+        stack.extend((child, depth+1) for child in children if isinstance(child, (dict, list)))
+
+# %% ../../nbs/815_deploy.manifest.ipynb #f0f6634a
+def read_bundle_json(
+    file:Path # A JSON file of a bundle
+): # Its contents
+    "Read a JSON file of a bundle; refuse files that are too large or nested too deeply"
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise _unsafe(f'{file} must have at most {_MAX_JSON_BYTES>>20} MiB', f'{file.stat().st_size>>20:,} MiB')
+    try:
+        contents = json.loads(file.read_bytes().decode('utf-8'), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise RunError(f'{file} must be a JSON file', str(e)[:200],
+                       'Copy the bundle again, or write it again with `learn.save_bundle`') from None
+    if max((depth for _, depth in containers(contents)), default=0) > _MAX_DEPTH:
+        raise _unsafe(f'{file} must be nested at most {_MAX_DEPTH} levels deep', 'more levels')
+    return contents
+
+# %% ../../nbs/815_deploy.manifest.ipynb #3a238f2f
+_CODE_KEYS = ('auto_map', 'custom_generate', 'custom_pipelines', 'quantization_config', 'transformers_weights',
+              'fast_tokenizer_files')
+_OWN_IMPLEMENTATIONS = (None, 'eager', 'sdpa', 'flex_attention', 'batched_mm', 'grouped_mm')
+
+def _is_code(key, value):
+    "Return whether an entry of a JSON file names code, a kernel of the hub, or another file to read"
+    if key.endswith(('attn_implementation', 'experts_implementation')):
+        return isinstance(value, (dict, list)) or value not in _OWN_IMPLEMENTATIONS
+    if not isinstance(value, (str, list, dict)) or key == 'special_tokens_map_file': # which transformers does not read
+        return False
+    return key in _CODE_KEYS or key.endswith(('_file', '_files'))
+
+def _check_json(name, contents):
+    "Raise an error if a JSON file names code or another file"
+    for node, _ in containers(contents):
+        if isinstance(node, dict) and (found := [key for key, value in node.items() if _is_code(key, value)]):
+            raise _unsafe('The files of a bundle must not name code or other files', f'{name!r}, with {found[0]!a}')
+
+def _check_index(path, name, listed):
+    "Raise an error unless an index of split weights names listed safetensors files next to it"
+    index = read_bundle_json(path/name)
+    weights = index.get('weight_map') if isinstance(index, dict) else None
+    files = set(map(str, weights.values())) if isinstance(weights, dict) else {''}
+    bad = sorted(file for file in files if file not in listed or '/' in file or not file.endswith('.safetensors'))
+    if bad:
+        raise _unsafe(f'The index {name} must name safetensors files that {BUNDLE} lists', ascii(bad[0]))
