@@ -35,6 +35,7 @@ from .models.execution_order import *
 from .models.layer_stacks import *
 from .models.layer_groups import *
 from .models.encoder import *
+from .models.loading import *
 from .models.hf import *
 from .models.awd_lstm import *
 from .models.third_party import *

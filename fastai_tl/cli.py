@@ -7,13 +7,13 @@ Docs: https://fastai-tl.github.io/fastai_tl/cli.html.md"""
 # %% auto #0
 __all__ = ['SETTINGS', 'read_settings', 'main']
 
-# %% ../nbs/990_cli.ipynb #a576e089
+# %% ../nbs/990_cli.ipynb #67314ed6
 import argparse, configparser, json, sys
 from pathlib import Path
 from . import __version__
 from .core import FastaiTLError, did_you_mean
 
-# %% ../nbs/990_cli.ipynb #f925118a
+# %% ../nbs/990_cli.ipynb #0c12a40f
 def _yes_or_no(text):
     known = dict(yes=True, true=True, on=True, no=False, false=False, off=False)
     return {**known, '1': True, '0': False, '': False}[text.lower()]
@@ -28,7 +28,7 @@ _CLASSIFIER_SETTINGS = dict(epochs=_list_of(int), rates=_list_of(float), bs=int,
 SETTINGS = {**_RUN_SETTINGS, **_LM_SETTINGS, **_CLASSIFIER_SETTINGS}
 _TYPES = {_yes_or_no: 'yes or no', int: 'int', float: 'float', str: 'str'}
 
-# %% ../nbs/990_cli.ipynb #3e9fb197
+# %% ../nbs/990_cli.ipynb #9b750225
 def read_settings(
     file=None # Path of the file; `None`: `settings.ini` in the current folder, if it exists
 ) -> dict: # Maps the name of each setting to its value
@@ -48,7 +48,7 @@ def read_settings(
     given = {name: text.strip() for name, text in items}
     return {name: _convert(path, name, text) for name, text in given.items() if text or name not in SETTINGS}
 
-# %% ../nbs/990_cli.ipynb #debeed14
+# %% ../nbs/990_cli.ipynb #2e20f6a8
 def _convert(path, name, text):
     "Convert the text of a setting to its type"
     if name not in SETTINGS:
@@ -76,7 +76,7 @@ def _changed_sizes(settings, full):
         changes['lm'] = {**preset['lm'], **{name.removeprefix('lm_'): value for name, value in lm.items()}}
     return changes
 
-# %% ../nbs/990_cli.ipynb #6c98558d
+# %% ../nbs/990_cli.ipynb #83b5f599
 def _add_quickstart(commands):
     parser = commands.add_parser(
         'quickstart', help='three stages of transfer on real text, offline, in minutes',
@@ -102,7 +102,7 @@ def _add_status(commands):
     parser = commands.add_parser('status', help='show what is done in a run')
     parser.add_argument('run', help='folder of a quickstart or of a ULMFiT run')
 
-# %% ../nbs/990_cli.ipynb #cbcd3cfc
+# %% ../nbs/990_cli.ipynb #206a9837
 def _add_predict(commands):
     parser = commands.add_parser('predict', help='classify texts with a trained run or a bundle')
     parser.add_argument('run', help='folder of a quickstart, or of a bundle')
@@ -127,7 +127,7 @@ def _add_perplexity(commands):
     add('--stride', type=int, help='tokens that each further window of a long text scores')
     add('--max-length', type=int, help='tokens that the model reads at once')
 
-# %% ../nbs/990_cli.ipynb #88c7a462
+# %% ../nbs/990_cli.ipynb #56104db4
 def _add_generate(commands):
     add = _add_language_model(commands, 'generate', 'prompts', 'write texts with a language model')
     add('--max-new-tokens', type=int, help='maximum number of new tokens (50)')
@@ -150,7 +150,7 @@ def _parser():
         add_command(commands)
     return parser
 
-# %% ../nbs/990_cli.ipynb #71a6e75e
+# %% ../nbs/990_cli.ipynb #d4cbb00f
 def _quickstart(args):
     from fastai_tl.plot import set_font
     from fastai_tl.quickstart.run import run_quickstart
@@ -163,7 +163,7 @@ def _quickstart(args):
     full = settings.get('full', False)
     run_quickstart(full=full, progress=not args.quiet, **options, **_changed_sizes(settings, full))
 
-# %% ../nbs/990_cli.ipynb #69bb034c
+# %% ../nbs/990_cli.ipynb #1268bca9
 def _read_summary(run):
     "Return the summary of a quickstart, or `None` if it is not finished"
     from fastai_tl.files import read_json
@@ -184,7 +184,7 @@ def _status(args):
         table = status.to_string(index=False, na_rep='') if len(status) else 'nothing has begun'
         print(f'{run}\n{table}')
 
-# %% ../nbs/990_cli.ipynb #07a2733f
+# %% ../nbs/990_cli.ipynb #85813271
 def _print_prediction(label, confidence, text):
     labels = ','.join(map(str, _as_list(label)))
     probabilities = ','.join(f'{p:.3f}' for p in _as_list(confidence))
@@ -195,7 +195,7 @@ def _as_list(value):
         return []
     return value if isinstance(value, list) else [value]
 
-# %% ../nbs/990_cli.ipynb #3a383142
+# %% ../nbs/990_cli.ipynb #5bc6ab94
 def _predict(args):
     texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
     if (Path(args.run)/'bundle.json').exists():
@@ -218,15 +218,16 @@ def _predict_with_ulmfit(run, summary, texts):
             label, _, probs = learn.predict(text)
         _print_prediction(label, float(probs.max()), text)
 
-# %% ../nbs/990_cli.ipynb #a327d366
+# %% ../nbs/990_cli.ipynb #afa593b4
 def _predict_with_transformer(run, summary, texts):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from fastai_tl.data.loaders import language_rules
     from fastai_tl.data.tokenizers import apply_rules
+    from fastai_tl.models.loading import load_pretrained
     folder = Path(run)/summary['model']
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = load_pretrained(AutoModelForSequenceClassification, folder, new_head=False).eval()
     rules = language_rules(summary.get('lang', 'en'))
     max_length = summary['size']['max_length']
     for text, prepared in zip(texts, apply_rules(rules, texts)):
@@ -245,7 +246,7 @@ def _predict_with_bundle(folder, texts):
     for text, prediction in zip(texts, predictor.predict_iter(texts)):
         _print_prediction(prediction.label, prediction.confidence, text)
 
-# %% ../nbs/990_cli.ipynb #8161ccea
+# %% ../nbs/990_cli.ipynb #8de1fcfb
 def _language_model(where):
     "Return a language model for `generate` and `text_perplexity`, from a path or a name"
     path = Path(where)
@@ -260,7 +261,7 @@ def _language_model(where):
     raise FastaiTLError(f'{where} must hold a language model',
                         'neither a config.json of transformers nor the encoder of a run')
 
-# %% ../nbs/990_cli.ipynb #a8231bd2
+# %% ../nbs/990_cli.ipynb #44e37801
 def _given_texts(args):
     "Return the texts from the arguments, from a file, or from standard input"
     if args.texts and args.file:
@@ -279,7 +280,7 @@ def _texts_of_file(args):
     lines = Path(args.file).read_text(encoding='utf-8').splitlines() if args.file else sys.stdin
     return [line.rstrip('\r\n') for line in lines if line.strip()]
 
-# %% ../nbs/990_cli.ipynb #c19e50fc
+# %% ../nbs/990_cli.ipynb #19a56a0e
 def _option(text):
     "Return name and value from a string NAME=VALUE"
     name, equals, value = text.partition('=')
@@ -309,7 +310,7 @@ def _generate(args):
         row = dict(prompt=res.prompt, completion=res.completion, finish=res.finish)
         print(json.dumps(row, ensure_ascii=False) if args.json else f'{res.text}\n')
 
-# %% ../nbs/990_cli.ipynb #cef4a2a9
+# %% ../nbs/990_cli.ipynb #caeab3c6
 def _perplexity(args):
     from fastai_tl.generation.perplexity import text_perplexity
     model = _language_model(args.model)
@@ -325,7 +326,7 @@ def _perplexity(args):
         text = row.get('text', f'all {len(res)} texts')
         print(f"{row[res.name]:.2f}\t{row['bits_per_char']:.3f}\t{row['unk_share']:.3f}\t{row['tokens']}\t{text}")
 
-# %% ../nbs/990_cli.ipynb #158c59d0
+# %% ../nbs/990_cli.ipynb #f32ba3c1
 _COMMANDS = dict(quickstart=_quickstart, status=_status, predict=_predict, generate=_generate, perplexity=_perplexity)
 
 def main(

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.language_model.html.md"""
 # %% auto #0
 __all__ = ['TextModel', 'text_model']
 
-# %% ../../nbs/605_generation.language_model.ipynb #80c30237
+# %% ../../nbs/605_generation.language_model.ipynb #f653c1dc
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -18,9 +18,10 @@ from ..core import FastaiTLError
 from .tokenizer_adapter import FastaiTokenizerAdapter, HFTokenizerAdapter
 from ..models.encoder import Encoder
 from ..models.hf import max_positions
+from ..models.loading import load_pretrained
 from ..models.third_party import text_parts
 
-# %% ../../nbs/605_generation.language_model.ipynb #75593c73
+# %% ../../nbs/605_generation.language_model.ipynb #17a5fde9
 @dataclass
 class TextModel:
     "A language model that is ready to use, with the adapter of its tokenizer and its task"
@@ -42,7 +43,7 @@ class TextModel:
         "Return the maximum number of tokens that the model reads at once; `None` if there is no limit"
         return None if self.is_awd_lstm else max_positions(self.model, configured=True)
 
-# %% ../../nbs/605_generation.language_model.ipynb #909e5d03
+# %% ../../nbs/605_generation.language_model.ipynb #ee5cc5ca
 def _find_hf_lm(model):
     "Find the outermost Hugging Face model inside `model`"
     def is_hf(m): return hasattr(getattr(m, 'config', None), 'model_type') and hasattr(m, 'get_output_embeddings')
@@ -64,7 +65,7 @@ def _not_a_lm(o):
                          'Pass a Learner of a language model, a causal, masked or sequence-to-sequence model of '
                          'transformers, its folder or its name')
 
-# %% ../../nbs/605_generation.language_model.ipynb #d713abb5
+# %% ../../nbs/605_generation.language_model.ipynb #80ec8f64
 def _no_tokenizer(got):
     return FastaiTLError('The tokenizer of the model is needed', got, 'Pass `tokenizer=`')
 
@@ -84,7 +85,7 @@ def _tokenizer_and_rules(learn, tokenizer):
         return tokenizer, ()
     return tokenizer or parts.tokenizer, parts.rules
 
-# %% ../../nbs/605_generation.language_model.ipynb #ffe13c69
+# %% ../../nbs/605_generation.language_model.ipynb #7edc74c4
 def _from_hf(hf, learn, tokenizer):
     "Make a `TextModel` from a Hugging Face language model and, if there is one, its Learner"
     task = _hf_task(hf)
@@ -107,7 +108,7 @@ def _from_awd_lstm(learn):
         raise _not_a_lm(learn.model)
     return TextModel(model, FastaiTokenizerAdapter.from_dls(learn.dls), 'causal_lm', 'fastai')
 
-# %% ../../nbs/605_generation.language_model.ipynb #cc980add
+# %% ../../nbs/605_generation.language_model.ipynb #5b327279
 def _load(name, tokenizer):
     "Load a transformers language model and its tokenizer by name or from a folder"
     import transformers
@@ -116,7 +117,10 @@ def _load(name, tokenizer):
         is_masked = 'MaskedLM' in ' '.join(config.architectures or [])
         one_text = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
         model_class = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else one_text
-        return model_class.from_pretrained(name), tokenizer or transformers.AutoTokenizer.from_pretrained(name)
+        model = load_pretrained(model_class, name, new_head=False)
+        return model, tokenizer or transformers.AutoTokenizer.from_pretrained(name)
+    except FastaiTLError:
+        raise
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         raise FastaiTLError('A folder with a language model of transformers, or the name of one, is needed',
@@ -135,7 +139,7 @@ def _from_encoder(enc):
     model[1].decoder.bias.data.copy_(enc.decoder_bias)
     return TextModel(model, FastaiTokenizerAdapter.from_encoder(enc), 'causal_lm', 'fastai')
 
-# %% ../../nbs/605_generation.language_model.ipynb #de9ac036
+# %% ../../nbs/605_generation.language_model.ipynb #beac3d23
 def text_model(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, a `TextModel`, or the folder or name of a model
     tokenizer=None # Tokenizer of a Hugging Face model; `None`: the one of the Learner or in the folder

