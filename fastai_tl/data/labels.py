@@ -8,12 +8,16 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.labels.html.md"""
 __all__ = ['check_labels']
 
 # %% ../../nbs/109_data.labels.ipynb #059fd1e9
+import warnings
+from collections import Counter
+from decimal import Decimal
+from numbers import Number
 import numpy as np
 from fastcore.all import L
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode, RegressionSetup
 from ..core import DataError, shorten, unknown_option
 from .spec import CLASSIFICATION_TASKS
-from .tables import is_missing
+from .tables import is_missing, list_of, row_names, valid_texts
 
 # %% ../../nbs/109_data.labels.ipynb #ce92109b
 def check_labels(
@@ -23,23 +27,33 @@ def check_labels(
     label_delim:str|None=None # Separator between the labels in one string
 ) -> tuple: # The labels, split and converted, and the task
     "Check and convert labels, and return them with their task"
-    labels = list(labels)
-    rows = list(range(len(labels)) if index is None else index)
+    labels = list_of(labels, 'label')
+    rows = row_names(len(labels), index)
+    labels = valid_texts([_plain_label(label) for label in labels], rows, 'label')
     missing = [row for row, label in zip(rows, labels) if is_missing(label)]
     if missing and task != 'multilabel' and label_delim is None:
         raise DataError('Each text needs a label', f'none in row {shorten(missing)}',
                         'Drop those rows, or keep their texts for the language model (`finetune_lm`)')
     if task is None:
         task = _infer_task(labels, label_delim)
+        _warn_of_joined(labels, task)
     if task not in CLASSIFICATION_TASKS:
         raise unknown_option('task', task, CLASSIFICATION_TASKS)
     if task == 'multilabel':
-        labels = [_label_list(label, label_delim) for label in labels]
+        labels = [_label_list(label, label_delim, row) for label, row in zip(labels, rows)]
     if task == 'regression':
         labels = _values(labels, rows)
     return labels, task
 
 # %% ../../nbs/109_data.labels.ipynb #bd21672d
+def _plain_label(label):
+    "Return a label as a plain Python value: numbers for decimals; strings for intervals, dates and times"
+    if isinstance(label, (str, Number, list, tuple, set, L)) or is_missing(label):
+        return float(label) if isinstance(label, Decimal) else label
+    if isinstance(label, np.generic) and not isinstance(label, (np.datetime64, np.timedelta64)):
+        return label.item()
+    return label if hasattr(label, '__iter__') else str(label)
+
 def _infer_task(labels, label_delim):
     "Infer the task from the labels"
     if label_delim is not None or any(isinstance(o, (list, tuple, set, L, np.ndarray)) for o in labels):
@@ -47,24 +61,54 @@ def _infer_task(labels, label_delim):
     floats = [o for o in labels if isinstance(o, (float, np.floating))]
     return 'regression' if any(np.isinf(o) or o != int(o) for o in floats) else 'classification'
 
-def _label_list(label, delim):
+# %% ../../nbs/109_data.labels.ipynb #30d38e0a
+def _label_list(label, delim, row):
     "Return the classes of one text"
     if is_missing(label):
         return []
     if isinstance(label, str):
         return [part.strip() for part in label.split(delim) if part.strip()] if delim else [label]
-    return [o if isinstance(o, (str, int)) else str(o) for o in label]
+    if not hasattr(label, '__iter__'):
+        return [str(label) if delim else label]
+    if any(is_missing(o) for o in label):
+        raise DataError('A list of labels must have no missing ones', f'one in row {row}',
+                        'Leave it out; an empty list means that the text has no class')
+    return valid_texts([o if isinstance(o, (str, int)) else str(o) for o in label], [row]*len(label), 'label')
 
 def _values(labels, rows):
     "Return the values of a regression as floats"
-    infinite = [row for row, o in zip(rows, labels) if isinstance(o, (float, np.floating)) and np.isinf(o)]
-    if infinite:
-        raise DataError('Targets of a regression must be finite', f'others in row {shorten(infinite)}')
     try:
-        return [float(o) for o in labels]
+        values = [float(o) for o in labels]
     except (TypeError, ValueError):
         others = [repr(o) for o in labels if not isinstance(o, (int, float))]
         raise DataError('Targets of a regression must be numbers', shorten(others, 3)) from None
+    if infinite := [row for row, value in zip(rows, values) if not np.isfinite(value)]:
+        raise DataError('Targets of a regression must be finite', f'others in row {shorten(infinite)}')
+    return values
+
+# %% ../../nbs/109_data.labels.ipynb #3bbeb395
+def joined_by(
+    labels # Labels, one for each text
+) -> str|None: # `;`, `|`, `,`, `/`, `+` or their Chinese forms; `None` if labels do not look joined
+    "Return the separator of strings that look like several labels in one"
+    names = {label for label in labels if isinstance(label, str)}
+    for delim in ';|,/+；、，':
+        parts = {name: {part.strip() for part in name.split(delim)} for name in names}
+        joined = [name for name in names if len(parts[name]) > 1]
+        n_labels = Counter(part for name in names for part in parts[name])
+        found = {part for name in joined for part in parts[name]}
+        n_shared = sum(n_labels[part] > 1 for part in found)
+        if joined and len(n_labels) < len(names) and n_shared*2 >= len(found):
+            return delim
+
+def _warn_of_joined(labels, task):
+    "Warn about strings that look like several labels in one"
+    delim = joined_by(labels) if task == 'classification' else None
+    if delim is not None:
+        example = next(label for label in labels if delim in str(label))
+        warnings.warn(f'Labels such as {example!r} look like several labels with the separator {delim!r}; now each of '
+                      f'the {len(set(labels))} combinations is a class. For several labels a text pass '
+                      f'`label_delim={delim!r}`, on the command line `--label-delim`')
 
 # %% ../../nbs/109_data.labels.ipynb #42c705de
 def label_tfms(

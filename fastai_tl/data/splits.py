@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 from ..core import DataError, FastaiTLError, derive_seed, shorten
 from .labels import check_labels
-from .tables import column
+from .tables import column, is_missing, list_of
 
 # %% ../../nbs/112_data.splits.ipynb #cef83861
 # The words that a split column may contain, in lower case, and the part of the split that each word means
@@ -32,7 +32,7 @@ def split_rows(
     "Split rows as `valid` says, or at random with the same share of validation rows in each class"
     n_rows = len(labels)
     if valid is not None:
-        return _given_split(list(valid), n_rows)
+        return _given_split(list_of(valid, 'split value'), n_rows)
     if valid_pct >= 1:
         raise DataError('`valid_pct` must be a share of the rows below 1', str(valid_pct), 'For 20 %, pass .2')
     rng = np.random.default_rng(derive_seed(seed, 'rows'))
@@ -104,7 +104,7 @@ def _split_part(value):
     "Return `train`, `valid` or `test`; `None` for a value that means none of them"
     if isinstance(value, str):
         return SPLIT_NAMES.get(value.lower())
-    if value not in (True, False):
+    if is_missing(value) or not np.isscalar(value) or value not in (True, False):
         return None
     return 'valid' if value else 'train'
 

@@ -7,30 +7,89 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tables.html.md"""
 # %% auto #0
 __all__ = ['check_texts', 'read_table', 'read_folder', 'read_texts']
 
-# %% ../../nbs/106_data.tables.ipynb #b6e891c1
+# %% ../../nbs/106_data.tables.ipynb #698fc001
+import inspect, re, warnings
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import DataError, did_you_mean, shorten
 
-# %% ../../nbs/106_data.tables.ipynb #476e6cd4
+# %% ../../nbs/106_data.tables.ipynb #9fcbf1dd
 def is_missing(
     value # Value of a table cell
-) -> bool: # `True` for `None`, `pd.NA` and NaN
+) -> bool: # `True` for `None`, NaN, `pd.NA` and `pd.NaT`
     "Return whether a table cell has no value"
-    is_nan = isinstance(value, (float, np.floating)) and value != value
-    return value is None or value is pd.NA or is_nan
+    if isinstance(value, str):
+        return False
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
 
-# %% ../../nbs/106_data.tables.ipynb #89e0012d
+# %% ../../nbs/106_data.tables.ipynb #93dadee7
+def list_of(
+    items, # A list, an array, a Series, or another iterable
+    what:str='text' # What error messages call an item
+) -> list:
+    "Return `items` as a list; raise an error for a string, a table or a dictionary"
+    expected = f'A list of {what}s is needed'
+    if isinstance(items, (str, bytes)):
+        raise DataError(expected, f'one {type(items).__name__}', 'Put it into a list')
+    names = getattr(items, 'columns', getattr(items, 'column_names', None))
+    if names is not None:
+        raise DataError(expected, f'a {type(items).__name__} with the columns {shorten(names, 12)}',
+                        "Pass one of its columns, such as `df['text']`")
+    if isinstance(items, Mapping):
+        raise DataError(expected, f'a {type(items).__name__} with the keys {shorten(items, 12)}',
+                        'Pass a list of its values')
+    if not hasattr(items, '__iter__') and not hasattr(items, '__getitem__'):
+        raise DataError(expected, f'a {type(items).__name__}', 'Put it into a list')
+    return list(items)
+
+# %% ../../nbs/106_data.tables.ipynb #87de9109
+def row_names(
+    n:int, # Number of rows
+    index=None # The index of the table; `None`: rows are numbered from 0
+) -> list:
+    "Return the name of each row for error messages"
+    if index is None:
+        return list(range(n))
+    names = list(index)
+    if len(set(names)) == len(names):
+        return names
+    return [f'{name} (position {i})' for i, name in enumerate(names)]
+
+# %% ../../nbs/106_data.tables.ipynb #300261c4
+def valid_text(
+    text:str # Any string
+) -> str: # The same string if it has no surrogates
+    "Join surrogate pairs into one character, and replace each lone surrogate by `�`"
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
+
+def valid_texts(
+    texts:list, # Strings; other items are not changed
+    rows=None, # Row names for the warning; `None`: rows are numbered from 0
+    what:str='text' # What the warning calls an item
+) -> list:
+    "Replace the lone surrogates of texts, and warn once about the rows that have some"
+    valid = [valid_text(text) if isinstance(text, str) else text for text in texts]
+    rows = range(len(texts)) if rows is None else rows
+    changed = [row for row, old, new in zip(rows, texts, valid) if old is not new and '\ufffd' in new]
+    if changed:
+        warnings.warn(f'Lone surrogates, which UTF-8 cannot encode, are replaced by � in each {what} of '
+                      f'row {shorten(changed)}; was the file read with the wrong encoding?')
+    return valid
+
+# %% ../../nbs/106_data.tables.ipynb #7ff75dcb
 def check_texts(
     texts, # An iterable of strings
     index=None, # Row names for error messages; `None`: rows are numbered from 0
     what:str='text' # What error messages call an item
 ) -> list: # The texts, as a list of `str`
     "Return `texts` as a list; raise an error that names the rows of missing, blank and non-string texts"
-    if isinstance(texts, (str, bytes)):
-        raise DataError(f'A list of {what}s is needed', f'one {type(texts).__name__}', 'Put it into a list')
-    texts = list(texts)
-    rows = list(range(len(texts)) if index is None else index)
+    texts = list_of(texts, what)
+    rows = row_names(len(texts), index)
     problem = f'Each {what} must be a string'
     if missing := [row for row, text in zip(rows, texts) if is_missing(text)]:
         raise DataError(problem, f'a missing one in row {shorten(missing)}', 'Drop or fill those rows first')
@@ -42,49 +101,230 @@ def check_texts(
                         'Drop those rows first')
     if not texts:
         raise DataError(f'At least one {what} is needed', 'none')
-    return texts
+    return valid_texts(texts, rows, what)
 
-# %% ../../nbs/106_data.tables.ipynb #d4a72551
+# %% ../../nbs/106_data.tables.ipynb #5e598a01
+_ENCODING_ADVICE = ("Pass the encoding of the file, such as `encoding='cp1252'` (Western Europe) or `encoding='big5'` "
+                    '(Traditional Chinese), or save the file as UTF-8')
+
+def with_bom(
+    encoding:str|None # Name of an encoding
+) -> str:
+    "Return the encoding that also accepts a byte order mark, for UTF-8"
+    return 'utf-8-sig' if encoding is None or encoding.lower().replace('_', '-') in ('utf-8', 'utf8') else encoding
+
+def encoding_error(
+    data:bytes, # Content of a file that cannot be decoded
+    name, # Name of the file
+    encoding:str # The encoding that does not fit
+) -> DataError: # The error, which the caller raises
+    "Return the error for a file that is in another encoding"
+    encoding = encoding.replace('-sig', '')
+    got, todo = 'bytes that it does not allow', _ENCODING_ADVICE
+    try:
+        data.decode(encoding)
+    except LookupError:
+        return DataError('`encoding` must be a known encoding', repr(encoding), _ENCODING_ADVICE)
+    except UnicodeDecodeError as error:
+        line = data.count(b'\n', 0, error.start) + 1
+        got = f'the byte 0x{data[error.start]:02x} in line {line}'
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        todo = "It begins with the byte order mark of UTF-16: pass `encoding='utf-16'`"
+    return DataError(f'{name} must be in the encoding {encoding}', got, todo)
+
+# %% ../../nbs/106_data.tables.ipynb #416bd832
+def decode_text(
+    data:bytes, # Content of a text file
+    name, # Name of the file, for error messages
+    encoding:str|None=None # Its encoding; `None`: UTF-8
+) -> str: # With `\n` at the end of each line
+    "Decode the content of a text file; an error names the file and the line"
+    encoding = with_bom(encoding)
+    try:
+        text = data.decode(encoding)
+    except (LookupError, UnicodeError):
+        raise encoding_error(data, name, encoding) from None
+    if '\0' in text:
+        raise DataError(f'{name} must be a text file', 'null characters',
+                        "If it is UTF-16 without a byte order mark, pass `encoding='utf-16-le'`")
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
+# %% ../../nbs/106_data.tables.ipynb #30302055
+# the words that pandas reads as missing values
+MISSING_WORDS = frozenset(('#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,<NA>,N/A,NA,NULL,NaN,None,'
+                           'n/a,nan,null').split(','))
+
+def _as_numbers(cells, is_word):
+    "Return a column as numbers or booleans with missing values instead of words; `None` if it has other strings"
+    others = cells[~is_word].dropna()
+    if not len(others):
+        return None
+    booleans = others.astype(str).str.lower().map({'true': True, 'false': False})
+    values = booleans if booleans.notna().all() else pd.to_numeric(others, errors='coerce')
+    return values.reindex(cells.index) if values.notna().all() else None
+
+def _keep_words(df, path, convert):
+    "Say which columns have words for missing values; convert those that have only numbers besides"
+    kept = {}
+    for name in df.columns[df.dtypes.map(lambda dtype: not pd.api.types.is_numeric_dtype(dtype))]:
+        is_word = df[name].isin(MISSING_WORDS)
+        if not is_word.any():
+            continue
+        numbers = _as_numbers(df[name], is_word) if convert else None
+        if numbers is None:
+            kept[name] = df[name][is_word].iloc[0]
+        else:
+            df[name] = numbers
+    if kept:
+        columns = ', '.join(f'{name} ({word!r})' for name, word in kept.items())
+        warnings.warn(f'{path}: cells that may stand for a missing value are kept as words in the columns {columns}; '
+                      'to read them as missing pass `keep_default_na=True`')
+    return df
+
+# %% ../../nbs/106_data.tables.ipynb #b8be3f11
+def _check_fields(df, path, options):
+    "Raise an error if rows have more fields than the header, so that pandas has moved the columns"
+    if options.get('index_col') is None and len(df) and not isinstance(df.index, pd.RangeIndex):
+        n_more = df.index.nlevels
+        raise DataError(f'{path} must have as many fields in each row as in its header',
+                        f'{df.shape[1]+n_more} fields instead of {df.shape[1]} in row 0, the first after the header',
+                        'Put texts that contain the separator into quotes; if the first column has only row names, '
+                        'pass `index_col=0`')
+
+# %% ../../nbs/106_data.tables.ipynb #5d53a8f2
+_HEADER_OPTIONS = {'sep', 'delimiter', 'engine', 'encoding', 'quotechar', 'quoting', 'skiprows', 'comment'}
+
+def _note_repeated(df, path, options):
+    "Store the column names that the file has twice; pandas has renamed the second one"
+    names = {name for name in df.columns if isinstance(name, str)}
+    renamed = [name for name in names if re.sub(r'\.\d+$', '', name) in names-{name}]
+    if renamed and not {'names', 'header', 'usecols'} & options.keys():
+        kept = {name: options[name] for name in _HEADER_OPTIONS & options.keys()}
+        header = pd.read_csv(path, header=None, nrows=1, dtype=str, **kept).iloc[0]
+        df.attrs['repeated_columns'] = sorted(set(header[header.duplicated()]))
+
+def _read_csv(path, **options):
+    "Read a table with separators; `options` are those of pandas"
+    own_missing = {'keep_default_na', 'na_values', 'na_filter'} & options.keys()
+    defaults = {} if own_missing else dict(keep_default_na=False, na_values=[''])
+    if 'engine' not in options and len(options.get('sep', options.get('delimiter')) or ',') == 1:
+        defaults['low_memory'] = False # pandas would infer the type of a column for each part of the file
+    options = {**defaults, **options}
+    df = pd.read_csv(path, **options)
+    if not isinstance(df, pd.DataFrame): # an iterator over parts
+        return df
+    _check_fields(df, path, options)
+    _note_repeated(df, path, options)
+    return df if own_missing else _keep_words(df, path, convert=not {'dtype', 'converters'} & options.keys())
+
+# %% ../../nbs/106_data.tables.ipynb #b19ad58f
+def _read_jsonl(path, **options):
+    "Read a table with one JSON object per line; strings of digits stay strings"
+    return pd.read_json(path, **{'lines': True, 'dtype': False, **options})
+
 _readers = {
-    '.csv': pd.read_csv,
-    '.tsv': lambda path, **kwargs: pd.read_csv(path, **{'sep': '\t', **kwargs}),
+    '.csv': _read_csv,
+    '.tsv': lambda path, **options: _read_csv(path, **{'sep': '\t', **options}),
     '.parquet': pd.read_parquet,
-    '.jsonl': lambda path, **kwargs: pd.read_json(path, **{'lines': True, **kwargs})}
+    '.jsonl': _read_jsonl}
 
+def is_table_file(
+    path:str|Path # Path of a file
+) -> bool:
+    "Return whether the name of a file is that of a table"
+    return Path(path).suffix.lower() in _readers
+
+def _reader_names():
+    "Return the names of all options of the pandas readers"
+    readers = (pd.read_csv, pd.read_json, pd.read_parquet)
+    names = {name for reader in readers for name in inspect.signature(reader).parameters}
+    return names - {'path', 'path_or_buf', 'filepath_or_buffer', 'kwargs', 'verbose'}
+
+def pop_reader_options(
+    kwargs:dict # Arguments of a function that reads a file; the options of the reader are removed
+) -> dict: # The options of the reader, such as `encoding` and `sep`
+    "Separate the options of the pandas reader from other keyword arguments"
+    return {name: kwargs.pop(name) for name in _reader_names() & kwargs.keys()}
+
+# %% ../../nbs/106_data.tables.ipynb #d0e71c9a
 def read_table(
     path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file
-    **kwargs # Passed to the pandas reader
+    **kwargs # Passed to the pandas reader: `encoding`, `sep`, `dtype`, …
 ) -> pd.DataFrame:
     "Read a table of texts with the pandas reader for its file extension"
     path = Path(path)
     if not path.exists():
         raise DataError(f'{path} must be a file', 'nothing there')
-    if path.suffix not in _readers:
+    kind = path.suffix.lower()
+    if kind not in _readers:
         raise DataError(f'A table must end in {shorten(_readers)}', path.name)
+    options = {**kwargs, 'encoding': with_bom(kwargs.get('encoding'))} if kind != '.parquet' else kwargs
     try:
-        return _readers[path.suffix](path, **kwargs)
+        return _readers[kind](path, **options)
+    except DataError:
+        raise
+    except (UnicodeError, LookupError):
+        raise encoding_error(path.read_bytes(), path, options.get('encoding', 'utf-8')) from None
+    except TypeError as e:
+        raise DataError(f'The options must be those of the pandas reader for {kind} files', str(e)) from e
     except (ValueError, OSError) as e:
-        raise DataError(f'{path} must be a readable {path.suffix[1:]} file', str(e).splitlines()[0]) from e
+        raise _reading_error(path, kind, e) from e
 
-# %% ../../nbs/106_data.tables.ipynb #663e5f98
+# %% ../../nbs/106_data.tables.ipynb #3b9c7b01
+def _reading_error(path, kind, error):
+    "Return the error for a table that pandas cannot read"
+    reason = str(error).splitlines()[0]
+    if fields := re.search(r'Expected (\d+) fields in line (\d+), saw (\d+)', reason):
+        expected, line, n_fields = fields.groups()
+        return DataError(f'{path} must have as many fields in each row as in its header',
+                         f'{n_fields} fields instead of {expected} in line {line}',
+                         'Put texts that contain the separator into quotes')
+    return DataError(f'{path} must be a readable {kind[1:]} file', reason)
+
+# %% ../../nbs/106_data.tables.ipynb #d53c2d62
+def _used_separator(df, name):
+    "Return the separator of a table that was read with another one, or `None`"
+    for header in map(str, df.columns):
+        for sep in (';', '\t', '|', ','):
+            if name in [part.strip() for part in header.split(sep)] and sep in header:
+                return sep
+
+def _no_column(df, name):
+    "Return the error for a column that is not in the table"
+    got = f'columns {shorten(df.columns, 12)}'
+    sep = _used_separator(df, name)
+    if sep is None:
+        return DataError(f'The table must have a column {name!r}', got, did_you_mean(name, df.columns))
+    return DataError(f'The table must have a column {name!r}', got,
+                     f'Its separator seems to be {sep!r}: pass `sep={sep!r}`, or `--sep` on the command line')
+
+# %% ../../nbs/106_data.tables.ipynb #aa9a76a3
 def column(
     df:pd.DataFrame, # A table
     name # Name of the column, or its position
 ) -> pd.Series: # The column
     "Return a column, or raise an error that lists the columns"
+    if not isinstance(df, pd.DataFrame):
+        raise DataError('A DataFrame is needed', f'a {type(df).__name__}',
+                        'For a file use `from_csv`, for a Hugging Face dataset `from_dataset`, for lists `from_lists`')
+    if not isinstance(name, Hashable):
+        raise DataError('One column is needed', f'a {type(name).__name__}: {name!r}')
     if name in df.columns:
+        if isinstance(df[name], pd.DataFrame) or name in df.attrs.get('repeated_columns', ()):
+            raise DataError(f'The table must have one column {name!r}', 'several columns with this name',
+                            'Rename or drop one: `df.loc[:, ~df.columns.duplicated()]` keeps the first')
         return df[name]
     n_columns = df.shape[1]
     if isinstance(name, (int, np.integer)) and -n_columns <= name < n_columns:
         return df.iloc[:,name]
-    raise DataError(f'The table must have a column {name!r}', f'columns {shorten(df.columns, 12)}',
-                    did_you_mean(name, df.columns))
+    raise _no_column(df, name)
 
-# %% ../../nbs/106_data.tables.ipynb #ac1836cb
+# %% ../../nbs/106_data.tables.ipynb #b36b21ee
 def read_folder(
     path:str|Path, # A folder with `.txt` files, at any depth
     label_from_parent:bool=False, # Whether to use the name of a text's folder as its label
-    skip:tuple=() # Names of folders to skip; a message says how many files were skipped
+    skip:tuple=(), # Names of folders to skip; a message says how many files were skipped
+    encoding:str|None=None # Encoding of the files; `None`: UTF-8
 ) -> pd.DataFrame: # Columns `text`, `file` and, with `label_from_parent`, `label`
     "Read a folder of texts, sorted by file name"
     every = sorted(Path(path).rglob('*.txt'))
@@ -93,21 +333,44 @@ def read_folder(
         print(f'{len(every) - len(files)} files in folders named {" or ".join(skip)} are left out')
     if not files:
         raise DataError(f'{path} must hold .txt files', 'none', 'Check the path')
-    texts = [file.read_text(encoding='utf-8') for file in files]
+    texts = [decode_text(file.read_bytes(), file, encoding) for file in files]
     df = pd.DataFrame(dict(text=texts, file=[str(file.relative_to(path)) for file in files]))
     if label_from_parent:
         df['label'] = [file.parent.name for file in files]
     return df
 
-# %% ../../nbs/106_data.tables.ipynb #a8214eb0
+# %% ../../nbs/106_data.tables.ipynb #64f23dd2
+def read_files(
+    path:str|Path, # A table file, or a folder of `.txt` files
+    label_from_parent:bool=False, # For a folder: whether the name of a text's folder is its label
+    **kwargs # Options of the reader: `encoding`, and for tables `sep`, `dtype`, …
+) -> pd.DataFrame:
+    "Read a table file, or a folder of texts"
+    if not Path(path).is_dir():
+        return read_table(path, **kwargs)
+    if unknown := sorted(kwargs.keys() - {'encoding'}):
+        raise DataError('A folder of texts has one option, `encoding`', shorten(f'`{name}`' for name in unknown))
+    return read_folder(path, label_from_parent, **kwargs)
+
+def need_no_options(
+    options:dict # Options of a reader
+):
+    "Raise an error if there are options of a reader, for data that are not read from a file"
+    if options:
+        raise DataError('Options of a reader need the path of a file', shorten(f'`{name}`' for name in sorted(options)),
+                        'Leave them out for a table or a list')
+
+# %% ../../nbs/106_data.tables.ipynb #c1a1cd04
 def read_texts(
     source, # A DataFrame, a table file, a folder of `.txt` files, or an iterable of strings
-    text_col='text' # Text column, if `source` is a table
+    text_col='text', # Text column, if `source` is a table
+    **kwargs # Options of the reader of a file: `encoding`, `sep`, …
 ) -> list: # Strings that are not blank
     "Read all texts of `source` and check them"
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        source = read_folder(path) if path.is_dir() else read_table(path)
+        source = read_files(source, **kwargs)
+    else:
+        need_no_options(kwargs)
     if isinstance(source, pd.DataFrame):
         source = column(source, text_col)
     index = source.index if isinstance(source, pd.Series) else None
