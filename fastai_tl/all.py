@@ -7,6 +7,7 @@ from .plot import *
 from .files import *
 from .data.spec import *
 from .data.decoding import *
+from .data.readers import *
 from .data.tables import *
 from .data.labels import *
 from .data.splits import *

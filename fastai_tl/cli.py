@@ -18,11 +18,14 @@ def _yes_or_no(text):
     known = dict(yes=True, true=True, on=True, no=False, false=False, off=False)
     return {**known, '1': True, '0': False, '': False}[text.lower()]
 
+def _separator(text):
+    return text.replace('\\t', '\t')
+
 def _list_of(convert):
     return lambda text: [convert(item) for item in text.replace(',', ' ').split()]
 
 _RUN_SETTINGS = dict(data=str, out=str, text_col=str, label_col=str, seed=int, model=str, bidirectional=_yes_or_no,
-                     full=_yes_or_no, font=str, lang=str)
+                     full=_yes_or_no, font=str, lang=str, encoding=str, sep=_separator, label_delim=str)
 _LM_SETTINGS = dict(emb_sz=int, n_hid=int, n_layers=int, max_vocab=int, lm_epochs=int, lm_bs=int)
 _CLASSIFIER_SETTINGS = dict(epochs=_list_of(int), rates=_list_of(float), bs=int, drop_mult=float)
 SETTINGS = {**_RUN_SETTINGS, **_LM_SETTINGS, **_CLASSIFIER_SETTINGS}
@@ -33,14 +36,16 @@ def read_settings(
     file=None # Path of the file; `None`: `settings.ini` in the current folder, if it exists
 ) -> dict: # Maps the name of each setting to its value
     "Read the section `[fastai_tl]` of a settings file"
+    from fastai_tl.data.readers import decode_text
     path = Path(file or 'settings.ini')
     if file is not None and not path.is_file():
         raise FastaiTLError(f'{path} must be a settings file', 'nothing there')
     # configparser needs the name of a section with defaults for the others: use one that no file has
     ini = configparser.ConfigParser(inline_comment_prefixes=('#',), default_section='no default section')
     try:
-        ini.read(path, encoding='utf-8')
-    except configparser.Error as error:
+        if path.is_file():
+            ini.read_string(decode_text(path.read_bytes(), path), str(path))
+    except (configparser.Error, FastaiTLError) as error:
         if file is None: # a `settings.ini` of another program
             return {}
         raise FastaiTLError(f'{path} must be a settings file', str(error).splitlines()[0]) from None
@@ -77,6 +82,15 @@ def _changed_sizes(settings, full):
     return changes
 
 # %% ../nbs/990_cli.ipynb #83b5f599
+def _add_reader_options(add, table=True):
+    add('--encoding', help="encoding of the texts, such as cp1252 or big5 (UTF-8)")
+    if table:
+        add('--sep', type=_separator, help="separator of the columns of a .csv file, such as ';' or '\\t' (comma)")
+
+def _reader_options(args):
+    return {name: value for name in ('encoding', 'sep') if (value := getattr(args, name, None)) is not None}
+
+# %% ../nbs/990_cli.ipynb #206a9837
 def _add_quickstart(commands):
     parser = commands.add_parser(
         'quickstart', help='three stages of transfer on real text, offline, in minutes',
@@ -89,6 +103,8 @@ def _add_quickstart(commands):
                        "or 'imdb' (downloaded); docstrings, offline, if left out")
     add('--text', dest='text_col', help='column of the texts (text)')
     add('--label', dest='label_col', help='column of the labels (label)')
+    _add_reader_options(add)
+    add('--label-delim', help="separator of several labels in one cell, such as ';' (one label for each text)")
     add('--seed', type=int, help='seed of everything random (42)')
     add('--bidirectional', action='store_true', default=None, help='train models in both directions')
     add('--model', help="a Transformer instead of the three stages: 'minilm' (the extra minilm), "
@@ -102,11 +118,12 @@ def _add_status(commands):
     parser = commands.add_parser('status', help='show what is done in a run')
     parser.add_argument('run', help='folder of a quickstart or of a ULMFiT run')
 
-# %% ../nbs/990_cli.ipynb #206a9837
+# %% ../nbs/990_cli.ipynb #ce6ef69b
 def _add_predict(commands):
     parser = commands.add_parser('predict', help='classify texts with a trained run or a bundle')
     parser.add_argument('run', help='folder of a quickstart, or of a bundle')
     parser.add_argument('texts', nargs='*', help='texts; lines of standard input if there are none')
+    _add_reader_options(parser.add_argument, table=False)
 
 def _add_language_model(commands, name, texts, purpose):
     "Add a subcommand with the arguments that `generate` and `perplexity` share"
@@ -118,6 +135,7 @@ def _add_language_model(commands, name, texts, purpose):
     add('texts', nargs='*', metavar=texts[:-1].upper(), help=texts)
     add('--file', help='a text file with one text per line, or a .csv, .tsv, .jsonl or .parquet table')
     add('--text', dest='text_col', default='text', help='column of a table (text)')
+    _add_reader_options(add)
     add('--json', action='store_true', help='print JSON, one object per line')
     add('--bs', type=int, default=16, help='texts in a batch (16)')
     return add
@@ -158,7 +176,8 @@ def _quickstart(args):
     settings |= {name: value for name, value in vars(args).items() if value is not None and name in SETTINGS}
     if 'font' in settings:
         set_font(settings['font'])
-    names = ('data', 'out', 'text_col', 'label_col', 'seed', 'bidirectional', 'model', 'lang')
+    names = ('data', 'out', 'text_col', 'label_col', 'seed', 'bidirectional', 'model', 'lang', 'encoding', 'sep',
+             'label_delim')
     options = {name: settings[name] for name in names if name in settings}
     full = settings.get('full', False)
     run_quickstart(full=full, progress=not args.quiet, **options, **_changed_sizes(settings, full))
@@ -197,7 +216,8 @@ def _as_list(value):
 
 # %% ../nbs/990_cli.ipynb #5bc6ab94
 def _predict(args):
-    texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
+    from fastai_tl.data.tables import valid_texts
+    texts = valid_texts([o.strip() for o in args.texts or _lines_of(None, args.encoding)])
     if (Path(args.run)/'bundle.json').exists():
         return _predict_with_bundle(args.run, texts)
     summary = _read_summary(args.run)
@@ -215,8 +235,11 @@ def _predict_with_ulmfit(run, summary, texts):
     learn = ulm.load_classifier(summary['chosen'][summary['best']]['name'])
     for text in texts:
         with learn.no_bar():
-            label, _, probs = learn.predict(text)
-        _print_prediction(label, float(probs.max()), text)
+            label, idx, probs = learn.predict(text)
+        if summary.get('label_delim'):
+            _print_prediction(list(label), probs[idx > 0].tolist(), text)
+        else:
+            _print_prediction(label, float(probs.max()), text)
 
 # %% ../nbs/990_cli.ipynb #afa593b4
 def _predict_with_transformer(run, summary, texts):
@@ -233,8 +256,10 @@ def _predict_with_transformer(run, summary, texts):
     for text, prepared in zip(texts, apply_rules(rules, texts)):
         inputs = tokenizer(prepared, truncation=True, max_length=max_length, return_tensors='pt')
         with torch.no_grad():
-            probs = model(**inputs).logits.softmax(-1)[0]
-        _print_prediction(model.config.id2label[int(probs.argmax())], float(probs.max()), text)
+            logits = model(**inputs).logits[0]
+        probs = logits.sigmoid() if summary.get('label_delim') else logits.softmax(-1)
+        chosen = (probs > .5).nonzero().view(-1).tolist() if summary.get('label_delim') else [int(probs.argmax())]
+        _print_prediction([model.config.id2label[i] for i in chosen], probs[chosen].tolist(), text)
 
 def _predict_with_bundle(folder, texts):
     from fastai_tl.deploy.bundle import load_bundle
@@ -272,13 +297,24 @@ def _given_texts(args):
     return texts
 
 def _texts_of_file(args):
-    if args.file and Path(args.file).suffix in ('.csv', '.tsv', '.jsonl', '.parquet'):
-        from fastai_tl.data.tables import column, read_table, read_texts
-        return read_texts(column(read_table(args.file), args.text_col))
+    from fastai_tl.data.readers import is_table_file
+    from fastai_tl.data.tables import read_texts
+    if args.file and is_table_file(args.file):
+        return read_texts(args.file, args.text_col, **_reader_options(args))
     if args.file and not Path(args.file).is_file():
         raise FastaiTLError(f'{args.file} must be a file', 'nothing there')
-    lines = Path(args.file).read_text(encoding='utf-8').splitlines() if args.file else sys.stdin
-    return [line.rstrip('\r\n') for line in lines if line.strip()]
+    return _lines_of(args.file, args.encoding)
+
+def _lines_of(file, encoding):
+    "Return the lines of a text file, or of standard input, that are not blank"
+    from fastai_tl.data.readers import decode_text
+    if file:
+        text = decode_text(Path(file).read_bytes(), file, encoding)
+    elif hasattr(sys.stdin, 'buffer'):
+        text = decode_text(sys.stdin.buffer.read(), 'Standard input', encoding)
+    else: # a stream of strings
+        text = sys.stdin.read()
+    return [line for line in text.split('\n') if line.strip()]
 
 # %% ../nbs/990_cli.ipynb #19a56a0e
 def _option(text):

@@ -22,7 +22,9 @@ from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import check_split, split_rows
-from .tables import check_texts, column, read_folder, read_table
+from .readers import pop_reader_options, read_table
+from .tables import check_items, column, list_of, read_folder
+from .tables import text_column
 from .windows import text_windows
 
 # %% ../../nbs/130_data.classification.ipynb #719c8152
@@ -32,10 +34,11 @@ class HFTableDataLoaders(SpecDataLoaders):
     def from_csv(cls,
         path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file
         tokenizer, # A name, a folder, or a transformers tokenizer
-        **kwargs # Passed to `from_df`
+        **kwargs # Passed to the pandas reader (`encoding`, `sep`, …) or to `from_df`
     ): # DataLoaders of this class
         "Make DataLoaders from a table on disk"
-        return cls.from_df(read_table(path), tokenizer, **kwargs)
+        reader = pop_reader_options(kwargs)
+        return cls.from_df(read_table(path, **reader), tokenizer, **kwargs)
 
 # %% ../../nbs/130_data.classification.ipynb #fd54538a
 class LabelledText(UserList): # a tuple would be transformed member by member, and a list is a pair
@@ -112,18 +115,10 @@ def _windowed_dls(texts, labels, task, train, valid, tokenizer, stride, **kwargs
     return dls
 
 # %% ../../nbs/130_data.classification.ipynb #b09cd330
-def _texts_of(df, text_col):
-    "Return the texts of one column, or the pairs of two columns"
-    if isinstance(text_col, str) or not isinstance(text_col, (list, tuple, L)):
-        return check_texts(column(df, text_col), df.index)
-    if len(text_col) != 2:
-        raise DataError('A text has one column, or two for pairs', f'{len(text_col)} columns')
-    return [list(pair) for pair in zip(*[check_texts(column(df, name), df.index) for name in text_col])]
-
 def _table_items(df, spec, with_labels):
     "Return the texts of a table, and their labels if `with_labels`; the spec has the column names"
     columns = dict(text='text', label='label') if spec is None else spec.columns
-    texts = _texts_of(df, columns['text'])
+    texts = text_column(df, columns['text'])
     if not with_labels:
         return texts
     delim = None if spec is None else spec.label_delim
@@ -133,14 +128,16 @@ def _test_items(items, spec, with_labels):
     "Convert the items of `test_dl` to the form that the transforms expect"
     if isinstance(items, pd.DataFrame):
         items = _table_items(items, spec, with_labels)
+    pairs = None if spec is None else spec.pairs
     if not with_labels:
-        return [list(item) if type(item) is tuple else item for item in items]
-    items = list(items)
+        return check_items(items, pairs=pairs)
+    items = list_of(items)
     bad = [i for i, item in enumerate(items) if isinstance(item, str) or not hasattr(item, '__len__') or len(item) != 2]
     if bad:
         raise DataError('With labels each item must be a text and its label',
                         f'{shorten(items[bad[0]])} in row {shorten(bad)}')
-    return [item if isinstance(item, LabelledText) else LabelledText(list(item)) for item in items]
+    texts = check_items([item[0] for item in items], pairs=pairs)
+    return [LabelledText([text, item[1]]) for text, item in zip(texts, items)]
 
 # %% ../../nbs/130_data.classification.ipynb #6ef4f11b
 def two_splits(dataset, valid=None, frame=lambda split: split.to_pandas()):
@@ -188,7 +185,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
         **kwargs # Passed to `hf_classifier_dls`: `max_length`, `bs`, `weighted`, …
     ): # `HFTextDataLoaders`
         "Make DataLoaders from a DataFrame"
-        texts = _texts_of(df, text_col)
+        texts = text_column(df, text_col)
         labels, task = check_labels(column(df, label_col), df.index, task, label_delim)
         valid = None if valid_col is None else column(df, valid_col)
         splits = split_rows(labels, task, valid, valid_pct, seed)
@@ -210,14 +207,15 @@ class HFTextDataLoaders(HFTableDataLoaders):
         **kwargs # Passed to `from_df`: `max_length`, `bs`, `valid_pct`, `task`, …
     ): # `HFTextDataLoaders`
         "Make DataLoaders from texts and labels in lists"
-        texts = list(texts)
+        texts, labels = list_of(texts), list_of(labels, 'label')
         if len(texts) != len(labels):
             raise DataError('Each text needs a label', f'{len(texts)} texts and {len(labels)} labels')
-        are_pairs = len(texts) > 0 and not isinstance(texts[0], str)
+        texts = check_items(texts)
+        are_pairs = not isinstance(texts[0], str)
         df = pd.DataFrame(texts, columns=['text', 'pair']) if are_pairs else pd.DataFrame(dict(text=texts))
-        df['label'] = pd.Series(list(labels), dtype=object)
+        df['label'] = pd.Series(labels, dtype=object)
         if valid is not None:
-            df['valid'] = list(valid)
+            df['valid'] = list_of(valid, 'split value')
             kwargs['valid_col'] = 'valid'
         return cls.from_df(df, tokenizer, ['text', 'pair'] if are_pairs else 'text', **kwargs)
 
@@ -227,10 +225,11 @@ class HFTextDataLoaders(HFTableDataLoaders):
         path:str|Path, # A folder with one subfolder per class, or with `train` and `valid` (or `test`) that have them
         tokenizer, # A name, a folder, or a transformers tokenizer
         unlabelled:tuple=('unsup',), # Subfolders to ignore, since their texts have no class, as in IMDb
+        encoding:str|None=None, # Encoding of the files; `None`: UTF-8
         **kwargs # Passed to `from_df`
     ): # `HFTextDataLoaders`
         "Make DataLoaders from a folder of `.txt` files, each in the folder of its class"
-        df = read_folder(path, label_from_parent=True, skip=unlabelled)
+        df = read_folder(path, label_from_parent=True, skip=unlabelled, encoding=encoding)
         splits = folder_splits(df.file)
         if splits is None:
             return cls.from_df(df, tokenizer, **kwargs)

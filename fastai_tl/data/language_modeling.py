@@ -81,10 +81,11 @@ class HFLMDataLoaders(HFTableDataLoaders):
     def from_folder(cls,
         folder:str|Path, # A folder of `.txt` files; its subfolders `train` and `valid` (or `test`) set the split
         tokenizer, # A name, a folder, or a transformers tokenizer
+        encoding:str|None=None, # Encoding of the files; `None`: UTF-8
         **kwargs # Passed to `from_texts`
     ): # DataLoaders of this class
         "Make DataLoaders from a folder of `.txt` files"
-        df = read_folder(folder)
+        df = read_folder(folder, encoding=encoding)
         top = [Path(file).parts[0] for file in df.file]
         if 'train' in top and {'valid', 'test'} & set(top):
             held = 'valid' if 'valid' in top else 'test'

@@ -8,13 +8,18 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.loaders.html.md"""
 __all__ = ['text_rules', 'SpecDataLoaders']
 
 # %% ../../nbs/123_data.loaders.ipynb #2dd8f505
+from collections import UserList
+import pandas as pd
+from fastcore.all import L
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.text.core import defaults
 from fastai.torch_core import TensorCategory, TensorMultiCategory
 from torch import Tensor
-from ..core import FastaiTLError, lang_code, shorten
+from ..core import DataError, FastaiTLError, lang_code, shorten
 from .chinese import CHINESE_RULES, ToTraditional, widen_punctuation
+from .labels import check_labels
 from .spec import TextSpec
+from .tables import check_texts, column, list_of, valid_texts
 
 # %% ../../nbs/123_data.loaders.ipynb #70eb8676
 def language_rules(lang):
@@ -40,6 +45,28 @@ def text_rules(
     return [known[name] for name in names]
 
 # %% ../../nbs/123_data.loaders.ipynb #c0b11a85
+def new_items(
+    items, # Texts, lists that begin with a text or its tokens, or a table
+    spec:TextSpec, # Spec with the columns of a table
+    with_labels:bool=False # Whether to read the labels of a table
+) -> list:
+    "Check new items for a fastai tokenizer; a table is read by the columns of the spec"
+    if isinstance(items, pd.DataFrame):
+        texts = check_texts(column(items, spec.columns['text']), items.index)
+        if not with_labels:
+            return texts
+        labels, _ = check_labels(column(items, spec.columns['label']), items.index, spec.task, spec.label_delim)
+        return [[text, label] for text, label in zip(texts, labels)]
+    items = list_of(items)
+    if not items:
+        raise DataError('At least one text is needed', 'none')
+    other = [i for i, item in enumerate(items) if not isinstance(item, (str, list, tuple, L, UserList))]
+    if other:
+        got = f'a {type(items[other[0]]).__name__} in row {shorten(other)}'
+        raise DataError('Each item must be a text, or a list of a text and its label', got)
+    return valid_texts(items)
+
+# %% ../../nbs/123_data.loaders.ipynb #f51e1656
 class SpecDataLoaders(DataLoaders):
     "DataLoaders with the attributes `spec`, `tokenizer` and `rules`"
     def with_spec(self,
@@ -52,6 +79,18 @@ class SpecDataLoaders(DataLoaders):
         self.tokenizer = tokenizer
         self.rules = text_rules(spec.rules) if rules is None else list(rules)
         return self
+
+    def test_dl(self,
+        test_items, # New texts, `[text, label]` items if `with_labels`, or a table with the columns of the spec
+        rm_type_tfms=None, # As in fastai's `test_dl`
+        with_labels:bool=False, # Whether the items have labels
+        **kwargs # Passed to the DataLoader: `bs`, …
+    ): # A DataLoader that does not shuffle
+        "Make a DataLoader for new texts"
+        spec = getattr(self, 'spec', None)
+        if spec is not None and spec.family == 'fastai':
+            test_items = new_items(test_items, spec, with_labels)
+        return super().test_dl(test_items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
     def new_empty(self):
         "Return the same DataLoaders without data, as `learn.export` saves them"

@@ -25,7 +25,7 @@ from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import need_rows, split_rows
-from .tables import check_texts, column, is_missing
+from .tables import check_texts, column, is_missing, list_of, question_pairs, row_names, valid_text
 from .tagging import ShownWords
 from .tokenizers import apply_rules
 
@@ -175,6 +175,7 @@ def _answer_list(answers, starts):
     if starts is None or (np.ndim(starts) == 0 and pd.isna(starts)):
         starts = []
     starts = list(starts) if np.ndim(starts) else [starts]
+    starts = [None if is_missing(start) else start for start in starts]
     starts += [None]*(len(answers)-len(starts))
     return [(answer, start) for answer, start in zip(answers, starts) if not isinstance(answer, str) or answer.strip()]
 
@@ -189,6 +190,12 @@ def _place(answer, start, context):
         start = int(start) + len(answer) - len(answer.lstrip())
     return (bare, start) if start >= 0 and context[start:start+len(bare)] == bare else None
 
+
+def _valid_answer(answer, start, context):
+    "Replace lone surrogates in an answer, and move its start if there are surrogate pairs before it in the passage"
+    answer = valid_text(answer) if isinstance(answer, str) else answer
+    return answer, start if start is None else len(valid_text(context[:int(start)]))
+
 # %% ../../nbs/136_data.qa.ipynb #cc9209cf
 def check_answers(
     questions:list, # Strings
@@ -198,16 +205,18 @@ def check_answers(
     index=None # Names of the rows, for error messages
 ) -> list: # `QAExample` objects
     "Check questions and answers; raise an error that names the invalid rows"
-    if len({len(questions), len(contexts), len(answers), len(answers if starts is None else starts)}) > 1:
+    questions, contexts = list_of(questions, 'question'), list_of(contexts, 'passage')
+    answers = list_of(answers, 'list of answers')
+    starts = [None]*len(questions) if starts is None else list_of(starts, 'start')
+    if len({len(questions), len(contexts), len(answers), len(starts)}) > 1:
         raise DataError('Each question needs a passage and an answer',
                         f'{len(questions)} questions, {len(contexts)} passages and {len(answers)} answers')
     questions = check_texts(questions, index, 'question')
-    contexts = check_texts(contexts, index, 'passage')
-    starts = [None]*len(questions) if starts is None else starts
-    rows = list(index) if index is not None else list(range(len(questions)))
+    given_contexts, contexts = list(contexts), check_texts(contexts, index, 'passage')
+    rows = row_names(len(questions), index)
     examples, bad = [], []
-    for row, question, context, answer, start in zip(rows, questions, contexts, answers, starts):
-        given = _answer_list(answer, start)
+    for row, question, raw, context, answer, start in zip(rows, questions, given_contexts, contexts, answers, starts):
+        given = [_valid_answer(*pair, raw) for pair in _answer_list(answer, start)]
         found = [_place(*pair, context) for pair in given]
         bad += [(row, pair[0]) for pair, place in zip(given, found) if place is None]
         if None not in found:
@@ -284,10 +293,13 @@ def _as_examples(items, columns, with_labels):
         parts = _columns_of(items, **columns)
         return check_answers(parts['question'], parts['context'], parts['answer'], parts.get('start'), items.index)
     if isinstance(items, pd.DataFrame):
-        items = zip(column(items, columns['question']), column(items, columns['context']))
-    return [item if isinstance(item, (QAExample, QAWindow)) else QAExample(*item) for item in items]
+        return [QAExample(*pair) for pair in question_pairs(items, columns)]
+    items = list_of(items, 'question')
+    if any(isinstance(item, (QAExample, QAWindow)) for item in items):
+        return items
+    return [QAExample(*pair) for pair in question_pairs(items, columns)]
 
-# %% ../../nbs/136_data.qa.ipynb #d57a1c25
+# %% ../../nbs/136_data.qa.ipynb #ad1382fe
 class HFQADataLoaders(SpecDataLoaders):
     "DataLoaders for question answering with a Hugging Face model, with passages in windows"
     task = 'qa'
@@ -371,8 +383,7 @@ class HFQADataLoaders(SpecDataLoaders):
         **kwargs # Passed to the DataLoader: `bs`, …
     ): # A DataLoader of windows that does not shuffle
         "Make a DataLoader for new questions"
-        columns = self.spec.columns if isinstance(test_items, pd.DataFrame) else None
-        items = _as_examples(test_items, columns, with_labels)
+        items = _as_examples(test_items, self.spec.columns, with_labels)
         if items and not isinstance(items[0], QAWindow):
             items = self.tok.windows(self.tok.number(items) if with_labels else items)
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)

@@ -23,7 +23,7 @@ from .language_modeling import TokenTargetsDL
 from .loaders import empty_datasets, language_rules, rule_names, set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import split_rows
-from .tables import check_texts, column
+from .tables import check_items, check_texts, column
 
 # %% ../../nbs/142_data.seq2seq.ipynb #13bc897d
 class AsTarget:
@@ -180,5 +180,8 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
             names = [self.spec.columns[part] for part in (('source', 'target') if with_labels else ('source',))]
             parts = [check_texts(column(items, name), items.index) for name in names]
             items = list(zip(*parts)) if with_labels else parts[0]
-        items = [LabelledText(check_texts(pair)) for pair in items] if with_labels else check_texts(items)
+        if with_labels:
+            items = [LabelledText(pair) for pair in check_items(items, pairs=True)]
+        else:
+            items = check_texts(items)
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)

@@ -92,7 +92,7 @@ def _given_split(valid, n_rows):
     "Return the training and validation indexes of a split given by booleans or words"
     if len(valid) != n_rows:
         raise DataError(f'The split must have {n_rows} rows, as the table', str(len(valid)))
-    parts = [_split_part(value) for value in valid]
+    parts = [split_part(value) for value in valid]
     if None in parts:
         bad = [i for i, part in enumerate(parts) if part is None]
         raise DataError('A split is given by booleans, or by the words train, valid and test',
@@ -100,7 +100,10 @@ def _given_split(valid, n_rows):
     rows_of = lambda name: [i for i, part in enumerate(parts) if part == name]
     return rows_of('train'), rows_of('valid')
 
-def _split_part(value):
+# %% ../../nbs/112_data.splits.ipynb #f4a35350
+def split_part(
+    value # Cell of a split column
+) -> str|None:
     "Return `train`, `valid` or `test`; `None` for a value that means none of them"
     if isinstance(value, str):
         return SPLIT_NAMES.get(value.lower())

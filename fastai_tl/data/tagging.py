@@ -10,6 +10,7 @@ __all__ = ['HFTokenizeWords', 'TensorTags', 'EncodeTags', 'check_tagged', 'hf_ta
 # %% ../../nbs/133_data.tagging.ipynb #0078a5c5
 import copy, json, re
 from collections import Counter, UserList
+from itertools import islice
 from operator import itemgetter
 import numpy as np, pandas as pd, torch
 from fastcore.all import L, delegates
@@ -26,7 +27,7 @@ from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import need_rows, split_rows
-from .tables import column
+from .tables import column, list_of, row_names, valid_text, valid_texts
 from .tags import tag_vocab, tags_html
 from .tokenizers import apply_rules
 
@@ -195,12 +196,12 @@ def check_tagged(
     index=None # Names of the rows, for error messages
 ) -> tuple: # Words and tags, as lists of lists of `str`
     "Check sentences and their tags; raise an error that names the invalid rows"
-    words, tags = list(words), list(tags)
+    words, tags = list_of(words, 'sentence'), list_of(tags, 'list of tags')
     if len(words) != len(tags):
         raise DataError('Each sentence needs its tags', f'{len(words)} sentences and {len(tags)} lists of tags')
     if not words:
         raise DataError('At least one sentence is needed', 'none')
-    given = words, tags, list(index) if index is not None else list(range(len(words)))
+    given = words, tags, row_names(len(words), index)
     _check_each(*given, 'Words and their tags must be lists', lambda w, t: not (_is_list(w) and _is_list(t)),
                 lambda w, t: f'a {type(t if _is_list(w) else w).__name__}',
                 'Cut the sentences into words, for Chinese into characters: `list(sentence)`')
@@ -212,7 +213,15 @@ def check_tagged(
                 lambda w, t: _first_other(w), 'Convert them with `str`')
     _check_each(*given, 'Tags must be strings', lambda w, t: _has_others(t),
                 lambda w, t: _first_other(t), 'Give names to numbers; a `ClassLabel` has them')
-    return [list(w) for w in words], [list(map(str, t)) for t in tags]
+    return valid_sentences(words, given[2]), [list(map(str, t)) for t in tags]
+
+# %% ../../nbs/133_data.tagging.ipynb #0340068a
+def valid_sentences(sentences, rows=None):
+    "Return lists of words as lists of `str`, with lone surrogates replaced"
+    rows = range(len(sentences)) if rows is None else rows
+    words = iter(valid_texts([w for words in sentences for w in words],
+                             [row for words, row in zip(sentences, rows) for _ in words], 'word'))
+    return [list(islice(words, len(sentence))) for sentence in sentences]
 
 # %% ../../nbs/133_data.tagging.ipynb #7abdddec
 def _check_vocab(tags, train, valid, vocab, rows):
@@ -362,10 +371,22 @@ class HFTagDataLoaders(SpecDataLoaders):
         items = test_items
         if isinstance(items, pd.DataFrame):
             items = _tagged_rows(items, self.spec.columns, with_labels)
-        items = [[word for word, *_ in cut_words(o, self.sep)] if isinstance(o, str) else o for o in items]
+        items = [new_sentence(o, i, self.sep) for i, o in enumerate(list_of(items, 'sentence'))]
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
 # %% ../../nbs/133_data.tagging.ipynb #e8e4d730
+def new_sentence(sentence, i, sep):
+    "Return the words of a new sentence, a string or a list of words; `TaggedWords` are not changed"
+    if isinstance(sentence, TaggedWords):
+        return sentence
+    if isinstance(sentence, str):
+        return [word for word, *_ in cut_words(valid_text(sentence), sep)]
+    if not _is_list(sentence):
+        raise DataError('A sentence must be a string or a list of words', f'a {type(sentence).__name__} in row {i}')
+    if _has_others(sentence):
+        raise DataError('Words must be strings', f'{_first_other(sentence)} in row {i}')
+    return [valid_text(word) for word in sentence]
+
 def _tagged_rows(df, columns, with_labels):
     "Return the sentences of a table, with their tags if `with_labels`"
     words = [list(o) if _is_list(o) else o for o in column(df, columns['words'])]

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import DataError, FastaiTLError, derive_seed, lang_code, shorten
-from ..data.splits import SPLIT_NAMES
-from ..data.tables import check_texts, column, read_folder, read_table
+from ..data.labels import check_labels
+from ..data.readers import read_table
+from ..data.splits import SPLIT_NAMES, split_part
+from ..data.tables import check_texts, column, read_files
 from .corpora import docstring_corpus, general_corpus, label_budget
 from .reviews import sample_reviews
 
@@ -25,6 +27,7 @@ class QuickData:
     domain:list # Texts for stage 2, without those of test rows
     general:list = field(default_factory=list) # Texts for stage 1
     name:str = '' # Description for the summary
+    label_delim:str|None = None # Separator of several labels in one string; `None`: one label for each text
 
 # %% ../../nbs/156_datasets.quickstart.ipynb #a414539a
 def offline_data(
@@ -52,9 +55,9 @@ def _chinese_data(n_per_class, n_eval, seed):
     return QuickData(labelled, domain, [], name)
 
 # %% ../../nbs/156_datasets.quickstart.ipynb #2fe1c97e
-def _read_class_folders(path):
+def _read_class_folders(path, reader):
     "Return the labelled and the unlabelled texts of a folder with a subfolder for each class"
-    df = read_folder(path, label_from_parent=True)
+    df = read_files(path, label_from_parent=True, **reader)
     top_folders = [Path(file).parts[0].lower() for file in df.file]
     parts = [SPLIT_NAMES.get(name, name) for name in top_folders]
     if {'train', 'test'} <= set(parts):
@@ -62,9 +65,9 @@ def _read_class_folders(path):
     unlabelled = df.label == 'unsup' # the folder of the IMDb reviews without labels
     return df[~unlabelled], df[unlabelled]
 
-def _read_labelled_table(path, text_col, label_col):
+def _read_labelled_table(path, text_col, label_col, reader):
     "Read the texts and labels of a table, and its `split` column if there is one"
-    table = read_table(path)
+    table = read_table(path, **reader)
     df = pd.DataFrame(dict(text=column(table, text_col), label=column(table, label_col)))
     return df.assign(split=table['split']) if 'split' in table else df
 
@@ -81,20 +84,37 @@ def _add_split(df, seed):
     if 'split' not in df:
         rank = _rank_in_group(df, ['label'], seed)
         return df.assign(split=np.select([rank < .2, rank < .3], ['test', 'valid'], 'train'))
-    words = df.split.map(lambda word: str(word).lower())
-    df = df.assign(split=words.map(lambda word: SPLIT_NAMES.get(word, word)))
+    parts = [split_part(value) for value in df.split]
+    if None in parts:
+        bad = [i for i, part in enumerate(parts) if part is None]
+        raise DataError('The column `split` must have booleans, or the words train, valid and test',
+                        f'{df.split.iloc[bad[0]]!r} in row {shorten(bad)}')
+    df = df.assign(split=parts)
     if (df.split == 'valid').any():
         return df
     is_valid = (df.split == 'train') & (_rank_in_group(df, ['split', 'label'], seed) < .1)
     return df.assign(split=df.split.where(~is_valid, 'valid'))
 
 # %% ../../nbs/156_datasets.quickstart.ipynb #57f27918
+def _checked_labels(labels, label_delim):
+    "Return labels as strings; several labels in one string are sorted"
+    if label_delim is not None:
+        names, _ = check_labels(labels, labels.index, label_delim=label_delim)
+        return [label_delim.join(sorted(set(o))) for o in names]
+    if labels.isna().any():
+        missing = shorten(labels.index[labels.isna()])
+        raise DataError('Each row needs a label', f'none in row {missing}', 'Drop those rows first')
+    return check_labels(labels.astype(str))[0]
+
+# %% ../../nbs/156_datasets.quickstart.ipynb #00e5d1e1
 def own_data(
     path, # A table file, or a folder with a subfolder for each class
     text_col:str='text', # Column of the texts
     label_col:str='label', # Column of the labels
     seed:int=42, # Random seed of the split, if the data have none
-    lang:str='en' # Language of the texts; general text for stage 1 exists only in English
+    lang:str='en', # Language of the texts; general text for stage 1 exists only in English
+    label_delim:str|None=None, # Separator of several labels in one string; `None`: one label for each text
+    **kwargs # Options of the reader of the files: `encoding`, `sep`, …
 ) -> QuickData:
     "Read a table or folder of labelled texts and split it; `domain` has no texts of test rows"
     path = Path(path)
@@ -103,18 +123,15 @@ def own_data(
                         "Or leave `data` out, or pass 'imdb'")
     unlabelled = []
     if path.is_dir():
-        df, others = _read_class_folders(path)
+        df, others = _read_class_folders(path, kwargs)
         unlabelled = list(others.text)
     else:
-        df = _read_labelled_table(path, text_col, label_col)
-    check_texts(df.text, df.index)
-    if df.label.isna().any():
-        missing = shorten(df.index[df.label.isna()])
-        raise DataError('Each row needs a label', f'none in row {missing}', 'Drop those rows first')
-    df = _add_split(df.assign(label=df.label.astype(str)).reset_index(drop=True), seed)
+        df = _read_labelled_table(path, text_col, label_col, kwargs)
+    df = df.assign(text=check_texts(df.text, df.index), label=_checked_labels(df.label, label_delim))
+    df = _add_split(df.reset_index(drop=True), seed)
     general = list(general_corpus().text) if lang_code(lang) == 'en' else []
     domain = [*df[df.split != 'test'].text, *unlabelled]
-    return QuickData(df[['text', 'label', 'split']], domain, general, path.name)
+    return QuickData(df[['text', 'label', 'split']], domain, general, path.name, label_delim)
 
 # %% ../../nbs/156_datasets.quickstart.ipynb #de663933
 def imdb_data(
@@ -134,16 +151,39 @@ def imdb_data(
 
 # %% ../../nbs/156_datasets.quickstart.ipynb #a89fd79d
 def majority_accuracy(
-    df:pd.DataFrame # Columns `label` and `split`
-) -> float: # Accuracy on the test rows
+    df:pd.DataFrame, # Columns `label` and `split`
+    label_delim:str|None=None # Separator of several labels in one string
+) -> float: # Accuracy on the test rows; for several labels the share of labels that are right
     "Return the accuracy of always predicting the largest class of the training rows"
-    largest = df[df.split == 'train'].label.value_counts().index[0]
-    return float((df[df.split == 'test'].label == largest).mean())
+    train, test = df[df.split == 'train'].label, df[df.split == 'test'].label
+    if label_delim is not None:
+        train, test, _ = _indicators(train, test, label_delim)
+        return float((test == (train.mean(0) > .5)).mean())
+    return float((test == train.value_counts().index[0]).mean())
 
+def _indicators(train, test, label_delim):
+    "Return the labels of training and test rows as booleans (rows, labels), and the names of the labels"
+    lists = [check_labels(labels, label_delim=label_delim)[0] for labels in (train, test)]
+    names = sorted({name for labels in lists[0] for name in labels})
+    return *[np.array([[name in labels for name in names] for labels in o]) for o in lists], names
+
+def _several_labels_accuracy(vectorizer, train, test, label_delim):
+    "Return the share of labels that a logistic regression for each label decides right"
+    from sklearn.linear_model import LogisticRegression
+    y_train, y_test, names = _indicators(train.label, test.label, label_delim)
+    x_train, x_test = vectorizer.fit_transform(train.text), vectorizer.transform(test.text)
+    preds = np.full(y_test.shape, True)
+    for k in range(len(names)):
+        if not y_train[:, k].all():
+            preds[:, k] = LogisticRegression(C=10, max_iter=1000).fit(x_train, y_train[:, k]).predict(x_test)
+    return float((preds == y_test).mean())
+
+# %% ../../nbs/156_datasets.quickstart.ipynb #94a4a0b1
 def bag_of_words_accuracy(
     df:pd.DataFrame, # Columns `text`, `label` and `split`
-    lang:str='en' # `en` uses words and word pairs; `zh-tw` uses n-grams of one to three characters
-) -> float: # Accuracy on the test rows
+    lang:str='en', # `en` uses words and word pairs; `zh-tw` uses n-grams of one to three characters
+    label_delim:str|None=None # Separator of several labels in one string
+) -> float: # Accuracy on the test rows; for several labels the share of labels that are right
     "Return the accuracy of logistic regression on TF-IDF features"
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -151,7 +191,10 @@ def bag_of_words_accuracy(
     from sklearn.pipeline import make_pipeline
     train, test = df[df.split == 'train'], df[df.split == 'test']
     ngrams = dict(ngram_range=(1,2)) if lang_code(lang) == 'en' else dict(ngram_range=(1,3), analyzer='char')
-    model = make_pipeline(TfidfVectorizer(sublinear_tf=True, **ngrams), LogisticRegression(max_iter=1000))
+    vectorizer = TfidfVectorizer(sublinear_tf=True, **ngrams)
+    if label_delim is not None:
+        return _several_labels_accuracy(vectorizer, train, test, label_delim)
+    model = make_pipeline(vectorizer, LogisticRegression(max_iter=1000))
     n_folds = int(min(4, train.label.value_counts().min()))
     if n_folds > 1:
         model = GridSearchCV(model, {'logisticregression__C': [.3, 1, 3, 10, 30, 100]}, cv=n_folds)

@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from ..core import DataError, FastaiTLError, shorten
 from ..data.hf_tokenizer import packs
 from ..data.spec import activate
-from ..data.tables import check_texts
+from ..data.tables import check_is_list, check_items, list_of, text_column
 from ..data.windows import pool_windows
 from .engines import engine_of, unactivate
 from ..evaluation.evaluation import Evaluation
@@ -105,22 +105,26 @@ class Predictions:
         return self.table().head(10)._repr_html_()
 
 # %% ../../nbs/810_deploy.predictor.ipynb #69dd0996
-def _check_inputs(texts, first_row, takes_pairs):
+def _check_inputs(texts, first_row, takes_pairs, columns):
     "Check the inputs and return them as a list of strings, or of pairs of strings"
-    if isinstance(texts, (str, bytes)):
-        raise DataError('A list of texts is needed', f'one {type(texts).__name__}', 'Put it into a list')
-    texts = list(texts)
+    if isinstance(texts, pd.DataFrame):
+        return [_as_key(item) for item in text_column(texts, columns.get('text', 'text'))] if len(texts) else []
+    texts = list_of(texts)
     rows = range(first_row, first_row+len(texts))
-    is_pair = [isinstance(t, (list, tuple)) for t in texts]
-    if not any(is_pair):
-        return check_texts(texts, rows) if texts else []
-    if not takes_pairs:
-        pair_rows = [row for row, pair in zip(rows, is_pair) if pair]
-        raise DataError('This model reads single texts', f'a pair in row {shorten(pair_rows)}')
-    bad = [row for row, t, pair in zip(rows, texts, is_pair) if not pair or len(t) != 2]
-    if bad:
-        raise DataError('Where one item is a pair of texts, all must be', f'something else in row {shorten(bad)}')
-    return list(zip(*(check_texts([t[k] for t in texts], rows) for k in (0, 1))))
+    pairs = None if takes_pairs else False
+    checked = check_items(texts, rows, pairs) if texts else []
+    return [_as_key(item) for item in checked]
+
+def _stream_of(texts, engine):
+    "Return an iterator over the texts of a stream or a table"
+    if isinstance(texts, pd.DataFrame):
+        texts = _check_inputs(texts, 0, engine.pairs, engine.spec.columns)
+    check_is_list(texts)
+    return iter(texts)
+
+def _as_key(item):
+    "Return a text, or a pair of texts as a tuple"
+    return item if isinstance(item, str) else tuple(item)
 
 # %% ../../nbs/810_deploy.predictor.ipynb #3562ea45
 def _temperature_of(temperature, task):
@@ -213,7 +217,7 @@ class Predictor:
         first:int=0 # Row number of the first text in error messages
     ) -> np.ndarray: # Logits, of shape (texts, outputs)
         "Compute the scores of texts; repeated texts are computed only once"
-        texts = _check_inputs(texts, first, self.engine.pairs)
+        texts = _check_inputs(texts, first, self.engine.pairs, self.engine.spec.columns)
         distinct = dict.fromkeys(texts)
         with self.lock:
             found = {t: self.known[t] for t in distinct if t in self.known}
@@ -239,7 +243,7 @@ class Predictor:
         texts # Strings, or pairs of strings
     ) -> Predictions: # In the order of the texts
         "Predict labels, probabilities and scores of texts"
-        texts = _check_inputs(texts, 0, self.engine.pairs)
+        texts = _check_inputs(texts, 0, self.engine.pairs, self.engine.spec.columns)
         return self._predictions(self.scores(texts), texts)
 
     def _predictions(self, scores, texts=None):
@@ -256,7 +260,7 @@ class Predictor:
         size:int=1000 # Number of texts to read into memory at once
     ): # Yields a `Prediction` for each text, in the order of the texts
         "Predict a stream of texts"
-        stream, n_read = iter(texts), 0
+        stream, n_read = _stream_of(texts, self.engine), 0
         while chunk := list(islice(stream, size)):
             yield from self._predictions(self.scores(chunk, n_read))
             n_read += len(chunk)

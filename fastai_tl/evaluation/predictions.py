@@ -20,7 +20,7 @@ from ..core import DataError, shorten, unknown_option
 from ..data.windows import pool_windows, text_windows
 from ..data.labels import check_labels
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec, activate
-from ..data.tables import check_texts, column
+from ..data.tables import check_items, column, list_of, text_column
 from .scores import row_losses
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import row_losses_of, row_texts, spec_of
@@ -127,11 +127,7 @@ def check_known(labels, spec, index):
         raise DataError('Labels must be classes of the model', f'others in row {shorten(bad)}',
                         f'The classes are: {shorten(spec.classes, 20)}')
 
-def text_column(df, name):
-    "Return the texts of one column, or the text pairs of two columns"
-    if isinstance(name, str) or not isinstance(name, (list, tuple)):
-        return check_texts(column(df, name), df.index)
-    return [list(pair) for pair in zip(*(check_texts(column(df, one), df.index) for one in name))]
+
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #b858a483
 def labelled_texts(spec, data, labels=None):
@@ -141,8 +137,9 @@ def labelled_texts(spec, data, labels=None):
         index = list(data.index)
         labels = column(data, spec.columns.get('label', 'label')) if labels is None else labels
     else:
-        texts = list(data)
+        texts = check_items(data)
         index = list(range(len(texts)))
+        labels = None if labels is None else list_of(labels, 'label')
     if labels is None or len(labels) != len(texts):
         got = 'none' if labels is None else f'{len(texts)} texts and {len(labels)} labels'
         raise DataError('An evaluation needs a label for each text', got, 'Pass `evaluate(texts, labels)` or a table')

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from ..core import DataError
 from ..data.qa import check_answers
-from ..data.tables import column
+from ..data.tables import column, question_pairs
 from .report import ScoreTable
 from .scores import percentiles
 from ..learners.qa import answer_scores, normalize_answer
@@ -67,8 +67,8 @@ class AnswerEvaluation:
         elif isinstance(data, pd.DataFrame):
             examples = table_examples(data, learn.dls.spec.columns)
         else:
-            questions, contexts = zip(*data)
-            examples = check_answers(list(questions), list(contexts), list(labels))
+            pairs = question_pairs(data, learn.dls.spec.columns)
+            examples = check_answers(*map(list, zip(*pairs)), labels)
         with learn.no_bar(), learn.no_logging():
             found = learn.answers([(e.question, e.context) for e in examples])
         return cls([a.text for a in found], [e.answers for e in examples], [e.question for e in examples])

@@ -21,6 +21,7 @@ from fastai.learner import Learner
 from ..core import DataError, FastaiTLError, shorten
 from ..callbacks import evaluating
 from ..data.hf_tokenizer import pad_rows
+from ..data.tables import list_of, valid_texts
 from .awd_lstm import stateful_model
 from .constraints import (GenerationOptions, RequiredWords, StopStrings, bad_word_ids, cut_text,
                                               make_generation_config, needs_equal_lengths, split_options)
@@ -128,7 +129,7 @@ class _Job:
 
 # %% ../../nbs/625_generation.generate.ipynb #fb351827
 def _check_prompts(prompts, prefix):
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) else list_of(prompts, 'prompt')
     if not prompts:
         raise DataError('At least one prompt is needed', 'none',
                         'An empty string is a prompt too: the beginning of a text')
@@ -137,7 +138,7 @@ def _check_prompts(prompts, prefix):
         raise DataError('Prompts must be strings', f'a {type(prompts[bad[0]]).__name__} as prompt {shorten(bad)}')
     if not isinstance(prefix, str):
         raise DataError('`prefix` must be a string', f'a {type(prefix).__name__}')
-    return prompts
+    return valid_texts(prompts, what='prompt')
 
 def _encode_prompts(tm, prompts, prefix):
     "Return the token ids of each prompt, as the model reads them"

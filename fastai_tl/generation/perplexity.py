@@ -17,7 +17,7 @@ from fastcore.all import delegates, patch
 from fastai.learner import Learner, Metric
 from ..core import DataError, FastaiTLError, shorten
 from ..data.decoding import WIDE
-from ..data.tables import read_texts
+from ..data.tables import list_of, read_texts, valid_texts
 from .language_model import text_model
 from .scoring import score_texts
 
@@ -78,16 +78,16 @@ def _text_columns(model_or_name):
 def _check_texts(texts, text_col):
     "Return the texts as a list of strings, which may be empty strings"
     if isinstance(texts, str):
-        return [texts]
+        return valid_texts([texts])
     if isinstance(texts, pd.DataFrame) or hasattr(texts, 'suffix'):
         return read_texts(texts, text_col)
-    texts = list(texts)
+    texts = list_of(texts)
     bad = [i for i, text in enumerate(texts) if not isinstance(text, str)]
     if bad:
         raise DataError('Each text must be a string', f'a {type(texts[bad[0]]).__name__} in row {shorten(bad)}')
     if not texts:
         raise DataError('At least one text is needed', 'none')
-    return texts
+    return valid_texts(texts)
 
 # %% ../../nbs/630_generation.perplexity.ipynb #dc2007fd
 def text_perplexity(

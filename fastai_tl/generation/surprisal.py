@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
 from ..core import DataError
+from ..data.tables import valid_texts
 from .language_model import text_model
 from .scoring import score_texts
 from ..plot import figure_style, has_cjk, in_words
@@ -197,7 +198,7 @@ def token_surprisal(
     if not isinstance(text, str):
         raise DataError('One text is needed', f'a {type(text).__name__}')
     tm = text_model(model_or_name, tokenizer)
-    scored, = score_texts(tm, [text], **kwargs)
+    scored, = score_texts(tm, valid_texts([text]), **kwargs)
     bits = scored.nll/math.log(2)
     pieces = _pieces_by_spans(scored) if scored.spans else _pieces_by_words(tm, scored)
     return Surprisal([(piece, bits[idxs].sum()) for piece, idxs in pieces], text)

@@ -23,7 +23,7 @@ from ..data.language_modeling import HFCausalLMDataLoaders, HFMaskedLMDataLoader
 from ..data.qa import HFQADataLoaders, QAExample, hf_qa_dls
 from ..data.seq2seq import HFSeq2SeqDataLoaders
 from ..data.spec import TextSpec
-from ..data.tables import read_table
+from ..data.readers import read_table
 from ..data.tagging import HFTagDataLoaders
 from .blurr_compat import Patches, put_in_place
 from ..learners.auto import LEARNERS, task_of_class

@@ -23,6 +23,7 @@ from fastai.learner import Metric
 from fastai.torch_core import TensorBase
 from ..core import DataError, FastaiTLError
 from ..data.qa import HFQADataLoaders, QAExample
+from ..data.tables import question_pairs
 from ..data.tagging import CJK
 from .base import HFLearner, each_row, make_learner
 
@@ -208,17 +209,10 @@ class AnswerF1(AnswerExact):
     name = 'answer_f1'
 
 # %% ../../nbs/520_learners.qa.ipynb #c8ecfab4
-def _check_questions(questions):
-    for i, item in enumerate(questions):
-        is_pair = not isinstance(item, str) and len(item) == 2
-        if not is_pair or not all(isinstance(text, str) and text.strip() for text in item):
-            raise DataError('Each item must be a question and its passage, two strings with some characters',
-                            f'{item!r} in item {i}')
-
 class HFAnswerer(HFLearner):
     "A Learner that answers questions about passages"
     def answers(self,
-        questions:list, # `(question, passage)` pairs
+        questions:list, # `(question, passage)` pairs, dictionaries with both, or a table
         n_best:int=1, # Number of answers to each question
         may_be_none:bool|None=None, # Whether a passage can have no answer; as in the training data if `None`
         max_tokens:int|None=None, # Maximum number of tokens of an answer; that of the loss if `None`
@@ -226,8 +220,7 @@ class HFAnswerer(HFLearner):
         bs:int|None=None # Batch size, in windows; that of validation if `None`
     ) -> L: # An `Answer` for each question, or a list of them if `n_best>1`
         "Answer questions about passages of any length"
-        _check_questions(questions)
-        examples = [QAExample(*pair) for pair in questions]
+        examples = [QAExample(*pair) for pair in question_pairs(questions, self.dls.spec.columns)]
         found = self._candidates(examples, n_best, max_tokens or getattr(self.loss_func, 'max_tokens', 30), bs)
         may_be_none = self.dls.tok.may_be_none if may_be_none is None else may_be_none
         res = [best_answers(e.context, found[id(e)], n_best, may_be_none, none_threshold) for e in examples]
@@ -258,7 +251,7 @@ class HFAnswerer(HFLearner):
         **kwargs # Passed to `answers`
     ) -> Answer:
         "Answer one question, given as a pair"
-        return self.answer(*item, **kwargs)
+        return self.answer(*question_pairs([item], self.dls.spec.columns)[0], **kwargs)
 
 # %% ../../nbs/520_learners.qa.ipynb #bf2c61bc
 def _no_answer_at(tokenizer):

@@ -11,6 +11,7 @@ __all__ = ['TaggingLoss', 'TagAccuracy', 'entity_counts', 'entity_scores', 'Enti
 # %% ../../nbs/515_learners.tagging.ipynb #62ce0e6d
 from dataclasses import dataclass
 import numpy as np
+import pandas as pd
 import torch
 from fastcore.all import L
 from fastai.data.core import DataLoaders
@@ -18,6 +19,7 @@ from fastai.learner import Metric
 from fastai.losses import CrossEntropyLossFlat
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.tagging import HFTagDataLoaders, cut_words, first_tokens
+from ..data.tables import column, list_of, valid_text, valid_texts
 from ..data.tags import has_entities, tag_spans, tags_html
 from ..data.hf_tokenizer import TensorTokens
 from .base import HFLearner, each_row, make_learner
@@ -234,7 +236,7 @@ def tag_words(
 # %% ../../nbs/515_learners.tagging.ipynb #5486fd1a
 def _cut_sentence(sentence, i, sep):
     "Return `(word, begin, end)` of each word; for a list of words, begin and end are `None`"
-    if not isinstance(sentence, str) and not all(isinstance(w, str) for w in sentence):
+    if not isinstance(sentence, str) and not all(isinstance(w, str) for w in list_of(sentence, 'word')):
         bad = next(w for w in sentence if not isinstance(w, str))
         raise DataError('Words must be strings', f'{bad!r} in sentence {i}')
     words = cut_words(sentence, sep) if isinstance(sentence, str) else [(w, None, None) for w in sentence]
@@ -274,7 +276,7 @@ class HFTagger(HFLearner):
         return _merge_windows(sentences, windows, xs, preds, len(self.dls.spec.classes))
 
     def tag(self,
-        sentences:list, # Sentences, as lists of words or strings
+        sentences:list, # Sentences, as lists of words or strings, or a table with the columns of the training data
         stride:int=32, # Maximum number of tokens that two windows of a long sentence share
         bs:int|None=None # Batch size; that of validation if `None`
     ) -> L: # `TaggedSentence` objects, in the order of the sentences
@@ -282,6 +284,10 @@ class HFTagger(HFLearner):
         if isinstance(sentences, str):
             raise DataError('`tag` needs a list of sentences', 'one string', 'Put it into a list, or use `predict`')
         spec = self.dls.spec
+        if isinstance(sentences, pd.DataFrame):
+            sentences = column(sentences, spec.columns['words'])
+        sentences = [valid_text(s) if isinstance(s, str) else valid_texts(list_of(s, 'word'), [i]*len(s), 'word')
+                     for i, s in enumerate(list_of(sentences, 'sentence'))]
         cuts = [_cut_sentence(s, i, spec.word_sep) for i, s in enumerate(sentences)]
         probs = self.word_probs([[word for word, *_ in cut] for cut in cuts], stride, bs)
         return L(_tagged_sentence(s, cut, p, spec.classes, spec.word_sep) for s, cut, p in zip(sentences, cuts, probs))

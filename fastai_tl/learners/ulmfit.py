@@ -13,6 +13,8 @@ import pandas as pd
 from fastcore.all import delegates
 from fastai.data.core import DataLoaders
 from ..core import DataError, RunError
+from ..data.readers import pop_reader_options
+from ..data.tables import need_no_options
 from ..models.encoder import Encoder
 from .bidirectional import BidirectionalLearner
 from .ulmfit_run import ULMFiTRun, run_status, start_encoder
@@ -50,7 +52,7 @@ class ULMFiT(ULMFiTRun):
         epochs:int=10, # Number of epochs
         lr:float=5e-3, # Maximum learning rate
         cbs=None, # Additional Callbacks
-        **kwargs # Passed to `LMOptions`
+        **kwargs # Passed to `LMOptions`, or to the reader of a file: `encoding`, `sep`, …
     ): # A language model Learner, or the `Encoder` with the weights; a tuple for two directions
         "Train the general language model (stage 1), or use published weights"
         if (source is None) == (weights is None):
@@ -58,8 +60,9 @@ class ULMFiT(ULMFiTRun):
         stages = self.stages('general')
         if weights is not None:
             return _one_or_tuple([take_over(self, stage, weights) for stage in stages])
+        reader = pop_reader_options(kwargs)
         settings = dict(epochs=epochs, lr=lr, **asdict(LMOptions(**kwargs)))
-        source = self.read(source, text_col)
+        source = self.read(source, text_col, **reader)
         trained = [train_language_model(self, stage, source, text_col, None, settings, cbs) for stage in stages]
         return _one_or_tuple(trained)
 
@@ -73,11 +76,12 @@ class ULMFiT(ULMFiTRun):
         head_epochs:int=1, # Number of epochs before that, in which only the top group is trained
         head_lr:float=2e-2, # Maximum learning rate in these first epochs
         cbs=None, # Additional Callbacks
-        **kwargs # Passed to `LMOptions`
+        **kwargs # Passed to `LMOptions`, or to the reader of a file: `encoding`, `sep`, …
     ): # A language model Learner; a tuple for two directions
         "Fine-tune the language model on texts of the domain (stage 2)"
+        reader = pop_reader_options(kwargs)
         options = asdict(LMOptions(**kwargs))
-        source = self.read(source, text_col)
+        source = self.read(source, text_col, **reader)
         trained = []
         for stage in self.stages('domain'):
             start = start_encoder(self, stage.direction, encoder, ('general',))
@@ -97,13 +101,16 @@ class ULMFiT(ULMFiTRun):
         metrics=None, # fastai metrics; accuracy, or root mean squared error for a regression, if `None`
         name:str='classifier', # Name of the stage; a run can have several classifiers
         cbs=None, # Additional Callbacks
-        **kwargs # Passed to `TableOptions` or `ClassifierOptions`
+        **kwargs # Passed to `TableOptions`, `ClassifierOptions`, or the reader of a file: `encoding`, `sep`, …
     ): # A trained `TextLearner`, or a `BidirectionalLearner`
         "Train a classifier on the encoder by gradual unfreezing with discriminative learning rates (stage 3)"
+        reader = pop_reader_options(kwargs)
         table = TableOptions(text_col, label_col, **_pop_fields(TableOptions, kwargs))
         options = ClassifierOptions(**kwargs)
-        if not isinstance(source, DataLoaders):
-            source = table.read(source, self.seed)
+        if isinstance(source, DataLoaders):
+            need_no_options(reader)
+        else:
+            source = table.read(source, self.seed, **reader)
             source = source._replace(texts=self.tokenize(source.texts))
         args = encoder, source, table, options, metrics, cbs
         return _one_or_both([_train_classifier(self, stage, *args) for stage in self.stages(name)])

@@ -18,7 +18,7 @@ from fastai.text.models.awdlstm import awd_lstm_lm_config
 from ..core import RunError, lang_code, unknown_option
 from ..data.awd_lstm import texts_vocab
 from ..data.chinese import chinese_report, language_tools
-from ..data.tables import read_texts
+from ..data.tables import need_no_options, read_texts
 from ..data.tokenizers import TokenizedTexts, tokenize_texts_once, tokenizer_settings
 from ..files import digest
 from ..models.encoder import Encoder
@@ -160,11 +160,14 @@ class ULMFiTRun:
 
     def read(self,
         source, # Texts as a DataFrame, a table file, a folder or an iterator of strings; or DataLoaders
-        text_col='text' # Column of the texts, if the source is a table
+        text_col='text', # Column of the texts, if the source is a table
+        **kwargs # Options of the reader of a file: `encoding`, `sep`, …
     ): # `TokenizedTexts`, or the DataLoaders
         "Read and tokenize the texts of a language model, once for both directions"
-        is_ready = isinstance(source, (DataLoaders, TokenizedTexts))
-        return source if is_ready else self.tokenize(read_texts(source, text_col))
+        if isinstance(source, (DataLoaders, TokenizedTexts)):
+            need_no_options(kwargs)
+            return source
+        return self.tokenize(read_texts(source, text_col, **kwargs))
 
     def stage(self,
         direction:str, # `forward` or `backward`

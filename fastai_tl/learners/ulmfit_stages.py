@@ -18,7 +18,7 @@ from ..core import DataError, RunError, seed_everything, unknown_option
 from ..data.awd_lstm import awd_lstm_spec, classifier_dls, empty_dls, language_model_dls
 from ..data.labels import check_labels
 from ..data.splits import SPLIT_NAMES, split_rows
-from ..data.tables import column, read_folder, read_table, read_texts
+from ..data.tables import column, need_no_options, read_files, read_texts
 from ..data.tokenizers import TextTokenizer
 from ..files import digest, load_tree, save_tree
 from ..models.encoder import Encoder, text_vocab
@@ -140,10 +140,11 @@ class TableOptions:
 
     def read(self,
         source, # A DataFrame, a table file, or a folder with a subfolder for each class
-        seed # Seed of the random split
+        seed, # Seed of the random split
+        **kwargs # Options of the reader of a file: `encoding`, `sep`, …
     ) -> tuple: # Texts, labels, task, and the indexes of the training and validation rows
         "Read and check texts, labels, task and split"
-        df = _as_table(source)
+        df = _as_table(source, kwargs)
         texts = read_texts(df, self.text_col)
         split = None if self.valid_col is None else list(column(df, self.valid_col))
         if split is not None and any(isinstance(part, str) for part in split):
@@ -154,9 +155,10 @@ class TableOptions:
         labels, task = check_labels(column(df, self.label_col), df.index, self.task, self.label_delim)
         return _LabelledRows(texts, labels, task, *split_rows(labels, task, split, self.valid_pct, seed))
 
-def _as_table(source):
+def _as_table(source, reader):
     if isinstance(source, (str, Path)):
-        source = read_folder(source, label_from_parent=True) if Path(source).is_dir() else read_table(source)
+        return read_files(source, label_from_parent=True, **reader)
+    need_no_options(reader)
     if not isinstance(source, pd.DataFrame):
         raise DataError('A classifier needs a table with texts and labels', f'a {type(source).__name__}',
                         'Pass a DataFrame, a table file, or a folder with a subfolder for each class')

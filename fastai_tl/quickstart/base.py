@@ -17,6 +17,7 @@ from .. import __version__
 from ..core import lang_code
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.scores import wilson_interval
+from ..data.labels import check_labels
 from ..files import atomic_path, read_json, write_json
 from ..plot import in_words
 from ..datasets.quickstart import QuickData, bag_of_words_accuracy, majority_accuracy
@@ -81,8 +82,9 @@ class Quickstart:
     def baselines(self) -> dict: # Maps the name of each baseline to its accuracy on the test set
         "Return the accuracies of predicting the majority class and of a linear bag-of-words model"
         with self.step('Baselines'):
-            return {'majority class': majority_accuracy(self.data.labelled),
-                    'bag of words': bag_of_words_accuracy(self.data.labelled, self.lang)}
+            delim = self.data.label_delim
+            return {'majority class': majority_accuracy(self.data.labelled, delim),
+                    'bag of words': bag_of_words_accuracy(self.data.labelled, self.lang, delim)}
 
     def evaluate(self,
         learn # Learner of a classifier
@@ -107,15 +109,20 @@ class Quickstart:
         "Return the common part of all summaries: seconds, table, data, settings and versions"
         stages = [dict(stage=name, **step) for name, step in self.steps.items()]
         labelled = self.data.labelled
+        delim = self.data.label_delim
+        labels = check_labels(labelled.label, label_delim=delim)[0] if delim else [[o] for o in labelled.label]
+        classes = sorted({label for names in labels for label in names})
         return dict(seconds=sum(stage['seconds'] for stage in stages), stages=stages,
                     table=table.reset_index().to_dict('records'), data=self.data.name,
-                    rows=labelled.split.value_counts().to_dict(), classes=sorted(labelled.label.unique()),
+                    rows=labelled.split.value_counts().to_dict(), classes=classes, label_delim=delim,
                     seed=self.seed, size=self.size, lang=self.lang, versions=versions())
 
     def save_confusion(self,
         evaluation:Evaluation # Evaluation on the test set
     ):
-        "Save the confusion matrix of the test set as PNG"
+        "Save the confusion matrix of the test set as PNG; several labels for each text have none"
+        if evaluation.task != 'classification':
+            return
         title = f"{in_words('Test rows')}, {in_words('accuracy')} {evaluation.accuracy:.1%}"
         save_figure(evaluation.plot_confusion(title=title), self.out/'confusion_matrix.png')
 

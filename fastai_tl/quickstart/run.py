@@ -10,6 +10,8 @@ __all__ = ['run_quickstart']
 # %% ../../nbs/970_quickstart.run.ipynb #81cb08f8
 from pathlib import Path
 from ..core import FastaiTLError, lang_code
+from ..data.readers import pop_reader_options
+from ..data.tables import need_no_options
 from ..datasets.quickstart import imdb_data, offline_data, own_data
 from ..plot import set_language
 from .presets import FULL, QUICK, TRANSFORMER, changed_preset
@@ -36,10 +38,12 @@ def default_out(
     return '-'.join(parts)
 
 # %% ../../nbs/970_quickstart.run.ipynb #cabfb839
-def _quickstart_data(data, text_col, label_col, seed, lang):
+def _quickstart_data(data, text_col, label_col, seed, lang, options):
+    if data is None or data == 'imdb':
+        need_no_options(options)
     if data is None:
         return offline_data(seed=seed, lang=lang)
-    return imdb_data(seed) if data == 'imdb' else own_data(data, text_col, label_col, seed, lang)
+    return imdb_data(seed) if data == 'imdb' else own_data(data, text_col, label_col, seed, lang, **options)
 
 # %% ../../nbs/970_quickstart.run.ipynb #c695a173
 def run_quickstart(
@@ -53,15 +57,18 @@ def run_quickstart(
     model=None, # Transformer to train instead of ULMFiT: `minilm`, a name on the Hugging Face hub, or a folder
     progress:bool=True, # Show progress bars and tables
     lang:str='en', # Language of the texts and figures: `en`, or `zh-tw` for Traditional Chinese
-    **size # Settings that replace those of `QUICK`, `FULL` or `TRANSFORMER`
+    **size # Sizes instead of those of the preset, and options of `own_data`: `label_delim`, `encoding`, `sep`, …
 ) -> dict: # Content of `summary.json`
     "Train ULMFiT or a Transformer and the baselines; write table, figures, model and summary to `out`"
     if model is not None and (bidirectional or full):
         got = '`bidirectional`' if bidirectional else '`full`'
         raise FastaiTLError('A quickstart with a Transformer has one direction and one size', got, 'Leave it out')
+    options = pop_reader_options(size)
+    if 'label_delim' in size:
+        options['label_delim'] = size.pop('label_delim')
     preset = FULL if full else QUICK
     size = changed_preset(preset if model is None else TRANSFORMER, size)
-    rows = _quickstart_data(data, text_col, label_col, seed, lang)
+    rows = _quickstart_data(data, text_col, label_col, seed, lang, options)
     out = default_out(data, model, full, lang) if out is None else out
     set_language(lang)
     options = dict(seed=seed, progress=progress, lang=lang)

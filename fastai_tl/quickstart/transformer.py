@@ -40,8 +40,10 @@ class TransformerQuickstart(Quickstart):
 
     def make_dls(self):
         "Return DataLoaders for the training and validation sets"
+        task = 'classification' if self.data.label_delim is None else 'multilabel'
         rows = self.rows.assign(validates=self.rows.split == 'valid')
-        return HFTextDataLoaders.from_df(rows, self.model, valid_col='validates', task='classification',
+        return HFTextDataLoaders.from_df(rows, self.model, valid_col='validates', task=task,
+                                         label_delim=self.data.label_delim,
                                          max_length=self.size['max_length'], bs=self.size['bs'],
                                          verbose=self.progress, lang=self.lang)
 

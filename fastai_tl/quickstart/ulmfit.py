@@ -71,6 +71,7 @@ class ULMFiTQuickstart(Quickstart):
         "Train a classifier with each learning rate and evaluate the one with the best validation accuracy"
         ulm = self.ulmfit(name)
         options = {name: self.size[name] for name in ('epochs', 'drop_mult', 'bs')}
+        options['label_delim'] = self.data.label_delim
         best = None
         for lr in self.size['rates' if encoder else 'scratch_rates']:
             learn = ulm.classifier(self.rows, valid_col='split', encoder=encoder, lr=lr,
