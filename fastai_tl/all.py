@@ -53,9 +53,11 @@ from .efficiency.compilation import *
 from .tune.optimizer import *
 from .tune.learning_rates import *
 from .tune.schedules import *
+from .tune.trackers import *
 from .tune.unfreezing import *
 from .tune.best_epoch import *
 from .tune.regularizers import *
+from .tune.accumulation import *
 from .tune.resume import *
 from .tune.gradual import *
 from .tune.recipes import *

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.base.html.md"""
 # %% auto #0
 __all__ = ['HFLearner']
 
-# %% ../../nbs/500_learners.base.ipynb #946587be
+# %% ../../nbs/500_learners.base.ipynb #b8bbfed4
 import inspect
 from fastcore.all import L
 from fastai.learner import Learner
@@ -15,10 +15,11 @@ from fastai.torch_core import join_path_file
 from ..models.layer_groups import layer_splitter
 from ..models.hf import HFEncoder, HFModel, check_lengths, check_tokenizer, load_hf
 from ..efficiency.mixed_precision import AutocastPrecision
+from ..tune.accumulation import LargeBatchGradient
 from ..tune.learning_rates import default_lr
 from ..tune.optimizer import LayerwiseOptimizer
 
-# %% ../../nbs/500_learners.base.ipynb #773e1be7
+# %% ../../nbs/500_learners.base.ipynb #8f4bd2bb
 class HFLearner(Learner):
     "A fastai Learner for a Hugging Face model"
     model:HFModel
@@ -58,7 +59,7 @@ class HFLearner(Learner):
             print(match, f'\nnew in this model: {", ".join(new)}' if new else '', sep='')
         return self
 
-# %% ../../nbs/500_learners.base.ipynb #65a4299d
+# %% ../../nbs/500_learners.base.ipynb #45a03cc7
 _SET_BY_FACTORY = ('model', 'task', 'classes', 'n_out')
 _LOADING = [name for name, p in inspect.signature(load_hf).parameters.items()
             if p.kind is p.POSITIONAL_OR_KEYWORD and name not in _SET_BY_FACTORY]
@@ -73,6 +74,7 @@ def make_learner(
     model_kwargs=None, # Passed to `from_pretrained`
     lr=None, # Learning rate; `default_lr` if `None`
     splitter=None, # Function that splits the model into layer groups; `layer_splitter()` if `None`
+    cbs=None, # Callbacks
     **kwargs # Passed to `load_hf` or `Learner`
 ):
     "Load `model` for `task`, check that it fits the data, and make a Learner of class `cls`"
@@ -82,9 +84,10 @@ def make_learner(
     check_lengths(hf, dls)
     lr = default_lr(model, task) if lr is None else lr
     defaults = dict(opt_func=LayerwiseOptimizer, train_bn=False)
-    return cls(dls, hf, splitter=splitter or layer_splitter(), lr=lr, **defaults | kwargs)
+    return cls(dls, hf, splitter=splitter or layer_splitter(), lr=lr, cbs=L(cbs) + LargeBatchGradient(),
+               **defaults | kwargs)
 
-# %% ../../nbs/500_learners.base.ipynb #5b8f1ca9
+# %% ../../nbs/500_learners.base.ipynb #efa44b7e
 def each_row(
     f, # A function of a tensor
     x # A tensor, or a list of tensors

@@ -7,9 +7,9 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.classification.html.md"""
 # %% auto #0
 __all__ = ['awd_classifier_learner', 'hf_classifier_learner']
 
-# %% ../../nbs/505_learners.classification.ipynb #079666cd
+# %% ../../nbs/505_learners.classification.ipynb #5074b686
 import torch
-from fastcore.all import merge
+from fastcore.all import L, merge
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
@@ -23,10 +23,11 @@ from ..models.awd_lstm import pool_real_tokens, allow_zero_weight_dropout
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
 from ..models.third_party import spec_of
+from ..tune.accumulation import LargeBatchGradient
 from ..tune.optimizer import LayerwiseOptimizer
 from .base import HFLearner, make_learner
 
-# %% ../../nbs/505_learners.classification.ipynb #5223a7db
+# %% ../../nbs/505_learners.classification.ipynb #b6c31407
 _LOSSES = dict(classification=CrossEntropyLossFlat, multilabel=BCEWithLogitsLossFlat, regression=MSELossFlat)
 _AWD_METRICS = dict(classification=[accuracy], multilabel=[accuracy_multi], regression=[rmse])
 
@@ -39,6 +40,7 @@ def awd_classifier_learner(
     drop_mult:float=.5, # Multiplier on all dropouts
     y_range:tuple|None=None, # Lowest and highest prediction of a regression model
     metrics=None, # fastai metrics; accuracy, or root mean squared error for a regression, if `None`
+    cbs=None, # Callbacks
     **kwargs # Passed to `TextLearner`
 ) -> TextLearner:
     "Make a Learner that classifies texts with an AWD_LSTM"
@@ -48,9 +50,9 @@ def awd_classifier_learner(
     model = pool_real_tokens(allow_zero_weight_dropout(model))
     metrics = _AWD_METRICS[task] if metrics is None else metrics
     return TextLearner(dls, model, loss_func=_LOSSES[task](), opt_func=LayerwiseOptimizer, splitter=layer_splitter(),
-                       train_bn=False, metrics=metrics, **kwargs)
+                       train_bn=False, metrics=metrics, cbs=L(cbs) + LargeBatchGradient(), **kwargs)
 
-# %% ../../nbs/505_learners.classification.ipynb #e92c9c74
+# %% ../../nbs/505_learners.classification.ipynb #3d2e846d
 def _targets(dls):
     "Return the targets of the training rows"
     return [y for *_, y in (dls.train_ds[i] for i in range(len(dls.train_ds)))]
@@ -70,7 +72,7 @@ def _balanced_weights(dls, task, n):
     positive = torch.stack([torch.as_tensor(y) for y in targets]).float().mean(0)
     return (1-positive) / positive.clamp(min=1/n_texts)
 
-# %% ../../nbs/505_learners.classification.ipynb #be4812d4
+# %% ../../nbs/505_learners.classification.ipynb #6da67350
 def _class_weights(dls, task, given):
     "Return the class weights as a tensor"
     if task == 'regression':
@@ -89,7 +91,7 @@ def _loss_func(dls, task, class_weights):
     weights = _class_weights(dls, task, class_weights)
     return _LOSSES[task](weight=weights) if task == 'classification' else _LOSSES[task](pos_weight=weights)
 
-# %% ../../nbs/505_learners.classification.ipynb #0409300c
+# %% ../../nbs/505_learners.classification.ipynb #1dfedfd6
 def _hf_metrics(task):
     if task == 'classification':
         return [accuracy, F1Score(average='macro')]

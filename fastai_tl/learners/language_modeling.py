@@ -8,10 +8,10 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.language_modeling.html.md""
 __all__ = ['awd_lm_learner', 'TokenLossFlat', 'TokenAccuracy', 'TokenPerplexity', 'HFCausalLMLearner', 'hf_causal_lm_learner',
            'HFMaskedLMLearner', 'hf_masked_lm_learner']
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #4ca0ed89
+# %% ../../nbs/510_learners.language_modeling.ipynb #20c3e5e3
 import copy
 import torch, torch.nn.functional as F
-from fastcore.all import merge
+from fastcore.all import L, merge
 from fastai.data.core import DataLoaders
 from fastai.learner import Metric
 from fastai.losses import CrossEntropyLossFlat
@@ -29,15 +29,17 @@ from ..models.awd_lstm import allow_zero_weight_dropout
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
 from ..models.third_party import spec_of
+from ..tune.accumulation import LargeBatchGradient
 from ..tune.optimizer import LayerwiseOptimizer
 from .base import HFLearner, each_row, make_learner
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #3080fb9d
+# %% ../../nbs/510_learners.language_modeling.ipynb #065140ac
 def awd_lm_learner(
     dls:DataLoaders, # From `language_model_dls`
     config:dict|None=None, # Sizes: `emb_sz`, `n_hid`, `n_layers`; fastai's 400, 1152 and 3 if `None`
     drop_mult:float=1., # Multiplier on all dropouts
     metrics=None, # fastai metrics; accuracy and perplexity if `None`
+    cbs=None, # Callbacks
     **kwargs # Passed to `LMLearner`
 ) -> LMLearner:
     "Make a Learner for an AWD_LSTM language model"
@@ -46,9 +48,10 @@ def awd_lm_learner(
     model = allow_zero_weight_dropout(model)
     metrics = [accuracy, Perplexity()] if metrics is None else metrics
     return LMLearner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer,
-                     splitter=layer_splitter(), train_bn=False, metrics=metrics, **kwargs)
+                     splitter=layer_splitter(), train_bn=False, metrics=metrics,
+                     cbs=L(cbs) + LargeBatchGradient(), **kwargs)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #7825b939
+# %% ../../nbs/510_learners.language_modeling.ipynb #8dca1720
 _IGNORED = -100 # target of tokens that are not predicted, as in PyTorch and transformers
 
 class TokenLossFlat(CrossEntropyLossFlat):
@@ -79,7 +82,7 @@ class TokenLossFlat(CrossEntropyLossFlat):
         "Return the most probable tokens"
         return each_row(super().decodes, x)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #f8a1d4ad
+# %% ../../nbs/510_learners.language_modeling.ipynb #bb2acf1e
 class TokenAccuracy(Metric):
     "Fraction of the targets that are predicted correctly, over all batches"
     def reset(self):
@@ -110,7 +113,7 @@ class TokenPerplexity(Metric):
     def value(self):
         return float(torch.tensor(self.total/self.count, dtype=torch.double).exp()) if self.count else None
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #45e30368
+# %% ../../nbs/510_learners.language_modeling.ipynb #ae6730f6
 def with_token_ids(
     model, # A config of transformers, or any other form of model
     tokenizer # The tokenizer of the texts
@@ -128,7 +131,7 @@ def with_token_ids(
         config.decoder_start_token_id = config.pad_token_id
     return config
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #5fb75982
+# %% ../../nbs/510_learners.language_modeling.ipynb #25fc43b7
 def check_task(
     dls, # DataLoaders
     task, # The task that is needed
@@ -146,7 +149,7 @@ def token_metrics():
     "Return the default metrics of a language model"
     return [TokenAccuracy(), TokenPerplexity()]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #9d095224
+# %% ../../nbs/510_learners.language_modeling.ipynb #ca035164
 class HFCausalLMLearner(HFLearner):
     "A Learner for a causal language model"
     def predict(self,
@@ -171,7 +174,7 @@ class HFCausalLMLearner(HFLearner):
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
         return before + ids or [end_of_text(self.tokenizer)]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #3dcbde0d
+# %% ../../nbs/510_learners.language_modeling.ipynb #6284769f
 def hf_causal_lm_learner(
     dls:DataLoaders, # From `HFCausalLMDataLoaders`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -185,7 +188,7 @@ def hf_causal_lm_learner(
     return make_learner(dls, with_token_ids(model, dls.tokenizer), 'causal_lm', cls=HFCausalLMLearner,
                         loss_func=loss_func or TokenLossFlat(), metrics=metrics, **kwargs)
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #35917faf
+# %% ../../nbs/510_learners.language_modeling.ipynb #5aa83a90
 class HFMaskedLMLearner(HFLearner):
     "A Learner for a masked language model"
     def predict(self,
@@ -209,7 +212,7 @@ class HFMaskedLMLearner(HFLearner):
         filled = tokenizer.decode(ids.masked_scatter(is_mask, found), skip_special_tokens=True)
         return TitledStr(filled), found, probs[is_mask]
 
-# %% ../../nbs/510_learners.language_modeling.ipynb #80e694e5
+# %% ../../nbs/510_learners.language_modeling.ipynb #c8d76f71
 def hf_masked_lm_learner(
     dls:DataLoaders, # From `HFMaskedLMDataLoaders`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.unfreezing.html.md"""
 # %% auto #0
 __all__ = ['freeze_groups', 'show_table', 'stage_groups', 'PlateauDetector', 'GradualUnfreezing']
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #a90886bc
+# %% ../../nbs/415_tune.unfreezing.ipynb #2fb6a189
 import warnings
 from dataclasses import dataclass
 import numpy as np, pandas as pd
@@ -20,8 +20,9 @@ from ..core import FastaiTLError, shorten, unknown_option
 from ..models.layer_groups import freeze_params, frozen_modules, layer_groups, layer_range
 from ..plot import plot_stages
 from ..efficiency.feature_cache import CachedPrefix
+from .trackers import hold_patience, warn_if_rate_is_scheduled, warn_if_untrained
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #9dfa32fa
+# %% ../../nbs/415_tune.unfreezing.ipynb #862a79b9
 def freeze_groups(
     opt, # A Learner's optimizer, of any class
     n_trainable:int # Number of groups that train, counted from the top
@@ -32,7 +33,7 @@ def freeze_groups(
     for params in list(opt.param_lists)[:n_frozen]:
         freeze_params(params)
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #ec4c460a
+# %% ../../nbs/415_tune.unfreezing.ipynb #a649d335
 def show_table(
     df:pd.DataFrame # Any table
 ):
@@ -43,7 +44,7 @@ def show_table(
     else:
         print(df.to_string(float_format=lambda v: f'{v:.4g}'))
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #68ad485e
+# %% ../../nbs/415_tune.unfreezing.ipynb #0dcdc6dd
 def stage_groups(
     n:int, # Number of parameter groups
     block:int=1 # Number of groups that each stage adds
@@ -53,7 +54,7 @@ def stage_groups(
         raise FastaiTLError('`block` must be at least 1', str(block))
     return list(range(1, n, block)) + [n]
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #fc78e201
+# %% ../../nbs/415_tune.unfreezing.ipynb #d6498e88
 @dataclass
 class StagePlan:
     "Stages of gradual unfreezing"
@@ -89,7 +90,7 @@ class StagePlan:
             last_stage = f'stage {self.stage_at(n_epoch-1)+1} of {len(self)}'
             warnings.warn(f'{n_epoch} epochs end at {last_stage}: the lowest groups stay frozen.')
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #e0412112
+# %% ../../nbs/415_tune.unfreezing.ipynb #b2fd65c6
 def stage_plan(n_groups, groups=None, block=1, epochs=None, every=1, factor=1.):
     "Make the `StagePlan` for a model with `n_groups` parameter groups, from the arguments of `GradualUnfreezing`"
     if n_groups < 2:
@@ -108,7 +109,7 @@ def stage_plan(n_groups, groups=None, block=1, epochs=None, every=1, factor=1.):
         raise FastaiTLError(f'`factor` needs one number for each of the {n_stages} stages', str(factor))
     return StagePlan(groups, lengths, factors)
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #ad3132e6
+# %% ../../nbs/415_tune.unfreezing.ipynb #58f650f3
 def lower_is_better(name):
     "Return whether lower values are better for the recorded value of this name"
     return any(word in name for word in ('loss', 'error', 'perplexity', 'mse', 'mae'))
@@ -117,7 +118,7 @@ def recorded_values(recorder):
     "Return the last epoch's losses and metrics of a Recorder, by name"
     return dict(zip(recorder.metric_names[1:], recorder.log[1:]))
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #1c53c2fb
+# %% ../../nbs/415_tune.unfreezing.ipynb #a4162294
 class PlateauDetector:
     "Detect that a recorded value has stopped improving"
     def __init__(self,
@@ -157,7 +158,7 @@ class PlateauDetector:
         "Whether the value has not improved for `patience` epochs"
         return self.wait >= self.patience
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #2645d454
+# %% ../../nbs/415_tune.unfreezing.ipynb #a564b2e4
 class StageLog:
     "Records of the stages of a fit"
     def __init__(self, rows=(), rates=()):
@@ -196,7 +197,7 @@ class StageLog:
         stages = [(row['start'], row['layers']) for row in self.rows]
         return dict(rates=self.rates, losses=losses, valid=_valid_losses(recorder), stages=stages)
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #de2a0e24
+# %% ../../nbs/415_tune.unfreezing.ipynb #385621c1
 def _stage_row(learn, stage, n_groups):
     "Return the row of a stage that begins; rate and epochs are still 0"
     params = [p for group in learn.opt.param_lists for p in group]
@@ -215,7 +216,18 @@ def _valid_losses(recorder):
     column = recorder.metric_names.index('valid_loss') - 1
     return [(i, values[column]) for i, values in zip(recorder.iters, recorder.values) if len(values) > 1]
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #ac34bb9a
+# %% ../../nbs/415_tune.unfreezing.ipynb #d12c46cf
+def report_stages(
+    stage_log, # The `StageLog` of a fit
+    learn, # The Learner, at the end of the fit
+    plan # The `StagePlan`
+):
+    "Show the table of the stages, and warn about layers that did not train"
+    warn_if_untrained(stage_log.rows, learn, plan)
+    if learn.logger is not noop:
+        show_table(stage_log.table())
+
+# %% ../../nbs/415_tune.unfreezing.ipynb #dd698a77
 class _RateFactor:
     "Multiply the learning rates that a scheduler or `fit` has set"
     base = None # the rates that the scheduler has set
@@ -229,11 +241,12 @@ class _RateFactor:
         opt.set_hyper('lr', self.scaled)
         return [float(lr) for lr in self.scaled]
     def undo(self, opt):
-        "Set the optimizer's rates back to the base rates"
-        opt.set_hyper('lr', self.base)
+        "Set the optimizer's rates back to the base rates, unless this has been done"
+        if self.scaled is not None:
+            opt.set_hyper('lr', self.base)
         self.scaled = None
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #2fe1909b
+# %% ../../nbs/415_tune.unfreezing.ipynb #cad6ad72
 class _BarName:
     "Write the name of a stage into the progress bars of fastai's ProgressCallback, once for each bar"
     bar = None
@@ -248,7 +261,7 @@ class _BarName:
         elif hasattr(bars, 'mbar'):
             bars.mbar.main_bar.comment = name
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #e8f7497e
+# %% ../../nbs/415_tune.unfreezing.ipynb #0de2275b
 class _WithCompanion(Callback):
     "A Callback with a second Callback, `_companion`, that is added to the Learner and removed from it together with it"
     _learn = None
@@ -265,7 +278,7 @@ class _WithCompanion(Callback):
                 learn.add_cb(self._companion)
         self._learn = learn
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #602d2dac
+# %% ../../nbs/415_tune.unfreezing.ipynb #a1d8438c
 def _check_options(every, when, restart):
     if when not in ('epoch', 'plateau'):
         raise unknown_option('when', when, ('epoch', 'plateau'))
@@ -275,7 +288,7 @@ def _check_options(every, when, restart):
     if every < 1:
         raise FastaiTLError('`every` must be at least 1', str(every))
 
-# %% ../../nbs/415_tune.unfreezing.ipynb #7cef73b9
+# %% ../../nbs/415_tune.unfreezing.ipynb #97a8ba0a
 class GradualUnfreezing(_WithCompanion):
     "Unfreeze the layer groups from the top, stage by stage, within one fit"
     order = ParamScheduler.order-1 # so that the scheduler sees progress within the stage
@@ -313,6 +326,7 @@ class GradualUnfreezing(_WithCompanion):
             n_groups = len(self.opt.param_lists)
             self.plan = stage_plan(n_groups, self.groups, self.block, self.epochs, self.every, self.factor)
             self._is_new = True
+            warn_if_rate_is_scheduled(self.learn.cbs)
     def before_train(self):
         "Freeze and unfreeze the groups for the stage of this epoch"
         if self._is_new:
@@ -320,7 +334,7 @@ class GradualUnfreezing(_WithCompanion):
             self._is_new = False
             if self.when == 'epoch':
                 self.plan.warn_if_cut_short(self.n_epoch)
-        stage = self._next_stage()
+        stage = self._stage_of(self.epoch)
         if stage != self.stage:
             self.plateau.wait = 0
         self.stage = stage
@@ -331,9 +345,9 @@ class GradualUnfreezing(_WithCompanion):
         if self.frozen_eval:
             for module in frozen_modules(self.model):
                 module.eval()
-    def _next_stage(self):
+    def _stage_of(self, epoch):
         if self.when == 'epoch':
-            return self.plan.stage_at(self.epoch)
+            return self.plan.stage_at(epoch)
         return min(self.stage+1, len(self.plan)-1) if self.plateau.is_reached else self.stage
     def before_batch(self):
         "Write the stage into the progress bar; with `restart`, set `pct_train` to the progress within the stage"
@@ -361,14 +375,14 @@ class GradualUnfreezing(_WithCompanion):
             self.stage_log.add_epoch(values)
             if self.when == 'plateau':
                 self.plateau.update(values)
+            self._rate_factor.undo(self.opt) # `ReduceLROnPlateau` must reduce the rates without the factor
+            hold_patience(self.learn.cbs, self.stage, self._stage_of(self.epoch+1), len(self.plan))
     def after_fit(self):
         "Set the optimizer's rates back to those without the factor, and show the table"
-        if self._rate_factor.scaled is not None: # something was trained
-            self._rate_factor.undo(self.opt)
+        self._rate_factor.undo(self.opt)
+        if self.stage_log.rows: # something was trained
             self.history = self.stage_log.history(self.recorder)
-            if self.learn.logger is not noop:
-                show_table(self.table())
-
+            report_stages(self.stage_log, self.learn, self.plan)
     def state_dict(self) -> dict: # Numbers and strings
         "Return what a resumed run needs to continue in the right stage"
         return dict(stage=self.stage, best=self.plateau.best, wait=self.plateau.wait, **self.stage_log.state_dict())
