@@ -111,6 +111,7 @@ def _add_quickstart(commands):
                         "a name on the Hugging Face hub, or a folder")
     add('--lang', help='language of the texts and the figures: en, or zh-tw for Traditional Chinese (en)')
     add('--full', action='store_true', default=None, help='larger model and all texts; takes much longer')
+    add('--table', help='also write the table of the results, with what is needed to repeat it, to this JSON file')
     add('--quiet', action='store_true', help='no progress bars and tables')
     add('--cfg', help='a settings file, instead of settings.ini in this folder')
 
@@ -169,6 +170,9 @@ def _parser():
     return parser
 
 # %% ../nbs/990_cli.ipynb #d4cbb00f
+# What `--table` writes
+_TABLE_FACTS = ('data', 'table', 'best', 'chosen', 'rows', 'classes', 'lang', 'seed', 'size', 'seconds', 'versions')
+
 def _quickstart(args):
     from fastai_tl.plot import set_font
     from fastai_tl.quickstart.run import run_quickstart
@@ -180,7 +184,10 @@ def _quickstart(args):
              'label_delim')
     options = {name: settings[name] for name in names if name in settings}
     full = settings.get('full', False)
-    run_quickstart(full=full, progress=not args.quiet, **options, **_changed_sizes(settings, full))
+    summary = run_quickstart(full=full, progress=not args.quiet, **options, **_changed_sizes(settings, full))
+    if args.table:
+        from fastai_tl.files import write_json
+        write_json(args.table, {name: summary[name] for name in _TABLE_FACTS if name in summary})
 
 # %% ../nbs/990_cli.ipynb #1268bca9
 def _read_summary(run):
@@ -192,16 +199,19 @@ def _read_summary(run):
 def _status(args):
     import pandas as pd
     from fastai_tl.learners.ulmfit import ULMFiT
+    from fastai_tl.quickstart.base import explain_choice
     summary = _read_summary(args.run)
     if summary and summary.get('kind') == 'transformer':
         stages = pd.DataFrame(summary['stages']).to_string(index=False)
-        print(f"{args.run}\n{stages}\naccuracy {summary['accuracy']:.1%}")
+        print(f"{args.run}\n{stages}\naccuracy {summary['accuracy']:.1%}\n{explain_choice(summary)}")
         return
     runs = sorted(path for path in Path(args.run).glob('runs/*') if path.is_dir()) or [Path(args.run)]
     for run in runs:
         status = ULMFiT(run).status()
         table = status.to_string(index=False, na_rep='') if len(status) else 'nothing has begun'
         print(f'{run}\n{table}')
+    if summary:
+        print(explain_choice(summary))
 
 # %% ../nbs/990_cli.ipynb #85813271
 def _print_prediction(label, confidence, text):
@@ -225,6 +235,8 @@ def _predict(args):
         expected = f'{args.run} must be the folder of a finished quickstart, or a bundle'
         todo = f'Run: fastai-tl quickstart --out {args.run}'
         raise FastaiTLError(expected, 'no summary.json or bundle.json there', todo)
+    from fastai_tl.quickstart.base import explain_choice
+    print(explain_choice(summary), file=sys.stderr)
     predict = _predict_with_transformer if summary.get('kind') == 'transformer' else _predict_with_ulmfit
     predict(args.run, summary, texts)
 
@@ -282,11 +294,18 @@ def _language_model(where):
         return Encoder.load(path)
     for stage in ('domain', 'general'):
         if encoders := sorted(path.rglob(f'forward/{stage}/encoder.safetensors')):
-            return Encoder.load(encoders[-1])
+            return Encoder.load(min(encoders, key=_validation_loss))
     raise FastaiTLError(f'{where} must hold a language model',
                         'neither a config.json of transformers nor the encoder of a run')
 
 # %% ../nbs/990_cli.ipynb #44e37801
+def _validation_loss(encoder_file):
+    "Return the last validation loss of the language model that an encoder is from; infinity if it is unknown"
+    from fastai_tl.learners.ulmfit_run import ULMFiTStage
+    stage = ULMFiTStage(encoder_file.parent)
+    history = stage.history() if stage.done else {}
+    return float(history['valid_loss'].iloc[-1]) if 'valid_loss' in history else float('inf')
+
 def _given_texts(args):
     "Return the texts from the arguments, from a file, or from standard input"
     if args.texts and args.file:

@@ -38,6 +38,59 @@ def versions():
     return dict(fastai_tl=__version__, python=platform.python_version(), **{name: version(name) for name in names})
 
 # %% ../../nbs/955_quickstart.base.ipynb #601838b7
+def validation_scores(
+    learn # Learner of a classifier whose first metric is the accuracy
+) -> dict: # `valid_accuracy` and `valid_loss`
+    "Compute accuracy and loss on the validation set"
+    with learn.no_bar():
+        loss, accuracy = learn.validate()[:2]
+    return dict(valid_accuracy=float(accuracy), valid_loss=float(loss))
+
+def best_validated(
+    candidates:dict # Maps the name of each model to a dict with `valid_accuracy` and `valid_loss`
+) -> str: # Name of a model; the first if several are equal in both
+    "Return the model with the highest validation accuracy; among equals, the one with the lowest loss"
+    def rank(name): return candidates[name]['valid_accuracy'], -candidates[name]['valid_loss']
+    return max(candidates, key=rank)
+
+# %% ../../nbs/955_quickstart.base.ipynb #77cc47b6
+def _candidates(summary):
+    "Return the models that were compared, by name, and the name of the chosen one"
+    if summary.get('kind') != 'transformer':
+        return summary['chosen'], summary['best']
+    chosen = summary['chosen']
+    tried = summary.get('tried', [chosen])
+    return {f"learning rate {one['lr']:g}": one for one in tried}, f"learning rate {chosen['lr']:g}"
+
+def _reason(candidates, best):
+    "Say why a model was chosen, by the accuracies on the validation set"
+    accuracies = {name: model['valid_accuracy'] for name, model in candidates.items()}
+    ranking = sorted(accuracies, key=accuracies.get, reverse=True)
+    listed = ', '.join(f'{name} {accuracies[name]:.1%}' for name in ranking)
+    highest = max(accuracies.values())
+    if len(accuracies) == 1:
+        return f'It is the only one; its accuracy on the validation set is {highest:.1%}.'
+    if accuracies[best] < highest:
+        return (f'It was not chosen by its accuracy on the validation set: {listed}. '
+                'The quickstart is of an older version; run it again to choose the best model.')
+    if list(accuracies.values()).count(highest) > 1:
+        return f'Of the models with the highest accuracy on the validation set, it has the lowest loss: {listed}.'
+    return f'It has the highest accuracy on the validation set: {listed}.'
+
+# %% ../../nbs/955_quickstart.base.ipynb #86d4ca06
+def explain_choice(
+    summary:dict # Content of `summary.json`
+) -> str:
+    "Say which model of a quickstart makes its predictions, and why"
+    candidates, best = _candidates(summary)
+    name = best if best.startswith('learning rate') else f"{best}, learning rate {candidates[best]['lr']:g}"
+    text = f'Model: {name}. {_reason(candidates, best)}'
+    if summary['baseline_accuracy'] > summary['accuracy']:
+        text += (f" On the test set, a bag of words is more accurate: {summary['baseline_accuracy']:.1%}, "
+                 f"this model {summary['accuracy']:.1%}.")
+    return text
+
+# %% ../../nbs/955_quickstart.base.ipynb #bd34b9b4
 class Quickstart:
     "Base class of the quickstarts, which times the steps and writes the results"
     def __init__(self,
@@ -139,5 +192,5 @@ class Quickstart:
             print(f'\n{self.data.name}; {len(self.test):,} test rows')
             show_table(table)
             seconds = f"{summary['seconds']:.0f} seconds; results in {self.out}/"
-            print(f'\n{conclusion}\n{seconds}' if conclusion else f'\n{seconds}')
+            print('\n' + '\n'.join(filter(None, [conclusion, explain_choice(summary), seconds])))
         return summary

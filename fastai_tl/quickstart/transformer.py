@@ -19,7 +19,7 @@ from ..files import digest
 from ..learners.classification import hf_classifier_learner
 from ..models.hf import minilm_folder
 from ..plot import plot_panels
-from .base import Quickstart, save_figure
+from .base import Quickstart, best_validated, save_figure, validation_scores
 from ..tune.learning_rates import discriminative_lrs
 from ..tune.resume import ResumableFit
 
@@ -72,18 +72,16 @@ class TransformerQuickstart(Quickstart):
         labels = list(map(str, self.rows.label))
         return digest(list(self.rows.text), labels, list(self.rows.split), str(self.model), self.lang)
 
-    def classifier(self) -> tuple: # Learner, `Evaluation` on the test set, and a dict about the chosen learning rate
+    def classifier(self) -> tuple: # Learner, `Evaluation` on the test set, its scores, and those of all learning rates
         "Train the classifier with each learning rate and evaluate the one with the best validation accuracy"
         dls = self.make_dls()
-        best = None
+        learners, tried = {}, {}
         for lr in self.size['rates']:
-            learn = self.fit(dls, lr)
-            with learn.no_bar():
-                accuracy = float(learn.validate()[1])
-            if best is None or accuracy > best[0]:
-                best = (accuracy, lr, learn)
-        accuracy, lr, learn = best
-        return learn, self.evaluate(learn), dict(lr=lr, valid_accuracy=accuracy, name=f'classifier-{lr:g}')
+            name = f'classifier-{lr:g}'
+            learners[name] = self.fit(dls, lr)
+            tried[name] = dict(lr=lr, **validation_scores(learners[name]), name=name)
+        best = best_validated(tried)
+        return learners[best], self.evaluate(learners[best]), tried[best], list(tried.values())
 
     def figures(self,
         learn, # Learner of the classifier
@@ -100,13 +98,13 @@ class TransformerQuickstart(Quickstart):
         "Run all steps and write the table, the figures, the model and `summary.json`"
         accuracies = self.baselines()
         with self.step(f'The classifier: {self.label}'):
-            learn, evaluation, chosen = self.classifier()
+            learn, evaluation, chosen, tried = self.classifier()
         accuracies[self.label] = evaluation.accuracy
         self.figures(learn, evaluation)
         learn.model.hf.save_pretrained(self.out/'model')
         learn.tokenizer.save_pretrained(self.out/'model')
         table = self.table(accuracies)
         summary = dict(kind='transformer', accuracy=evaluation.accuracy, baseline_accuracy=accuracies['bag of words'],
-                       majority_accuracy=accuracies['majority class'], chosen=chosen, model='model',
-                       **self.facts(table))
+                       majority_accuracy=accuracies['majority class'], chosen=chosen, tried=tried,
+                       model='model', **self.facts(table))
         return self.finish(table, summary)

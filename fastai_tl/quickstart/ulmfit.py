@@ -8,26 +8,38 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickstart.ulmfit.html.md"""
 __all__ = ['ULMFiTQuickstart']
 
 # %% ../../nbs/960_quickstart.ulmfit.ipynb #8ba4c705
+import math
 import numpy as np, pandas as pd
 from fastcore.all import delegates
 from ..evaluation.evaluation import Evaluation
 from ..learners.ulmfit import ULMFiT
 from ..plot import plot_panels
-from .base import Quickstart, save_figure
+from .base import Quickstart, best_validated, save_figure, validation_scores
 from .presets import take_tokens
 
 # %% ../../nbs/960_quickstart.ulmfit.ipynb #54b3da29
-_COUNTING_WINS = ('The bag of words is still ahead: many labels and words that give the class away are all it needs. '
+_COUNTING_WINS = ('The bag of words is ahead: many labels and words that give the class away are all it needs. '
                   'Transfer helps where labels are few and the order of words matters.')
 _TRANSFER_WINS = ('A bag of words knows neither the order of words nor words that are not in the labelled texts; '
                   'the language model has read all texts.')
+_SCRATCH_WINS = 'The language models did not help on these data: the classifier from scratch validated best.'
+_TOO_CLOSE = 'The test set is too small to tell the best classifier and the bag of words apart.'
 _CLASSIFIERS = {'from scratch': ('scratch', None), 'stage 2': ('stage 2', 'domain'),
                 'stages 1 and 2': ('stages 1+2', 'domain')} # maps a name to a run and the stage of its encoder
 
 def _curve(values):
     return np.arange(1, len(values)+1), values.to_numpy()
 
-# %% ../../nbs/960_quickstart.ulmfit.ipynb #815268b1
+def _conclusion(best, accuracy, bag_of_words, n_test):
+    "Return a sentence that compares the best classifier with the bag of words on the test set"
+    margin = 1.96 * math.sqrt((accuracy*(1-accuracy) + bag_of_words*(1-bag_of_words)) / n_test)
+    if best == 'from scratch':
+        return _SCRATCH_WINS
+    if abs(accuracy-bag_of_words) <= margin:
+        return _TOO_CLOSE
+    return _TRANSFER_WINS if accuracy > bag_of_words else _COUNTING_WINS
+
+# %% ../../nbs/960_quickstart.ulmfit.ipynb #ce65fa60
 class ULMFiTQuickstart(Quickstart):
     "Train language models and classifiers in the three stages of ULMFiT"
     @delegates(Quickstart)
@@ -40,8 +52,12 @@ class ULMFiTQuickstart(Quickstart):
     ):
         super().__init__(out, data, size, **kwargs)
         self.bidirectional = bidirectional
-        self.best = 'stages 1 and 2' if data.general else 'stage 2'
-        self.best_run = _CLASSIFIERS[self.best][0]
+        self.best = None # name of the classifier with the highest validation accuracy
+
+    @property
+    def best_run(self):
+        "Name of the ULMFiT run of the best classifier"
+        return _CLASSIFIERS[self.best][0]
 
     def ulmfit(self,
         name:str # Name of the subfolder of `runs`
@@ -72,17 +88,14 @@ class ULMFiTQuickstart(Quickstart):
         ulm = self.ulmfit(name)
         options = {name: self.size[name] for name in ('epochs', 'drop_mult', 'bs')}
         options['label_delim'] = self.data.label_delim
-        best = None
+        learners, tried = {}, {}
         for lr in self.size['rates' if encoder else 'scratch_rates']:
-            learn = ulm.classifier(self.rows, valid_col='split', encoder=encoder, lr=lr,
-                                   name=f'classifier-{lr:g}', **options)
-            with learn.no_bar():
-                accuracy = float(learn.validate()[1])
-            if best is None or accuracy > best[0]:
-                best = (accuracy, lr, learn)
-        accuracy, lr, learn = best
-        chosen = dict(lr=lr, valid_accuracy=accuracy, name=f'classifier-{lr:g}')
-        return learn, self.evaluate(learn), chosen
+            stage = f'classifier-{lr:g}'
+            learn = ulm.classifier(self.rows, valid_col='split', encoder=encoder, lr=lr, name=stage, **options)
+            learners[stage] = learn
+            tried[stage] = dict(lr=lr, **validation_scores(learn), name=stage)
+        best = best_validated(tried)
+        return learners[best], self.evaluate(learners[best]), tried[best]
 
     def figures(self,
         learn, # Learner of the classifier
@@ -94,12 +107,12 @@ class ULMFiTQuickstart(Quickstart):
         learn = learn.forward if self.bidirectional else learn
         if hasattr(learn, 'unfreezing'):
             save_figure(learn.unfreezing.plot(), self.out/'stages.png')
-        ulm = self.ulmfit(self.best_run)
         lms = {}
         if self.data.general:
-            lms = {'stage 1': ulm.history('general'), 'stage 2 after 1': ulm.history('domain')}
+            both = self.ulmfit('stages 1+2')
+            lms = {'stage 1': both.history('general'), 'stage 2 after 1': both.history('domain')}
         lms['stage 2 alone'] = self.ulmfit('stage 2').history('domain')
-        history = ulm.history(name)
+        history = self.ulmfit(self.best_run).history(name)
         panels = {'Language models': {stage: _curve(lm.perplexity) for stage, lm in lms.items()},
                   'Classifier': {'train': _curve(history.train_loss), 'valid': _curve(history.valid_loss)}}
         fig = plot_panels(panels, 'epoch', ['perplexity, held-out texts', 'loss'])
@@ -109,16 +122,18 @@ class ULMFiTQuickstart(Quickstart):
         "Run all steps and write the table, the figures and `summary.json`"
         accuracies = self.baselines()
         self.train_language_models()
-        chosen = {}
+        learners, chosen = {}, {}
         for label, (run, encoder) in _CLASSIFIERS.items():
             if label == 'stages 1 and 2' and not self.data.general:
                 continue
             with self.step(f'Stage 3: the classifier, {label}'):
                 learn, evaluation, chosen[label] = self.classifier(run, encoder)
+            learners[label] = learn, evaluation
             accuracies[label] = evaluation.accuracy
-        self.figures(learn, evaluation, chosen[self.best]['name'])
+        self.best = best_validated(chosen)
+        self.figures(*learners[self.best], chosen[self.best]['name'])
         table = self.table(accuracies)
-        conclusion = _COUNTING_WINS if accuracies['bag of words'] > accuracies[self.best] else _TRANSFER_WINS
+        conclusion = _conclusion(self.best, accuracies[self.best], accuracies['bag of words'], len(self.test))
         return self.finish(table, self.summary(table, accuracies, chosen), conclusion)
 
     def summary(self,
