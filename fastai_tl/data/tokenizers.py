@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tokenizers.html.md"""
 __all__ = ['WordLevelTokenizer', 'tokenizer_settings', 'TokenizedTexts', 'tokenize_texts_once', 'TextTokenizer']
 
 # %% ../../nbs/118_data.tokenizers.ipynb #52dcc7a8
-import multiprocessing, os, re, sys
+import multiprocessing, os, sys
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +19,7 @@ from fastcore.all import L
 from fastai.text.core import SpacyTokenizer, TitledStr, TokenizeWithRules, Tokenizer, defaults
 from fastprogress import progress_bar
 from ..core import FastaiTLError
-from .tables import check_texts
+from .tables import check_texts, valid_text
 from ..files import digest, load_tree, save_tree
 
 # %% ../../nbs/118_data.tokenizers.ipynb #6bee65b0
@@ -52,8 +52,6 @@ def tokenizer_settings(
     return dict(settings, rules=[getattr(rule, '__name__', str(rule)) for rule in rules])
 
 # %% ../../nbs/118_data.tokenizers.ipynb #51b2292e
-_lone_surrogate = re.compile('[\ud800-\udfff]')
-
 def apply_rules(
     rules, # Functions from string to string, applied in this order
     texts # Strings
@@ -62,7 +60,7 @@ def apply_rules(
     for text in texts:
         for rule in rules:
             text = rule(text)
-        yield text if text.isascii() else _lone_surrogate.sub('\ufffd', text)
+        yield valid_text(text)
 
 # %% ../../nbs/118_data.tokenizers.ipynb #2152cd1c
 class TokenizedTexts:

@@ -14,7 +14,7 @@ import pandas as pd
 from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_dtype
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.near_duplicates import UNSPACED, near_duplicates, without_specials
-from ..data.tables import check_texts
+from ..data.tables import check_texts, column as table_column
 from .scores import ScoredRows, wilson_interval
 from ..plot import PALETTE, figure_style, in_words
 
@@ -67,7 +67,7 @@ def named_columns(ev, by):
     if isinstance(by, pd.Series):
         return {by.name or 'column': by}
     if isinstance(by, pd.DataFrame):
-        return {name: by[name] for name in by}
+        return {name: table_column(by, name) for name in by}
     if isinstance(by, np.ndarray):
         return {'column': by}
     several = [by] if isinstance(by, str) or callable(by) else by

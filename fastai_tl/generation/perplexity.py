@@ -17,7 +17,8 @@ from fastcore.all import delegates, patch
 from fastai.learner import Learner, Metric
 from ..core import DataError, FastaiTLError, shorten
 from ..data.decoding import WIDE
-from ..data.tables import list_of, read_texts, valid_texts
+from ..data.readers import pop_reader_options
+from ..data.tables import need_no_options, list_of, read_texts, valid_texts
 from .language_model import text_model
 from .scoring import score_texts
 
@@ -75,11 +76,14 @@ def _text_columns(model_or_name):
     spec = getattr(getattr(model_or_name, 'dls', None), 'spec', None)
     return 'text' if spec is None else spec.columns.get('text', 'text')
 
-def _check_texts(texts, text_col):
+def _check_texts(texts, text_col, reader):
     "Return the texts as a list of strings, which may be empty strings"
+    if hasattr(texts, 'suffix'):
+        return read_texts(texts, text_col, **reader)
+    need_no_options(reader)
     if isinstance(texts, str):
         return valid_texts([texts])
-    if isinstance(texts, pd.DataFrame) or hasattr(texts, 'suffix'):
+    if isinstance(texts, pd.DataFrame):
         return read_texts(texts, text_col)
     texts = list_of(texts)
     bad = [i for i, text in enumerate(texts) if not isinstance(text, str)]
@@ -98,11 +102,15 @@ def text_perplexity(
     max_length:int|None=None, # Maximum number of tokens that the model reads at once; `None`: the limit of the model
     bs:int=16, # Maximum number of rows in a batch; batches are smaller if the logits would be large
     bos:bool|None=None, # Add the token for the beginning of a text; `None`: if the tokenizer has one
-    dtype=None # Data type of the matrix products, `bf16` or `fp16`; the type of the weights if `None`
+    dtype=None, # Data type of the matrix products, `bf16` or `fp16`; the type of the weights if `None`
+    **kwargs # Options of the reader, if `texts` is a path: `encoding`, `sep`, …
 ) -> PerplexityResult: # `texts` has one row for each text; `corpus` has the values of all texts together
     "Compute the perplexity (for a masked model, the pseudo-perplexity) of each text and of all texts together"
+    reader = pop_reader_options(kwargs)
+    if kwargs:
+        raise TypeError(f'text_perplexity() got an unexpected keyword argument {next(iter(kwargs))!r}')
     tm = text_model(model_or_name, tokenizer)
-    texts = _check_texts(texts, _text_columns(model_or_name))
+    texts = _check_texts(texts, _text_columns(model_or_name), reader)
     return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos, dtype), tm.task == 'masked_lm')
 
 # %% ../../nbs/630_generation.perplexity.ipynb #45c78036
