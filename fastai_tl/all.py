@@ -6,6 +6,7 @@ from .callbacks import *
 from .plot import *
 from .files import *
 from .data.spec import *
+from .data.class_names import *
 from .data.decoding import *
 from .data.readers import *
 from .data.tables import *
@@ -37,6 +38,7 @@ from .models.layer_stacks import *
 from .models.layer_groups import *
 from .models.encoder import *
 from .models.loading import *
+from .models.class_order import *
 from .models.hf import *
 from .models.awd_lstm import *
 from .models.third_party import *

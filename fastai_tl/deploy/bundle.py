@@ -20,6 +20,7 @@ from fastai.text.models.core import LinearDecoder, get_language_model, get_text_
 from fastai.torch_core import default_device
 from ..core import DataError, FastaiTLError, RunError, shorten
 from ..data.awd_lstm import empty_dls
+from ..data.class_names import match_names
 from ..data.classification import HFTextDataLoaders
 from ..data.language_modeling import HFCausalLMDataLoaders, HFMaskedLMDataLoaders
 from ..data.loaders import language_rules, rule_names, text_rules
@@ -39,6 +40,7 @@ from ..learners.bidirectional import BidirectionalLearner
 from ..learners.classification import awd_classifier_learner
 from ..learners.language_modeling import awd_lm_learner
 from ..models.awd_lstm import pool_real_tokens
+from ..models.class_order import name_outputs, output_names, permute_rows, reorder_outputs
 from ..models.encoder import find_encoder
 from ..models.hf import HFModel, load_hf
 from ..models.third_party import text_parts
@@ -159,10 +161,12 @@ def _other_weights(got):
     return RunError('The weights of a bundle must be those of its model', got, 'Write it again')
 
 # %% ../../nbs/820_deploy.bundle.ipynb #8be69dc3
-def _save_hf(learn, tokenizer, folder):
+def _save_hf(learn, tokenizer, folder, classes):
     hf = learn.model.hf
     if hf is not learn.model.inner[0]:
         hf = copy.deepcopy(hf).merge_and_unload()
+    if classes and hf.config.num_labels == len(classes) and output_names(hf.config) is None:
+        name_outputs(hf.config, classes)
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -215,7 +219,7 @@ def _named_learners(learn):
 def _save_model(learn, parts, folder, name):
     "Write the files of a model and return its spec"
     if isinstance(learn.model, HFModel):
-        _save_hf(learn, parts.tokenizer, folder)
+        _save_hf(learn, parts.tokenizer, folder, parts.spec.classes)
         return parts.spec
     _save_awd(learn.model, parts.vocab, folder, name)
     return _with_tokenizer(parts)
@@ -326,6 +330,8 @@ def _make_learner(path, manifest, spec):
     "Make a Learner without data"
     if spec.family == 'huggingface':
         tokenizer, hf = _load_hf(path, spec)
+        if spec.classes and hf.config.num_labels == len(spec.classes):
+            name_outputs(hf.config, spec.classes) # the spec has the order in which the model was trained
         learn = LEARNERS[_learner_task(spec)](DATALOADERS[spec.task].from_spec(spec, tokenizer), hf)
         learn.model.eval()
         return _with_threshold(learn, spec)
@@ -364,14 +370,24 @@ def _learner_of_bundle(path, dls=None):
     if _vocab(ours) != _vocab(theirs):
         raise DataError('The DataLoaders must have the vocabulary of the bundle', 'another one',
                         'Make them with `pred.engine.tokenizer`, or with `pred.engine.vocab` for an AWD_LSTM')
-    if _class_labels(ours) != _class_labels(theirs):
-        raise DataError(f'The DataLoaders must have the classes {shorten(ours.spec.classes)}',
-                        shorten(theirs.spec.classes or ()))
+    _reorder_classes(learn, ours.spec.classes or (), theirs.spec.classes or ())
     learn.dls = dls
     return learn
 
+# %% ../../nbs/820_deploy.bundle.ipynb #5cdc4ba4
 def _vocab(parts):
     return dict(parts.tokenizer.get_vocab()) if parts.vocab is None else list(parts.vocab)
 
-def _class_labels(parts):
-    return [str(c) for c in parts.spec.classes or ()]
+def _reorder_classes(learn, ours, theirs):
+    "Put the outputs of a model into the order of the classes `theirs`"
+    order = match_names(ours, theirs)
+    if order is None:
+        raise DataError(f'The DataLoaders must have the classes {shorten(ours, 20)}', shorten(theirs, 20))
+    if order == list(range(len(order))):
+        return
+    if isinstance(learn.model, HFModel):
+        reorder_outputs(learn.model.inner[0], order)
+    else:
+        *_, head = classifier_parts(learn.model)
+        *_, output = (m for m in head.layers.modules() if isinstance(m, torch.nn.Linear))
+        permute_rows(output, order)

@@ -15,6 +15,7 @@ from torch import nn
 from ..core import DataError, FastaiTLError, VocabError, optional, shorten, unknown_option
 from ..data.hf_tokenizer import TensorTokens, hub_error
 from ..files import load_tree, save_tree
+from .class_order import fit_head, match_outputs, match_saved_head, name_outputs
 from .encoder import EncoderMatch, map_rows, match_vocab
 from .execution_order import mark_fixed
 from .loading import load_pretrained
@@ -32,6 +33,7 @@ def load_hf(
     task:str, # One of `HF_TASKS`
     classes:list|None=None, # Names of the classes, for classification and tagging
     n_out:int|None=None, # Number of outputs if there are no classes, as for regression
+    new_head:bool|None=None, # `True`: random output layer; `False`: keep it as it is; `None`: match classes by name
     dtype=torch.float32, # Data type of the loaded weights
     gradient_checkpointing:bool=False, # Recompute activations in the backward pass to save memory
     attn_implementation:str|None=None, # `eager`, `sdpa`, `flash_attention_2`, …; `None`: the default of the model
@@ -46,11 +48,11 @@ def load_hf(
     if attn_implementation:
         kwargs['attn_implementation'] = attn_implementation
     if isinstance(model, (str, Path)):
-        hf = _from_name(model, task, classes, n, dtype, dict(kwargs, strict=strict))
+        hf = _from_name(model, task, classes, n, new_head, dict(kwargs, dtype=dtype, strict=strict))
     elif hasattr(model, 'to_diff_dict'):
         hf = _from_config(model, task, classes, n, kwargs)
     else:
-        hf = _from_object(model, task, n, kwargs)
+        hf = _from_object(model, task, classes, n, new_head, kwargs)
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable()
     return hf if peft_config is None else _with_peft(hf, task, peft_config)
@@ -66,8 +68,7 @@ def _with_labels(config, classes, n):
     if n is not None:
         config.num_labels = n
     if classes is not None:
-        config.id2label = {i: str(c) for i, c in enumerate(classes)}
-        config.label2id = {str(c): i for i, c in enumerate(classes)}
+        name_outputs(config, classes)
     return config
 
 def load_config(name):
@@ -79,22 +80,27 @@ def load_config(name):
         raise hub_error('A model', name, e) from e
 
 # %% ../../nbs/215_models.hf.ipynb #2637fb59
-def _from_name(name, task, classes, n, dtype, kwargs):
+def _from_name(name, task, classes, n, new_head, kwargs):
+    "Load a model by name or from a folder, and match its outputs to the classes"
     config = load_config(name)
-    same_task = any(HF_TASKS[task] in architecture for architecture in config.architectures or ())
-    new_head = n is not None and config.num_labels != n and same_task
-    if new_head:
-        print(f'The head of {name} has {config.num_labels} outputs, {n} are needed: it gets a new one')
-    kwargs = dict(kwargs, config=_with_labels(config, classes, n), dtype=dtype)
-    if new_head or kwargs.pop('ignore_mismatched_sizes', False):
+    match = None if n is None else match_saved_head(config, HF_TASKS[task], classes, n, new_head, name)
+    other_size = match is not None and config.num_labels != n
+    kwargs = dict(kwargs, config=config if match is not None and not other_size else _with_labels(config, classes, n))
+    if other_size or kwargs.pop('ignore_mismatched_sizes', False):
         kwargs['new_head'] = True
     try:
-        return load_pretrained(_auto_class(task), name, **kwargs)
+        hf = load_pretrained(_auto_class(task), name, **kwargs)
     except FastaiTLError:
         raise
     except (OSError, ValueError) as e:
         raise hub_error(f'A model for {task}', name, e) from e
+    if other_size: # the output layer is new already
+        print(match.message, end='\n'*bool(match.message))
+    elif match is not None:
+        fit_head(hf, match, classes)
+    return hf
 
+# %% ../../nbs/215_models.hf.ipynb #e4a2af9d
 def _from_config(config, task, classes, n, kwargs):
     "Create a model with random weights"
     try:
@@ -109,7 +115,7 @@ def _has_head(model, task):
         return True
     return task in ('causal_lm', 'seq2seq') and model.can_generate()
 
-def _from_object(model, task, n, kwargs):
+def _from_object(model, task, classes, n, new_head, kwargs):
     "Return the given model if its head fits the task and the number of outputs"
     if not (isinstance(model, nn.Module) and hasattr(model, 'config')):
         raise FastaiTLError('A model must be a name, a folder, a config or a `PreTrainedModel`',
@@ -123,6 +129,9 @@ def _from_object(model, task, n, kwargs):
                         f'Load the model with num_labels={n}, or pass its name or folder')
     if 'attn_implementation' in kwargs:
         model.set_attn_implementation(kwargs['attn_implementation'])
+    if n is not None:
+        owner = f'this {type(model).__name__}'
+        fit_head(model, match_outputs(model.config, classes, n, new_head, owner, may_renew=False), classes)
     return model
 
 def _with_peft(hf, task, peft_config):
