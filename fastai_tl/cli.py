@@ -41,7 +41,8 @@ def read_settings(
     if file is not None and not path.is_file():
         raise FastaiTLError(f'{path} must be a settings file', 'nothing there')
     # configparser needs the name of a section with defaults for the others: use one that no file has
-    ini = configparser.ConfigParser(inline_comment_prefixes=('#',), default_section='no default section')
+    ini = configparser.ConfigParser(inline_comment_prefixes=('#',), default_section='no default section',
+                                    interpolation=None) # a `%` in a value is a `%`
     try:
         if path.is_file():
             ini.read_string(decode_text(path.read_bytes(), path), str(path))

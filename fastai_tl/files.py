@@ -11,6 +11,7 @@ __all__ = ['atomic_path', 'write_json', 'read_json', 'save_tree', 'load_tree']
 import glob, hashlib, json, os, platform, re, secrets, shutil, stat, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
+import pandas as pd
 import torch
 from .core import FastaiTLError, shorten
 
@@ -311,3 +312,38 @@ def _as_bytes(part):
     if isinstance(part, str):
         return part.encode('utf-8', 'surrogatepass')
     return json.dumps(part, sort_keys=True, default=str).encode()
+
+# %% ../nbs/040_files.ipynb #26fe62d2
+_RUN_BY_SPREADSHEETS = re.compile(r'[\s\ufeff\u200b]*[=+\-@＝＋－＠]|[\t\r\n]')
+_NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
+
+def safe_cell(
+    value # Value of a cell, or the name of a row or column
+): # The same value, or a string that spreadsheets show as text
+    "Put an apostrophe before a string that a spreadsheet would run as a formula"
+    if isinstance(value, str) and _RUN_BY_SPREADSHEETS.match(value) and not _NUMBER.fullmatch(value):
+        return "'" + value
+    return tuple(map(safe_cell, value)) if isinstance(value, tuple) else value
+
+# %% ../nbs/040_files.ipynb #8dd8f1c4
+def safe_cells(
+    df # A table
+) -> pd.DataFrame: # A copy in which spreadsheets run no cell
+    "Make all cells, row names and column names of a table safe for spreadsheets"
+    is_number = [pd.api.types.is_numeric_dtype(kind) for kind in df.dtypes]
+    columns = [df.iloc[:, i] if number else df.iloc[:, i].astype(object).map(safe_cell)
+               for i, number in enumerate(is_number)]
+    safe = pd.DataFrame(dict(enumerate(columns)), index=df.index)
+    safe.columns = df.columns.map(safe_cell) if len(df.columns) else df.columns
+    safe.index = df.index.map(safe_cell) if len(df.index) else df.index
+    safe.index.names = list(map(safe_cell, df.index.names))
+    return safe
+
+def write_csv(
+    df, # A table
+    path:str|Path, # Path of the CSV file
+    encoding:str='utf-8-sig' # By default UTF-8 with a mark, so that spreadsheets show Chinese correctly
+):
+    "Write a table as CSV atomically, without cells that spreadsheets run as formulas"
+    with atomic_path(path) as tmp:
+        safe_cells(pd.DataFrame(df)).to_csv(tmp, encoding=encoding)

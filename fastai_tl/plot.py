@@ -10,9 +10,10 @@ __all__ = ['CJK_FONTS', 'PALETTE', 'has_cjk', 'find_cjk_font', 'set_font', 'figu
 
 # %% ../nbs/030_plot.ipynb #8b5bf2d3
 import re
+import warnings
 from contextlib import contextmanager
 import numpy as np
-from .core import FastaiTLError, lang_code, shorten
+from .core import lang_code
 from .resources import read_json
 
 # %% ../nbs/030_plot.ipynb #47e7ed74
@@ -42,8 +43,15 @@ def find_cjk_font() -> str|None: # A font family, or `None` if none is installed
     known = {font.fname for font in fontManager.ttflist}
     for file in findSystemFonts():
         if file not in known and _cjk_file.search(file):
-            fontManager.addfont(file)
+            _add_font(fontManager, file)
     return _preferred_font(fontManager.ttflist)
+
+def _add_font(manager, file):
+    "Add a font file, unless it is damaged"
+    try:
+        manager.addfont(file)
+    except (OSError, RuntimeError, ValueError):
+        pass
 
 def _preferred_font(fonts):
     "Return the first of `CJK_FONTS` among `fonts` that is not a variable font"
@@ -51,7 +59,7 @@ def _preferred_font(fonts):
     return next((name for name in CJK_FONTS if name in installed), None)
 
 # %% ../nbs/030_plot.ipynb #0de671b8
-_settings = {'font': None, 'lang': 'en'}
+_settings = {'font': None, 'lang': 'en', 'said_missing': False}
 
 def set_font(
     family:str|None # A font family for all figures of the package; `None`: chosen for each figure by its text
@@ -62,6 +70,8 @@ def set_font(
 # %% ../nbs/030_plot.ipynb #b6fb0a83
 _STYLE = {'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': False,
           'figure.constrained_layout.use': True, 'axes.unicode_minus': False}
+# strings of the user, such as class names, are shown as they are written
+_STYLE |= {'text.parse_math': False, 'text.usetex': False, 'axes.formatter.use_mathtext': False}
 
 @contextmanager
 def figure_style(
@@ -72,7 +82,7 @@ def figure_style(
     import matplotlib.pyplot as plt
     font = font or _settings['font']
     if font is None and has_cjk(*texts):
-        font = _required_cjk_font()
+        font = _cjk_font_or_warning()
     style = dict(_STYLE)
     if font == 'WenQuanYi Micro Hei': # its Latin letters look bad
         style['font.family'] = ['DejaVu Sans', font]
@@ -81,13 +91,32 @@ def figure_style(
     with plt.rc_context(style):
         yield plt
 
-def _required_cjk_font():
+# %% ../nbs/030_plot.ipynb #626d919d
+def _cjk_font_or_warning():
+    "Return a font with Chinese characters; if none is installed, say so once and return `None`"
     font = find_cjk_font()
     if font is None:
-        raise FastaiTLError('A font with Chinese characters must be installed to draw this figure',
-                            'none of ' + shorten(CJK_FONTS, 9),
-                            'Install one, on Debian and Ubuntu: apt-get install fonts-wqy-microhei')
+        # one warning with the remedy instead of one of Matplotlib's for each character
+        warnings.filterwarnings('ignore', 'Glyph .* missing from', UserWarning)
+        if not _settings['said_missing']:
+            _settings['said_missing'] = True
+            warnings.warn('No font with Chinese characters is installed, so figures show boxes instead of them; tables '
+                          'and pages are complete. Install one, on Debian and Ubuntu: '
+                          'apt-get install fonts-wqy-microhei', stacklevel=2)
     return font
+
+# %% ../nbs/030_plot.ipynb #294bfd36
+@contextmanager
+def keep_going(
+    name:str # Name of the figure, for the warning
+):
+    "Warn if a figure cannot be drawn inside the `with` block, instead of ending the run"
+    try:
+        yield
+    except Exception as e:
+        problem = (str(e).strip() or type(e).__name__).splitlines()[0]
+        warnings.warn(f'The figure {name!r} could not be made ({problem}). Tables and other figures are complete',
+                      stacklevel=3)
 
 # %% ../nbs/030_plot.ipynb #0ff075a8
 _zh_words = read_json('translations.zh-tw.json')
@@ -192,12 +221,48 @@ def _has_whole_x(curve):
     return np.issubdtype(np.asarray(_xy(curve)[0]).dtype, np.integer)
 
 def _draw_curve(ax, name, curve, i):
-    "Draw curve number `i`, with dots if it has few points"
+    "Draw curve number `i`, with dots if it has few points, and return its line"
     x, y = _xy(curve)
-    marker = 'o' if len(x) <= 12 else None
-    ax.plot(x, y, label=name, color=PALETTE[i % len(PALETTE)], marker=marker, markersize=3.5, linewidth=1.6)
+    style = dict(color=PALETTE[i % len(PALETTE)], marker='o' if len(x) <= 12 else None, markersize=3.5, linewidth=1.6)
+    return ax.plot(x, y, label=name, **style)[0]
 
 # %% ../nbs/030_plot.ipynb #078f5f28
+def draw_legend(
+    ax, # Axes
+    drawn:dict, # Maps names to what was drawn for them, such as lines
+    **kwargs # Passed to `ax.legend`
+):
+    "Draw a legend that lists every name, also if it begins with `_`"
+    handles, names = ax.get_legend_handles_labels()
+    hidden = [name for name in drawn if name.startswith('_')]
+    handles = [*handles, *(drawn[name] for name in hidden)]
+    if handles:
+        legend = ax.legend(handles, [*names, *hidden], frameon=False, **kwargs)
+        write_literally(*legend.get_texts())
+
+def write_literally(
+    *texts # `Text` objects of Matplotlib
+):
+    "Show texts as they are written, without mathtext and LaTeX"
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_usetex(False)
+
+# %% ../nbs/030_plot.ipynb #239b7795
+def log_scale(
+    ax # Axes
+):
+    "Make the vertical axis logarithmic, with plain numbers at its ticks"
+    from matplotlib.ticker import LogFormatter
+    class PlainNumbers(LogFormatter):
+        "Write `0.01` instead of `1e-02`"
+        def _num_to_string(self, x, vmin, vmax):
+            return f'{x:g}'
+    ax.set_yscale('log')
+    ax.yaxis.set_major_formatter(PlainNumbers())
+    ax.yaxis.set_minor_formatter(PlainNumbers())
+
+# %% ../nbs/030_plot.ipynb #20530141
 def plot_curves(
     curves:dict, # Maps the name of each curve to `(x, y)`, or to `y` alone
     title:str='', # Title of the figure
@@ -212,15 +277,15 @@ def plot_curves(
     title, xlabel, ylabel = map(in_words, (title, xlabel, ylabel))
     with figure_style(list(curves), title, xlabel, ylabel) as plt:
         fig, ax = plt.subplots(figsize=figsize) if ax is None else (ax.figure, ax)
-        for i, (name, curve) in enumerate(curves.items()):
-            _draw_curve(ax, name, curve, i)
+        lines = {str(name): _draw_curve(ax, name, curve, i) for i, (name, curve) in enumerate(curves.items())}
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        write_literally(ax.title, ax.xaxis.label, ax.yaxis.label)
         if log:
-            ax.set_yscale('log')
+            log_scale(ax)
         if all(map(_has_whole_x, curves.values())):
             ax.xaxis.get_major_locator().set_params(integer=True)
         if any(curves):
-            ax.legend(frameon=False)
+            draw_legend(ax, lines)
     plt.close(fig)
     return fig
 
@@ -263,7 +328,8 @@ def _draw_rates(ax, rates, colors):
     for i, color in enumerate(colors):
         label = in_words(names[i]) if i in names else None
         ax.plot(rates[:,i], color=color, linewidth=1.6, label=label)
-    ax.set(xlabel=in_words('step'), ylabel=in_words('rate'), yscale='log')
+    ax.set(xlabel=in_words('step'), ylabel=in_words('rate'))
+    log_scale(ax)
 
 # %% ../nbs/030_plot.ipynb #dbfed5dc
 def plot_stages(

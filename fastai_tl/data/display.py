@@ -14,6 +14,22 @@ from fastcore.all import L
 from fastai.torch_core import display_df
 
 # %% ../../nbs/122_data.display.ipynb #71647567
+NO_FORMULAS = 'tex2jax_ignore mathjax_ignore'
+
+def without_formulas():
+    "Return a context in which pandas marks its HTML so that notebooks show `$` signs as they are"
+    return pd.option_context('display.html.use_mathjax', False)
+
+class TextTable(pd.DataFrame):
+    "A DataFrame of texts and names, which notebooks show as they are written"
+    @property
+    def _constructor(self):
+        return TextTable
+    def _repr_html_(self):
+        with without_formulas():
+            return super()._repr_html_()
+
+# %% ../../nbs/122_data.display.ipynb #9803a221
 def shown_item(item, trunc_at=None):
     "Convert a decoded item to a table cell: truncate texts, join labels, turn tensors into numbers"
     if isinstance(item, (list, tuple, L)):
@@ -31,7 +47,8 @@ def show_rows(columns, max_n, trunc_at=150):
     "Display lists of decoded items as columns of a table, and return it as a DataFrame"
     shown = {name: [shown_item(item, trunc_at) for item in list(items)[:max_n]] for name, items in columns.items()}
     df = pd.DataFrame(shown)
-    display_df(df)
+    with without_formulas():
+        display_df(df)
     return df
 
 # %% ../../nbs/122_data.display.ipynb #8df66421
@@ -50,4 +67,5 @@ def show_html(rows, heads=None):
         print('\n'.join(map(_plain_row, rows)))
         return
     head = _html_row(heads, 'th') if heads else ''
-    display(HTML(f'<table style="text-align:left">{head}{"".join(_html_row(row, "td") for row in rows)}</table>'))
+    body = ''.join(_html_row(row, 'td') for row in rows)
+    display(HTML(f'<table class="{NO_FORMULAS}" style="text-align:left">{head}{body}</table>'))

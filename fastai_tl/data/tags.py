@@ -9,6 +9,7 @@ __all__ = ['split_tag', 'tag_spans']
 
 # %% ../../nbs/131_data.tags.ipynb #76319bec
 import html
+from .display import NO_FORMULAS
 from ..resources import read_json
 
 # %% ../../nbs/131_data.tags.ipynb #6a169af8
@@ -67,4 +68,4 @@ def _word_html(word, tags, style, colours):
     css = f"{style['word']}background:{colour};{style['differs'] if differs else ''}"
     shown = [html.escape(tag) if tag != 'O' or differs else '&nbsp;' for tag in tags]
     below = ''.join(f'<br><small>{tag}</small>' for tag in shown)
-    return f'<span style="{css}">{html.escape(word)}{below}</span>'
+    return f'<span class="{NO_FORMULAS}" style="{css}">{html.escape(word)}{below}</span>'

@@ -16,6 +16,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
 from ..core import DataError, FastaiTLError, shorten
+from ..data.display import TextTable
 from ..data.hf_tokenizer import packs
 from ..data.spec import activate
 from ..data.tables import check_is_list, check_items, list_of, text_column
@@ -78,7 +79,7 @@ class Predictions:
         columns['label'] = self.labels
         if self.task != 'regression':
             columns |= {str(c): self.probs[:,k] for k, c in enumerate(self.classes)}
-        return pd.DataFrame(columns)
+        return TextTable(columns)
 
     def __getitem__(self, i):
         if isinstance(i, slice):

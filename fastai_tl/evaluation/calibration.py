@@ -8,13 +8,15 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.calibration.html.md"""
 __all__ = ['TemperatureScaling', 'Calibrated']
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #48c8b6aa
+import warnings
+from html import escape
 import numpy as np
 import pandas as pd
 from ..core import DataError, FastaiTLError, did_you_mean
 from .report import ScoreTable
 from fastai_tl.evaluation.scores import (ScoredRows, bin_sums, brier, calibration_error, ratio, row_losses,
     wilson_interval)
-from ..plot import PALETTE, figure_style, in_words
+from ..plot import PALETTE, draw_legend, figure_style, in_words
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #624f1127
 def decisions(ev, label=None):
@@ -120,14 +122,16 @@ def reliability_figure(tables, words, title='', xlabel='Confidence', ylabel='Acc
     with figure_style(list(tables), title, words(xlabel)) as plt:
         fig, (top, bottom) = plt.subplots(2, 1, figsize=figsize, height_ratios=(3.2, 1), sharex=True)
         top.plot([0, 1], [0, 1], color='0.3', linestyle='--', linewidth=1, label=words('perfect'))
+        drawn = {}
         for i, (name, table) in enumerate(tables.items()):
-            top.errorbar(table.confidence, table.accuracy, yerr=accuracy_errors(table), color=PALETTE[i],
-                         marker='os^v'[i%4], markersize=4.5, linewidth=1.5, elinewidth=1, capsize=2, label=name)
+            style = dict(color=PALETTE[i], marker='os^v'[i%4], markersize=4.5, linewidth=1.5, elinewidth=1, capsize=2)
+            errors = accuracy_errors(table)
+            drawn[name] = top.errorbar(table.confidence, table.accuracy, yerr=errors, label=name, **style)
             width = (table['to']-table['from'])/len(tables)
             start = table['from'] + width*(i+.5)
             bottom.bar(start, table['count'], width=width*.88, color=PALETTE[i], linewidth=0)
         top.set(ylabel=words(ylabel), title=title, xlim=(0, 1), ylim=(0, 1.02))
-        top.legend(frameon=False, loc='best')
+        draw_legend(top, drawn, loc='best')
         bottom.set(xlabel=words(xlabel), ylabel=words('Rows'))
     plt.close(fig)
     return fig
@@ -174,6 +178,38 @@ def scaled_nll(z, y, task, t):
     return (log_sum - (z[np.arange(len(z)), y]-top)/t).mean()
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #55e9938b
+def why_not_identified(probs, z, y, task):
+    "Return why rows with logits `z` do not determine a temperature, or an empty string if they do"
+    if task == 'multilabel':
+        margin = np.where(y > 0, z, -z)
+        gap = np.maximum(-margin, 0) # distance of the true decision from the predicted one
+        gain = margin
+    else:
+        of_true_class = z[np.arange(len(z)), y]
+        gap = z.max(1)-of_true_class
+        gain = of_true_class-z.mean(1)
+    if gap.max() <= 0:
+        return f'no prediction is wrong on {len(z):,} rows'
+    if np.isin(probs, (0, 1)).all():
+        return 'all probabilities are 0 or 1'
+    return '' if gain.mean() > 0 else 'the predictions are no better than chance'
+
+def best_temperature(ev):
+    "Return the temperature with the highest likelihood, and why it is not identified; it is 1 in that case"
+    from scipy.optimize import minimize_scalar
+    z = scores_of(ev.probs, ev.task)
+    y = ev.targets if ev.task == 'multilabel' else ev.targets.astype(int)
+    reason = why_not_identified(ev.probs, z, y, ev.task)
+    if reason:
+        return 1., reason
+    nll = lambda log_t: scaled_nll(z, y, ev.task, np.exp(log_t))
+    bounds = np.log(TEMPERATURE_BOUNDS)
+    log_t = minimize_scalar(nll, bounds=tuple(bounds), method='bounded', options=dict(xatol=1e-6)).x
+    if np.abs(bounds-log_t).min() < 1e-3:
+        return 1., 'the likelihood has no maximum between {:g} and {:g}'.format(*TEMPERATURE_BOUNDS)
+    return (float(np.exp(log_t)) if nll(log_t) < nll(0) else 1.), ''
+
+# %% ../../nbs/708_evaluation.calibration.ipynb #2b57d39c
 class TemperatureScaling:
     "Divide the logits by a temperature before the softmax or sigmoid"
     def __init__(self,
@@ -182,6 +218,11 @@ class TemperatureScaling:
     ):
         self.temperature = float(temperature)
         self.task = task
+        self.reason = '' # why the rows of `fit` do not determine a temperature
+    @property
+    def identified(self) -> bool:
+        "Return whether the temperature was set by hand or determined by the rows of `fit`"
+        return not self.reason
     def __repr__(self):
         return f'TemperatureScaling({self.temperature:.4g}, {self.task!r})'
     def __call__(self,
@@ -200,18 +241,15 @@ class TemperatureScaling:
     def fit(self,
         ev:ScoredRows # An `Evaluation` on rows that the model was not trained on
     ):
-        "Find the temperature with the highest likelihood, between 0.02 and 50"
-        from scipy.optimize import minimize_scalar
+        "Find the temperature with the highest likelihood, between 0.02 and 50; warn and keep 1 if there is none"
         if ev.task == 'regression' or not len(ev):
             got = 'a regression' if ev.task == 'regression' else 'no rows'
             raise FastaiTLError('A temperature needs rows with classes', got)
         self.task = ev.task
-        z = scores_of(ev.probs, ev.task)
-        y = ev.targets if ev.task == 'multilabel' else ev.targets.astype(int)
-        nll = lambda log_t: scaled_nll(z, y, self.task, np.exp(log_t))
-        bounds = tuple(np.log(TEMPERATURE_BOUNDS))
-        log_t = minimize_scalar(nll, bounds=bounds, method='bounded', options=dict(xatol=1e-6)).x
-        self.temperature = float(np.exp(log_t)) if nll(log_t) < nll(0) else 1.
+        self.temperature, self.reason = best_temperature(ev)
+        if self.reason:
+            warnings.warn(f'The temperature is not identified ({self.reason}). It stays 1, so probabilities do not '
+                          'change; fit it on more rows that the model was not trained on', stacklevel=2)
         return self
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #392b5d4a
@@ -222,7 +260,8 @@ def probs_across_folds(ev, n_folds, seed=0):
     for i in range(n_folds):
         held_out = fold == i
         others = ScoredRows(ev.probs[~held_out], ev.targets[~held_out], ev.classes)
-        probs[held_out] = TemperatureScaling().fit(others)(ev.probs[held_out])
+        temperature, _ = best_temperature(others)
+        probs[held_out] = TemperatureScaling(temperature, ev.task)(ev.probs[held_out])
     return probs
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #5db55a86
@@ -242,10 +281,17 @@ class Calibrated:
     def temperature(self) -> float:
         "The number that the logits are divided by"
         return self.scaling.temperature
+    @property
+    def identified(self) -> bool:
+        "Return whether the rows determine the temperature; if not, it is 1"
+        return self.scaling.identified
     def __repr__(self):
-        return f'Calibrated(temperature {self.temperature:.4g})\n{self.table()!r}'
+        return f'Calibrated({self._shown_temperature()})\n{self.table()!r}'
     def _repr_html_(self):
-        return f'<p>temperature {self.temperature:.4g}</p>{self.table()._repr_html_()}'
+        return f'<p>{escape(self._shown_temperature())}</p>{self.table()._repr_html_()}'
+    def _shown_temperature(self):
+        reason = '' if self.identified else f', not identified: {self.scaling.reason}'
+        return f'temperature {self.temperature:.4g}{reason}'
     def apply(self,
         ev:ScoredRows # An `Evaluation` of the same model, on other rows
     ) -> ScoredRows: # With the same predictions

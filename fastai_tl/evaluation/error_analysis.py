@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_dtype
 from ..core import DataError, FastaiTLError, unknown_option
+from ..data.display import TextTable
 from ..data.near_duplicates import UNSPACED, near_duplicates, without_specials
 from ..data.tables import check_texts, column as table_column
 from .scores import ScoredRows, wilson_interval
@@ -141,7 +142,7 @@ def slice_errors(
     from scipy.stats import false_discovery_control
     errors = row_errors(ev)
     of_slice = mean_of_slice if ev.task == 'regression' else rate_of_slice
-    table = pd.DataFrame([dict(slice=name, value=value, **of_slice(errors, rows, level))
+    table = TextTable([dict(slice=name, value=value, **of_slice(errors, rows, level))
         for name, column in slice_columns(ev, by).items()
         for value, rows in rows_by_value(slice_values(column, bins), min_rows).items()])
     table.insert(table.columns.get_loc('p'), 'worse', table.error-errors.mean())
@@ -247,12 +248,12 @@ def association_table(names, in_texts, in_marked, n_marked, n_texts):
     "Return share, odds ratio and adjusted p-value of words that occur in `in_texts` texts, `in_marked` of them marked"
     from scipy.stats import false_discovery_control
     if not len(names):
-        return pd.DataFrame(columns=['word', 'texts', 'marked', 'share', 'odds_ratio', 'p'])
+        return TextTable(columns=['word', 'texts', 'marked', 'share', 'odds_ratio', 'p'])
     without_word = n_texts-n_marked-in_texts+in_marked
     odds = (in_marked+.5)*(without_word+.5)/((in_texts-in_marked+.5)*(n_marked-in_marked+.5))
     p = false_discovery_control(excess_p(in_marked, in_texts, n_marked, n_texts))
     counts = dict(word=names, texts=in_texts, marked=in_marked)
-    return pd.DataFrame(dict(**counts, share=in_marked/in_texts, odds_ratio=odds, p=p))
+    return TextTable(dict(**counts, share=in_marked/in_texts, odds_ratio=odds, p=p))
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #863521ac
 def overused_error_words(
@@ -308,7 +309,7 @@ def label_noise_table(
     joint = np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes).astype(float)
     np.fill_diagonal(joint, np.maximum(joint.diagonal(), 1)) # a class that no row is confidently in keeps its labels
     joint *= (np.bincount(y, minlength=n_classes)/joint.sum(1))[:, None]
-    return pd.DataFrame(joint, index=ev.classes, columns=ev.classes)
+    return TextTable(joint, index=ev.classes, columns=ev.classes)
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #1a2063b9
 def label_problems(ev):
@@ -329,7 +330,7 @@ def suspected_labels(
     columns = ['row', 'label', 'suggested', 'p_label', 'p_suggested']
     rows = [(int(i), names[y[i]], names[guess], p[i, y[i]], p[i, guess])
             for p, y, names in label_problems(ev) for i, guess in zip(*suspects(p, y))]
-    table = pd.DataFrame(rows, columns=columns)
+    table = TextTable(rows, columns=columns)
     clearest_first = np.argsort((table.p_label-table.p_suggested).to_numpy(), kind='stable')
     table = table.iloc[clearest_first].head(len(table) if n is None else n).reset_index(drop=True)
     if ev.texts is not None:
@@ -344,7 +345,7 @@ def find_leaked_rows(
     n:int|None=None # Number of characters in an n-gram; see `near_duplicates`
 ) -> pd.DataFrame: # row | other | similarity | right | text | other_text
     "Return rows whose text is identical or similar to a training text, and whether their predictions are right"
-    table = near_duplicates(texts_of(ev), train_texts, threshold, n)
+    table = TextTable(near_duplicates(texts_of(ev), train_texts, threshold, n))
     if ev.task != 'regression':
         table.insert(3, 'right', row_errors(ev)[table.row.to_numpy(dtype=int)] == 0)
     return table

@@ -22,8 +22,9 @@ from .report import (ScoreTable, confused_pairs, confusion_matrix, plot_confusio
     plot_residual_panels, score_report, total_scores)
 from .scores import ScoredRows
 from .thresholds import plot_risk_coverage_curve
-from ..files import atomic_path, write_json
-from ..plot import figure_lang, figure_style, in_words
+from ..data.display import NO_FORMULAS, TextTable
+from ..files import atomic_path, write_csv, write_json
+from ..plot import figure_lang, figure_style, in_words, keep_going
 from ..resources import read_text
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #0fbf1fea
@@ -49,7 +50,7 @@ def prediction_table(
     errors:bool=False # Return only wrong rows, with the highest loss first
 ) -> pd.DataFrame: # row | true | predicted | confidence or error | loss | probabilities | text
     "Return a table of all rows with their predictions"
-    df = pd.DataFrame(dict(row=np.arange(len(ev)), **prediction_columns(ev)))
+    df = TextTable(dict(row=np.arange(len(ev)), **prediction_columns(ev)))
     if ev.losses is not None:
         df['loss'] = np.asarray(ev.losses)
     if ev.task != 'regression' and len(ev.classes) <= 20:
@@ -87,7 +88,11 @@ def draw_figures(
         raise FastaiTLError(f'Figures are {", ".join(FIGURES)}', ', '.join(map(str, bad)))
     of_task = FIGURES_OF_TASK[ev.task]
     wanted = of_task if names is None else [name for name in names if name in of_task]
-    return {name: draw_figure(ev, name, lang) for name in wanted}
+    figures = {}
+    for name in wanted:
+        with keep_going(name):
+            figures[name] = draw_figure(ev, name, lang)
+    return figures
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #4d0b9e7f
 CALIBRATION_NAMES = dict(ece='ECE', ece_mass='ECE, equal mass', mce='MCE', brier='Brier score', nll='NLL',
@@ -200,13 +205,15 @@ def html_page(
     for name, table in tables.items():
         names = len(ev.classes or ()) if name == 'Report' else 0
         parts.append(f'<h2>{escape(words(name))}</h2>{table_html(table, lang, names)}')
-    images = ''.join(image_html(name, fig) for name, fig in figures.items())
-    parts.append(f"<h2>{escape(words('Figures'))}</h2>{images}")
+    parts.append(f"<h2>{escape(words('Figures'))}</h2>")
+    for name, fig in figures.items():
+        with keep_going(name):
+            parts.append(image_html(name, fig))
     if worst is not None:
         parts.append(f"<h2>{escape(words('Rows with the highest loss'))}</h2>{table_html(worst, lang)}")
     html_lang = 'zh-Hant' if figure_lang(lang) == 'zh-tw' else 'en'
     return Template(read_text('report.html')).substitute(lang=html_lang, title=escape(title),
-        css=read_text('report.css'), body='\n'.join(parts))
+        css=read_text('report.css'), body='\n'.join(parts), no_formulas=NO_FORMULAS)
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #a233b065
 def save_report(
@@ -229,10 +236,10 @@ def save_report(
     if ev.task != 'regression':
         scores |= calibration_scores(ev)
     for name, df in tables.items():
-        with atomic_path(path/f'{name}.csv') as p:
-            pd.DataFrame(df).to_csv(p, encoding='utf-8-sig')
+        write_csv(df, path/f'{name}.csv')
     for name, fig in drawn.items():
-        save_png(fig, path/f'{name}.png', dpi)
+        with keep_going(name):
+            save_png(fig, path/f'{name}.png', dpi)
     write_json(path/'scores.json', {name: None if np.isnan(v) else v for name, v in scores.items()})
     page = html_page(ev, title, lang, n, drawn)
     with atomic_path(path/'index.html') as p:

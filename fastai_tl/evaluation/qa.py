@@ -11,10 +11,11 @@ __all__ = ['AnswerEvaluation']
 import numpy as np
 import pandas as pd
 from ..core import DataError
+from ..data.display import TextTable
 from ..data.qa import check_answers
 from ..data.tables import column, question_pairs
 from .report import ScoreTable
-from .scores import percentiles
+from .scores import corrected_resamples, interval_ends
 from ..learners.qa import answer_scores, normalize_answer
 
 # %% ../../nbs/724_evaluation.qa.ipynb #3ec36959
@@ -28,6 +29,12 @@ def length_groups(lengths, starts):
             name = str(start) if end == start+1 else f'{start} – {end-1}'
         groups[name] = (lengths >= start) & (lengths < (end or np.inf))
     return {**groups, 'all': np.ones(len(lengths), dtype=bool)}
+
+def mean_interval(f1, level, n_boot, seed):
+    "Return the interval of the mean F1 of the rows, from resamples with an unseen row of F1 0, and with one of F1 1"
+    worst, best = np.zeros((1, 1)), np.ones((1, 1))
+    draws = corrected_resamples(np.ones(len(f1), dtype=int), [f1[:, None]], [worst], [best], n_boot, seed)
+    return interval_ends(*(sums[0][:, 0]/len(f1) for sums in draws), f1.mean(), level)
 
 def table_examples(df, columns):
     "Check the questions of a table and return them as `QAExample` objects"
@@ -78,14 +85,13 @@ class AnswerEvaluation:
         return f'AnswerEvaluation({len(self):,} rows)'
     def report(self,
         lengths:tuple=(1, 2, 3, 5, 9), # Smallest length of each group; questions without an answer have their own group
-        level:float|None=.95, # Confidence level of the bootstrap intervals of F1; no intervals if `None`
+        level:float|None=.95, # Confidence level of the intervals of F1; no intervals if `None`
         n_boot:int=1000, # Number of bootstrap resamples
         seed:int=0 # Random seed of the bootstrap
-    ) -> ScoreTable: # exact | f1 | low | high | support, by length and for all
+    ) -> ScoreTable: # exact | f1 | low | high | interval of | support, by length and for all
         "Return exact match and F1 by the length of the answer, with intervals of F1"
         if not len(self):
             raise DataError('A report needs at least one row', 'none')
-        rng = np.random.default_rng(seed)
         rows = {}
         for name, mask in length_groups(self.lengths, lengths).items():
             if not mask.any():
@@ -93,8 +99,8 @@ class AnswerEvaluation:
             f1 = self.f1[mask]
             rows[name] = dict(exact=self.exact[mask].mean(), f1=f1.mean())
             if level:
-                draws = [rng.choice(f1, len(f1)).mean() for _ in range(n_boot)]
-                rows[name] |= dict(zip(('low', 'high'), percentiles(draws, level)))
+                rows[name] |= dict(zip(('low', 'high'), mean_interval(f1, level, n_boot, seed)))
+                rows[name]['interval of'] = 'f1'
             rows[name]['support'] = len(f1)
         return ScoreTable(pd.DataFrame(rows.values(), index=list(rows)))
     def worst(self,
@@ -102,7 +108,7 @@ class AnswerEvaluation:
     ) -> pd.DataFrame: # row | question | true | predicted | exact | f1
         "Return the answers with the lowest F1"
         rows = np.argsort(self.f1, kind='stable')[:n]
-        df = pd.DataFrame(dict(row=rows, true=[' | '.join(self.targets[i]) for i in rows],
+        df = TextTable(dict(row=rows, true=[' | '.join(self.targets[i]) for i in rows],
             predicted=[self.preds[i] for i in rows], exact=self.exact[rows], f1=self.f1[rows]))
         if self.questions is not None:
             df.insert(1, 'question', [self.questions[i] for i in rows])

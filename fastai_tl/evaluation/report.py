@@ -11,12 +11,14 @@ __all__ = ['ScoreTable']
 import numpy as np
 import pandas as pd
 from ..core import DataError, FastaiTLError, unknown_option
-from .scores import (ScoredRows, agreement_scores, averages, bootstrap_rows, class_scores,
-    mean_ranking, percentiles, ratio, regression_scores, resample_counts, row_losses)
+from ..data.display import TextTable
+from fastai_tl.evaluation.scores import (ScoredRows, agreement_scores, averages, bootstrap_rows, class_scores,
+    corrected_resamples, f1_interval, interval_ends, mean_ranking, ranking_intervals, ratio, regression_scores,
+    row_losses, share_interval)
 from ..plot import PALETTE, figure_style, in_words, plot_heatmap
 
 # %% ../../nbs/704_evaluation.report.ipynb #11269c5d
-class ScoreTable(pd.DataFrame):
+class ScoreTable(TextTable):
     "Print a DataFrame with four decimals and with missing values left blank"
     @property
     def _constructor(self):
@@ -32,7 +34,7 @@ class ScoreTable(pd.DataFrame):
         with pd.option_context(*wide):
             return repr(self.as_text())
     def _repr_html_(self):
-        return self.as_text()._repr_html_()
+        return TextTable(self.as_text())._repr_html_()
 
 # %% ../../nbs/704_evaluation.report.ipynb #c46b7734
 def row_kinds(ev):
@@ -59,6 +61,16 @@ def _multi_kinds(ev):
     by_row = class_scores((true*pred).sum(1), true.sum(1), pred.sum(1))
     exact = (true == pred).all(1)
     return counts, [true*pred, true, pred, np.c_[by_row['precision'], by_row['recall'], by_row['f1'], exact]]
+
+# %% ../../nbs/704_evaluation.report.ipynb #8a0203b2
+def unseen_rows(n_classes, single):
+    "Return a wrong and a right row of each class in the form of `row_kinds`, for the correction of the bootstrap"
+    true = np.eye(n_classes)
+    others = (1-true)/max(n_classes-1, 1)
+    by_row = () if single else (np.zeros((n_classes, 4)),)
+    wrong = [0*true, true, others, *by_row]
+    right = [true, true, true, *(1+zeros for zeros in by_row)]
+    return right if single and n_classes == 1 else wrong, right # with a single class, no row can be wrong
 
 # %% ../../nbs/704_evaluation.report.ipynb #d37730e4
 def whole_scores(sums, n, single):
@@ -108,31 +120,61 @@ def accuracy_of(
 SHOWN_NAMES = dict(accuracy='accuracy', exact_match='exact match', balanced_accuracy='balanced accuracy', mcc='MCC',
     kappa="Cohen's kappa", log_loss='log loss', roc_auc='ROC-AUC', average_precision='average precision')
 
-def with_intervals(values, draws, level, wide):
+def with_intervals(values, intervals, wide):
     "Return scores as columns, with the interval of F1 and, if `wide`, those of precision and recall"
     columns = dict(values)
-    if draws is None:
+    if not intervals:
         return columns
     for name in ('precision', 'recall') if wide else ():
-        columns[f'{name} low'], columns[f'{name} high'] = percentiles(draws[name], level)
-    columns['low'], columns['high'] = percentiles(draws['f1'], level)
-    return columns
+        columns[f'{name} low'], columns[f'{name} high'] = intervals[name]
+    columns['low'], columns['high'] = intervals['f1']
+    return columns | {'interval of': 'f1'}
 
 def ordered_columns(df):
     "Return the report with its columns in the standard order"
     order = ('precision', 'precision low', 'precision high', 'recall', 'recall low', 'recall high', 'f1', 'score',
-             'low', 'high', 'support')
+             'low', 'high', 'interval of', 'support')
     columns = [c for c in order if c in df]
-    return ScoreTable(df[columns].astype({c: int if c == 'support' else float for c in columns}))
+    kinds = {c: int if c == 'support' else float for c in columns if c != 'interval of'}
+    table = ScoreTable(df[columns].astype(kinds))
+    return table.fillna({'interval of': ''}) if 'interval of' in table else table
 
 # %% ../../nbs/704_evaluation.report.ipynb #d2c73a47
+def class_intervals(tp, true, pred, level):
+    "Return the intervals of precision, recall and F1 of each class"
+    return dict(precision=share_interval(tp, pred, level), recall=share_interval(tp, true, level),
+                f1=f1_interval(tp, true, pred, level))
+
+def whole_intervals(ev, counts, parts, averaged, whole, level, n_boot, seed):
+    "Return the intervals of the averages and of the overall scores"
+    single = ev.task == 'classification'
+    draws = corrected_resamples(counts, parts, *unseen_rows(len(ev.classes), single), n_boot, seed)
+    (low_rows, low_whole), (high_rows, high_whole) = (whole_scores(sums, len(ev), single) for sums in draws)
+    of_averages = {average: {name: interval_ends(low_rows[average][name], high_rows[average][name], value, level)
+                             for name, value in values.items()} for average, values in averaged.items()}
+    of_whole = {name: interval_ends(low_whole[name], high_whole[name], value, level) for name, value in whole.items()}
+    share = 'accuracy' if single else 'exact_match'
+    of_whole[share] = share_interval(np.rint(whole[share]*len(ev)), len(ev), level)
+    return of_averages, of_whole
+
+# %% ../../nbs/704_evaluation.report.ipynb #447a9222
 def whole_rows(ev, whole, intervals):
     "Return score, interval and support of each overall score, by the name shown in the report"
     rows = {}
     for name, value in (whole | probability_scores(ev)).items():
-        low_high = dict(zip(('low', 'high'), intervals.get(name, ())))
-        rows[SHOWN_NAMES[name]] = dict(score=value, **low_high, support=len(ev))
+        row = dict(score=value, support=len(ev))
+        if name in intervals:
+            row |= dict(zip(('low', 'high'), map(float, intervals[name]))) | {'interval of': 'score'}
+        rows[SHOWN_NAMES[name]] = row
     return rows
+
+# %% ../../nbs/704_evaluation.report.ipynb #62990896
+def probability_intervals(ev, level, seed):
+    "Return the intervals of log loss and of the ranking scores"
+    losses = row_losses(ev.probs, ev.targets, ev.task)
+    mean_loss = lambda w: dict(log_loss=(losses*w).sum()/w.sum())
+    return bootstrap_rows(mean_loss, len(ev), level=level, seed=seed) | ranking_intervals(
+        ev.indicators, ev.probs, level=level, seed=seed)
 
 def classes_report(ev, level, n_boot, ranking, wide, seed):
     "Return the report of a classifier"
@@ -140,18 +182,16 @@ def classes_report(ev, level, n_boot, ranking, wide, seed):
     single = ev.task == 'classification'
     sums = [counts@p for p in parts]
     averaged, whole = whole_scores(sums, len(ev), single)
-    draws = None
-    averaged_draws = {}
+    of_classes = {}
+    of_averages = {}
     intervals = {}
     if level:
-        resampled = resample_counts(counts, parts, n_boot, seed)
-        draws = class_scores(*resampled[:3])
-        averaged_draws, whole_draws = whole_scores(resampled, len(ev), single)
-        intervals = {name: percentiles(v, level) for name, v in whole_draws.items()}
+        of_classes = class_intervals(*sums[:3], level)
+        of_averages, intervals = whole_intervals(ev, counts, parts, averaged, whole, level, n_boot, seed)
     if level and ranking:
-        intervals |= bootstrap_rows(lambda w: probability_scores(ev, w), len(ev), level=level, seed=seed)
-    top = pd.DataFrame(with_intervals(class_scores(*sums[:3]), draws, level, wide)).assign(support=sums[1])
-    middle = [with_intervals(v, averaged_draws.get(name), level, wide) for name, v in averaged.items()]
+        intervals |= probability_intervals(ev, level, seed)
+    top = pd.DataFrame(with_intervals(class_scores(*sums[:3]), of_classes, wide)).assign(support=sums[1])
+    middle = [with_intervals(v, of_averages.get(name), wide) for name, v in averaged.items()]
     bottom = whole_rows(ev, whole, intervals)
     df = pd.concat([top, pd.DataFrame(middle).assign(support=sums[1].sum()), pd.DataFrame(bottom.values())])
     return ordered_columns(df.set_axis([*map(str, ev.classes), *averaged, *bottom]))
@@ -171,12 +211,12 @@ def regression_report(ev, level, n_boot, ranking, seed):
 
 def score_report(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    level:float|None=.95, # Confidence level of the bootstrap intervals; no intervals if `None`
+    level:float|None=.95, # Confidence level of the intervals; no intervals if `None`
     n_boot:int=1000, # Number of bootstrap resamples
     ranking:bool=False, # Add intervals of log loss, ROC-AUC and average precision, from 200 resamples of the rows
     wide:bool=False, # Add intervals of precision and recall
     seed:int=0 # Random seed of the bootstrap
-) -> ScoreTable: # precision | recall | f1 | score | low | high | support, by class, average and overall score
+) -> ScoreTable: # precision | recall | f1 | score | low | high | interval of | support, by class, average and score
     "Return class scores, their averages and overall scores with intervals; for a regression, its scores"
     if ev.task == 'regression':
         return regression_report(ev, level, n_boot, ranking, seed)
@@ -191,7 +231,7 @@ def confusion_matrix(
         raise FastaiTLError('A confusion matrix needs one class a text', f'a {ev.task} task', 'See `report()`')
     n = len(ev.classes)
     counts = np.bincount(ev.targets.astype(int)*n + ev.preds, minlength=n*n).reshape(n, n)
-    return pd.DataFrame(counts, index=ev.classes, columns=ev.classes)
+    return TextTable(counts, index=ev.classes, columns=ev.classes)
 
 SHARES_ALONG = dict(true=1, pred=0, all=None)
 
@@ -244,7 +284,7 @@ def worst_rows(
         raise FastaiTLError('The worst rows need one class a text and losses', f'a {ev.task} task')
     losses = np.asarray(ev.losses)
     rows = np.argsort(-losses, kind='stable')[:n]
-    df = pd.DataFrame(dict(row=rows, true=[ev.classes[int(t)] for t in ev.targets[rows]],
+    df = TextTable(dict(row=rows, true=[ev.classes[int(t)] for t in ev.targets[rows]],
         predicted=[ev.classes[p] for p in ev.preds[rows]], confidence=ev.probs[rows].max(1), loss=losses[rows]))
     if ev.texts is not None:
         df['text'] = [ev.texts[i] for i in rows]

@@ -105,6 +105,7 @@ class ScoredRows:
         self.classes = None if classes is None else list(classes)
         self.losses = losses
         self.texts = texts
+        self.threshold = threshold
         self.task = self._task()
         check_shapes(self.probs, self.targets, self.classes, self.task)
         check_probs(self.probs, self.task)
@@ -235,6 +236,62 @@ def wilson_interval(
     half = z*np.sqrt(ratio(k*(n-k), n) + z*z/4)/(n + z*z)
     return np.clip(center-half, 0, 1), np.clip(center+half, 0, 1)
 
+# %% ../../nbs/700_evaluation.scores.ipynb #77da9e60
+def share_interval(k, n, level=.95):
+    "Return the interval of the share `k/n`: Wilson's, or the wider of Wilson's and the exact one for few events"
+    from scipy.stats import beta
+    k = np.asarray(k, dtype=float)
+    n = np.asarray(n, dtype=float)
+    low, high = wilson_interval(k, n, level)
+    with np.errstate(invalid='ignore'):
+        exact_low = np.where(k > 0, beta.ppf((1-level)/2, k, n-k+1), 0)
+        exact_high = np.where(k < n, beta.ppf((1+level)/2, k+1, n-k), 1)
+    fewer = np.minimum(k, n-k)
+    wider = ((fewer > 0) & (fewer <= 12)) | (n <= 5)
+    return np.where(wider, np.minimum(low, exact_low), low), np.where(wider, np.maximum(high, exact_high), high)
+
+def f1_interval(tp, true, pred, level=.95):
+    "Return the interval of F1 of a class from the share of right rows among its true and predicted rows"
+    share = share_interval(tp, np.add(true, pred)-tp, level)
+    return tuple(2*end/(1+end) for end in share)
+
+# %% ../../nbs/700_evaluation.scores.ipynb #00f1014b
+def corrected_resamples(
+    counts, # Number of rows of each kind, (kinds,)
+    parts, # Matrices (kinds, columns) to sum over the rows
+    wrong, # One matrix (classes, columns) for each part: a wrong row of each class
+    right, # The same with a right row of each class
+    n_boot:int=1000, # Number of bootstrap resamples
+    seed:int=0 # Random seed of the bootstrap
+) -> tuple: # Sums of each matrix (n_boot, columns): a list for lower ends and a list for upper ends
+    "Sum matrices over resamples of the rows with some wrong rows, and with some right rows, that were not seen"
+    from scipy.sparse import csr_array
+    counts = np.asarray(counts)
+    n = counts.sum()
+    n_classes = len(wrong[0])
+    added_rows = max(1, min(n_classes/2, n**.5))
+    rng = np.random.default_rng(seed)
+    matrices = [csr_array(part, dtype=float) for part in parts]
+    sums = [[[] for _ in matrices] for _ in (wrong, right)]
+    step = max(1, 4_000_000//len(counts)) # limits the memory of one draw
+    for start in range(0, n_boot, step):
+        size = min(step, n_boot-start)
+        weights = rng.standard_gamma(counts, size=(size, len(counts)))
+        seen = [np.asarray((matrix.T@weights.T).T) for matrix in matrices]
+        for side, rows in zip(sums, (wrong, right)):
+            added = rng.standard_gamma(added_rows/n_classes, size=(size, n_classes))
+            scale = n/(weights.sum(1)+added.sum(1))[:, None] # so that the weights sum to the number of rows
+            for done, of_seen, part in zip(side, seen, rows):
+                done.append(scale*(of_seen + added@part))
+    return tuple([np.concatenate(done) for done in side] for side in sums)
+
+# %% ../../nbs/700_evaluation.scores.ipynb #a9f9fb40
+def interval_ends(low_draws, high_draws, value, level=.95):
+    "Return the interval from the draws for its lower and for its upper end; it contains the measured value"
+    low, _ = percentiles(low_draws, level)
+    _, high = percentiles(high_draws, level)
+    return np.fmin(low, value), np.fmax(high, value)
+
 # %% ../../nbs/700_evaluation.scores.ipynb #98837d75
 def curve(y, p, weight=None):
     "Return thresholds from high to low, and the weight of true rows and of all rows that reach each threshold"
@@ -266,11 +323,42 @@ def mean_ranking(targets, probs, weight=None):
     return {name: np.nan if np.isnan(v).all() else float(np.nanmean(v)) for name, v in by_class.items()}
 
 # %% ../../nbs/700_evaluation.scores.ipynb #1a71082f
+def expanded_level(level, n):
+    "Return the level of the percentiles that correct a bootstrap of `n` rows for a small sample"
+    from scipy.stats import norm, t
+    return 1-2*norm.cdf(-(n/(n-1))**.5*t.ppf((1+level)/2, n-1)) if n > 1 else 1.
+
 def bootstrap_rows(f, n, n_boot=200, level=.95, seed=0):
     "Return the interval of each score in the dictionary that `f` returns for row weights (n,)"
+    level = expanded_level(level, n)
     rng = np.random.default_rng(seed)
     draws = [f(np.bincount(rng.integers(0, n, n), minlength=n).astype(float)) for _ in range(n_boot)]
     return {name: percentiles([d[name] for d in draws], level) for name in draws[0]}
+
+# %% ../../nbs/700_evaluation.scores.ipynb #af8ad0d3
+def ranking_intervals(targets, probs, n_boot=200, level=.95, seed=0):
+    "Return the intervals of the mean ranking scores, from resamples with rows that are ranked last and first"
+    shares = (targets > 0).mean(0)
+    defined = (shares > 0) & (shares < 1)
+    n = len(probs)
+    n_classes = int(defined.sum())
+    if not n_classes:
+        return {}
+    y = np.r_[targets[:, defined] > 0, np.tile(np.eye(n_classes), (2, 1))]
+    first = np.eye(n_classes)
+    p = np.r_[probs[:, defined], np.where(first, -1, 2), np.where(first, 2, -1)]
+    shape = max(1, min(n_classes/2, n**.5))/n_classes
+    rng = np.random.default_rng(seed)
+    draws = ([], [])
+    for _ in range(n_boot):
+        seen = rng.standard_exponential(n)
+        added = rng.standard_gamma(shape, n_classes)
+        none = np.zeros(n_classes)
+        for side, weights in zip(draws, ((seen, added, none), (seen, none, added))):
+            side.append(mean_ranking(y, p, np.concatenate(weights)))
+    value = mean_ranking(targets, probs)
+    ends = {name: interval_ends(*([d[name] for d in side] for side in draws), value[name], level) for name in value}
+    return {name: np.clip(low_high, 0, 1) for name, low_high in ends.items()} # rounding errors
 
 # %% ../../nbs/700_evaluation.scores.ipynb #67d84c6d
 def spearman(a, b):

@@ -12,11 +12,12 @@ import re
 import numpy as np
 import pandas as pd
 from ..core import DataError, shorten
+from ..data.display import TextTable
 from ..data.tables import column
 from ..data.tagging import check_tagged
 from ..data.tags import tag_spans
 from .report import ScoreTable
-from .scores import averages, class_scores, percentiles, resample_counts
+from .scores import averages, class_scores, corrected_resamples, f1_interval, interval_ends
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #9393bd4c
 def check_tags(preds, targets):
@@ -45,6 +46,19 @@ def entity_table(tp, true, pred):
         means = [of_average[name][average][..., None] for average in ('micro', 'macro', 'weighted')]
         table[name] = np.concatenate([values, *means], -1)
     return table
+
+# %% ../../nbs/720_evaluation.tagging.ipynb #00ec03b3
+def f1_intervals(parts, f1, level, n_boot, seed):
+    "Return the ends of the intervals of F1 for each type and average, from counts (sentences, types) of entities"
+    n_types = parts[0].shape[1]
+    one = np.eye(n_types)
+    wrong = [0*one, one, one] # a missed and an invented entity of each type
+    draws = corrected_resamples(np.ones(len(parts[0]), dtype=int), parts, wrong, [one]*3, n_boot, seed)
+    low, high = interval_ends(*(entity_table(*sums)['f1'] for sums in draws), f1.to_numpy(), level)
+    of_counts = f1_interval(*(part.sum(0) for part in parts), level) # as if entities were independent
+    low[:n_types] = np.minimum(low[:n_types], of_counts[0])
+    high[:n_types] = np.maximum(high[:n_types], of_counts[1])
+    return low, high
 
 def match_entity(entity, found):
     "Return the predicted entity in the same place, or one that overlaps, and how it differs"
@@ -102,10 +116,10 @@ class TagEvaluation:
         right = [p == t for pred, true in zip(self.preds, self.targets) for p, t in zip(pred, true)]
         return float(np.mean(right)) if right else float('nan')
     def report(self,
-        level:float|None=.95, # Confidence level of the bootstrap intervals of F1; no intervals if `None`
+        level:float|None=.95, # Confidence level of the intervals of F1; no intervals if `None`
         n_boot:int=1000, # Number of bootstrap resamples
         seed:int=0 # Random seed of the bootstrap
-    ) -> ScoreTable: # precision | recall | f1 | low | high | support, for each type and average
+    ) -> ScoreTable: # precision | recall | f1 | low | high | interval of | support, for each type and average
         "Return precision, recall and F1 of the entities, with intervals of F1"
         if not len(self) or not self.types:
             raise DataError('A report needs at least one entity', f'{len(self)} sentences without')
@@ -114,14 +128,14 @@ class TagEvaluation:
         names = [*self.types, 'micro avg', 'macro avg', 'weighted avg']
         df = pd.DataFrame(entity_table(*(part.sum(0) for part in parts)), index=names)
         if level:
-            resampled = resample_counts(np.ones(len(self), dtype=int), parts, n_boot, seed)
-            df['low'], df['high'] = percentiles(entity_table(*resampled)['f1'], level)
+            df['low'], df['high'] = f1_intervals(parts, df.f1, level, n_boot, seed)
+            df['interval of'] = 'f1'
         support = parts[1].sum(0)
         return ScoreTable(df.assign(support=[*support, *[support.sum()]*3]))
     def errors(self) -> pd.DataFrame: # row | kind | true | predicted | first | last | text
         "Return all wrong entities: `missed`, `invented`, or with wrong `type`, wrong `ends` or `type and ends`"
         rows = [error for i in range(len(self)) for error in self._sentence_errors(i)]
-        return pd.DataFrame(rows, columns=['row', 'kind', 'true', 'predicted', 'first', 'last', 'text'])
+        return TextTable(rows, columns=['row', 'kind', 'true', 'predicted', 'first', 'last', 'text'])
     def _counts(self, sets):
         "Return the number of entities of each type in each sentence, (sentences, types)"
         return np.array([[sum(e[0] == kind for e in sentence) for kind in self.types] for sentence in sets])

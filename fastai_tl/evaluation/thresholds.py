@@ -8,6 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.thresholds.html.md"""
 __all__ = []
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #e6b55724
+import warnings
 import numpy as np
 import pandas as pd
 from ..core import DataError, FastaiTLError, shorten
@@ -39,7 +40,7 @@ def abstention_threshold(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     accuracy:float, # Minimum accuracy of the decided rows
     sure:bool=False # Require that the lower end of the 95 % interval reaches `accuracy`
-) -> dict: # `threshold` (minimum confidence), `coverage`, `accuracy` with interval `low` to `high`, `count`
+) -> dict: # `threshold` (minimum confidence), `coverage`, `accuracy`, its interval `low` to `high`, `count`, `identified`
     "Find the confidence threshold that decides the most rows with a given accuracy"
     table = risk_coverage_table(ev)
     reached = 1-table.risk
@@ -50,8 +51,13 @@ def abstention_threshold(
         raise FastaiTLError(f'No threshold gives an accuracy of {accuracy:.4g}', f'{compared.max():.4g} at best',
                             'Ask for less, or train a better model')
     i = good[-1]
-    return dict(threshold=float(table.threshold[i]), coverage=float(table.coverage[i]), accuracy=float(reached[i]),
-                low=float(low[i]), high=float(high[i]), count=int(table['count'][i]))
+    identified = bool(table.risk.max() > 0)
+    if not identified:
+        warnings.warn(f'The abstention threshold is not identified: no prediction is wrong on {len(ev):,} rows. '
+                      'It is 0, which decides all rows', stacklevel=2)
+    return dict(threshold=float(table.threshold[i]) if identified else 0., coverage=float(table.coverage[i]),
+                accuracy=float(reached[i]), low=float(low[i]), high=float(high[i]), count=int(table['count'][i]),
+                identified=identified)
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #b5c2a457
 def draw_risk(ax, table, words):
@@ -89,11 +95,20 @@ def plot_risk_coverage_curve(
     return fig
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #902f20a2
+def kept_threshold(y, p, decided, threshold):
+    "Return the row of a class that keeps its threshold: a class without rows or without errors; else `None`"
+    support = int(y.sum())
+    if not support:
+        return dict(threshold=threshold, precision=0., recall=0., f1=0., predicted=int((p >= threshold).sum()),
+                    support=0, identified=False)
+    if np.array_equal(p >= threshold, y > 0) or (decided is not None and np.array_equal(decided, y > 0)):
+        return dict(threshold=threshold, precision=1., recall=1., f1=1., predicted=support, support=support,
+                    identified=False)
+    return None
+
 def threshold_of_class(y, p, want, value):
     "Return the best threshold of one class with its precision, recall, F1 and counts; `y` holds 0/1 targets (rows,)"
     support = y.sum()
-    if not support:
-        return dict(threshold=.5, precision=0., recall=0., f1=0., predicted=int((p >= .5).sum()), support=0)
     thresholds, tp, n = (np.r_[first, values] for first, values in zip((np.inf, 0, 0), curve(y, p)))
     precision = ratio(tp, n)
     recall = ratio(tp, support)
@@ -108,7 +123,7 @@ def threshold_of_class(y, p, want, value):
         enough = np.flatnonzero((precision >= value-1e-12) & (n > 0))
         i = enough[np.argmax(recall[enough])] if len(enough) else 0 # index 0 is the threshold that no row reaches
     return dict(threshold=thresholds[i], precision=precision[i], recall=recall[i], f1=float(f1[i]),
-                predicted=int(n[i]), support=int(support))
+                predicted=int(n[i]), support=int(support), identified=True)
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #2f02bdcc
 def best_thresholds(
@@ -116,7 +131,7 @@ def best_thresholds(
     recall:float|None=None, # Minimum recall, with which the best precision is found
     precision:float|None=None, # Minimum precision, with which the best recall is found
     cost:tuple|None=None # Cost of a false positive and cost of a false negative; the total cost is minimized
-) -> ScoreTable: # threshold | precision | recall | f1 | predicted | support, one row per class
+) -> ScoreTable: # threshold | precision | recall | f1 | predicted | support | identified, one row per class
     "Find the one-vs-rest decision threshold of each class, by default the one with the highest F1"
     if ev.task == 'regression' or not len(ev):
         raise FastaiTLError('Thresholds need rows with classes', f'{len(ev)} rows of a {ev.task} task')
@@ -126,8 +141,17 @@ def best_thresholds(
     want, value = next(iter(asked.items()), ('f1', None))
     y = ev.indicators.astype(int)
     p = ev.probs.astype(float)
-    rows = [threshold_of_class(y[:, k], p[:, k], want, value) for k in range(len(ev.classes))]
-    return ScoreTable(pd.DataFrame(rows, index=list(map(str, ev.classes))))
+    single = ev.task == 'classification'
+    rows = []
+    for k in range(len(ev.classes)):
+        kept = kept_threshold(y[:, k], p[:, k], ev.preds == k if single else None, ev.threshold)
+        rows.append(kept or threshold_of_class(y[:, k], p[:, k], want, value))
+    table = ScoreTable(pd.DataFrame(rows, index=list(map(str, ev.classes))))
+    kept = table.index[~table.identified]
+    if len(kept):
+        warnings.warn(f'{len(ev):,} rows do not determine a threshold for {shorten(map(repr, kept))}: no decision on '
+                      f'the class is wrong, or it has no rows. It stays {ev.threshold:g}', stacklevel=2)
+    return table
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #c566bca7
 def decide_by_thresholds(

@@ -20,6 +20,7 @@ from fastcore.all import delegates, listify, patch
 from fastai.learner import Learner
 from ..core import DataError, FastaiTLError, shorten
 from ..callbacks import evaluating
+from ..data.display import NO_FORMULAS, TextTable
 from ..data.hf_tokenizer import pad_rows
 from ..data.tables import list_of, valid_texts
 from .awd_lstm import stateful_model
@@ -51,7 +52,7 @@ class GeneratedText:
         if self.ids:
             logprobs = -score_ids(tm, [[*self.context, *self.ids]])[0][len(self.context) - 1:]
         tokens = tm.adapter.to_tokens(self.ids)
-        return pd.DataFrame(dict(token=tokens, logprob=logprobs, probability=np.exp(logprobs)))
+        return TextTable(dict(token=tokens, logprob=logprobs, probability=np.exp(logprobs)))
 
 # %% ../../nbs/625_generation.generate.ipynb #8cb7dbdf
 def _to_html(text):
@@ -77,13 +78,13 @@ class GeneratedTexts(list):
     def to_frame(self) -> pd.DataFrame: # The columns are prompt, completion, finish and tokens
         "Return a table with one row for each text"
         rows = [dict(prompt=o.prompt, completion=o.completion, finish=o.finish, tokens=len(o.ids)) for o in self]
-        return pd.DataFrame(rows)
+        return TextTable(rows)
     def __str__(self):
         return '\n\n'.join(self.texts)
     def __repr__(self):
         return '\n'.join(f'{i + 1}. {o.text}' for i, o in enumerate(self)) or 'GeneratedTexts()'
     def _repr_html_(self):
-        return f'<ol style="padding-left:1.6em">{"".join(map(_item_html, self))}</ol>'
+        return f'<ol class="{NO_FORMULAS}" style="padding-left:1.6em">{"".join(map(_item_html, self))}</ol>'
 
 # %% ../../nbs/625_generation.generate.ipynb #17908031
 @dataclass

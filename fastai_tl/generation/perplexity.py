@@ -17,6 +17,7 @@ from fastcore.all import delegates, patch
 from fastai.learner import Learner, Metric
 from ..core import DataError, FastaiTLError, shorten
 from ..data.decoding import WIDE
+from ..data.display import TextTable, without_formulas
 from ..data.readers import pop_reader_options
 from ..data.tables import need_no_options, list_of, read_texts, valid_texts
 from .language_model import text_model
@@ -51,7 +52,7 @@ class PerplexityResult:
         self.name = 'pseudo_perplexity' if pseudo else 'perplexity'
         sums = [_sums(scored) for scored in scores]
         rows = [dict(text=scored.text, **_measures(*s, self.name)) for scored, s in zip(scores, sums)]
-        self.texts = pd.DataFrame(rows)
+        self.texts = TextTable(rows)
         totals = [sum(column) for column in zip(*sums)]
         self.corpus = pd.Series(_measures(*totals, self.name), name='corpus', dtype=object)
     def __len__(self):
@@ -68,7 +69,8 @@ class PerplexityResult:
         if len(df) > 21:
             df = pd.concat([df.iloc[:20], df.iloc[-1:]])
         df['text'] = [text if len(text) <= 80 else text[:79] + '…' for text in df.text]
-        return df.to_html(index=False, escape=True, float_format=lambda x: f'{x:,.4g}')
+        with without_formulas():
+            return df.to_html(index=False, escape=True, float_format=lambda x: f'{x:,.4g}')
 
 # %% ../../nbs/630_generation.perplexity.ipynb #9989b9db
 def _text_columns(model_or_name):

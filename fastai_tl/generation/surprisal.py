@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
 from ..core import DataError
+from ..data.display import NO_FORMULAS, TextTable
 from ..data.tables import valid_texts
 from .language_model import text_model
 from .scoring import score_texts
@@ -68,7 +69,7 @@ def _to_span(piece, bits, top):
 
 # %% ../../nbs/635_generation.surprisal.ipynb #5f05da7e
 def _printable(piece):
-    return piece.strip().replace('$', r'\$').replace('\n', ' ')
+    return piece.strip().replace('\n', ' ')
 
 def _space_before(piece, size):
     "Return the width of a leading space in points; matplotlib does not include it in the size of a text"
@@ -156,10 +157,10 @@ class Surprisal:
     def _repr_html_(self):
         top = _strongest(self.bits, None)
         spans = ''.join(_to_span(piece, bits, top) for piece, bits in zip(self.pieces, self.bits))
-        return f'<div style="line-height:1.9">{spans}</div>'
+        return f'<div class="{NO_FORMULAS}" style="line-height:1.9">{spans}</div>'
     def to_frame(self) -> pd.DataFrame: # The columns are piece and bits
         "Return a table with one row for each piece"
-        return pd.DataFrame(dict(piece=self.pieces, bits=self.bits))
+        return TextTable(dict(piece=self.pieces, bits=self.bits))
 
     def plot(self,
         title:str='', # Title of the figure

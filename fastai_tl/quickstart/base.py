@@ -18,8 +18,9 @@ from ..core import lang_code
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.scores import wilson_interval
 from ..data.labels import check_labels
-from ..files import atomic_path, read_json, write_json
-from ..plot import in_words
+from ..evaluation.html_report import save_png
+from ..files import read_json, write_csv, write_json
+from ..plot import in_words, keep_going
 from ..datasets.quickstart import QuickData, bag_of_words_accuracy, majority_accuracy
 from ..tune.unfreezing import show_table
 
@@ -29,8 +30,7 @@ def save_figure(
     path # Path of the PNG file
 ):
     "Save a figure as PNG, atomically"
-    with atomic_path(path) as temporary:
-        fig.savefig(temporary, dpi=150, format='png')
+    save_png(fig, path, dpi=150)
 
 def versions():
     "Return the versions of this package, Python and the libraries that affect the results"
@@ -177,7 +177,8 @@ class Quickstart:
         if evaluation.task != 'classification':
             return
         title = f"{in_words('Test rows')}, {in_words('accuracy')} {evaluation.accuracy:.1%}"
-        save_figure(evaluation.plot_confusion(title=title), self.out/'confusion_matrix.png')
+        with keep_going('confusion_matrix'):
+            save_figure(evaluation.plot_confusion(title=title), self.out/'confusion_matrix.png')
 
     def finish(self,
         table:pd.DataFrame, # Table returned by the method `table`
@@ -185,8 +186,7 @@ class Quickstart:
         conclusion:str='' # Sentence about the result, to print
     ) -> dict: # The summary
         "Write table and summary to the output folder, and print the table"
-        with atomic_path(self.out/'table.csv') as temporary:
-            table.to_csv(temporary)
+        write_csv(table, self.out/'table.csv', encoding='utf-8')
         write_json(self.out/'summary.json', summary)
         if self.progress:
             print(f'\n{self.data.name}; {len(self.test):,} test rows')

@@ -18,7 +18,7 @@ from ..evaluation.evaluation import Evaluation
 from ..files import digest
 from ..learners.classification import hf_classifier_learner
 from ..models.hf import minilm_folder
-from ..plot import plot_panels
+from ..plot import keep_going, plot_panels
 from .base import Quickstart, best_validated, save_figure, validation_scores
 from ..tune.learning_rates import discriminative_lrs
 from ..tune.resume import ResumableFit
@@ -92,7 +92,8 @@ class TransformerQuickstart(Quickstart):
         values = np.array(learn.recorder.values)
         epochs = np.arange(1, len(values)+1)
         panels = {'Classifier': {'train': (epochs, values[:, 0]), 'valid': (epochs, values[:, 1])}}
-        save_figure(plot_panels(panels, 'epoch', ['loss']), self.out/'learning_curves.png')
+        with keep_going('learning_curves'):
+            save_figure(plot_panels(panels, 'epoch', ['loss']), self.out/'learning_curves.png')
 
     def run(self) -> dict: # The summary
         "Run all steps and write the table, the figures, the model and `summary.json`"

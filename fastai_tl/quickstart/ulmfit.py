@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from fastcore.all import delegates
 from ..evaluation.evaluation import Evaluation
 from ..learners.ulmfit import ULMFiT
-from ..plot import plot_panels
+from ..plot import keep_going, plot_panels
 from .base import Quickstart, best_validated, save_figure, validation_scores
 from .presets import take_tokens
 
@@ -106,7 +106,8 @@ class ULMFiTQuickstart(Quickstart):
         self.save_confusion(evaluation)
         learn = learn.forward if self.bidirectional else learn
         if hasattr(learn, 'unfreezing'):
-            save_figure(learn.unfreezing.plot(), self.out/'stages.png')
+            with keep_going('stages'):
+                save_figure(learn.unfreezing.plot(), self.out/'stages.png')
         lms = {}
         if self.data.general:
             both = self.ulmfit('stages 1+2')
@@ -115,8 +116,9 @@ class ULMFiTQuickstart(Quickstart):
         history = self.ulmfit(self.best_run).history(name)
         panels = {'Language models': {stage: _curve(lm.perplexity) for stage, lm in lms.items()},
                   'Classifier': {'train': _curve(history.train_loss), 'valid': _curve(history.valid_loss)}}
-        fig = plot_panels(panels, 'epoch', ['perplexity, held-out texts', 'loss'])
-        save_figure(fig, self.out/'learning_curves.png')
+        with keep_going('learning_curves'):
+            fig = plot_panels(panels, 'epoch', ['perplexity, held-out texts', 'loss'])
+            save_figure(fig, self.out/'learning_curves.png')
 
     def run(self) -> dict: # The summary
         "Run all steps and write the table, the figures and `summary.json`"
