@@ -7,13 +7,13 @@ Docs: https://fastai-tl.github.io/fastai_tl/callbacks.html.md"""
 # %% auto #0
 __all__ = ['evaluating']
 
-# %% ../nbs/020_callbacks.ipynb #18d58979
+# %% ../nbs/020_callbacks.ipynb #9f048c8e
 from contextlib import ExitStack, contextmanager
 import torch
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
                                   CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 
-# %% ../nbs/020_callbacks.ipynb #9ce9b862
+# %% ../nbs/020_callbacks.ipynb #8c77cc0a
 @contextmanager
 def evaluating(
     model:torch.nn.Module # Any model
@@ -28,14 +28,36 @@ def evaluating(
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/020_callbacks.ipynb #16da025a
+# %% ../nbs/020_callbacks.ipynb #a50fcf6d
 def is_real_fit(
     learn # A Learner, in a Callback's `before_fit` or later
 ) -> bool: # `False` in `lr_find` and in `get_preds`
     "Return whether the Learner is really training, rather than finding a learning rate or predicting"
     return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')
 
-# %% ../nbs/020_callbacks.ipynb #4e1dd16e
+# %% ../nbs/020_callbacks.ipynb #ce9ad949
+@contextmanager
+def recorder_kept(
+    learn # A Learner
+):
+    "Give the Learner's Recorder its record back after a pass that is no training"
+    recorder = learn.__dict__.get('recorder')
+    parts = [] if recorder is None else [recorder, recorder.smooth_loss, recorder.loss]
+    states = [dict(vars(part)) for part in parts]
+    had_record = 'final_record' in learn.__dict__
+    record = learn.__dict__.get('final_record')
+    try:
+        yield learn
+    finally:
+        for part, state in zip(parts, states):
+            vars(part).clear()
+            vars(part).update(state)
+        if had_record:
+            learn.final_record = record
+        else:
+            learn.__dict__.pop('final_record', None)
+
+# %% ../nbs/020_callbacks.ipynb #b87ab19c
 CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
            CancelTrainException, CancelValidException)
 
@@ -66,7 +88,7 @@ class GuardedBatch:
         else:
             self.own()
 
-# %% ../nbs/020_callbacks.ipynb #4b659757
+# %% ../nbs/020_callbacks.ipynb #7facf14e
 def unguard_batches(learn):
     "Restore a Learner's own `_do_one_batch`"
     now = learn.__dict__.get('_do_one_batch')
@@ -75,7 +97,7 @@ def unguard_batches(learn):
     if getattr(now, 'own', None) is not None:
         learn._do_one_batch = now.own
 
-# %% ../nbs/020_callbacks.ipynb #86ba7de6
+# %% ../nbs/020_callbacks.ipynb #d6fd280e
 class AroundBatch(Callback):
     "Base class of Callbacks that have a context manager `around_batch`"
     def before_train(self):

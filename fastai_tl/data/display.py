@@ -7,13 +7,15 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.display.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/122_data.display.ipynb #22f44124
+# %% ../../nbs/122_data.display.ipynb #05ee8869
 import html, re
 import pandas as pd, torch
 from fastcore.all import L
+from fastai.text.data import TensorText
 from fastai.torch_core import display_df
+from plum import dispatch
 
-# %% ../../nbs/122_data.display.ipynb #71647567
+# %% ../../nbs/122_data.display.ipynb #4cf65cea
 NO_FORMULAS = 'tex2jax_ignore mathjax_ignore'
 
 def without_formulas():
@@ -51,7 +53,7 @@ def show_rows(columns, max_n, trunc_at=150):
         display_df(df)
     return df
 
-# %% ../../nbs/122_data.display.ipynb #8df66421
+# %% ../../nbs/122_data.display.ipynb #e1c1279b
 def _html_row(cells, tag):
     return '<tr>' + ''.join(f'<{tag} style="text-align:left">{cell}</{tag}>' for cell in cells) + '</tr>'
 
@@ -69,3 +71,17 @@ def show_html(rows, heads=None):
     head = _html_row(heads, 'th') if heads else ''
     body = ''.join(_html_row(row, 'td') for row in rows)
     display(HTML(f'<table class="{NO_FORMULAS}" style="text-align:left">{head}{body}</table>'))
+
+# %% ../../nbs/122_data.display.ipynb #96fc3f10
+def markdown_cell(item):
+    "Convert a decoded item to a cell of a Markdown table that shows the item as it is"
+    text = ' '.join(str(shown_item(item, 150)).split())
+    return re.sub(r'[^\w\s]|_', lambda match: f'&#{ord(match[0])};', text)
+
+@dispatch
+def tensorboard_log(x:TensorText, y, samples, outs, writer, step):
+    "Write texts, targets and predictions of a batch to TensorBoard"
+    columns = [samples.itemgot(0), samples.itemgot(1), outs.itemgot(0)]
+    rows = [' | '.join(map(markdown_cell, row)) for row in zip(*columns)]
+    head = ['text | target | predicted', '--- | --- | ---']
+    writer.add_text('Sample results', '\n'.join(f'| {row} |' for row in head + rows), step)

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.predictions.html.md"""
 # %% auto #0
 __all__ = ['PassCallback']
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #8369a700
+# %% ../../nbs/730_evaluation.predictions.ipynb #ac17a1e8
 import numpy as np
 import pandas as pd
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.all import noop
 from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import _ConstantFunc
-from ..callbacks import evaluating
+from ..callbacks import evaluating, recorder_kept
 from ..core import DataError, shorten, unknown_option
 from ..data.windows import pool_windows, text_windows
 from ..data.labels import check_labels
@@ -25,7 +25,7 @@ from .scores import row_losses
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import row_losses_of, row_texts, spec_of
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #f92b7be0
+# %% ../../nbs/730_evaluation.predictions.ipynb #dab387d6
 class PassCallback(Callback):
     "Collect probabilities and targets of a validation pass"
     order = GatherPredsCallback.order-1 # before it reads the labels, so that missing labels give a clear error
@@ -50,7 +50,7 @@ class PassCallback(Callback):
         self.parts.append(self.act(scores.detach().float()).cpu().numpy())
         self.ys.append(self.yb[0].detach().cpu().numpy())
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #7e06414c
+# %% ../../nbs/730_evaluation.predictions.ipynb #1c0d7b1d
 def in_order(parts, idxs=None):
     "Join batches and put their rows at the positions `idxs`; each batch is freed after it is copied"
     n_rows = sum(map(len, parts))
@@ -73,12 +73,12 @@ def pass_over(learn, dl, spec):
         dl = dl.new(get_idxs=_ConstantFunc(read)) # called only once, because the order may be random
         idxs = np.argsort(np.argsort(read)) # position of each row among the rows that are read
     gather = PassCallback(spec.activate)
-    with row_losses_of(learn):
+    with row_losses_of(learn), recorder_kept(learn):
         *_, losses = learn.get_preds(dl=dl, with_preds=False, with_targs=False, with_loss=True, act=noop,
                                      reorder=False, cbs=gather)
     return in_order(gather.parts, idxs), in_order(gather.ys, idxs), in_order([losses.float().numpy()], idxs)
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #e9db8527
+# %% ../../nbs/730_evaluation.predictions.ipynb #9517a1a8
 def pass_of_pair(pair, ds_idx, dl, spec):
     "Return averaged probabilities, targets and losses of a `BidirectionalLearner`, from one pass of each Learner"
     loaders = [learn.dls[ds_idx] for learn in pair.learners]
@@ -101,7 +101,7 @@ def two_columns(probs, targets, classes):
     p = probs.reshape(-1)
     return np.c_[1-p, p]
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #200ae758
+# %% ../../nbs/730_evaluation.predictions.ipynb #4016793b
 def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None):
     "Create a `cls` object from the results of a pass, with the classes of the spec and the texts of the DataLoader"
     if classes is None and spec.task != 'regression':
@@ -115,7 +115,7 @@ def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None
     probs = two_columns(probs, targets, classes)
     return cls(probs, targets, classes, losses, texts, spec.threshold)
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #6bde4fdc
+# %% ../../nbs/730_evaluation.predictions.ipynb #1a1a45d6
 def check_known(labels, spec, index):
     "Raise an error if a label is not a class of the model"
     if spec.classes is None:
@@ -129,7 +129,7 @@ def check_known(labels, spec, index):
 
 
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #b858a483
+# %% ../../nbs/730_evaluation.predictions.ipynb #d82b8ad2
 def labelled_texts(spec, data, labels=None):
     "Return texts and checked labels, from a table with the columns of the spec or from two lists"
     if isinstance(data, pd.DataFrame):
@@ -147,7 +147,7 @@ def labelled_texts(spec, data, labels=None):
     check_known(labels, spec, index)
     return texts, labels
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #6618cb86
+# %% ../../nbs/730_evaluation.predictions.ipynb #fee060a3
 def labelled_dl(dls, texts, labels):
     "Return a DataLoader of texts and labels"
     if isinstance(getattr(dls, 'spec', None), TextSpec):
@@ -171,7 +171,7 @@ def pass_over_windows(learn, texts, labels, spec):
     task = 'classification' if columns is not probs else spec.task
     return probs, targets, row_losses(columns, targets, task)
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #86be44a4
+# %% ../../nbs/730_evaluation.predictions.ipynb #8906d69b
 def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, data=None, labels=None):
     "Create a `cls` object with one pass of a Learner or `BidirectionalLearner` over its own rows or new rows"
     spec = spec_of(learn)
@@ -190,7 +190,7 @@ def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, dat
         result = pass_over(learn, read, spec)
     return rows_of_pass(cls, spec, read, *result, classes, texts)
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #95972eae
+# %% ../../nbs/730_evaluation.predictions.ipynb #09ca928d
 def logits_of(output):
     "Return the logits of a model's output: a tensor, a dictionary, an object with `logits` or a tuple"
     if isinstance(output, torch.Tensor):
@@ -215,7 +215,7 @@ def task_of_targets(scores, targets):
         return 'multilabel'
     return 'regression' if targets.is_floating_point() else 'classification'
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #5f1a721f
+# %% ../../nbs/730_evaluation.predictions.ipynb #50af542f
 def batch_losses(scores, targets, task):
     "Return the loss of each row of a batch"
     if task == 'classification':
@@ -238,7 +238,7 @@ def on_device(batch, device):
         return {name: move(o) for name, o in batch.items()}
     return [move(o) for o in batch]
 
-# %% ../../nbs/730_evaluation.predictions.ipynb #b52e9cb0
+# %% ../../nbs/730_evaluation.predictions.ipynb #c6aa6b92
 @torch.inference_mode()
 def model_pass(model, loader, task=None, label='labels'):
     "Return task, probabilities, targets and losses of one pass of a PyTorch model, in the order of the loader"

@@ -7,11 +7,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.base.html.md"""
 # %% auto #0
 __all__ = ['HFLearner']
 
-# %% ../../nbs/500_learners.base.ipynb #b8bbfed4
+# %% ../../nbs/500_learners.base.ipynb #0d5e83ed
 import inspect
-from fastcore.all import L
+from fastcore.all import L, delegates
 from fastai.learner import Learner
 from fastai.torch_core import join_path_file
+from ..callbacks import recorder_kept
 from ..models.layer_groups import layer_splitter
 from ..models.hf import HFEncoder, HFModel, check_lengths, check_tokenizer, load_hf
 from ..efficiency.mixed_precision import AutocastPrecision
@@ -19,7 +20,7 @@ from ..tune.accumulation import LargeBatchGradient
 from ..tune.learning_rates import default_lr
 from ..tune.optimizer import LayerwiseOptimizer
 
-# %% ../../nbs/500_learners.base.ipynb #8f4bd2bb
+# %% ../../nbs/500_learners.base.ipynb #bbf8a75d
 class HFLearner(Learner):
     "A fastai Learner for a Hugging Face model"
     model:HFModel
@@ -28,6 +29,17 @@ class HFLearner(Learner):
     def tokenizer(self):
         "Return the tokenizer of the DataLoaders"
         return self.dls.tokenizer
+
+    @delegates(Learner.get_preds)
+    def get_preds(self,
+        ds_idx:int=1, # Index of the DataLoader if `dl` is `None`: 0 for training, 1 for validation
+        dl=None, # DataLoader to predict
+        *args,
+        **kwargs
+    ) -> tuple:
+        "Predict as `Learner.get_preds` does; the Recorder keeps the record of the training"
+        with recorder_kept(self):
+            return super().get_preds(ds_idx, dl, *args, **kwargs)
 
     def to_bf16(self,
         **kwargs # Passed to `AutocastPrecision`
@@ -59,7 +71,7 @@ class HFLearner(Learner):
             print(match, f'\nnew in this model: {", ".join(new)}' if new else '', sep='')
         return self
 
-# %% ../../nbs/500_learners.base.ipynb #45a03cc7
+# %% ../../nbs/500_learners.base.ipynb #0bcfe976
 _SET_BY_FACTORY = ('model', 'task', 'classes', 'n_out')
 _LOADING = [name for name, p in inspect.signature(load_hf).parameters.items()
             if p.kind is p.POSITIONAL_OR_KEYWORD and name not in _SET_BY_FACTORY]
@@ -87,7 +99,7 @@ def make_learner(
     return cls(dls, hf, splitter=splitter or layer_splitter(), lr=lr, cbs=L(cbs) + LargeBatchGradient(),
                **defaults | kwargs)
 
-# %% ../../nbs/500_learners.base.ipynb #efa44b7e
+# %% ../../nbs/500_learners.base.ipynb #8e67b55d
 def each_row(
     f, # A function of a tensor
     x # A tensor, or a list of tensors

@@ -7,24 +7,25 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.bidirectional.html.md"""
 # %% auto #0
 __all__ = ['text_items', 'BidirectionalLearner']
 
-# %% ../../nbs/530_learners.bidirectional.ipynb #3592144b
+# %% ../../nbs/530_learners.bidirectional.ipynb #1b222715
 from contextlib import nullcontext
 from types import SimpleNamespace
 import torch
 from fastcore.all import L
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
+from ..callbacks import recorder_kept
 from ..core import FastaiTLError
 from ..models.third_party import spec_of
 
-# %% ../../nbs/530_learners.bidirectional.ipynb #9f4afbfb
+# %% ../../nbs/530_learners.bidirectional.ipynb #d1b27d02
 def text_items(
     texts # `TokenizedTexts`
 ) -> list: # Items for the `test_dl` of a classifier
     "Make unlabelled items from tokenized texts, so that `test_dl` does not tokenize them again"
     return [[texts[i], None] for i in range(len(texts))]
 
-# %% ../../nbs/530_learners.bidirectional.ipynb #f37a7658
+# %% ../../nbs/530_learners.bidirectional.ipynb #84d964c1
 class BidirectionalLearner:
     "Two classifiers, one for each direction, whose probabilities are averaged"
     def __init__(self,
@@ -73,7 +74,7 @@ class BidirectionalLearner:
 
     def _preds_of(self, learn, ds_idx, items):
         dl = None if items is None else learn.dls.test_dl(items)
-        with learn.no_bar():
+        with learn.no_bar(), recorder_kept(learn):
             return learn.get_preds(ds_idx=ds_idx, dl=dl)
 
     def _scores(self, probs):

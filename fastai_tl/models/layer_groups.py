@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.layer_groups.html.md"""
 __all__ = ['LayerGroup', 'layer_range', 'param_kind', 'layer_groups', 'merge_groups', 'layer_splitter', 'ParamLists',
            'freeze_params', 'LayerFreezer', 'frozen_modules']
 
-# %% ../../nbs/205_models.layer_groups.ipynb #71a4072b
+# %% ../../nbs/205_models.layer_groups.ipynb #c61d47c4
 from dataclasses import dataclass, field
 import pandas as pd, torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..core import FastaiTLError
 from .execution_order import fixed_parameters
 from .layer_stacks import all_names, has_params, inside, is_embedding, is_stack, model_layout
 
-# %% ../../nbs/205_models.layer_groups.ipynb #79ad0d51
+# %% ../../nbs/205_models.layer_groups.ipynb #096a2b72
 @dataclass
 class LayerGroup:
     "Parameters that are frozen, unfrozen and given a learning rate together"
@@ -31,7 +31,7 @@ class LayerGroup:
         "Number of weights"
         return sum(p.numel() for p in self.params)
 
-# %% ../../nbs/205_models.layer_groups.ipynb #0d0b89e9
+# %% ../../nbs/205_models.layer_groups.ipynb #e23fc4a0
 def layer_range(
     groups # Neighbouring `LayerGroup`s, or their names, bottom to top
 ) -> str: # `layer.0`, or `layer.0 – layer.3`; an empty string for none
@@ -39,7 +39,7 @@ def layer_range(
     names = [getattr(g, 'name', g) for g in groups]
     return ' – '.join(dict.fromkeys(names[:1] + names[-1:]))
 
-# %% ../../nbs/205_models.layer_groups.ipynb #85470a47
+# %% ../../nbs/205_models.layer_groups.ipynb #2d92d825
 _ATTENTION = ('attn', 'attention')
 _STATE_SPACE = ('A_log', 'D') # parameters of Mamba models, which Mamba's authors train without weight decay
 
@@ -66,7 +66,7 @@ def param_kind(
         return 'attention'
     return 'ffn' if block else 'weight'
 
-# %% ../../nbs/205_models.layer_groups.ipynb #96b6df82
+# %% ../../nbs/205_models.layer_groups.ipynb #a94bdb23
 def layer_groups(
     model:nn.Module, # Any PyTorch model, or a fastai Learner's `model`
     tied:str='head' # Where an output layer that shares the input embedding goes: `head`, or `embeddings`
@@ -81,7 +81,7 @@ def layer_groups(
         _merge_norm_head(groups, layout.positions)
     return [g for g in groups if g.params]
 
-# %% ../../nbs/205_models.layer_groups.ipynb #ec7826d2
+# %% ../../nbs/205_models.layer_groups.ipynb #4025cee9
 def _fill(groups, model, layout, tied):
     "Put each parameter of `model` into one of `groups`, except the fixed ones"
     last = len(groups)-1
@@ -111,7 +111,7 @@ def _merge_norm_head(groups, positions):
         getattr(block, part).extend(getattr(head, part))
         getattr(head, part).clear()
 
-# %% ../../nbs/205_models.layer_groups.ipynb #22e7f306
+# %% ../../nbs/205_models.layer_groups.ipynb #5827b93c
 def _joined(groups):
     "Return one group with all that is in `groups`"
     res = LayerGroup(layer_range(groups))
@@ -141,7 +141,7 @@ def merge_groups(
     parts[0] = groups[:first_layer] + parts[0]
     return [_joined(part) for part in parts] + groups[-1:]
 
-# %% ../../nbs/205_models.layer_groups.ipynb #3d59b722
+# %% ../../nbs/205_models.layer_groups.ipynb #b134be0e
 class layer_splitter:
     "A fastai `splitter` that returns layer groups and the kind of each parameter, which the optimizer uses"
     def __init__(self,
@@ -161,7 +161,7 @@ class layer_splitter:
     def __repr__(self):
         return f'layer_splitter(n_groups={self.n_groups}, tied={self.tied!r})'
 
-# %% ../../nbs/205_models.layer_groups.ipynb #6972a349
+# %% ../../nbs/205_models.layer_groups.ipynb #18f9320c
 class ParamLists(list):
     "A list of parameters for each group, with the `names` of the groups and the `kinds` of the parameters"
     def __init__(self,
@@ -171,7 +171,7 @@ class ParamLists(list):
         self.names = [g.name for g in groups]
         self.kinds = [list(g.kinds) for g in groups]
 
-# %% ../../nbs/205_models.layer_groups.ipynb #eb93ae65
+# %% ../../nbs/205_models.layer_groups.ipynb #91a16fc5
 def freeze_params(
     params, # Parameters
     frozen:bool=True # Freeze the parameters if `True`, unfreeze them if `False`
@@ -182,7 +182,7 @@ def freeze_params(
         if frozen:
             p.grad = None
 
-# %% ../../nbs/205_models.layer_groups.ipynb #8d2ec253
+# %% ../../nbs/205_models.layer_groups.ipynb #66e0914c
 class LayerFreezer:
     "Freeze and unfreeze the layer groups of `model`"
     def __init__(self,
@@ -224,7 +224,7 @@ class LayerFreezer:
         print(f'trainable parameters: {train:,}')
         print(f'trainable share: {100*train/total:.2f}%')
 
-# %% ../../nbs/205_models.layer_groups.ipynb #a6d14b4e
+# %% ../../nbs/205_models.layer_groups.ipynb #891b40d5
 def _is_frozen(module):
     "Return whether a module has parameters and none of them trains"
     return has_params(module) and not any(p.requires_grad for p in module.parameters())
@@ -254,17 +254,30 @@ def frozen_modules(
             res += _frozen_dropouts(model, child)
     return res
 
-# %% ../../nbs/205_models.layer_groups.ipynb #89db2cca
+# %% ../../nbs/205_models.layer_groups.ipynb #4d59ab94
+def _next_hypers(learn):
+    "Return learning rate and weight decay of each group as `learn.fit()` sets them; the optimizer does not change"
+    opt = learn.opt
+    before = [dict(hyper) for hyper in opt.hypers]
+    given = dict(lr=learn.lr) if learn.wd is None else dict(lr=learn.lr, wd=learn.wd)
+    opt.set_hypers(**given)
+    after = [dict(hyper) for hyper in opt.hypers]
+    for name in given:
+        if name in before[0]:
+            opt.set_hyper(name, [hyper[name] for hyper in before])
+    return after
+
 def _groups_and_hypers(learn):
     "Return the parameters and the hyper-parameters of each group, with a temporary optimizer if there is none"
     had_opt = learn.opt is not None
     if not had_opt:
         learn.create_opt()
-    res = list(zip(learn.opt.param_lists, learn.opt.hypers))
+    res = list(zip(learn.opt.param_lists, _next_hypers(learn)))
     if not had_opt:
         learn.opt = None
     return res
 
+# %% ../../nbs/205_models.layer_groups.ipynb #512a6fd8
 @patch
 def layer_table(self:Learner) -> pd.DataFrame: # group | layers | params | trainable | lr | wd
     "Return a row for each parameter group: layers, number of weights, how many train, learning rate and weight decay"

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 import pandas as pd
 from .. import __version__
+from ..callbacks import recorder_kept
 from ..core import lang_code
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.scores import wilson_interval
@@ -42,7 +43,7 @@ def validation_scores(
     learn # Learner of a classifier whose first metric is the accuracy
 ) -> dict: # `valid_accuracy` and `valid_loss`
     "Compute accuracy and loss on the validation set"
-    with learn.no_bar():
+    with learn.no_bar(), recorder_kept(learn):
         loss, accuracy = learn.validate()[:2]
     return dict(valid_accuracy=float(accuracy), valid_loss=float(loss))
 
