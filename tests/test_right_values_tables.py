@@ -68,7 +68,7 @@ def test_what_is_no_list_is_refused(which, given, message, request):
     predictor = Predictor(learn)
     calls = [learn.predict_batch, learn.dls.test_dl, predictor.predict, predictor.scores,
              lambda o: list(predictor.predict_iter(o)), lambda o: learn.evaluate(o, LABELS)]
-    for call in calls[:-1] if given is None else calls:
+    for call in calls[:-1] if given in (None, 3) else calls: # those are no data of `evaluate`
         with pytest.raises(DataError, match=f'list of texts is needed. Got {message}'):
             call(given)
 
@@ -187,6 +187,8 @@ def test_prompts_and_perplexity(causal):
     for given in (DF[['label', 'text']], dict(text='a'), 3):
         with pytest.raises(DataError):
             causal.generate(given, max_new_tokens=2)
+        with pytest.raises(DataError, match='One text is needed'):
+            causal.predict(given)
     for given in (dict(text=TEXTS), 3):
         with pytest.raises(DataError, match='list of texts'):
             causal.perplexity(given)
@@ -296,7 +298,7 @@ def test_missing_values_of_slices(learn):
     ev = learn.evaluate(DF)
     for values in (pd.array([1, 2, None, 4]*10, dtype='Int64'), pd.array([True, None]*20, dtype='boolean'),
                    pd.array(['x', None]*20, dtype='string'), pd.cut(pd.Series([1, 9, None, 4]*10), [0, 5, 10])):
-        table = ev.slices(pd.Series(values, name='column'), min_rows=1)
+        table = ev.error_slices(pd.Series(values, name='column'), min_rows=1)
         assert table.rows.sum() == 40
         assert table.set_index('value').rows['missing'] == pd.Series(values).isna().sum()
 

@@ -48,10 +48,10 @@ def check_labels(
 # %% ../../nbs/109_data.labels.ipynb #bd21672d
 def _plain_label(label):
     "Return a label as a plain Python value: numbers for decimals; strings for intervals, dates and times"
-    if isinstance(label, (str, Number, list, tuple, set, L)) or is_missing(label):
-        return float(label) if isinstance(label, Decimal) else label
     if isinstance(label, np.generic) and not isinstance(label, (np.datetime64, np.timedelta64)):
         return label.item()
+    if isinstance(label, (str, Number, list, tuple, set, L)) or is_missing(label):
+        return float(label) if isinstance(label, Decimal) else label
     return label if hasattr(label, '__iter__') else str(label)
 
 def _infer_task(labels, label_delim):

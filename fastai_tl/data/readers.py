@@ -120,6 +120,9 @@ def _read_csv(path, **options):
     if 'engine' not in options and len(options.get('sep', options.get('delimiter')) or ',') == 1:
         defaults['low_memory'] = False # pandas would infer the type of a column for each part of the file
     options = {**defaults, **options}
+    if 'usecols' in options: # pandas does not count the fields of columns that it does not read
+        whole = {name: options[name] for name in _HEADER_OPTIONS & options.keys()}
+        _check_fields(pd.read_csv(path, dtype=str, na_filter=False, **whole), path, options)
     df = pd.read_csv(path, **options)
     if not isinstance(df, pd.DataFrame): # an iterator over parts
         return df

@@ -169,6 +169,8 @@ class HFCausalLMLearner(HFLearner):
 
     def _prompt_ids(self, text):
         "Return the token ids of a text, after the start token if training texts have one"
+        if not isinstance(text, str):
+            raise DataError('One text is needed', f'a {type(text).__name__}', 'For several texts use `generate`')
         before, _ = frame(self.tokenizer)
         text = next(apply_rules(self.dls.rules, [text]))
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
