@@ -57,6 +57,19 @@ def recorder_kept(
         else:
             learn.__dict__.pop('final_record', None)
 
+# %% ../nbs/020_callbacks.ipynb #7be2f0a2
+def batch_items(learn):
+    "Return the items of the dataset that the current batch of a Learner was made from; `None` if they are not known"
+    dl = learn.dl
+    order = getattr(dl, '_DataLoader__idxs', None) # where fastai keeps the order of the items
+    items = getattr(getattr(dl, 'dataset', None), 'items', None)
+    is_known = isinstance(order, (list, tuple)) and hasattr(items, '__getitem__') # a shuffled order may be an iterator
+    if not is_known or not learn.yb or hasattr(items, 'iloc'):
+        return None
+    start = learn.iter*dl.bs
+    rows = order[start:start+len(learn.yb[0])]
+    return [items[i] for i in rows] if len(rows) == len(learn.yb[0]) else None
+
 # %% ../nbs/020_callbacks.ipynb #b87ab19c
 CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
            CancelTrainException, CancelValidException)

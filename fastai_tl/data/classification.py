@@ -25,7 +25,7 @@ from .splits import check_split, split_rows
 from .readers import pop_reader_options, read_table
 from .tables import check_items, column, list_of, read_folder
 from .tables import text_column
-from .windows import text_windows
+from .windows import HFTokenizeWindows, LongText, hf_tokenize_windows
 
 # %% ../../nbs/130_data.classification.ipynb #719c8152
 class HFTableDataLoaders(SpecDataLoaders):
@@ -83,36 +83,54 @@ def hf_classifier_dls(
     **kwargs # `max_length`, `truncation`, `verbose` and `lang`
 ): # `HFTextDataLoaders`
     "Make DataLoaders for classification or regression from checked texts and labels"
+    tok = hf_tokenize(tokenizer, **kwargs)
+    options = dict(bs=bs, val_bs=val_bs, weighted=weighted, path=path)
+    return _dls_of_texts(texts, labels, task, (train, valid), tok, kwargs.get('lang', 'en'), **options)
+
+# %% ../../nbs/130_data.classification.ipynb #bc3fe589
+def _dls_of_texts(texts, labels, task, splits, tok, lang, bs=32, val_bs=None, weighted=False, path='.'):
+    "Make DataLoaders from checked texts and labels with a transform that tokenizes"
+    train, valid = splits
     classes = check_split(labels, task, train, valid)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
-    tok = hf_tokenize(tokenizer, **kwargs)
     tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(task, classes)]]
     weights = draw_weights([labels[i] for i in train], task) if weighted else None
     side = tok.tokenizer.padding_side
     dls = tokens_dls(HFTextDataLoaders, items, len(train), tfms, side, bs, val_bs, path, weights)
-    spec = TextSpec(task, classes=classes, lang=kwargs.get('lang', 'en'), rules=rule_names(tok.rules),
+    spec = TextSpec(task, classes=classes, lang=lang, rules=rule_names(tok.rules),
                     max_length=tok.max_length, truncation=tok.truncation, pairs=not isinstance(texts[0], str),
                     columns=dict(text='text', label='label'))
     return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
 # %% ../../nbs/130_data.classification.ipynb #18da2218
+_LOADING = ('bs', 'val_bs', 'weighted', 'path')
+
 def _windowed_dls(texts, labels, task, train, valid, tokenizer, stride, **kwargs):
-    "Return DataLoaders of windows; neighbouring windows share `stride` tokens"
+    "Return DataLoaders that train on windows, which share `stride` tokens, and validate on whole texts"
     if texts and not isinstance(texts[0], str):
         raise DataError('Windows are cut from single texts', 'pairs')
-    windows, of_window = [], []
-    window_rows = []
-    for idxs in (train, valid):
-        pieces, rows = text_windows([texts[i] for i in idxs], tokenizer, kwargs.get('max_length'), stride)
-        windows += pieces
-        of_window += [labels[idxs[row]] for row in rows]
-        window_rows.append(rows)
+    loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
+    tok = hf_tokenize_windows(tokenizer, stride, **kwargs)
+    whole = {i: LongText(texts[i]) for i in train+valid}
+    pieces = [tok.pieces(whole[i]) for i in train]
+    window_rows = [[row for row, i in enumerate(idxs) for _ in tok.pieces(whole[i])] for idxs in (train, valid)]
+    items = [piece for of_text in pieces for piece in of_text] + [whole[i] for i in valid]
+    of_item = [labels[train[row]] for row in window_rows[0]] + [labels[i] for i in valid]
     n_train = len(window_rows[0])
-    splits = list(range(n_train)), list(range(n_train, len(windows)))
-    dls = hf_classifier_dls(windows, of_window, task, *splits, tokenizer, **kwargs)
+    splits = list(range(n_train)), list(range(n_train, len(items)))
+    dls = _dls_of_texts(items, of_item, task, splits, tok, kwargs.get('lang', 'en'), **loading)
     dls.window_rows = window_rows
+    dls.training_texts = [LabelledText([whole[i], labels[i]]) for i in train]
     dls.spec = dls.spec.replace(windows=stride)
     return dls
+
+def whole_texts_dl(
+    dls, # DataLoaders
+    ds_idx:int=1 # 0 for the training rows, 1 for the validation rows
+): # A DataLoader
+    "Return the DataLoader of a dataset; if it trains on windows of texts, that of the whole texts"
+    texts = getattr(dls, 'training_texts', None)
+    return dls[ds_idx] if ds_idx != 0 or texts is None else dls.test_dl(texts, with_labels=True)
 
 # %% ../../nbs/130_data.classification.ipynb #b09cd330
 def _table_items(df, spec, with_labels):
@@ -124,20 +142,23 @@ def _table_items(df, spec, with_labels):
     delim = None if spec is None else spec.label_delim
     return zip(texts, check_labels(column(df, columns['label']), df.index, None, delim)[0])
 
+# %% ../../nbs/130_data.classification.ipynb #e4f08a23
 def _test_items(items, spec, with_labels):
     "Convert the items of `test_dl` to the form that the transforms expect"
     if isinstance(items, pd.DataFrame):
         items = _table_items(items, spec, with_labels)
     pairs = None if spec is None else spec.pairs
+    read = LongText if getattr(spec, 'windows', None) is not None else lambda text: text
+    read_text = lambda text: read(text) if isinstance(text, str) else text
     if not with_labels:
-        return check_items(items, pairs=pairs)
+        return [read_text(text) for text in check_items(items, pairs=pairs)]
     items = list_of(items)
     bad = [i for i, item in enumerate(items) if isinstance(item, str) or not hasattr(item, '__len__') or len(item) != 2]
     if bad:
         raise DataError('With labels each item must be a text and its label',
                         f'{shorten(items[bad[0]])} in row {shorten(bad)}')
     texts = check_items([item[0] for item in items], pairs=pairs)
-    return [LabelledText([text, item[1]]) for text, item in zip(texts, items)]
+    return [LabelledText([read_text(text), item[1]]) for text, item in zip(texts, items)]
 
 # %% ../../nbs/130_data.classification.ipynb #6ef4f11b
 def two_splits(dataset, valid=None, frame=lambda split: split.to_pandas()):
@@ -258,7 +279,11 @@ class HFTextDataLoaders(HFTableDataLoaders):
         bs:int=32 # Batch size
     ): # `HFTextDataLoaders`
         "Make empty DataLoaders, for a model that predicts new texts"
-        tok = HFTokenize(tokenizer, spec.max_length, spec.truncation, verbose=False, rules=text_rules(spec.rules))
+        options = dict(truncation=spec.truncation, verbose=False, rules=text_rules(spec.rules))
+        if spec.windows is None:
+            tok = HFTokenize(tokenizer, spec.max_length, **options)
+        else:
+            tok = HFTokenizeWindows(tokenizer, spec.windows, spec.max_length, **options)
         tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(spec.task, spec.classes)]]
         types = [[LabelledText, list if spec.pairs else str, TensorTokens], [LabelledText]]
         dls = loaders_of(cls, empty_datasets(tfms, types), tok.tokenizer.padding_side, bs)

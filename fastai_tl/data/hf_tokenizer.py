@@ -46,6 +46,10 @@ class TensorTokens(TensorText):
         "Index of the word or character that each token belongs to, -1 for none; `None` if there is no third row"
         return self._field(2)
     @property
+    def windows(self):
+        "Number of the window of each token of a long text, -1 for padding; `None` if texts are not cut into windows"
+        return self._field(4)
+    @property
     def mask(self):
         "Attention mask: 1 for a token, 0 for padding"
         return (self.ids >= 0).long()
@@ -257,10 +261,16 @@ class HFTokenize(DisplayedTransform):
         return self.tokens(x)
 
     def decodes(self, x:TensorTokens):
+        if x.windows is not None:
+            numbers = x.windows.unique().tolist()
+            return TitledStr(' … '.join(self._text_of(x[:2, x.windows == number]) for number in numbers))
+        return TitledStr(self._text_of(x))
+
+    def _text_of(self, x):
         # types 0 and 1 are the two texts of a pair; 2 and 3 are special tokens of XLNet and Funnel
         parts = [x.ids] if x.types is None else [x.ids[x.types == kind] for kind in (0, 1)]
         texts = [self.tokenizer.decode(part[part >= 0].tolist(), skip_special_tokens=True) for part in parts]
-        return TitledStr(' ‖ '.join(text for text in texts if text))
+        return ' ‖ '.join(text for text in texts if text)
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #f0f9ac1a
 def hf_tokenize(
@@ -314,8 +324,11 @@ class PadTokens(Transform):
 def n_tokens(
     sample # `(TensorTokens, …)`
 ) -> int:
-    "Count the tokens of a sample's input"
-    return sample[0].shape[-1]
+    "Count the tokens of a sample's input; for a text in windows, those of its longest window"
+    x = sample[0]
+    if getattr(x, 'windows', None) is not None:
+        return int(x.windows.as_subclass(torch.Tensor).bincount().max())
+    return x.shape[-1]
 
 class TokensDL(SortedDL):
     "A `SortedDL` that sorts texts by their number of tokens and can sample them by weight"
@@ -331,6 +344,8 @@ class TokensDL(SortedDL):
             res = [measure(dataset[i]) for i in range(len(dataset))]
         self.weights = None if weights is None else np.asarray(weights, dtype=float)/np.sum(weights)
         super().__init__(dataset, sort_func=sort_func, res=res, **kwargs)
+    def get_idxs(self):
+        return list(super().get_idxs()) # not an iterator, so that a metric can find the rows of its batch
     def shuffle_fn(self, idxs):
         if self.weights is None:
             return super().shuffle_fn(idxs)

@@ -28,7 +28,7 @@ from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import need_rows, split_rows
 from .tables import column, list_of, row_names, valid_text, valid_texts
-from .tags import tag_vocab, tags_html
+from .tags import inside_tag, tag_scheme, tag_vocab, tags_html
 from .tokenizers import apply_rules
 
 # %% ../../nbs/133_data.tagging.ipynb #3fc65ac3
@@ -150,12 +150,9 @@ class EncodeTags(DisplayedTransform):
         self.tok = tok
         self.vocab = CategoryMap(list(vocab), sort=False)
         self.label_all = label_all
-        self.inner = torch.tensor([self.vocab.o2i[self._inside(tag)] for tag in self.vocab])
+        # tags for the other tokens of a word
+        self.inner = torch.tensor([self.vocab.o2i[inside_tag(tag, list(vocab))] for tag in vocab])
         super().__init__()
-    def _inside(self, tag):
-        "Return the tag for the other tokens of a word"
-        inside = 'I' + tag[1:]
-        return inside if tag[:2] == 'B-' and inside in self.vocab.o2i else tag
     def encodes(self, x:UserList):
         words, tags = x
         places = self.tok.tokens(words).places
@@ -274,6 +271,9 @@ def hf_tagger_dls(
     dls = tokens_dls(HFTagDataLoaders, items, len(train), tfms, tok.tokenizer.padding_side, bs, val_bs, path)
     if tok.verbose and (lost := words_without_tokens(tok, items)):
         print(f'{len(lost):,} words give no token, such as {lost[0]!r}; their tags are not learnt')
+    scheme = tag_scheme(vocab)
+    if tok.verbose and scheme and scheme.example and not scheme.is_usual:
+        print(f'Tags are read as {scheme}')
     spec = TextSpec('tagging', classes=vocab, lang=kwargs.get('lang', 'en'), rules=rule_names(tok.rules),
                     max_length=tok.max_length, word_sep=tok.sep, columns=dict(words='tokens', tags='tags'))
     return dls.with_spec(spec, tok.tokenizer, tok.rules)

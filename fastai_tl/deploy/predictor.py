@@ -19,9 +19,10 @@ from ..core import DataError, FastaiTLError, shorten
 from ..data.display import TextTable
 from ..data.hf_tokenizer import packs
 from ..data.spec import activate
+from ..data.classification import whole_texts_dl
 from ..data.tables import check_is_list, check_items, list_of, text_column
-from ..data.windows import pool_windows
-from .engines import engine_of, unactivate
+from ..data.windows import pool_scores, split_windows
+from .engines import engine_of
 from ..evaluation.evaluation import Evaluation
 from ..learners.bidirectional import BidirectionalLearner
 
@@ -128,6 +129,18 @@ def _as_key(item):
     return item if isinstance(item, str) else tuple(item)
 
 # %% ../../nbs/810_deploy.predictor.ipynb #3562ea45
+def _is_in_windows(row):
+    "Return whether a row has the tokens of all windows of a text, as `HFTokenizeWindows` returns them"
+    return isinstance(row, np.ndarray) and row.ndim == 2 and len(row) == 5
+
+def _run_in_windows(predictor, rows):
+    "Return the scores of texts from rows with the tokens of all their windows"
+    parts = [split_windows(torch.from_numpy(row)[None])[0] for row in rows]
+    owners = [i for i, windows in enumerate(parts) for _ in windows]
+    scores = predictor.run([window.numpy() for windows in parts for window in windows])
+    return pool_scores(torch.from_numpy(scores), owners, predictor.task).numpy()
+
+# %% ../../nbs/810_deploy.predictor.ipynb #3f6b2a10
 def _temperature_of(temperature, task):
     "Return the temperature as a number; accepts a number or the result of a calibration"
     value = float(getattr(temperature, 'temperature', 1. if temperature is None else temperature))
@@ -193,6 +206,8 @@ class Predictor:
         rows # Rows of token ids, as `engine.encode` returns them
     ) -> np.ndarray: # Logits, of shape (rows, outputs)
         "Compute the scores of rows of token ids, in the order of the rows"
+        if len(rows) and _is_in_windows(rows[0]):
+            return _run_in_windows(self, rows)
         lens = [row.shape[-1] for row in rows]
         if 0 in lens:
             empty = shorten(i for i, n in enumerate(lens) if not n)
@@ -210,8 +225,7 @@ class Predictor:
         if self.engine.windows is None or not isinstance(texts[0], str):
             return self.run(self.engine.encode(texts))
         windows, owners = self.engine.pieces(texts)
-        probs = activate(torch.from_numpy(self.run(self.engine.encode(windows))), self.task)
-        return unactivate(pool_windows(probs, owners), self.task).numpy()
+        return pool_scores(torch.from_numpy(self.run(self.engine.encode(windows))), owners, self.task).numpy()
 
     def scores(self,
         texts, # Strings, or pairs of strings
@@ -284,7 +298,7 @@ def labelled_rows(
     "Take at most `n` evenly spaced rows of a dataset, with their targets"
     is_pair = isinstance(learn, BidirectionalLearner)
     parts = learn.learners if is_pair else [learn]
-    datasets = [part.dls[ds_idx].dataset for part in parts]
+    datasets = [whole_texts_dl(part.dls, ds_idx).dataset for part in parts]
     n_rows = len(datasets[0])
     idxs = np.unique(np.linspace(0, n_rows-1, min(n, n_rows)).astype(int)).tolist()
     samples = [[ds[i] for ds in datasets] for i in idxs]

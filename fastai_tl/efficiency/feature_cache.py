@@ -305,7 +305,8 @@ class CachedPrefix(AroundBatch):
 
     def before_validate(self):
         "Validate from stored states too, if the epoch trained from them"
-        if self._active and self.learn.dl is self.dls.valid:
+        in_windows = hasattr(self.dls, 'training_texts') # a validation row has as many states as its text has windows
+        if self._active and self.learn.dl is self.dls.valid and not in_windows:
             self._use_cache('validation')
 
     def after_epoch(self):

@@ -17,11 +17,10 @@ from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import _ConstantFunc
 from ..callbacks import evaluating, recorder_kept
 from ..core import DataError, shorten, unknown_option
-from ..data.windows import pool_windows, text_windows
+from ..data.classification import whole_texts_dl
 from ..data.labels import check_labels
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec, activate
 from ..data.tables import check_items, column, list_of, text_column
-from .scores import row_losses
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import row_losses_of, row_texts, spec_of
 
@@ -159,18 +158,6 @@ def labelled_dl(dls, texts, labels):
     table = {'text': texts, columns['text']: texts, columns['label']: labels} # fastai's Tokenizer writes `text`
     return dls.test_dl(pd.DataFrame(table), with_labels=True)
 
-def pass_over_windows(learn, texts, labels, spec):
-    "Return the probabilities of each text as the mean over its windows, with targets and losses"
-    windows, owner = text_windows(texts, learn.dls.tokenizer, spec.max_length, spec.windows)
-    dl = labelled_dl(learn.dls, windows, [labels[i] for i in owner])
-    probs, targets, _ = pass_over(learn, dl, spec)
-    probs = pool_windows(probs, owner).numpy()
-    _, first = np.unique(owner, return_index=True)
-    targets = targets[first]
-    columns = two_columns(probs, targets, spec.classes)
-    task = 'classification' if columns is not probs else spec.task
-    return probs, targets, row_losses(columns, targets, task)
-
 # %% ../../nbs/730_evaluation.predictions.ipynb #8906d69b
 def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, data=None, labels=None):
     "Create a `cls` object with one pass of a Learner or `BidirectionalLearner` over its own rows or new rows"
@@ -179,11 +166,8 @@ def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, dat
         of_labels = spec_of(learn.dls) # without the loss function, which could change the task to multi-label
         new_texts, new_labels = labelled_texts(of_labels, data, labels)
         texts = new_texts if texts is None and isinstance(new_texts[0], str) else texts
-        if spec.windows is not None:
-            result = pass_over_windows(learn, new_texts, new_labels, spec)
-            return rows_of_pass(cls, spec, None, *result, classes, texts)
         dl = labelled_dl(learn.dls, new_texts, new_labels)
-    read = learn.dls[ds_idx] if dl is None else dl
+    read = whole_texts_dl(learn.dls, ds_idx) if dl is None else dl
     if isinstance(learn, BidirectionalLearner):
         result = pass_of_pair(learn, ds_idx, dl, spec)
     else:

@@ -15,13 +15,13 @@ from ..core import DataError, shorten
 from ..data.display import TextTable
 from ..data.tables import column
 from ..data.tagging import check_tagged
-from ..data.tags import tag_spans
+from ..data.tags import TagScheme, tag_scheme, tag_spans
 from .report import ScoreTable
 from .scores import averages, class_scores, corrected_resamples, f1_interval, interval_ends
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #9393bd4c
-def check_tags(preds, targets):
-    "Raise an error unless each sentence has as many predicted as true tags, all `O` or of a form like `B-PER`"
+def check_tags(preds, targets, scheme=None):
+    "Return the scheme; raise an error unless each sentence has as many predicted as true tags, all of one scheme"
     if len(preds) != len(targets):
         raise DataError('Predictions and targets must have the same number of sentences',
                         f'{len(preds)} and {len(targets)}')
@@ -29,13 +29,18 @@ def check_tags(preds, targets):
     if bad:
         raise DataError('Each sentence needs as many predicted tags as true ones', f'others in row {shorten(bad)}',
                         'Leave out the tags of special tokens and of word pieces')
-    odd = {tag for tags in preds+targets for tag in tags if not re.fullmatch(r'O|[BIESLU]-.+', str(tag))}
-    if odd:
-        raise DataError('Tags are O, or a letter of BIESLU, a hyphen and a type', shorten(sorted(map(str, odd))))
+    if scheme is not None:
+        return scheme
+    known = {str(tag) for tags in preds+targets for tag in tags}
+    scheme = tag_scheme(known) or TagScheme()
+    odd = {tag for tag in known if not re.fullmatch(r'[Oo]|[BIESLUMW]-.+', tag)}
+    if odd and scheme.style == 'mixed':
+        raise DataError('Tags are O, or a letter of BIESLU, a hyphen and a type', shorten(sorted(odd)))
+    return scheme
 
-def entities(tags):
+def entities(tags, scheme=None):
     "Return the entities of each sentence as sets of (type, first word, last word)"
-    return [{(kind, start, end-1) for kind, start, end in tag_spans(sentence)} for sentence in tags]
+    return [{(kind, start, end-1) for kind, start, end in tag_spans(sentence, scheme)} for sentence in tags]
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #86913d72
 def entity_table(tp, true, pred):
@@ -77,14 +82,15 @@ class TagEvaluation:
     def __init__(self,
         preds, # Lists of predicted tags such as `B-PER` and `O`, one list for each sentence
         targets, # Lists of true tags, of the same lengths
-        tokens=None # Lists of words, shown in the table of errors
+        tokens=None, # Lists of words, shown in the table of errors
+        scheme:TagScheme|None=None # How the tags are written, from `tag_scheme`; `None`: found from the tags
     ):
         self.preds = [list(tags) for tags in preds]
         self.targets = [list(tags) for tags in targets]
         self.tokens = tokens
-        check_tags(self.preds, self.targets)
-        self.found = entities(self.preds)
-        self.true = entities(self.targets)
+        self.scheme = check_tags(self.preds, self.targets, scheme)
+        self.found = entities(self.preds, self.scheme)
+        self.true = entities(self.targets, self.scheme)
         self.types = sorted({kind for sentence in self.found+self.true for kind, _, _ in sentence})
     @classmethod
     def from_learner(cls,
@@ -104,7 +110,8 @@ class TagEvaluation:
             words, tags = check_tagged(data, labels)
         with learn.no_bar(), learn.no_logging():
             found = learn.tag([list(sentence) for sentence in words])
-        return cls([sentence.tags for sentence in found], tags, words)
+        known = {*learn.dls.spec.classes, *(tag for sentence in tags for tag in sentence)}
+        return cls([sentence.tags for sentence in found], tags, words, tag_scheme(known))
     def __len__(self):
         return len(self.targets)
     def __repr__(self):

@@ -13,6 +13,7 @@ from fastcore.all import L, delegates
 from fastai.learner import Learner
 from fastai.torch_core import join_path_file
 from ..callbacks import recorder_kept
+from ..data.classification import whole_texts_dl
 from ..models.layer_groups import layer_splitter
 from ..models.hf import HFEncoder, HFModel, check_lengths, check_tokenizer, load_hf
 from ..efficiency.mixed_precision import AutocastPrecision
@@ -30,6 +31,14 @@ class HFLearner(Learner):
         "Return the tokenizer of the DataLoaders"
         return self.dls.tokenizer
 
+    def validate(self,
+        ds_idx:int=1, # 0 for the training rows, 1 for the validation rows
+        dl=None, # DataLoader to use instead
+        cbs=None # Callbacks for this pass
+    ): # The loss and the metrics
+        "Compute the loss and the metrics; a text that is read in windows counts once"
+        return super().validate(ds_idx, whole_texts_dl(self.dls, ds_idx) if dl is None else dl, cbs)
+
     @delegates(Learner.get_preds)
     def get_preds(self,
         ds_idx:int=1, # Index of the DataLoader if `dl` is `None`: 0 for training, 1 for validation
@@ -37,7 +46,9 @@ class HFLearner(Learner):
         *args,
         **kwargs
     ) -> tuple:
-        "Predict as `Learner.get_preds` does; the Recorder keeps the record of the training"
+        "Predict as `Learner.get_preds` does, with one row per text; the Recorder keeps the record of the training"
+        if dl is None and hasattr(self.dls, 'training_texts'):
+            dl = whole_texts_dl(self.dls, ds_idx)
         with recorder_kept(self):
             return super().get_preds(ds_idx, dl, *args, **kwargs)
 

@@ -112,6 +112,8 @@ def hf_classifier_learner(
                         'Make them with `HFTextDataLoaders`')
     default_loss = _loss_func(dls, task, class_weights)
     is_regression = task == 'regression'
-    return make_learner(dls, model, 'classification', classes=None if is_regression else list(dls.vocab),
-                        n_out=get_c(dls) if is_regression else None, loss_func=loss_func or default_loss,
-                        metrics=_hf_metrics(task) if metrics is None else metrics, **kwargs)
+    learn = make_learner(dls, model, 'classification', classes=None if is_regression else list(dls.vocab),
+                         n_out=get_c(dls) if is_regression else None, loss_func=loss_func or default_loss,
+                         metrics=_hf_metrics(task) if metrics is None else metrics, **kwargs)
+    learn.model.pooling = dict(task=task, left=dls.tokenizer.padding_side == 'left')
+    return learn

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from ..core import DataError, FastaiTLError, VocabError, optional, shorten, unknown_option
 from ..data.hf_tokenizer import TensorTokens, hub_error
+from ..data.windows import read_in_windows
 from ..files import load_tree, save_tree
 from .class_order import fit_head, match_outputs, match_saved_head, name_outputs
 from .encoder import EncoderMatch, map_rows, match_vocab
@@ -194,6 +195,7 @@ class HFModel(nn.Module):
         self.limit = max_positions(self.inner[0])
         self.vocab_sz = self.inner[0].get_input_embeddings().weight.shape[0]
         self.pad_id = self._pad_id()
+        self.pooling = {} # how the windows of a long text are read: its task, and whether padding is on the left
         mark_fixed(self)
 
     def reset(self):
@@ -213,6 +215,8 @@ class HFModel(nn.Module):
     ): # Logits, or a tuple of start and end logits
         "Compute the logits of a batch of texts"
         x = x.as_subclass(TensorTokens) # fastai passes plain tensors to models
+        if x.windows is not None:
+            return read_in_windows(self.forward, x, **{'task': 'classification', **getattr(self, 'pooling', {})})
         inputs = self.named_inputs(x)
         if decoder_x is not None:
             inputs |= self.named_inputs(decoder_x.as_subclass(TensorTokens), 'decoder_')
