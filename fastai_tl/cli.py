@@ -262,7 +262,7 @@ def _predict_with_transformer(run, summary, texts):
     from fastai_tl.data.tokenizers import apply_rules
     from fastai_tl.models.loading import load_pretrained
     folder = Path(run)/summary['model']
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = load_pretrained(AutoModelForSequenceClassification, folder, new_head=False).eval()
     rules = language_rules(summary.get('lang', 'en'))
     max_length = summary['size']['max_length']

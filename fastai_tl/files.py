@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import pandas as pd
 import torch
-from .core import FastaiTLError, shorten
+from .core import FastaiTLError, RunError, shorten
 
 # %% ../nbs/040_files.ipynb #bb6c0cdb
 _MACHINE = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
@@ -210,6 +210,47 @@ def read_json(
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: # not JSON, not UTF-8, too deep, or a number with too many digits
         raise FastaiTLError(f'{path} must be a JSON file', str(e), 'Delete it or bring it back from a copy') from None
+
+# %% ../nbs/040_files.ipynb #573ff59e
+_MAX_JSON_BYTES = 64<<20
+_MAX_DEPTH = 30
+
+def _unique(pairs):
+    "Make a dict of the members of a JSON object, or raise an error if a key occurs twice"
+    res = dict(pairs)
+    if len(res) != len(pairs):
+        raise ValueError('a key occurs twice')
+    return res
+
+def containers(
+    contents # Contents of a JSON file
+): # Yields (list or dict, its depth)
+    "Go through all lists and dicts of a JSON file"
+    stack = [(contents, 1)]
+    while stack:
+        node, depth = stack.pop()
+        if not isinstance(node, (dict, list)):
+            continue
+        yield node, depth
+        children = node.values() if isinstance(node, dict) else node
+        stack.extend((child, depth+1) for child in children if isinstance(child, (dict, list)))
+
+# %% ../nbs/040_files.ipynb #93006f71
+def read_strict_json(
+    path:str|Path # The file
+): # Its contents
+    "Read a JSON file; refuse one that is too large, nested too deeply, or has a key twice"
+    path = Path(path)
+    todo = 'Bring it back from a copy; do not use a file like this from a stranger'
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise RunError(f'{path} must have at most {_MAX_JSON_BYTES>>20} MiB', f'{path.stat().st_size>>20:,} MiB', todo)
+    try:
+        contents = json.loads(path.read_bytes().decode('utf-8'), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise RunError(f'{path} must be a JSON file', str(e)[:200], todo) from None
+    if max((depth for _, depth in containers(contents)), default=0) > _MAX_DEPTH:
+        raise RunError(f'{path} must be nested at most {_MAX_DEPTH} levels deep', 'more levels', todo)
+    return contents
 
 # %% ../nbs/040_files.ipynb #587808e3
 def _encode_tree(tree, tensors, seen):

@@ -9,6 +9,7 @@ __all__ = ['TensorTokens', 'TensorTargets', 'load_tokenizer', 'model_max_length'
            'n_tokens', 'TokensDL', 'packs', 'HFTextBlock']
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #29fd9a06
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from fastcore.all import L
@@ -20,7 +21,7 @@ from fastai.interpret import plot_top_losses
 from fastai.text.core import TitledStr
 from fastai.text.data import SortedDL, TensorText
 from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory
-from ..core import DataError, FastaiTLError, unknown_option
+from ..core import DataError, FastaiTLError, RunError, unknown_option
 from .display import show_rows
 from .loaders import language_rules
 from .tokenizers import apply_rules
@@ -78,7 +79,7 @@ def load_tokenizer(
     if isinstance(tokenizer, (str, Path)):
         from transformers import AutoTokenizer
         try:
-            return AutoTokenizer.from_pretrained(tokenizer, **kwargs)
+            return AutoTokenizer.from_pretrained(tokenizer, **{'trust_remote_code': False, **kwargs})
         except (OSError, ValueError, KeyError) as error:
             raise hub_error('A tokenizer', tokenizer, error) from error
     if not (callable(tokenizer) and hasattr(tokenizer, 'model_input_names')):
@@ -158,6 +159,18 @@ def truncation_message(n_cut, n, max_length):
     return f'{share} texts were cut at {max_length} tokens'
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #37564e4b
+@contextmanager
+def rust_errors():
+    "Turn an internal error of `tokenizers`, which is not an `Exception`, into a `RunError`"
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != 'PanicException':
+            raise
+        raise RunError('The tokenizer must be able to read each text', f'an error for one of them: {error!s:.200}',
+                       'Leave out unusually long words, or use another tokenizer') from error
+
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #4a85b851
 class HFTokenize(DisplayedTransform):
     "Turn texts, or pairs of texts as lists of two, into `TensorTokens`; each text is tokenized once"
     def __init__(self,
@@ -207,7 +220,8 @@ class HFTokenize(DisplayedTransform):
         columns = [texts] if isinstance(texts[0], str) else zip(*texts)
         columns = [list(apply_rules(self.rules, column)) for column in columns]
         max_length = self.max_length if self.truncation else None
-        encoded = self.tokenizer(*columns, truncation=self.truncation, max_length=max_length, verbose=False)
+        with rust_errors():
+            encoded = self.tokenizer(*columns, truncation=self.truncation, max_length=max_length, verbose=False)
         fields = ['input_ids', 'token_type_ids'] if self.has_types else ['input_ids']
         arrays = [np.asarray(rows, dtype=np.int32) for rows in zip(*[encoded[field] for field in fields])]
         n_cut = n_truncated(self.tokenizer, encoded, columns, max_length) if self.truncation else 0

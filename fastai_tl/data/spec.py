@@ -9,8 +9,9 @@ __all__ = ['CLASSIFICATION_TASKS', 'LANGUAGE_MODEL_TASKS', 'TASKS', 'activate', 
 
 # %% ../../nbs/100_data.spec.ipynb #3bcec20f
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args
 from ..core import DataError, did_you_mean, lang_code, shorten, unknown_option
 from ..files import read_json, write_json
 
@@ -171,4 +172,17 @@ def _checked_fields(cls, content):
     unknown = [k for k in content if k not in known]
     if unknown:
         raise DataError('A spec must have known fields only', shorten(unknown), did_you_mean(unknown[0], known))
+    for f in fields(cls):
+        _check_type(f, content.get(f.name, f.default))
     return content
+
+def _check_type(f, value):
+    "Raise an error if a value from a JSON file cannot be that of a field"
+    kinds = get_args(f.type) or (f.type,)
+    names = (*kinds, list) if tuple in kinds else kinds
+    is_missing = value is MISSING
+    is_number = float in kinds and type(value) is int
+    if is_missing or is_number or type(value) in names or type(value) is tuple and f.name in TUPLE_FIELDS:
+        return
+    expected = ' or '.join('null' if kind is type(None) else kind.__name__ for kind in names if kind is not tuple)
+    raise DataError(f'`{f.name}` of a spec must be: {expected}', f'a {type(value).__name__}: {value!r}'[:200])

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.bundle.html.md"""
 __all__ = ['TOKENIZER_MAKERS', 'DATALOADERS', 'load_bundle']
 
 # %% ../../nbs/820_deploy.bundle.ipynb #f83e8059
-import copy
+import copy, inspect
 from functools import partial
 from pathlib import Path
 import pandas as pd, torch
@@ -16,23 +16,28 @@ from fastcore.all import patch
 from fastai.learner import Learner
 from fastai.text.core import BaseTokenizer, SpacyTokenizer, defaults
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
-from fastai.text.models.core import LinearDecoder, get_language_model, get_text_classifier
+from fastai.text.models.core import get_language_model, get_text_classifier
 from fastai.torch_core import default_device
-from ..core import DataError, FastaiTLError, RunError, shorten
+from ..core import DataError, FastaiTLError, RunError, TrainingError, shorten
 from ..data.awd_lstm import empty_dls
 from ..data.class_names import match_names
 from ..data.classification import HFTextDataLoaders
 from ..data.language_modeling import HFCausalLMDataLoaders, HFMaskedLMDataLoaders
-from ..data.loaders import language_rules, rule_names, text_rules
+from ..data.loaders import rule_names, text_rules
 from ..data.qa import HFQADataLoaders
 from ..data.seq2seq import HFSeq2SeqDataLoaders
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec
 from ..data.tagging import HFTagDataLoaders
 from ..data.tokenizers import WordLevelTokenizer
+from .awd_settings import awd_settings, distinct_weights
+from .bundle_format_1 import spec_of_format_1
 from .engines import AWDEngine, AveragedEngine, HFEngine, classifier_parts
-from .manifest import bundle_folder, check_bundle
+from fastai_tl.deploy.manifest import (BUNDLE, SizeLimit, bundle_folder, check_bundle, check_config, check_finite,
+    check_outputs, check_settings, check_spec, checked_awd_settings, nonfinite_weights, reading,
+    tensor_shapes)
 from .predictor import Predictor, describe_change
-from ..files import read_json, write_json
+from .quantization import PRECISIONS
+from ..files import read_strict_json, write_json
 
 # %% ../../nbs/820_deploy.bundle.ipynb #7cfa1540
 from ..learners.auto import LEARNERS
@@ -41,8 +46,8 @@ from ..learners.classification import awd_classifier_learner
 from ..learners.language_modeling import awd_lm_learner
 from ..models.awd_lstm import pool_real_tokens
 from ..models.class_order import name_outputs, output_names, permute_rows, reorder_outputs
-from ..models.encoder import find_encoder
-from ..models.hf import HFModel, load_hf
+from ..models.hf import HF_TASKS, HFModel
+from ..models.loading import check_tokenizer_file, load_pretrained, quiet_transformers
 from ..models.third_party import text_parts
 
 # %% ../../nbs/820_deploy.bundle.ipynb #2e2545bb
@@ -83,36 +88,6 @@ def _with_tokenizer(parts):
     return parts.spec.replace(tokenizer=settings, rules=rule_names(rules))
 
 # %% ../../nbs/820_deploy.bundle.ipynb #39cbf931
-def _awd_config(encoder):
-    "Return the sizes and dropout probabilities of an AWD_LSTM"
-    return dict(emb_sz=encoder.emb_sz, n_hid=encoder.n_hid, n_layers=encoder.n_layers, pad_token=encoder.pad_token,
-                bidir=encoder.n_dir == 2, hidden_p=encoder.hidden_dps[0].p, input_p=encoder.input_dp.p,
-                embed_p=encoder.encoder_dp.embed_p, weight_p=encoder.rnns[0].weight_p)
-
-def _classifier_head(model):
-    "Return the sizes and dropout probabilities of the head of a classifier"
-    sentence, head = classifier_parts(model)
-    linears = [m for m in head.layers.modules() if isinstance(m, torch.nn.Linear)]
-    dropouts = [m.p for m in head.layers.modules() if isinstance(m, torch.nn.Dropout)]
-    low = getattr(head.layers[-1], 'low', None)
-    return dict(lin_ftrs=[m.out_features for m in linears[:-1]], n_out=linears[-1].out_features, ps=dropouts,
-                seq_len=sentence.bptt, max_len=sentence.max_len,
-                y_range=None if low is None else [low, head.layers[-1].high])
-
-def _lm_head(model, encoder):
-    "Return the settings of the decoder of a language model"
-    decoder = model[1]
-    return dict(tie_weights=decoder.decoder.weight is encoder.encoder.weight, output_p=decoder.output_dp.p,
-                out_bias=decoder.decoder.bias is not None)
-
-# %% ../../nbs/820_deploy.bundle.ipynb #9fa9fb82
-def _awd_settings(model, vocab):
-    "Return the settings from which `_make_awd` can build the model again"
-    encoder = find_encoder(model)
-    is_lm = isinstance(model[1], LinearDecoder)
-    head = _lm_head(model, encoder) if is_lm else _classifier_head(model)
-    return dict(config=_awd_config(encoder), head=head, vocab=list(vocab))
-
 def _make_awd(settings):
     "Build the model from its settings, with random weights"
     config, head = settings['config'], settings['head']
@@ -124,16 +99,12 @@ def _make_awd(settings):
         AWD_LSTM, n_tokens, head['n_out'], head['seq_len'], config, drop_mult=1., lin_ftrs=head['lin_ftrs'],
         ps=head['ps'][1:], pad_idx=config['pad_token'], max_len=head['max_len'], y_range=head['y_range'])
 
-# %% ../../nbs/820_deploy.bundle.ipynb #48e38a40
+# %% ../../nbs/820_deploy.bundle.ipynb #9fa9fb82
 def _save_awd(model, vocab, folder, name):
     "Write the weights and settings; tied weights are written only once"
     from safetensors.torch import save_file
-    settings = _awd_settings(model, vocab)
-    weights, seen = {}, set()
-    for key, weight in model.state_dict().items():
-        if weight.data_ptr() not in seen:
-            weights[key] = weight.detach().cpu().contiguous().clone()
-        seen.add(weight.data_ptr())
+    settings = awd_settings(model, vocab)
+    weights = distinct_weights(model)
     made = _make_awd(settings).state_dict()
     if other := [key for key, weight in weights.items() if key not in made or made[key].shape != weight.shape]:
         raise FastaiTLError("The model must be one of fastai's own", f'other weights: {shorten(other)}',
@@ -141,26 +112,43 @@ def _save_awd(model, vocab, folder, name):
     save_file(weights, str(folder/f'{name}.safetensors'))
     write_json(folder/f'{name}.json', settings)
 
-# %% ../../nbs/820_deploy.bundle.ipynb #c34d00aa
+# %% ../../nbs/820_deploy.bundle.ipynb #48e38a40
 def _load_awd(folder, name):
     "Return the settings and the model"
     from safetensors.torch import load_file
-    settings = read_json(folder/f'{name}.json')
-    model = _make_awd(settings)
+    file = folder/f'{name}.json'
+    weight_file = folder/f'{name}.safetensors'
+    shapes = tensor_shapes([weight_file])
+    check_config(file, shapes)
+    with reading(file):
+        settings = checked_awd_settings(read_strict_json(file))
+        with SizeLimit(shapes).counting():
+            _make_awd(settings)
+        model = _make_awd(settings)
+    with reading(weight_file):
+        _read_awd_weights(model, load_file(str(weight_file)))
+    check_finite(weight_file, model)
+    with reading(file), torch.inference_mode():
+        model.eval()(torch.full((1, 8), len(settings['vocab'])-1))
+        model.reset()
+    return settings, model.to(default_device())
+
+# %% ../../nbs/820_deploy.bundle.ipynb #a3a70711
+def _read_awd_weights(model, weights):
     try:
-        missing, unknown = model.load_state_dict(load_file(str(folder/f'{name}.safetensors')), strict=False)
+        missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as e:
         raise _other_weights(str(e).strip().splitlines()[-1].strip()) from e
-    weights = model.state_dict()
-    loaded = {weight.data_ptr() for key, weight in weights.items() if key not in missing}
-    if unknown or any(weights[key].data_ptr() not in loaded for key in missing): # tied weights share memory
+    own = model.state_dict()
+    loaded = {weight.data_ptr() for key, weight in own.items() if key not in missing}
+    if unknown or any(own[key].data_ptr() not in loaded for key in missing): # tied weights share memory
         raise _other_weights(shorten([*unknown, *missing]))
-    return settings, model.to(default_device()).eval()
 
+# %% ../../nbs/820_deploy.bundle.ipynb #3a9af88b
 def _other_weights(got):
     return RunError('The weights of a bundle must be those of its model', got, 'Write it again')
 
-# %% ../../nbs/820_deploy.bundle.ipynb #8be69dc3
+# %% ../../nbs/820_deploy.bundle.ipynb #0e9474fb
 def _save_hf(learn, tokenizer, folder, classes):
     hf = learn.model.hf
     if hf is not learn.model.inner[0]:
@@ -170,23 +158,79 @@ def _save_hf(learn, tokenizer, folder, classes):
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
+# %% ../../nbs/820_deploy.bundle.ipynb #db03f3c4
+_SAFE = dict(trust_remote_code=False, local_files_only=True)
+
+def _weight_files(folder):
+    "Return the paths of the weight files that transformers reads"
+    single = folder/'model.safetensors'
+    index = folder/'model.safetensors.index.json'
+    if index.is_file() and not single.is_file():
+        return [folder/name for name in sorted(set(read_strict_json(index)['weight_map'].values()))]
+    return [single]
+
+def _auto_class(spec):
+    import transformers
+    return getattr(transformers, f'AutoModelFor{HF_TASKS[_learner_task(spec)]}')
+
+def _check_size(folder, spec):
+    "Raise an error unless the configuration describes a model of the size of the weights"
+    from transformers import AutoConfig
+    file = folder/'config.json'
+    shapes = tensor_shapes(_weight_files(folder))
+    check_config(file, shapes)
+    with reading(file), quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, **_SAFE)
+        with SizeLimit(shapes).counting():
+            _auto_class(spec).from_config(config, trust_remote_code=False)
+
+# %% ../../nbs/820_deploy.bundle.ipynb #57fb3313
+def _load_tokenizer(folder):
+    from transformers import AutoTokenizer
+    file = folder/'tokenizer.json'
+    if file.is_file():
+        check_tokenizer_file(file)
+    with reading(file if file.is_file() else folder/'tokenizer_config.json'), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, **_SAFE)
+
 def _load_hf(folder, spec):
     "Load the tokenizer and the model with transformers, without running code from the folder"
-    from transformers import AutoTokenizer
-    safe = dict(trust_remote_code=False, local_files_only=True)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-    except (OSError, ValueError, KeyError) as e:
-        raise RunError('transformers must be able to load the tokenizer of a bundle', str(e).splitlines()[0][:200],
-                       'Use the version of transformers that its bundle.json names') from e
-    model = load_hf(folder, _learner_task(spec), use_safetensors=True, **safe)
-    return tokenizer, model.to(default_device()).eval()
+    _check_size(folder, spec)
+    tokenizer = _load_tokenizer(folder)
+    with reading(folder/'config.json'):
+        model = load_pretrained(_auto_class(spec), folder, new_head=False, use_safetensors=True, dtype=torch.float32,
+                                **_SAFE).eval()
+    check_finite(folder/'model.safetensors', model)
+    check_outputs(folder/'spec.json', spec, model.config.num_labels)
+    _try(folder, tokenizer, model)
+    return tokenizer, model.to(default_device())
 
 def _learner_task(spec):
     "Return the key of the task in `LEARNERS` and `HF_TASKS`"
     return 'classification' if spec.is_classification else spec.task
 
-# %% ../../nbs/820_deploy.bundle.ipynb #86f4ad12
+# %% ../../nbs/820_deploy.bundle.ipynb #8be69dc3
+def _try(folder, tokenizer, model):
+    "Compute one short text, so that settings that do not fit each other are found when a bundle is loaded"
+    with reading(folder/'tokenizer.json'):
+        inputs = tokenizer('a', return_tensors='pt')
+        last = max([*tokenizer.get_vocab().values(), *inputs['input_ids'].flatten().tolist()], default=-1)
+        n_rows = model.get_input_embeddings().weight.shape[0]
+        if last >= n_rows:
+            raise RunError(f'The tokenizer of a bundle must have at most {n_rows:,} tokens, as the model has',
+                           f'token number {last:,}')
+    if not inputs['input_ids'].numel():
+        return
+    with reading(folder/'config.json'), torch.inference_mode():
+        accepts = inspect.signature(model.forward).parameters
+        inputs = {k: v for k, v in inputs.items() if k in accepts}
+        if model.config.is_encoder_decoder and 'decoder_input_ids' in accepts:
+            inputs['decoder_input_ids'] = inputs['input_ids']
+        out = model(**inputs, return_dict=True)
+        if any(o.isnan().any() for o in (out.get('logits'), out.get('start_logits')) if o is not None):
+            raise RunError('The model of a bundle must compute numbers', 'NaN for a short text')
+
+# %% ../../nbs/820_deploy.bundle.ipynb #2b99a527
 @patch
 def save_bundle(self:Learner|BidirectionalLearner,
     path:str|Path, # Folder to create, or an existing bundle to replace
@@ -198,6 +242,10 @@ def save_bundle(self:Learner|BidirectionalLearner,
     learners = _named_learners(self)
     parts = {name: text_parts(learn) for name, learn in learners.items()}
     spec = next(iter(parts.values())).spec
+    for learn in learners.values():
+        if bad := nonfinite_weights(learn.model):
+            raise TrainingError('The weights of a bundle must be finite numbers', f'NaN or infinity in {shorten(bad)}',
+                                'Load a checkpoint from before the loss became NaN, or train with a lower rate')
     if spec.is_classification:
         settings = _prediction_settings(self, temperature, thresholds, precision)
     elif temperature is not None or thresholds is not None or precision != 'fp32':
@@ -210,6 +258,7 @@ def save_bundle(self:Learner|BidirectionalLearner,
         spec.replace(backwards=spec.backwards and len(learners) == 1).save(folder/'spec.json')
     return Path(path)
 
+# %% ../../nbs/820_deploy.bundle.ipynb #6f1ba887
 def _named_learners(learn):
     "Return a dict from the name of each model's files in a bundle to its Learner"
     is_pair = isinstance(learn, BidirectionalLearner)
@@ -243,7 +292,10 @@ def load_bundle(
     manifest, spec = _read_bundle(path)
     if not spec.is_classification:
         return _make_learner(path, manifest, spec)
-    engine = _make_engine(path, manifest, spec)
+    with reading(path/BUNDLE):
+        check_settings(manifest, tuple(PRECISIONS))
+    with reading(path):
+        engine = _make_engine(path, manifest, spec)
     precision = precision or manifest['precision']
     change = _measured_change(manifest, precision)
     predictor = Predictor(engine, precision, manifest['temperature'], manifest['thresholds'], **kwargs)
@@ -254,10 +306,14 @@ def load_bundle(
         print(describe_change(change))
     return predictor
 
+# %% ../../nbs/820_deploy.bundle.ipynb #413cc78a
 def _read_bundle(path):
     "Check the files of a bundle and return its manifest and spec"
     manifest = check_bundle(path)
-    spec = _spec_of_format_1(path, manifest) if manifest['version'] == 1 else TextSpec.load(path/'spec.json')
+    file = path/BUNDLE if manifest['version'] == 1 else path/'spec.json'
+    with reading(file):
+        spec = spec_of_format_1(path, manifest) if manifest['version'] == 1 else TextSpec.load(file)
+        check_spec(spec)
     return manifest, spec
 
 # %% ../../nbs/820_deploy.bundle.ipynb #09c6a9fa
@@ -290,36 +346,9 @@ def _make_engine(path, manifest, spec):
     engines = []
     for name in _model_names(manifest):
         settings, model = _load_awd(path, name)
+        check_outputs(path/'spec.json', spec, settings['head']['n_out'])
         engines.append(AWDEngine(model, _part_spec(spec, name), settings['vocab'], tokenizer, rules, own=True))
     return engines[0] if len(engines) == 1 else AveragedEngine(engines)
-
-# %% ../../nbs/820_deploy.bundle.ipynb #5423add5
-_FORMAT_1_TASKS = dict(single='classification', multi='multilabel', language_model='causal_lm')
-_FORMAT_1_COLUMNS = dict(
-    tagging=dict(words='tokens', tags='tags'), qa=dict(question='question', context='context', answer='answer'),
-    seq2seq=dict(source='source', target='target'), causal_lm=dict(text='text'), masked_lm=dict(text='text'))
-
-def _task_of_format_1(manifest):
-    if manifest.get('binary'):
-        return 'multilabel' # two classes with a single output
-    task = manifest['target'] if manifest['kind'] == 'classifier' else manifest['kind']
-    return _FORMAT_1_TASKS.get(task, task)
-
-def _spec_of_format_1(path, manifest):
-    "Make the spec of a bundle of format 1, which has no `spec.json`"
-    task = _task_of_format_1(manifest)
-    common = dict(classes=manifest.get('classes'), threshold=manifest.get('threshold', .5),
-                  columns=_FORMAT_1_COLUMNS.get(task, dict(text='text', label='label')))
-    if manifest['family'] == 'awd_lstm':
-        settings = read_json(path/f'{_model_names(manifest)[0]}.json')
-        tokenizer = dict(settings['tokenizer'])
-        return TextSpec(task, family='fastai', rules=tokenizer.pop('rules'), tokenizer=tokenizer, truncation=False,
-                        backwards=settings['backwards'], seq_len=settings['head'].get('seq_len'), **common)
-    data = manifest['data']
-    lang = data.get('lang', 'en')
-    same = {k: data[k] for k in ('max_length', 'truncation', 'pairs', 'may_be_none', 'max_target_length') if k in data}
-    return TextSpec(task, lang=lang, rules=rule_names(language_rules(lang)), word_sep=data.get('sep'),
-                    windows=data.get('windows', data.get('stride')), **same, **common)
 
 # %% ../../nbs/820_deploy.bundle.ipynb #0bd96e5a
 DATALOADERS = dict(tagging=HFTagDataLoaders, qa=HFQADataLoaders, causal_lm=HFCausalLMDataLoaders,
@@ -328,6 +357,10 @@ DATALOADERS = dict(tagging=HFTagDataLoaders, qa=HFQADataLoaders, causal_lm=HFCau
 
 def _make_learner(path, manifest, spec):
     "Make a Learner without data"
+    with reading(path):
+        return _learner(path, manifest, spec)
+
+def _learner(path, manifest, spec):
     if spec.family == 'huggingface':
         tokenizer, hf = _load_hf(path, spec)
         if spec.classes and hf.config.num_labels == len(spec.classes):

@@ -8,12 +8,15 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.manifest.html.md"""
 __all__ = ['BUNDLE', 'FORMAT', 'FORMAT_VERSION', 'bundle_folder', 'check_bundle']
 
 # %% ../../nbs/815_deploy.manifest.ipynb #4f3ea28a
-import contextlib, glob, hashlib, json, os, platform, warnings
+import contextlib, glob, hashlib, math, os, platform, re, threading, warnings
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+import torch
+from torch.nn.modules import module as module_hooks
 from .. import __version__
 from ..core import FastaiTLError, RunError, shorten
-from ..files import atomic_folder, can_be_swapped, digest, read_json, write_json
+from fastai_tl.files import (atomic_folder, can_be_swapped, containers, digest, read_strict_json,
+    write_json)
 
 # %% ../../nbs/815_deploy.manifest.ipynb #e5601e6f
 BUNDLE = 'bundle.json'
@@ -67,7 +70,7 @@ def _check_target(path, target):
 def _own_files(folder):
     "Return the names of the files that belong to the bundle in a folder; an empty set if there is no bundle"
     try:
-        manifest = read_bundle_json(Path(folder)/BUNDLE)
+        manifest = read_strict_json(Path(folder)/BUNDLE)
     except (FastaiTLError, OSError):
         return set()
     return {BUNDLE, *(name for name in manifest['files'] if not _name_problem(name))} if _is_list(manifest) else set()
@@ -126,7 +129,7 @@ def _read_manifest(path):
         got = f'a folder without {BUNDLE}' if path.is_dir() else f'no folder with {BUNDLE}'
         todo = _old_bundle(path) or 'Write one with `learn.save_bundle(folder)`'
         raise RunError(f'{path} must be a bundle', got, todo)
-    manifest = read_bundle_json(path/BUNDLE)
+    manifest = read_strict_json(path/BUNDLE)
     if not _is_list(manifest):
         raise RunError(f'{path/BUNDLE} must be the list of a bundle', 'another JSON file')
     number = manifest.get('version')
@@ -173,7 +176,7 @@ def _check_file(path, name, facts):
     if _checksum(file) != facts.get('checksum'):
         raise _damaged(path, name, 'its checksum differs')
     if file.suffix == '.json':
-        _check_json(name, read_bundle_json(file))
+        _check_json(name, read_strict_json(file))
 
 _MAX_HOLE = 1<<20
 
@@ -200,46 +203,6 @@ def _check_name(path, name):
                       'Do not use this bundle: such a file can hold code, or point to it')
 
 # %% ../../nbs/815_deploy.manifest.ipynb #dd7ac1b2
-_MAX_JSON_BYTES = 64<<20
-_MAX_DEPTH = 30
-
-def _unique(pairs):
-    "Make a dict of the members of a JSON object, or raise an error if a key occurs twice"
-    res = dict(pairs)
-    if len(res) != len(pairs):
-        raise ValueError('a key occurs twice')
-    return res
-
-def containers(
-    contents # Contents of a JSON file
-): # Yields (list or dict, its depth)
-    "Go through all lists and dicts of a JSON file"
-    stack = [(contents, 1)]
-    while stack:
-        node, depth = stack.pop()
-        if not isinstance(node, (dict, list)):
-            continue
-        yield node, depth
-        children = node.values() if isinstance(node, dict) else node
-        stack.extend((child, depth+1) for child in children if isinstance(child, (dict, list)))
-
-# %% ../../nbs/815_deploy.manifest.ipynb #f0f6634a
-def read_bundle_json(
-    file:Path # A JSON file of a bundle
-): # Its contents
-    "Read a JSON file of a bundle; refuse files that are too large or nested too deeply"
-    if file.stat().st_size > _MAX_JSON_BYTES:
-        raise _unsafe(f'{file} must have at most {_MAX_JSON_BYTES>>20} MiB', f'{file.stat().st_size>>20:,} MiB')
-    try:
-        contents = json.loads(file.read_bytes().decode('utf-8'), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as e:
-        raise RunError(f'{file} must be a JSON file', str(e)[:200],
-                       'Copy the bundle again, or write it again with `learn.save_bundle`') from None
-    if max((depth for _, depth in containers(contents)), default=0) > _MAX_DEPTH:
-        raise _unsafe(f'{file} must be nested at most {_MAX_DEPTH} levels deep', 'more levels')
-    return contents
-
-# %% ../../nbs/815_deploy.manifest.ipynb #3a238f2f
 _CODE_KEYS = ('auto_map', 'custom_generate', 'custom_pipelines', 'quantization_config', 'transformers_weights',
               'fast_tokenizer_files')
 _OWN_IMPLEMENTATIONS = (None, 'eager', 'sdpa', 'flex_attention', 'batched_mm', 'grouped_mm')
@@ -260,9 +223,199 @@ def _check_json(name, contents):
 
 def _check_index(path, name, listed):
     "Raise an error unless an index of split weights names listed safetensors files next to it"
-    index = read_bundle_json(path/name)
+    index = read_strict_json(path/name)
     weights = index.get('weight_map') if isinstance(index, dict) else None
     files = set(map(str, weights.values())) if isinstance(weights, dict) else {''}
     bad = sorted(file for file in files if file not in listed or '/' in file or not file.endswith('.safetensors'))
     if bad:
         raise _unsafe(f'The index {name} must name safetensors files that {BUNDLE} lists', ascii(bad[0]))
+
+# %% ../../nbs/815_deploy.manifest.ipynb #ed2f0808
+def is_library_error(error):
+    "Return whether an error is an exception or a panic of a library in Rust, not an interruption by the user"
+    return isinstance(error, Exception) or type(error).__name__ == 'PanicException'
+
+def first_line(error):
+    "Return the type and the first line of the message of an error, in printable characters"
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0][:200]}'.encode('utf-8', 'backslashreplace').decode()
+
+@contextlib.contextmanager
+def reading(
+    file:str|Path, # The file of a bundle that is read, or the bundle
+    todo:str='Write the bundle again with `learn.save_bundle`, or use the versions of its bundle.json' # What to do
+):
+    "Raise a `RunError` that names the file for an error of any library within the context"
+    try:
+        yield
+    except FastaiTLError as error:
+        if isinstance(error, RunError) and str(file) in error.message:
+            raise
+        kind = RunError if type(error) is FastaiTLError else type(error)
+        where = '' if str(file) in error.message else f'{file}: '
+        raise kind(f'{where}{error.expected}', error.got, error.todo) from error
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        raise RunError(f'{file} must fit the other files of its bundle', first_line(error), todo) from error
+
+# %% ../../nbs/815_deploy.manifest.ipynb #8fb07f7a
+def is_number(value, least=-math.inf, most=math.inf):
+    "Return whether a value of a JSON file is a finite number in a range"
+    return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+
+def check_settings(
+    manifest:dict, # Contents of `bundle.json`
+    precisions:tuple # The names of precisions
+):
+    "Raise an error unless the settings of a classifier for prediction have the right types"
+    thresholds, change = manifest['thresholds'], manifest['change']
+    has_two_rows = isinstance(change, list) and len(change) == 2 and all(isinstance(row, dict) for row in change)
+    fits = dict(
+        temperature=is_number(manifest['temperature']) and manifest['temperature'] > 0,
+        thresholds=thresholds is None or isinstance(thresholds, list) and all(map(is_number, thresholds)),
+        precision=manifest['precision'] in precisions,
+        change=change is None or has_two_rows and 'precision' in change[1])
+    if wrong := [name for name, is_right in fits.items() if not is_right]:
+        raise RunError(f'The settings of a bundle must have a valid {wrong[0]}', ascii(manifest[wrong[0]])[:200])
+
+# %% ../../nbs/815_deploy.manifest.ipynb #82135ed2
+def check_spec(
+    spec # The `TextSpec` of a bundle
+):
+    "Raise an error if a length or a threshold of a spec is out of range"
+    for name in ('max_length', 'max_target_length', 'seq_len', 'windows'):
+        least = 0 if name == 'windows' else 1
+        value = getattr(spec, name)
+        if value is not None and not (type(value) is int and is_number(value, least, 10**7)):
+            raise RunError(f'`{name}` of a spec must be an integer from {least} to 10,000,000', repr(value))
+    if not is_number(spec.threshold, 0, 1):
+        raise RunError('`threshold` of a spec must be a number from 0 to 1', repr(spec.threshold))
+
+# %% ../../nbs/815_deploy.manifest.ipynb #34f84036
+def check_outputs(
+    file:Path, # The file with the spec
+    spec, # The `TextSpec` of a bundle
+    n_out:int # Number of outputs of the model
+):
+    "Raise an error if the model does not have an output for each class of the spec"
+    has_classes = spec.classes is not None and spec.task in ('classification', 'multilabel', 'tagging')
+    classes = spec.classes if has_classes else range(n_out)
+    is_binary = spec.task == 'multilabel' and (len(classes), n_out) == (2, 1)
+    if len(classes) != n_out and not is_binary or len(set(map(str, classes))) != len(classes):
+        raise RunError(f'{file} must have a class for each output of the model, each of another name',
+                       f'{len(classes)} classes ({shorten(map(repr, classes))}) for {n_out} outputs')
+
+def checked_awd_settings(
+    settings:dict # `config`, `head` and `vocab` of an AWD_LSTM
+) -> dict:
+    "Return the settings of an AWD_LSTM, or raise an error if a value cannot be"
+    head, vocab = settings['head'], settings['vocab']
+    length = head.get('seq_len', 1)
+    if not (isinstance(vocab, list) and vocab and all(isinstance(token, str) for token in vocab)):
+        raise RunError('The vocabulary of a bundle must be a list of strings', f'a {type(vocab).__name__}')
+    if type(length) is not int or length < 1:
+        raise RunError('The sequence length of a model must be a positive integer', repr(length))
+    return settings
+
+# %% ../../nbs/815_deploy.manifest.ipynb #8db5233c
+def tensor_shapes(
+    files # Paths of safetensors files
+) -> dict: # Shape of each tensor, by its name
+    "Read the shapes of all tensors from the headers of safetensors files"
+    from safetensors import safe_open
+    shapes = {}
+    for file in files:
+        with reading(file), safe_open(str(file), 'pt') as f:
+            shapes |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    return shapes
+
+# %% ../../nbs/815_deploy.manifest.ipynb #340408e9
+def nonfinite_weights(
+    model # A PyTorch module
+) -> list: # Names of weights
+    "Return the weights that are infinite or not a number; a buffer may be infinite"
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    bad = []
+    for name, value in model.state_dict().items():
+        if not torch.is_tensor(value) or not value.is_floating_point():
+            continue
+        values = value.detach().float() if value.element_size() == 1 else value.detach() # float8 has no `isfinite`
+        if values.isnan().any() or name in parameters and not values.isfinite().all():
+            bad.append(name)
+    return bad
+
+def check_finite(
+    file:Path, # The weight file
+    model # The PyTorch module with its weights
+):
+    "Raise an error if weights that were loaded are infinite or not a number"
+    if bad := nonfinite_weights(model):
+        raise RunError(f'{file} must hold finite numbers', f'NaN or infinity in {shorten(bad)}',
+                       'Load another bundle, from before the loss became NaN')
+
+# %% ../../nbs/815_deploy.manifest.ipynb #17e701af
+class SizeLimit:
+    "Count the layers, weights and buffers of a model that is being built, and raise an error beyond a limit"
+    def __init__(self,
+        shapes:dict # Shapes of the tensors in the weight files
+    ):
+        self.n_weights = sum(math.prod(shape) for shape in shapes.values())
+        self.limits = dict(layers=20_000 + 30*len(shapes), weights=2*self.n_weights + (1<<22),
+                           buffers=2*self.n_weights + (1<<26))
+        self.counts = dict.fromkeys(self.limits, 0)
+        self.thread = threading.get_ident()
+
+    def _add(self, what, n):
+        if threading.get_ident() != self.thread: # PyTorch calls the hooks in all threads
+            return
+        self.counts[what] += n
+        if self.counts[what] > self.limits[what]:
+            raise RunError('The configuration of a bundle must describe a model of the size of its weights',
+                           f'a model with more than {self.limits[what]:,} {what} '
+                           f'for {self.n_weights:,} weights in the files', 'Do not use this bundle')
+
+    def _add_layer(self, module, name, child):
+        self._add('layers', 1)
+    def _add_weights(self, module, name, parameter):
+        self._add('weights', 0 if parameter is None else parameter.numel())
+    def _add_buffer(self, module, name, buffer):
+        self._add('buffers', 0 if buffer is None else buffer.numel())
+
+    @contextlib.contextmanager
+    def counting(self):
+        "Count what is built within the context, on the `meta` device"
+        handles = [module_hooks.register_module_module_registration_hook(self._add_layer),
+                   module_hooks.register_module_parameter_registration_hook(self._add_weights),
+                   module_hooks.register_module_buffer_registration_hook(self._add_buffer)]
+        try:
+            with torch.device('meta'):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+# %% ../../nbs/815_deploy.manifest.ipynb #0092a3fd
+_COUNTED = re.compile('layer|label|block|group|expert|depth|stage|head|branch|beam|level|window|repeat|hash|bucket')
+_UNCOUNTED = re.compile('theta|base|seed|_id$|max_|_len|position|scale|token|date')
+
+def _is_excessive(key, value, shapes):
+    "Return whether a number of a configuration is too large for the tensors in the weight files"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    if _COUNTED.search(key):
+        sizes = (size for shape in shapes.values() for size in shape)
+        return abs(value) > max(10_000, len(shapes), max(sizes, default=0))
+    return abs(value) > (10**15 if _UNCOUNTED.search(key) else 10**8)
+
+def check_config(
+    file:Path, # JSON file with the configuration of a model
+    shapes:dict # Shapes of the tensors in the weight files
+):
+    "Raise an error if a number of a configuration is far too large for the weights"
+    for node, _ in containers(read_strict_json(file)):
+        if not isinstance(node, dict):
+            continue
+        if excessive := [key for key, value in node.items() if _is_excessive(key, value, shapes)]:
+            raise RunError(f'{file} must describe a model of the size of its weights',
+                           f'{excessive[0]!a}: {node[excessive[0]]}', 'Do not use this bundle')

@@ -23,7 +23,7 @@ from .report import (ScoreTable, confused_pairs, confusion_matrix, plot_confusio
 from .scores import ScoredRows
 from .thresholds import plot_risk_coverage_curve
 from ..data.display import NO_FORMULAS, TextTable
-from ..files import atomic_path, write_csv, write_json
+from ..files import atomic_folder, atomic_path, write_csv, write_json
 from ..plot import figure_lang, figure_style, in_words, keep_going
 from ..resources import read_text
 
@@ -216,18 +216,16 @@ def html_page(
         css=read_text('report.css'), body='\n'.join(parts), no_formulas=NO_FORMULAS)
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #a233b065
-def save_report(
-    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    path, # Folder, created if it does not exist
-    title:str='', # Title of the page
-    lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
-    figures=None, # Names from `FIGURES`; all figures of the task if `None`
-    n:int=20, # Maximum number of wrong rows on the page; the CSV file has all of them
-    dpi:int=300 # Dots per inch of the figures in the folder
-) -> Path: # Path of the page
-    "Write a page, figures, tables and predictions into a folder"
-    path = Path(path)
-    drawn = draw_figures(ev, figures, lang)
+TABLES = ('report', 'predictions', 'errors', 'confusion_matrix') # Names of tables
+
+def report_files(
+    folder:Path # Folder of a report
+) -> set: # Names of files
+    "Return the names of all files that a report can have"
+    return {'index.html', 'scores.json', *(f'{name}.csv' for name in TABLES), *(f'{name}.png' for name in FIGURES)}
+
+def report_contents(ev):
+    "Return the tables of the folder by name, and the scores"
     tables = dict(report=score_report(ev), predictions=prediction_table(ev).set_index('row'),
                   errors=prediction_table(ev, errors=True).set_index('row'))
     scores = total_scores(ev)
@@ -235,13 +233,28 @@ def save_report(
         tables['confusion_matrix'] = confusion_matrix(ev)
     if ev.task != 'regression':
         scores |= calibration_scores(ev)
-    for name, df in tables.items():
-        write_csv(df, path/f'{name}.csv')
-    for name, fig in drawn.items():
-        with keep_going(name):
-            save_png(fig, path/f'{name}.png', dpi)
-    write_json(path/'scores.json', {name: None if np.isnan(v) else v for name, v in scores.items()})
+    return tables, {name: None if np.isnan(v) else v for name, v in scores.items()}
+
+# %% ../../nbs/728_evaluation.html_report.ipynb #7e0f2c9e
+def save_report(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
+    path, # Folder, created if it does not exist; an older report there is replaced
+    title:str='', # Title of the page
+    lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
+    figures=None, # Names from `FIGURES`; all figures of the task if `None`
+    n:int=20, # Maximum number of wrong rows on the page; the CSV file has all of them
+    dpi:int=300 # Dots per inch of the figures in the folder
+) -> Path: # Path of the page
+    "Write a page, figures, tables and predictions into a folder"
+    drawn = draw_figures(ev, figures, lang)
+    tables, scores = report_contents(ev)
     page = html_page(ev, title, lang, n, drawn)
-    with atomic_path(path/'index.html') as p:
-        p.write_text(page, encoding='utf-8')
-    return path/'index.html'
+    with atomic_folder(path, report_files) as folder:
+        for name, df in tables.items():
+            write_csv(df, folder/f'{name}.csv')
+        for name, fig in drawn.items():
+            with keep_going(name):
+                save_png(fig, folder/f'{name}.png', dpi)
+        write_json(folder/'scores.json', scores)
+        (folder/'index.html').write_text(page, encoding='utf-8')
+    return Path(path)/'index.html'

@@ -113,12 +113,12 @@ def _load(name, tokenizer):
     "Load a transformers language model and its tokenizer by name or from a folder"
     import transformers
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         is_masked = 'MaskedLM' in ' '.join(config.architectures or [])
         one_text = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
         model_class = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else one_text
         model = load_pretrained(model_class, name, new_head=False)
-        return model, tokenizer or transformers.AutoTokenizer.from_pretrained(name)
+        return model, tokenizer or transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except FastaiTLError:
         raise
     except (OSError, ValueError) as e:

@@ -72,18 +72,18 @@ def _with_labels(config, classes, n):
         name_outputs(config, classes)
     return config
 
-def load_config(name):
-    "Load the config of a model by name or from a folder"
+def load_config(name, trust_remote_code=False):
+    "Load the config of a model by name or from a folder; its code runs only if the user says so"
     from transformers import AutoConfig
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         raise hub_error('A model', name, e) from e
 
 # %% ../../nbs/215_models.hf.ipynb #2637fb59
 def _from_name(name, task, classes, n, new_head, kwargs):
     "Load a model by name or from a folder, and match its outputs to the classes"
-    config = load_config(name)
+    config = load_config(name, kwargs.get('trust_remote_code', False))
     match = None if n is None else match_saved_head(config, HF_TASKS[task], classes, n, new_head, name)
     other_size = match is not None and config.num_labels != n
     kwargs = dict(kwargs, config=config if match is not None and not other_size else _with_labels(config, classes, n))

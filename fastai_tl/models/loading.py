@@ -8,9 +8,11 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.loading.html.md"""
 __all__ = []
 
 # %% ../../nbs/213_models.loading.ipynb #5019abea
-import re, warnings
+import math, re, warnings
 from contextlib import contextmanager
-from ..core import FastaiTLError, shorten
+from pathlib import Path
+from ..core import FastaiTLError, RunError, shorten
+from ..files import containers, read_strict_json
 
 # %% ../../nbs/213_models.loading.ipynb #e570612b
 _HEADS = re.compile(r'head|classifier|score|outputs|logits')
@@ -130,7 +132,8 @@ def load_pretrained(
     **kwargs # Passed to `from_pretrained`
 ): # A `PreTrainedModel`
     "Load a model without printing anything, and raise an error if its weights do not fit"
-    kwargs = dict(kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
+    # `None`, the default of transformers, would ask on standard input whether to run the code of a repository
+    kwargs = {'trust_remote_code': False, **kwargs, 'output_loading_info': True, 'ignore_mismatched_sizes': True}
     with quiet_transformers():
         model, info = auto_class.from_pretrained(name, **kwargs)
         if renamed := _renamed_body(model, info['unexpected_keys']):
@@ -140,3 +143,35 @@ def load_pretrained(
     check_loaded(model, name, info['missing_keys'], info['unexpected_keys'], info['mismatched_keys'], new_head, strict)
     _warn_new_lm_head(model, name, info['missing_keys'])
     return model
+
+# %% ../../nbs/213_models.loading.ipynb #7584bee7
+_MAX_GROWTH = 1000
+_MAX_STEPS = 200
+
+def _growth(step):
+    "Return how many times longer one step of a tokenizer can make a text"
+    pattern = step.get('pattern')
+    content = step.get('content')
+    if not isinstance(content, str) or not isinstance(pattern, dict):
+        return 1
+    found = pattern.get('String')
+    return max(1, len(content.encode('utf-8', 'replace'))/max(1, len(found) if isinstance(found, str) else 1))
+
+def check_tokenizer_file(
+    file:str|Path # The file `tokenizer.json`
+):
+    "Raise an error if a tokenizer can make a text far longer, or has far too many steps"
+    contents = read_strict_json(file)
+    if not isinstance(contents, dict):
+        raise RunError(f'{file} must describe a tokenizer', f'a {type(contents).__name__}')
+    parts = [contents.get(name) for name in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder')]
+    steps = [node for part in parts for node, _ in containers(part) if isinstance(node, dict) and 'type' in node]
+    growth = math.prod(min(_growth(step), _MAX_GROWTH+1) for step in steps[:_MAX_STEPS])
+    if len(steps) > _MAX_STEPS or growth > _MAX_GROWTH:
+        raise RunError(f'{file} must have at most {_MAX_STEPS} steps, which make a text at most {_MAX_GROWTH} '
+                       'times longer', f'{len(steps):,} steps, {min(growth, 1e9):,.0f} times', 'Do not use this bundle')
+    model = contents.get('model')
+    longest = model.get('max_input_chars_per_word') if isinstance(model, dict) else None
+    if isinstance(longest, int) and longest > 10_000:
+        raise RunError(f'{file} must split words of at most 10,000 characters', f'{longest:,}',
+                       'Do not use this bundle')

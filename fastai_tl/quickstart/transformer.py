@@ -15,13 +15,21 @@ from fastai.callback.schedule import *
 from ..core import seed_everything
 from ..data.classification import HFTextDataLoaders
 from ..evaluation.evaluation import Evaluation
-from ..files import digest
+from ..files import atomic_folder, digest
 from ..learners.classification import hf_classifier_learner
 from ..models.hf import minilm_folder
 from ..plot import keep_going, plot_panels
 from .base import Quickstart, best_validated, save_figure, validation_scores
 from ..tune.learning_rates import discriminative_lrs
 from ..tune.resume import ResumableFit
+
+# %% ../../nbs/965_quickstart.transformer.ipynb #0a1b2c3d
+def model_files(
+    folder # Folder of a model
+) -> set: # Names of files
+    "Return the names of the files that transformers has written to a folder"
+    suffixes = ('.json', '.safetensors', '.txt', '.model', '.jinja')
+    return {file.name for file in folder.iterdir() if file.suffix in suffixes}
 
 # %% ../../nbs/965_quickstart.transformer.ipynb #9720fd22
 class TransformerQuickstart(Quickstart):
@@ -102,8 +110,9 @@ class TransformerQuickstart(Quickstart):
             learn, evaluation, chosen, tried = self.classifier()
         accuracies[self.label] = evaluation.accuracy
         self.figures(learn, evaluation)
-        learn.model.hf.save_pretrained(self.out/'model')
-        learn.tokenizer.save_pretrained(self.out/'model')
+        with atomic_folder(self.out/'model', model_files) as folder:
+            learn.model.hf.save_pretrained(folder)
+            learn.tokenizer.save_pretrained(folder)
         table = self.table(accuracies)
         summary = dict(kind='transformer', accuracy=evaluation.accuracy, baseline_accuracy=accuracies['bag of words'],
                        majority_accuracy=accuracies['majority class'], chosen=chosen, tried=tried,
