@@ -9,15 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.callback.all import *
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.core import Callback
-from fastai.callback.fp16 import FP16TestCallback, ModelToHalf
-from fastai.callback.hook import HookCallback
-from fastai.callback.mixup import MixHandler
-from fastai.callback.training import BnFreeze
-from fastai.learner import CastToTensor, Recorder, SkipToEpoch
-from test_right_values_accumulation import MAKERS, TEXTS, tokenizers
+from fastai.callback.core import Callback, FetchPredsCallback
+from fastai.callback.data import CollectDataCallback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import ActivationStats, HookCallback
+from fastai.callback.preds import MCDropoutCallback
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.rnn import ModelResetter, RNNRegularizer
+from fastai.callback.schedule import *
+from fastai.callback.tracker import *
+from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
+from test_right_values_accumulation import MAKERS, tokenizers
 
 from fastai_tl.all import *
 
@@ -51,8 +54,8 @@ RUN = dict(
 BY_OTHER_MEANS = dict(
     TrainEvalCallback='in every fit', Recorder='in every fit', CastToTensor='in every fit',
     GatherPredsCallback='in `get_preds`', FetchPredsCallback='in its own test', LRFinder='in its own test',
-    SkipToEpoch='in its own test', MixedPrecision='in its own test', NonNativeMixedPrecision='in its own test',
-    ModelToHalf='part of NonNativeMixedPrecision', FP16TestCallback='its own check of float16 inputs and outputs',
+    SkipToEpoch='in its own test', MixedPrecision='in its own test', ModelToHalf='part of NonNativeMixedPrecision',
+    NonNativeMixedPrecision='float16 without autocast needs a GPU', FP16TestCallback='needs a GPU',
 )
 NOT_FOR_TEXTS = dict(
     MixHandler='mixes inputs; token ids cannot be mixed', MixUp='as MixHandler', CutMix='as MixHandler',
@@ -156,7 +159,9 @@ def test_other_means(tokenizers, tmp_path, capfd, name):
         sure, unsure = [learn.get_preds(cbs=cbs)[0] for cbs in (None, MCDropoutCallback())]
         assert torch.equal(sure, learn.get_preds()[0])
         assert not torch.equal(sure, unsure)
-        learn.to_bf16().fit(1, 1e-3)
+        learn.to_bf16()
+        assert any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
+        learn.fit(1, 1e-3)
         learn.to_fp32()
         values = learn.recorder.values
         assert np.isfinite(values[0][:2]).all()

@@ -1,7 +1,7 @@
 "Passes that are no training leave the record of the training; the layer table shows the rates of the next fit."
 
 import pytest
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import *
 from fastai.optimizer import Adam
 from fastai.text.all import even_mults
