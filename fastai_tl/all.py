@@ -85,6 +85,7 @@ from .generation.generate import *
 from .generation.perplexity import *
 from .generation.surprisal import *
 from .evaluation.scores import *
+from .evaluation.intervals import *
 from .evaluation.report import *
 from .evaluation.calibration import *
 from .evaluation.thresholds import *

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/files.html.md"""
 __all__ = ['atomic_path', 'write_json', 'read_json', 'save_tree', 'load_tree']
 
 # %% ../nbs/040_files.ipynb #f1b7062d
-import glob, hashlib, json, os, platform, re, secrets, shutil, stat, tempfile, time
+import csv, glob, hashlib, json, os, platform, re, secrets, shutil, stat, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 import pandas as pd
@@ -387,4 +387,5 @@ def write_csv(
 ):
     "Write a table as CSV atomically, without cells that spreadsheets run as formulas"
     with atomic_path(path) as tmp:
-        safe_cells(pd.DataFrame(df)).to_csv(tmp, encoding=encoding)
+        # in quotes, since a line break within a cell would begin a new row
+        safe_cells(pd.DataFrame(df)).to_csv(tmp, encoding=encoding, quoting=csv.QUOTE_NONNUMERIC)

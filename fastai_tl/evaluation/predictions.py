@@ -109,8 +109,8 @@ def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None
         classes = range(probs.shape[1])
     if texts is None and hasattr(dl, 'get_idxs'):
         texts = row_texts(dl)
-    if texts is not None and len(texts) != len(targets):
-        texts = None
+        if texts is not None and len(texts) != len(targets):
+            texts = None
     probs = two_columns(probs, targets, classes)
     return cls(probs, targets, classes, losses, texts, spec.threshold)
 

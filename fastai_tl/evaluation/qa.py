@@ -10,12 +10,12 @@ __all__ = ['AnswerEvaluation']
 # %% ../../nbs/724_evaluation.qa.ipynb #86bb1b46
 import numpy as np
 import pandas as pd
-from ..core import DataError
+from ..core import DataError, shorten
 from ..data.display import TextTable
 from ..data.qa import check_answers
 from ..data.tables import column, question_pairs
+from .intervals import corrected_resamples, interval_ends
 from .report import ScoreTable
-from .scores import corrected_resamples, interval_ends
 from ..learners.qa import answer_scores, normalize_answer
 
 # %% ../../nbs/724_evaluation.qa.ipynb #3ec36959
@@ -30,6 +30,18 @@ def length_groups(lengths, starts):
         groups[name] = (lengths >= start) & (lengths < (end or np.inf))
     return {**groups, 'all': np.ones(len(lengths), dtype=bool)}
 
+def check_strings(preds):
+    "Return predictions as a list, or raise an error if one is missing"
+    if isinstance(preds, str):
+        raise DataError('Predictions must be a list of answers', 'one string', 'Put it into a list')
+    preds = list(preds)
+    bad = [i for i, answer in enumerate(preds) if answer is None or answer is pd.NA or answer != answer]
+    if bad:
+        raise DataError('Predicted answers must be strings', f'missing values in row {shorten(bad)}',
+                        'An empty string means that the text does not contain the answer')
+    return preds
+
+# %% ../../nbs/724_evaluation.qa.ipynb #cd4641aa
 def mean_interval(f1, level, n_boot, seed):
     "Return the interval of the mean F1 of the rows, from resamples with an unseen row of F1 0, and with one of F1 1"
     worst, best = np.zeros((1, 1)), np.ones((1, 1))
@@ -42,7 +54,7 @@ def table_examples(df, columns):
     starts = part('start') if 'start' in columns else None
     return check_answers(part('question'), part('context'), part('answer'), starts, df.index)
 
-# %% ../../nbs/724_evaluation.qa.ipynb #cd4641aa
+# %% ../../nbs/724_evaluation.qa.ipynb #9b963c1e
 class AnswerEvaluation:
     "Evaluate predicted answers against accepted answers"
     def __init__(self,
@@ -50,12 +62,15 @@ class AnswerEvaluation:
         targets, # Accepted answers: a string or a list of strings for each question
         questions=None # Questions, shown with the errors
     ):
-        self.preds = [str(answer) for answer in preds]
+        self.preds = list(map(str, check_strings(preds)))
         self.targets = [[t] if isinstance(t, str) else (list(t) or ['']) for t in targets]
         self.questions = questions
         if len(self.preds) != len(self.targets):
             raise DataError('Predictions and targets must have the same number of rows',
                             f'{len(self.preds)} and {len(self.targets)}')
+        if questions is not None and len(questions) != len(self.preds):
+            raise DataError('Questions and predictions must have the same number of rows',
+                            f'{len(questions)} and {len(self.preds)}')
         scores = [answer_scores(answer, accepted) for answer, accepted in zip(self.preds, self.targets)]
         self.exact, self.f1 = np.array(scores).reshape(-1, 2).T
         shortest = lambda accepted: min((len(normalize_answer(t)) for t in accepted), default=0)

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.display import TextTable
-from fastai_tl.evaluation.scores import (ScoredRows, agreement_scores, averages, bootstrap_rows, class_scores,
-    corrected_resamples, f1_interval, interval_ends, mean_ranking, ranking_intervals, ratio, regression_scores,
-    row_losses, share_interval)
+from fastai_tl.evaluation.intervals import (corrected_resamples, f1_interval, interval_ends, ranking_intervals,
+    share_interval)
+from .scores import (ScoredRows, agreement_scores, averages, bootstrap_rows, class_scores,
+    mean_ranking, ratio, regression_scores, row_losses)
 from ..plot import PALETTE, figure_style, in_words, plot_heatmap
 
 # %% ../../nbs/704_evaluation.report.ipynb #11269c5d

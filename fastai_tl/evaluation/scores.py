@@ -8,7 +8,9 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.scores.html.md"""
 __all__ = ['ScoredRows', 'wilson_interval']
 
 # %% ../../nbs/700_evaluation.scores.ipynb #7445796e
+from collections import Counter
 import numpy as np
+import pandas as pd
 from ..core import DataError, shorten
 from ..data.spec import activate
 
@@ -26,11 +28,29 @@ def row_losses(probs, targets, task):
     return -np.where(targets > 0, np.log(p), np.log1p(-p)).mean(1)
 
 # %% ../../nbs/700_evaluation.scores.ipynb #8b6c3456
+def check_classes(classes):
+    "Raise an error if two classes have the same name, because reports and label names could not tell them apart"
+    counts = Counter(map(str, classes or ()))
+    twice = [repr(name) for name, count in counts.items() if count > 1]
+    if twice:
+        raise DataError('Each class must have a name of its own', f'{shorten(twice)} more than once')
+
+def check_lists(n, losses, texts):
+    "Raise an error unless losses and texts have a value for each row, and losses are numbers"
+    for name, values in (('losses', losses), ('texts', texts)):
+        if values is not None and (isinstance(values, str) or len(values) != n):
+            got = 'one string' if isinstance(values, str) else f'{len(values)} values'
+            raise DataError(f'`{name}` must be a list with a value for each of {n} rows', got)
+    if losses is not None and np.isnan(losses).any():
+        raise DataError('Losses must be numbers', f'NaN in row {shorten(np.flatnonzero(np.isnan(losses)))}')
+
+# %% ../../nbs/700_evaluation.scores.ipynb #c9b2dc32
 def check_shapes(probs, targets, classes, task):
     "Raise an error unless each target has one prediction, or one prediction for each class"
     n = len(targets)
     if len(probs) != n:
         raise DataError('Predictions and targets must have the same number of rows', f'{len(probs)} and {n}')
+    check_classes(classes)
     if task == 'regression':
         if probs.size != n:
             raise DataError('A regression has one value a row', f'shape {probs.shape}',
@@ -41,7 +61,7 @@ def check_shapes(probs, targets, classes, task):
     if task == 'multilabel' and targets.shape != probs.shape:
         raise DataError('Indicators must have the shape of the probabilities', f'{targets.shape} and {probs.shape}')
 
-# %% ../../nbs/700_evaluation.scores.ipynb #c9b2dc32
+# %% ../../nbs/700_evaluation.scores.ipynb #b44e3c22
 def check_probs(probs, task):
     "Raise an error unless all predictions are finite and all probabilities are between 0 and 1"
     n = len(probs)
@@ -52,10 +72,25 @@ def check_probs(probs, task):
     if task != 'regression' and probs.size and (probs.min() < 0 or probs.max() > 1+1e-5):
         raise DataError('Probabilities must be between 0 and 1', f'{probs.min():.4g} to {probs.max():.4g}',
                         'Pass scores of a model with `Evaluation.from_preds(..., logits=True)`')
+    if task == 'classification':
+        check_sums(probs)
 
+def check_sums(probs):
+    "Raise an error unless the probabilities of each row sum to 1"
+    sums = probs.sum(1)
+    bad = np.flatnonzero(np.abs(sums-1) > .02) # probabilities may be rounded to two digits
+    if len(bad):
+        raise DataError('Probabilities of a row must sum to 1', f'{sums[bad[0]]:.4g} in row {shorten(bad)}',
+                        'Pass scores with `Evaluation.from_preds(..., logits=True)`; for several labels a text, pass '
+                        'lists of labels or 0/1 indicators as targets')
+
+# %% ../../nbs/700_evaluation.scores.ipynb #a8330e3b
 def check_targets(targets, n_classes, task):
     "Raise an error unless targets are class numbers, or 0/1 indicators for `multilabel`"
     if task == 'regression':
+        bad = np.flatnonzero(~np.isfinite(targets.astype(float).reshape(len(targets), -1)).all(1))
+        if len(bad):
+            raise DataError('Targets must be finite numbers', f'others in row {shorten(bad)}')
         return
     top = 2 if task == 'multilabel' else n_classes
     try:
@@ -88,6 +123,18 @@ def target_numbers(targets, classes):
         return np.array([[int(c in set(t)) for c in number] for t in targets])
     return np.array([number[t] for t in targets])
 
+# %% ../../nbs/700_evaluation.scores.ipynb #47bb27b5
+def columns_of_classes(probs, classes):
+    "Return a DataFrame of probabilities with its columns in the order of the classes; return other arrays unchanged"
+    if classes is None or not isinstance(probs, pd.DataFrame) or pd.api.types.is_integer_dtype(probs.columns):
+        return probs
+    names = list(map(str, probs.columns))
+    wanted = list(map(str, classes))
+    if sorted(names) != sorted(wanted):
+        raise DataError(f'Columns of probabilities must have the names of the classes: {shorten(wanted, 20)}',
+                        shorten(names, 20))
+    return probs.iloc[:, [names.index(name) for name in wanted]]
+
 # %% ../../nbs/700_evaluation.scores.ipynb #3a0de172
 class ScoredRows:
     "Hold probabilities, targets and losses of a set of rows, in the order of the rows"
@@ -103,13 +150,14 @@ class ScoredRows:
         self.probs = probs if probs.dtype in (np.float32, np.float64) else probs.astype(float)
         self.targets = np.asarray(targets)
         self.classes = None if classes is None else list(classes)
-        self.losses = losses
-        self.texts = texts
+        self.losses = None if losses is None else np.asarray(losses)
+        self.texts = texts if texts is None or isinstance(texts, (str, list)) else list(texts)
         self.threshold = threshold
         self.task = self._task()
         check_shapes(self.probs, self.targets, self.classes, self.task)
         check_probs(self.probs, self.task)
         check_targets(self.targets, len(self.classes or ()), self.task)
+        check_lists(len(self.targets), self.losses, self.texts)
         self.preds = self._decided(threshold)
     @classmethod
     def from_preds(cls,
@@ -122,6 +170,7 @@ class ScoredRows:
     ):
         "Create an object from existing predictions"
         y = target_numbers(targets, classes)
+        probs = columns_of_classes(probs, classes)
         if logits:
             probs = activate(np.asarray(probs, dtype=float), 'multilabel' if y.ndim == 2 else 'classification')
         rows = cls(probs, y, classes, losses, texts)
@@ -236,62 +285,6 @@ def wilson_interval(
     half = z*np.sqrt(ratio(k*(n-k), n) + z*z/4)/(n + z*z)
     return np.clip(center-half, 0, 1), np.clip(center+half, 0, 1)
 
-# %% ../../nbs/700_evaluation.scores.ipynb #77da9e60
-def share_interval(k, n, level=.95):
-    "Return the interval of the share `k/n`: Wilson's, or the wider of Wilson's and the exact one for few events"
-    from scipy.stats import beta
-    k = np.asarray(k, dtype=float)
-    n = np.asarray(n, dtype=float)
-    low, high = wilson_interval(k, n, level)
-    with np.errstate(invalid='ignore'):
-        exact_low = np.where(k > 0, beta.ppf((1-level)/2, k, n-k+1), 0)
-        exact_high = np.where(k < n, beta.ppf((1+level)/2, k+1, n-k), 1)
-    fewer = np.minimum(k, n-k)
-    wider = ((fewer > 0) & (fewer <= 12)) | (n <= 5)
-    return np.where(wider, np.minimum(low, exact_low), low), np.where(wider, np.maximum(high, exact_high), high)
-
-def f1_interval(tp, true, pred, level=.95):
-    "Return the interval of F1 of a class from the share of right rows among its true and predicted rows"
-    share = share_interval(tp, np.add(true, pred)-tp, level)
-    return tuple(2*end/(1+end) for end in share)
-
-# %% ../../nbs/700_evaluation.scores.ipynb #00f1014b
-def corrected_resamples(
-    counts, # Number of rows of each kind, (kinds,)
-    parts, # Matrices (kinds, columns) to sum over the rows
-    wrong, # One matrix (classes, columns) for each part: a wrong row of each class
-    right, # The same with a right row of each class
-    n_boot:int=1000, # Number of bootstrap resamples
-    seed:int=0 # Random seed of the bootstrap
-) -> tuple: # Sums of each matrix (n_boot, columns): a list for lower ends and a list for upper ends
-    "Sum matrices over resamples of the rows with some wrong rows, and with some right rows, that were not seen"
-    from scipy.sparse import csr_array
-    counts = np.asarray(counts)
-    n = counts.sum()
-    n_classes = len(wrong[0])
-    added_rows = max(1, min(n_classes/2, n**.5))
-    rng = np.random.default_rng(seed)
-    matrices = [csr_array(part, dtype=float) for part in parts]
-    sums = [[[] for _ in matrices] for _ in (wrong, right)]
-    step = max(1, 4_000_000//len(counts)) # limits the memory of one draw
-    for start in range(0, n_boot, step):
-        size = min(step, n_boot-start)
-        weights = rng.standard_gamma(counts, size=(size, len(counts)))
-        seen = [np.asarray((matrix.T@weights.T).T) for matrix in matrices]
-        for side, rows in zip(sums, (wrong, right)):
-            added = rng.standard_gamma(added_rows/n_classes, size=(size, n_classes))
-            scale = n/(weights.sum(1)+added.sum(1))[:, None] # so that the weights sum to the number of rows
-            for done, of_seen, part in zip(side, seen, rows):
-                done.append(scale*(of_seen + added@part))
-    return tuple([np.concatenate(done) for done in side] for side in sums)
-
-# %% ../../nbs/700_evaluation.scores.ipynb #a9f9fb40
-def interval_ends(low_draws, high_draws, value, level=.95):
-    "Return the interval from the draws for its lower and for its upper end; it contains the measured value"
-    low, _ = percentiles(low_draws, level)
-    _, high = percentiles(high_draws, level)
-    return np.fmin(low, value), np.fmax(high, value)
-
 # %% ../../nbs/700_evaluation.scores.ipynb #98837d75
 def curve(y, p, weight=None):
     "Return thresholds from high to low, and the weight of true rows and of all rows that reach each threshold"
@@ -334,31 +327,6 @@ def bootstrap_rows(f, n, n_boot=200, level=.95, seed=0):
     rng = np.random.default_rng(seed)
     draws = [f(np.bincount(rng.integers(0, n, n), minlength=n).astype(float)) for _ in range(n_boot)]
     return {name: percentiles([d[name] for d in draws], level) for name in draws[0]}
-
-# %% ../../nbs/700_evaluation.scores.ipynb #af8ad0d3
-def ranking_intervals(targets, probs, n_boot=200, level=.95, seed=0):
-    "Return the intervals of the mean ranking scores, from resamples with rows that are ranked last and first"
-    shares = (targets > 0).mean(0)
-    defined = (shares > 0) & (shares < 1)
-    n = len(probs)
-    n_classes = int(defined.sum())
-    if not n_classes:
-        return {}
-    y = np.r_[targets[:, defined] > 0, np.tile(np.eye(n_classes), (2, 1))]
-    first = np.eye(n_classes)
-    p = np.r_[probs[:, defined], np.where(first, -1, 2), np.where(first, 2, -1)]
-    shape = max(1, min(n_classes/2, n**.5))/n_classes
-    rng = np.random.default_rng(seed)
-    draws = ([], [])
-    for _ in range(n_boot):
-        seen = rng.standard_exponential(n)
-        added = rng.standard_gamma(shape, n_classes)
-        none = np.zeros(n_classes)
-        for side, weights in zip(draws, ((seen, added, none), (seen, none, added))):
-            side.append(mean_ranking(y, p, np.concatenate(weights)))
-    value = mean_ranking(targets, probs)
-    ends = {name: interval_ends(*([d[name] for d in side] for side in draws), value[name], level) for name in value}
-    return {name: np.clip(low_high, 0, 1) for name, low_high in ends.items()} # rounding errors
 
 # %% ../../nbs/700_evaluation.scores.ipynb #67d84c6d
 def spearman(a, b):

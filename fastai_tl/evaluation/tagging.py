@@ -16,8 +16,9 @@ from ..data.display import TextTable
 from ..data.tables import column
 from ..data.tagging import check_tagged
 from ..data.tags import TagScheme, tag_scheme, tag_spans
+from .intervals import corrected_resamples, f1_interval, interval_ends
 from .report import ScoreTable
-from .scores import averages, class_scores, corrected_resamples, f1_interval, interval_ends
+from .scores import averages, class_scores
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #9393bd4c
 def check_tags(preds, targets, scheme=None):
@@ -37,6 +38,17 @@ def check_tags(preds, targets, scheme=None):
     if odd and scheme.style == 'mixed':
         raise DataError('Tags are O, or a letter of BIESLU, a hyphen and a type', shorten(sorted(odd)))
     return scheme
+
+# %% ../../nbs/720_evaluation.tagging.ipynb #c0b9c279
+def check_tokens(tokens, targets):
+    "Raise an error unless each sentence has as many words as tags"
+    if tokens is None:
+        return
+    if len(tokens) != len(targets):
+        raise DataError('Tags and words must have the same number of sentences', f'{len(targets)} and {len(tokens)}')
+    bad = [i for i, (words, tags) in enumerate(zip(tokens, targets)) if len(words) != len(tags)]
+    if bad:
+        raise DataError('Each sentence needs as many words as tags', f'others in row {shorten(bad)}')
 
 def entities(tags, scheme=None):
     "Return the entities of each sentence as sets of (type, first word, last word)"
@@ -89,6 +101,7 @@ class TagEvaluation:
         self.targets = [list(tags) for tags in targets]
         self.tokens = tokens
         self.scheme = check_tags(self.preds, self.targets, scheme)
+        check_tokens(tokens, self.targets)
         self.found = entities(self.preds, self.scheme)
         self.true = entities(self.targets, self.scheme)
         self.types = sorted({kind for sentence in self.found+self.true for kind, _, _ in sentence})
