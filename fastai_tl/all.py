@@ -102,6 +102,8 @@ from .deploy.quantization import *
 from .deploy.engines import *
 from .deploy.predictor import *
 from .deploy.manifest import *
+from .deploy.awd_settings import *
+from .deploy.bundle_format_1 import *
 from .deploy.bundle import *
 from .interop.blurr_compat import *
 from .interop.blurr import *

@@ -1,7 +1,7 @@
 """Bundles from strangers: no code runs, nothing outside is read, every error says what is wrong; saving deletes nothing
 that is not its own
 
-The kinds are some of `benchmarks/trust/kinds.py`, where there are more than 600.
+The kinds are some of `benchmarks/trust/kinds.py`, where there are more than 1,000.
 """
 
 import json
@@ -279,7 +279,8 @@ def test_writers_in_threads_never_mix(tmp_path):
 def test_a_report_replaces_an_older_one_as_a_whole(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     numbers = Evaluation.from_preds(rng.random(50), rng.random(50))
-    labels = Evaluation.from_preds(torch.tensor(rng.random((50, 2))).softmax(1).numpy(), rng.integers(0, 2, 50), ['a', 'b'])
+    probs = torch.tensor(rng.random((50, 2))).softmax(1).numpy()
+    labels = Evaluation.from_preds(probs, rng.integers(0, 2, 50), ['a', 'b'])
     labels.save(tmp_path/'report', dpi=50)
     (tmp_path/'report'/'notes.md').write_text('mine')
     before = {p.name: p.read_bytes() for p in (tmp_path/'report').iterdir()}

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import struct
-from pathlib import Path
 
 from fastai_tl.files import digest
 
@@ -115,11 +114,23 @@ def nested(n, leaf, wrap):
 # --- bundle.json ---
 
 OTHER_JSON = {
-    'empty': b'', 'cut': b'{"a": ', 'a list': b'[]', 'a string': b'"x"', 'null': b'null', 'a number': b'5',
-    'deep': b'[' * 100_000 + b']' * 100_000, 'deep dicts': b'{"a":' * 5000 + b'1' + b'}' * 5000,
-    'latin-1': '{"é": 1}'.encode('latin-1'), 'with a BOM': b'\xef\xbb\xbf{}', 'zeros': bytes(1000), 'a pickle': pickle.dumps({}),
-    'many digits': b'{"a": ' + b'9' * 10_000 + b'}', 'a surrogate': b'{"a": "\\ud800"}', 'NaN': b'{"a": NaN}',
-    'twice a key': b'{"a": 1, "a": 2}'}  # fmt: skip
+    'empty': b'',
+    'cut': b'{"a": ',
+    'a list': b'[]',
+    'a string': b'"x"',
+    'null': b'null',
+    'a number': b'5',
+    'deep': b'[' * 100_000 + b']' * 100_000,
+    'deep dicts': b'{"a":' * 5000 + b'1' + b'}' * 5000,
+    'latin-1': '{"é": 1}'.encode('latin-1'),
+    'with a BOM': b'\xef\xbb\xbf{}',
+    'zeros': bytes(1000),
+    'a pickle': pickle.dumps({}),
+    'many digits': b'{"a": ' + b'9' * 10_000 + b'}',
+    'a surrogate': b'{"a": "\\ud800"}',
+    'NaN': b'{"a": NaN}',
+    'twice a key': b'{"a": 1, "a": 2}',
+}
 contents_of('bundle.json', 'hf', OTHER_JSON)
 contents_of('spec.json', 'hf', OTHER_JSON)
 contents_of('config.json', 'hf', OTHER_JSON)
@@ -159,9 +170,26 @@ for _key in ('version', 'format', 'files', 'temperature', 'thresholds', 'precisi
 
     kind(f'bundle.json without {_key}')(_without)
 
-NAMES = ['../secret.json', '/etc/hostname', '..\\secret.json', 'a/../../secret.json', './config.json', 'c:x.json', '',
-         '.', '..', 'x' * 300 + '.json', 'a\0b.json', '.hidden.json', 'a//b.json', 'CON', 'config.json/x',
-         '\ud800.json', '\x1b[31m.json', 'sub/../config.json']  # fmt: skip
+NAMES = [
+    '../secret.json',
+    '/etc/hostname',
+    '..\\secret.json',
+    'a/../../secret.json',
+    './config.json',
+    'c:x.json',
+    '',
+    '.',
+    '..',
+    'x' * 300 + '.json',
+    'a\0b.json',
+    '.hidden.json',
+    'a//b.json',
+    'CON',
+    'config.json/x',
+    '\ud800.json',
+    '\x1b[31m.json',
+    'sub/../config.json',
+]
 for _name in NAMES:
 
     def _list_name(folder, outside, name=_name):
@@ -212,10 +240,27 @@ def _linked_folder(folder, outside):
 
 # --- files with code ---
 
-CODE = ['pytorch_model.bin', 'training_args.bin', 'model.pkl', 'x.py', 'modeling.py', 'adapter_config.json',
-        'adapter_model.safetensors', 'optimizer.pt', 'tf_model.h5', 'flax_model.msgpack', 'custom_generate/generate.py',
-        'configuration.py', 'tokenization.py', 'x.so', 'sitecustomize.py', 'model.gguf', 'x', 'tokenizer.model.py',
-        'adapter_x.json']  # fmt: skip
+CODE = [
+    'pytorch_model.bin',
+    'training_args.bin',
+    'model.pkl',
+    'x.py',
+    'modeling.py',
+    'adapter_config.json',
+    'adapter_model.safetensors',
+    'optimizer.pt',
+    'tf_model.h5',
+    'flax_model.msgpack',
+    'custom_generate/generate.py',
+    'configuration.py',
+    'tokenization.py',
+    'x.so',
+    'sitecustomize.py',
+    'model.gguf',
+    'x',
+    'tokenizer.model.py',
+    'adapter_x.json',
+]
 for _name in CODE:
     for _listed in (False, True):
 
@@ -249,9 +294,25 @@ def save_weights(folder, weights, name='model.safetensors'):
     reseal(folder)
 
 
-TARGETS = ['../weights.safetensors', '{outside}/weights.safetensors', '.w.bin', '../w.bin', 'config.json', 'w.bin', '',
-           'missing.safetensors', '.', '.hidden.safetensors', 'a\0.safetensors', 'sub/../../weights.safetensors', None,
-           5, ['a'], 'x' * 300 + '.safetensors', '~/weights.safetensors']  # fmt: skip
+TARGETS = [
+    '../weights.safetensors',
+    '{outside}/weights.safetensors',
+    '.w.bin',
+    '../w.bin',
+    'config.json',
+    'w.bin',
+    '',
+    'missing.safetensors',
+    '.',
+    '.hidden.safetensors',
+    'a\0.safetensors',
+    'sub/../../weights.safetensors',
+    None,
+    5,
+    ['a'],
+    'x' * 300 + '.safetensors',
+    '~/weights.safetensors',
+]
 for _target in TARGETS:
     for _whole in (True, False):
 
@@ -276,7 +337,12 @@ for _target in TARGETS:
         kind(f'index names {ascii(_target)[:40]} for {"all weights" if _whole else "one weight"}')(_index)
 
 for _label, _contents in dict(
-    a_list=[], none=None, empty={}, no_map=dict(metadata={}), list_map=dict(weight_map=[]), empty_map=dict(weight_map={})
+    a_list=[],
+    none=None,
+    empty={},
+    no_map=dict(metadata={}),
+    list_map=dict(weight_map=[]),
+    empty_map=dict(weight_map={}),
 ).items():
 
     def _other_index(folder, outside, contents=_contents):
@@ -302,18 +368,32 @@ def tensor(shape, start, end, dtype='F32'):
 
 
 BROKEN_WEIGHTS = {
-    'empty': b'', 'short': b'abc', 'a long header': struct.pack('<Q', 2**63) + b'{}', 'zeros': bytes(5000),
-    'a header of 100 GB': struct.pack('<Q', 10**11) + b'{}' * 100, 'no JSON': raw_weights(b'{"a'), 'no tensors': raw_weights({}),
-    'a list': raw_weights([]), 'overlapping tensors': raw_weights(dict(a=tensor([2], 0, 8), b=tensor([2], 4, 12)), bytes(12)),
-    'offsets beyond': raw_weights(dict(a=tensor([2**40], 0, 2**42)), bytes(8)), 'negative offsets': raw_weights(dict(a=tensor([2], -8, 0))),
+    'empty': b'',
+    'short': b'abc',
+    'a long header': struct.pack('<Q', 2**63) + b'{}',
+    'zeros': bytes(5000),
+    'a header of 100 GB': struct.pack('<Q', 10**11) + b'{}' * 100,
+    'no JSON': raw_weights(b'{"a'),
+    'no tensors': raw_weights({}),
+    'a list': raw_weights([]),
+    'overlapping tensors': raw_weights(dict(a=tensor([2], 0, 8), b=tensor([2], 4, 12)), bytes(12)),
+    'offsets beyond': raw_weights(dict(a=tensor([2**40], 0, 2**42)), bytes(8)),
+    'negative offsets': raw_weights(dict(a=tensor([2], -8, 0))),
     'a shape that overflows': raw_weights(dict(a=tensor([2**63, 2**63], 0, 8)), bytes(8)),
-    'a negative shape': raw_weights(dict(a=tensor([-2], 0, 8)), bytes(8)), 'an unknown type': raw_weights(dict(a=tensor([2], 0, 8, 'X9')), bytes(8)),
-    'a deep header': raw_weights(b'[' * 10**5 + b']' * 10**5), 'a million tensors': raw_weights(
-        {f't{i}': tensor([0], 0, 0) for i in range(10**6)}), 'not closed': raw_weights(b'{}' + b' ' * 100)[:50],
-    'shape of floats': raw_weights(dict(a=tensor([1.5], 0, 6)), bytes(6)), 'trailing data': raw_weights({}, bytes(100)),
-    'a zip file': b'PK\x03\x04' + bytes(100), 'a torch file': b'\x80\x02' + bytes(100)}  # fmt: skip
+    'a negative shape': raw_weights(dict(a=tensor([-2], 0, 8)), bytes(8)),
+    'an unknown type': raw_weights(dict(a=tensor([2], 0, 8, 'X9')), bytes(8)),
+    'a deep header': raw_weights(b'[' * 10**5 + b']' * 10**5),
+    'a million tensors': raw_weights({f't{i}': tensor([0], 0, 0) for i in range(10**6)}),
+    'not closed': raw_weights(b'{}' + b' ' * 100)[:50],
+    'shape of floats': raw_weights(dict(a=tensor([1.5], 0, 6)), bytes(6)),
+    'trailing data': raw_weights({}, bytes(100)),
+    'a zip file': b'PK\x03\x04' + bytes(100),
+    'a torch file': b'\x80\x02' + bytes(100),
+}
 contents_of('model.safetensors', 'hf', BROKEN_WEIGHTS)
-contents_of('model.safetensors', 'awd', {k: v for k, v in BROKEN_WEIGHTS.items() if k in ('empty', 'a list', 'no tensors')})
+contents_of(
+    'model.safetensors', 'awd', {k: v for k, v in BROKEN_WEIGHTS.items() if k in ('empty', 'a list', 'no tensors')}
+)
 
 
 @kind('model.safetensors is a pickle with a payload')
@@ -370,7 +450,9 @@ for _part in ('word_embeddings.weight', 'classifier.weight', 'query.weight', 'La
     changed_weights(f'{_part} is int64', 'hf', set_weight(_part, lambda v: v.long()))
     changed_weights(f'{_part} is empty', 'hf', set_weight(_part, lambda v: v[:0].clone()))
 changed_weights('without layer 1', 'hf', lambda w: {k: v for k, v in w.items() if 'layer.1.' not in k})
-changed_weights('with another layer', 'hf', lambda w: {**w, **{k.replace('layer.1.', 'layer.2.'): v.clone() for k, v in w.items()}})
+changed_weights(
+    'with another layer', 'hf', lambda w: {**w, **{k.replace('layer.1.', 'layer.2.'): v.clone() for k, v in w.items()}}
+)
 changed_weights('no weights', 'hf', lambda w: {})
 changed_weights('other names', 'hf', lambda w: {f'x.{k}': v for k, v in w.items()})
 for _part in ('encoder.weight', '1.layers', 'weight_hh'):
@@ -381,31 +463,101 @@ for _part in ('encoder.weight', '1.layers', 'weight_hh'):
 
 # --- config.json ---
 
-SIZES = ['hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'vocab_size',
-         'max_position_embeddings', 'type_vocab_size', 'num_labels', 'chunk_size_feed_forward']  # fmt: skip
+SIZES = [
+    'hidden_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'intermediate_size',
+    'vocab_size',
+    'max_position_embeddings',
+    'type_vocab_size',
+    'num_labels',
+    'chunk_size_feed_forward',
+]
 for _size in SIZES:
     values_of('config.json', 'hf', _size, [-1, 0, 3, 50_000, 10**10, 10**30, 'x', None, 1.5, [2], {}])
 BERT = {
-    'hidden_act': ['nope', 'os.system', None, 5, ['relu'], {'gelu': {}}], 'layer_norm_eps': [NAN, -1, 'x', None],
-    'hidden_dropout_prob': [2, -1, 'x', NAN], 'initializer_range': ['x', NAN], 'classifier_dropout': ['x', 7],
+    'hidden_act': ['nope', 'os.system', None, 5, ['relu'], {'gelu': {}}],
+    'layer_norm_eps': [NAN, -1, 'x', None],
+    'hidden_dropout_prob': [2, -1, 'x', NAN],
+    'initializer_range': ['x', NAN],
+    'classifier_dropout': ['x', 7],
     'id2label': [{}, {'a': 'b'}, [], 'x', None, {'0': 'a'}, {str(i): 'a' for i in range(10**5)}, {'0': 5, '1': None}],
-    'label2id': [[], 'x', {'a': 'b'}], 'problem_type': ['x', 5], 'pad_token_id': [10**6, -5, 'x', 10**30, None, 1.5],
-    'model_type': ['nope', None, [], 5, 'gpt2', 't5', 'encoder-decoder', 'rag', '../x', 'timm_wrapper', 'bart', 'esm',
-                   'vision-text-dual-encoder', 'clip', 'albert', 'distilbert', 'mamba', 'roberta', 'longformer'],
+    'label2id': [[], 'x', {'a': 'b'}],
+    'problem_type': ['x', 5],
+    'pad_token_id': [10**6, -5, 'x', 10**30, None, 1.5],
+    'model_type': [
+        'nope',
+        None,
+        [],
+        5,
+        'gpt2',
+        't5',
+        'encoder-decoder',
+        'rag',
+        '../x',
+        'timm_wrapper',
+        'bart',
+        'esm',
+        'vision-text-dual-encoder',
+        'clip',
+        'albert',
+        'distilbert',
+        'mamba',
+        'roberta',
+        'longformer',
+    ],
     'architectures': ['x', [], None, ['Nope'], ['os.system'], [5], ['BertForMaskedLM'], ['BertModel']],
-    'auto_map': [{'AutoModelForSequenceClassification': 'evil.Model'}, {'AutoConfig': 'x--evil.Config'}, 'evil.Model', ['evil.M'], {}],
+    'auto_map': [
+        {'AutoModelForSequenceClassification': 'evil.Model'},
+        {'AutoConfig': 'x--evil.Config'},
+        'evil.Model',
+        ['evil.M'],
+        {},
+    ],
     'text_config': [{'auto_map': {'AutoConfig': 'evil.Config'}}, 'x', {'model_type': 'bert'}],
-    'attn_implementation': ['evil/kernel', 'evil/kernel:f', 'kernels-community/flash-attn', {'': 'evil/kernel'}, 'flash_attention_2', 'nope', 5],
-    '_attn_implementation': ['evil/kernel', 'paged|evil/kernel'], 'experts_implementation': ['evil/kernel'],
-    'quantization_config': [{'quant_method': 'gptq', 'bits': 4}, {'quant_method': 'bitsandbytes', 'load_in_4bit': True}, 'x', {}],
-    'transformers_weights': ['../weights.safetensors', 'w.bin'], 'torch_dtype': ['load', 'nope', 5, 'int8', 'float16'],
-    'dtype': ['load', 'float64', 'os'], 'tokenizer_class': ['BertJapaneseTokenizer', 'nope', 5], '_name_or_path': ['../outside', 5],
-    'is_decoder': [True], 'add_cross_attention': [True], 'pruned_heads': [{'0': [0]}, {'9': [99]}, 'x'], 'return_dict': [False],
-    'is_encoder_decoder': [True, 'x'], 'output_attentions': [True], 'output_hidden_states': [True], 'tie_word_embeddings': ['x'],
-    '__class__': ['x', {}], '__dict__': [{}, 'x'], 'to_dict': ['x'], 'get_text_config': [5], 'num_key_value_heads': [10**10],
-    'per_layer_config': [{'0': {'hidden_size': 10**9}}, 'x'], 'position_embedding_type': ['nope', 'relative_key'],
-    'custom_pipelines': [{'x': {'impl': 'evil.Pipe'}}], 'base_model_prefix': ['x', 5], 'base_model_tp_plan': [{'x': 'y'}],
-    'deep': [nested(28, 1, lambda o: [o]), nested(200, 1, lambda o: {'a': o})]}  # fmt: skip
+    'attn_implementation': [
+        'evil/kernel',
+        'evil/kernel:f',
+        'kernels-community/flash-attn',
+        {'': 'evil/kernel'},
+        'flash_attention_2',
+        'nope',
+        5,
+    ],
+    '_attn_implementation': ['evil/kernel', 'paged|evil/kernel'],
+    'experts_implementation': ['evil/kernel'],
+    'quantization_config': [
+        {'quant_method': 'gptq', 'bits': 4},
+        {'quant_method': 'bitsandbytes', 'load_in_4bit': True},
+        'x',
+        {},
+    ],
+    'transformers_weights': ['../weights.safetensors', 'w.bin'],
+    'torch_dtype': ['load', 'nope', 5, 'int8', 'float16'],
+    'dtype': ['load', 'float64', 'os'],
+    'tokenizer_class': ['BertJapaneseTokenizer', 'nope', 5],
+    '_name_or_path': ['../outside', 5],
+    'is_decoder': [True],
+    'add_cross_attention': [True],
+    'pruned_heads': [{'0': [0]}, {'9': [99]}, 'x'],
+    'return_dict': [False],
+    'is_encoder_decoder': [True, 'x'],
+    'output_attentions': [True],
+    'output_hidden_states': [True],
+    'tie_word_embeddings': ['x'],
+    '__class__': ['x', {}],
+    '__dict__': [{}, 'x'],
+    'to_dict': ['x'],
+    'get_text_config': [5],
+    'num_key_value_heads': [10**10],
+    'per_layer_config': [{'0': {'hidden_size': 10**9}}, 'x'],
+    'position_embedding_type': ['nope', 'relative_key'],
+    'custom_pipelines': [{'x': {'impl': 'evil.Pipe'}}],
+    'base_model_prefix': ['x', 5],
+    'base_model_tp_plan': [{'x': 'y'}],
+    'deep': [nested(28, 1, lambda o: [o]), nested(200, 1, lambda o: {'a': o})],
+}
 for _key, _values in BERT.items():
     values_of('config.json', 'hf', _key, _values)
 
@@ -426,58 +578,187 @@ def replace(regex, content='b'):
 
 ASCENDING = {f't{i}': i for i in range(400)}
 TOKENIZER = {
-    'normalizer': [nested(n, LOWER, lambda o: sequence([o])) for n in (10, 14, 50, 200)] + [
-        sequence([LOWER] * 1000), sequence([DOUBLE] * 30), sequence([DOUBLE] * 9), replace('(a+)+$'), replace('(.+)+x'), replace('('),
-        replace('', 'a' * 100), replace('.', 'a' * 10**6), dict(type='Prepend', prepend='a' * 10**6), dict(type='Nope'), 'x', 5, [],
-        dict(type='Precompiled', precompiled_charsmap='AAAA'), dict(type='Precompiled', precompiled_charsmap='!!'),
-        nested(12, DOUBLE, lambda o: sequence([o, o]))],
+    'normalizer': [nested(n, LOWER, lambda o: sequence([o])) for n in (10, 14, 50, 200)]
+    + [
+        sequence([LOWER] * 1000),
+        sequence([DOUBLE] * 30),
+        sequence([DOUBLE] * 9),
+        replace('(a+)+$'),
+        replace('(.+)+x'),
+        replace('('),
+        replace('', 'a' * 100),
+        replace('.', 'a' * 10**6),
+        dict(type='Prepend', prepend='a' * 10**6),
+        dict(type='Nope'),
+        'x',
+        5,
+        [],
+        dict(type='Precompiled', precompiled_charsmap='AAAA'),
+        dict(type='Precompiled', precompiled_charsmap='!!'),
+        nested(12, DOUBLE, lambda o: sequence([o, o])),
+    ],
     'pre_tokenizer': [
-        nested(50, dict(type='Whitespace'), lambda o: dict(type='Sequence', pretokenizers=[o])), dict(type='Nope'), None, 'x',
+        nested(50, dict(type='Whitespace'), lambda o: dict(type='Sequence', pretokenizers=[o])),
+        dict(type='Nope'),
+        None,
+        'x',
         dict(type='Split', pattern=dict(Regex='(a+)+$'), behavior='Isolated', invert=False),
         dict(type='Split', pattern=dict(Regex='('), behavior='Isolated', invert=False),
         dict(type='Split', pattern=dict(Regex=''), behavior='Isolated', invert=False),
-        dict(type='Metaspace', replacement='ab', prepend_scheme='always', split=True), dict(type='CharDelimiterSplit', delimiter='ab'),
-        dict(type='FixedLength', length=0)],
+        dict(type='Metaspace', replacement='ab', prepend_scheme='always', split=True),
+        dict(type='CharDelimiterSplit', delimiter='ab'),
+        dict(type='FixedLength', length=0),
+    ],
     'post_processor': [
-        dict(type='BertProcessing', sep=['[SEP]', 10**6], cls=['[CLS]', 10**6]), dict(type='Nope'), None, 'x',
+        dict(type='BertProcessing', sep=['[SEP]', 10**6], cls=['[CLS]', 10**6]),
+        dict(type='Nope'),
+        None,
+        'x',
         dict(type='BertProcessing', sep=['[SEP]', 2**32], cls=['[CLS]', 1]),
-        dict(type='TemplateProcessing', single=[dict(Sequence=dict(id='A', type_id=0))] * 1000, pair=[], special_tokens={}),
-        dict(type='TemplateProcessing', single=[dict(Sequence=dict(id='A', type_id=10**9))], pair=[], special_tokens={}),
-        dict(type='TemplateProcessing', single=[dict(SpecialToken=dict(id='[X]', type_id=0))], pair=[], special_tokens={}),
-        dict(type='TemplateProcessing', single=[], pair=[], special_tokens={})],
-    'decoder': [nested(50, dict(type='ByteLevel'), lambda o: dict(type='Sequence', decoders=[o])), dict(type='Nope'), 'x'],
-    'truncation': [dict(direction='Right', max_length=n, strategy='LongestFirst', stride=s) for n, s in ((0, 0), (10**12, 0), (4, 100))] + ['x'],
-    'padding': [dict(strategy=s, direction='Right', pad_to_multiple_of=m, pad_id=p, pad_type_id=0, pad_token='x')
-                for s, m, p in (({'Fixed': 10**9}, None, 0), ('BatchLongest', 10**9, 0), ('BatchLongest', 0, 0), ({'Fixed': 5}, None, 10**9))],
-    'added_tokens': [[], 'x', [5], [dict(id=-1)], [dict(id=10**9, content='[X]', special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)],
-                     [dict(id=2**32, content='[X]', special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)],
-                     [dict(id=400 + i, content=f'[{i}]', special=True, single_word=False, lstrip=False, rstrip=False, normalized=False) for i in range(20_000)]],
+        dict(
+            type='TemplateProcessing',
+            single=[dict(Sequence=dict(id='A', type_id=0))] * 1000,
+            pair=[],
+            special_tokens={},
+        ),
+        dict(
+            type='TemplateProcessing', single=[dict(Sequence=dict(id='A', type_id=10**9))], pair=[], special_tokens={}
+        ),
+        dict(
+            type='TemplateProcessing', single=[dict(SpecialToken=dict(id='[X]', type_id=0))], pair=[], special_tokens={}
+        ),
+        dict(type='TemplateProcessing', single=[], pair=[], special_tokens={}),
+    ],
+    'decoder': [
+        nested(50, dict(type='ByteLevel'), lambda o: dict(type='Sequence', decoders=[o])),
+        dict(type='Nope'),
+        'x',
+    ],
+    'truncation': [
+        dict(direction='Right', max_length=n, strategy='LongestFirst', stride=s)
+        for n, s in ((0, 0), (10**12, 0), (4, 100))
+    ]
+    + ['x'],
+    'padding': [
+        dict(strategy=s, direction='Right', pad_to_multiple_of=m, pad_id=p, pad_type_id=0, pad_token='x')
+        for s, m, p in (
+            ({'Fixed': 10**9}, None, 0),
+            ('BatchLongest', 10**9, 0),
+            ('BatchLongest', 0, 0),
+            ({'Fixed': 5}, None, 10**9),
+        )
+    ],
+    'added_tokens': [
+        [],
+        'x',
+        [5],
+        [dict(id=-1)],
+        [dict(id=10**9, content='[X]', special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)],
+        [dict(id=2**32, content='[X]', special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)],
+        [
+            dict(
+                id=400 + i,
+                content=f'[{i}]',
+                special=True,
+                single_word=False,
+                lstrip=False,
+                rstrip=False,
+                normalized=False,
+            )
+            for i in range(20_000)
+        ],
+    ],
     'version': ['9.0', 5, None],
-    'model': [{}, 'x', None, dict(type='Nope'), dict(type='WordLevel', vocab={}, unk_token='[UNK]'), dict(type='BPE', vocab={}, merges=[]),
-              dict(type='Unigram', vocab=[], unk_id=0), dict(type='Unigram', vocab=[['a', NAN]], unk_id=5), dict(type='BPE', vocab=ASCENDING, merges=[['x', 'y']]),
-              dict(type='WordLevel', vocab={'a': 10**9, '[UNK]': 0}, unk_token='[UNK]'), dict(type='WordLevel', vocab={'a': -1}, unk_token='a'),
-              dict(type='WordPiece', vocab={'a': 0}, unk_token='[UNK]', continuing_subword_prefix='##', max_input_chars_per_word=100),
-              dict(type='WordPiece', vocab={'[UNK]': 0}, unk_token='[UNK]', continuing_subword_prefix='', max_input_chars_per_word=10**12)]}  # fmt: skip
+    'model': [
+        {},
+        'x',
+        None,
+        dict(type='Nope'),
+        dict(type='WordLevel', vocab={}, unk_token='[UNK]'),
+        dict(type='BPE', vocab={}, merges=[]),
+        dict(type='Unigram', vocab=[], unk_id=0),
+        dict(type='Unigram', vocab=[['a', NAN]], unk_id=5),
+        dict(type='BPE', vocab=ASCENDING, merges=[['x', 'y']]),
+        dict(type='WordLevel', vocab={'a': 10**9, '[UNK]': 0}, unk_token='[UNK]'),
+        dict(type='WordLevel', vocab={'a': -1}, unk_token='a'),
+        dict(
+            type='WordPiece',
+            vocab={'a': 0},
+            unk_token='[UNK]',
+            continuing_subword_prefix='##',
+            max_input_chars_per_word=100,
+        ),
+        dict(
+            type='WordPiece',
+            vocab={'[UNK]': 0},
+            unk_token='[UNK]',
+            continuing_subword_prefix='',
+            max_input_chars_per_word=10**12,
+        ),
+    ],
+}
 for _key, _values in TOKENIZER.items():
     values_of('tokenizer.json', 'hf', _key, _values)
 
 TOKENIZER_CONFIG = {
     'auto_map': [{'AutoTokenizer': ['evil.Tok', None]}, ['evil.Tok', None], 'x'],
-    'tokenizer_class': ['MistralCommonBackend', 'BertJapaneseTokenizer', 'RagTokenizer', 'nope', 'PreTrainedTokenizer', 'os', 5, None, [],
-                        'LlamaTokenizer', 'BertTokenizer', 'T5Tokenizer', 'XLMTokenizer', 'CTRLTokenizer', 'Wav2Vec2PhonemeCTCTokenizer'],
-    'vocab_file': ['{outside}/vocab.txt', '../vocab.txt'], 'tokenizer_file': ['{outside}/secret.json'], 'merges_file': ['/etc/hostname'],
-    'special_tokens_map_file': ['{outside}/secret.json'], 'added_tokens_file': ['{outside}/secret.json'],
-    'fast_tokenizer_files': [['../tokenizer.4.0.0.json'], ['tokenizer.0.0.1.json']], 'chat_template_file': ['{outside}/secret.json'],
-    'sp_model_kwargs': [{'model_file': '{outside}/secret.json'}], 'mecab_kwargs': [{'mecab_option': '-r {outside}/secret.json'}],
-    'init_inputs': [['{outside}/vocab.txt'], 'x', [5]], 'vocab': ['{outside}/vocab.txt'], 'merges': ['/etc/hostname'],
-    'model_max_length': [0, -1, 'x', None, 10**30, 1.5, []], 'padding_side': ['x', 5, None], 'truncation_side': ['x'],
-    'extra_special_tokens': [[5], 'x', {'a': 5}, [{'content': 'x', 'evil': 1}]], 'additional_special_tokens': ['x', [5], {'a': 'b'}],
-    'added_tokens_decoder': [[], 'x', {'x': {}}, {'0': 'x'}, {'10000000': {'content': '[X]', 'special': True}}, {'0': {'content': 5}}],
+    'tokenizer_class': [
+        'MistralCommonBackend',
+        'BertJapaneseTokenizer',
+        'RagTokenizer',
+        'nope',
+        'PreTrainedTokenizer',
+        'os',
+        5,
+        None,
+        [],
+        'LlamaTokenizer',
+        'BertTokenizer',
+        'T5Tokenizer',
+        'XLMTokenizer',
+        'CTRLTokenizer',
+        'Wav2Vec2PhonemeCTCTokenizer',
+    ],
+    'vocab_file': ['{outside}/vocab.txt', '../vocab.txt'],
+    'tokenizer_file': ['{outside}/secret.json'],
+    'merges_file': ['/etc/hostname'],
+    'special_tokens_map_file': ['{outside}/secret.json'],
+    'added_tokens_file': ['{outside}/secret.json'],
+    'fast_tokenizer_files': [['../tokenizer.4.0.0.json'], ['tokenizer.0.0.1.json']],
+    'chat_template_file': ['{outside}/secret.json'],
+    'sp_model_kwargs': [{'model_file': '{outside}/secret.json'}],
+    'mecab_kwargs': [{'mecab_option': '-r {outside}/secret.json'}],
+    'init_inputs': [['{outside}/vocab.txt'], 'x', [5]],
+    'vocab': ['{outside}/vocab.txt'],
+    'merges': ['/etc/hostname'],
+    'model_max_length': [0, -1, 'x', None, 10**30, 1.5, []],
+    'padding_side': ['x', 5, None],
+    'truncation_side': ['x'],
+    'extra_special_tokens': [[5], 'x', {'a': 5}, [{'content': 'x', 'evil': 1}]],
+    'additional_special_tokens': ['x', [5], {'a': 'b'}],
+    'added_tokens_decoder': [
+        [],
+        'x',
+        {'x': {}},
+        {'0': 'x'},
+        {'10000000': {'content': '[X]', 'special': True}},
+        {'0': {'content': 5}},
+    ],
     'chat_template': ["{{ ''.__class__.__mro__[1].__subclasses__() }}", 5, '{% for i in range(10**10) %}{% endfor %}'],
-    'model_input_names': [[], 'x', ['input_ids', 'evil'], [5], None], 'unk_token': [5, None, {'content': 'x'}, {'a': 1}, []],
-    'pad_token': [5, None, 'not in the vocabulary', {'__type': 'AddedToken'}], 'cls_token': [None, [], 'ü' * 1000], 'backend': ['x', 'sentencepiece'],
-    'clean_up_tokenization_spaces': ['x'], '__class__': ['x'], 'tokenizer_object': ['x'], 'is_local': [False], 'config': ['x'],
-    'local_files_only': [False], 'trust_remote_code': [True], 'proxies': [{'http': 'http://evil'}]}  # fmt: skip
+    'model_input_names': [[], 'x', ['input_ids', 'evil'], [5], None],
+    'unk_token': [5, None, {'content': 'x'}, {'a': 1}, []],
+    'pad_token': [5, None, 'not in the vocabulary', {'__type': 'AddedToken'}],
+    'cls_token': [None, [], 'ü' * 1000],
+    'backend': ['x', 'sentencepiece'],
+    'clean_up_tokenization_spaces': ['x'],
+    '__class__': ['x'],
+    'tokenizer_object': ['x'],
+    'is_local': [False],
+    'config': ['x'],
+    'local_files_only': [False],
+    'trust_remote_code': [True],
+    'proxies': [{'http': 'http://evil'}],
+}
 for _key, _values in TOKENIZER_CONFIG.items():
     for _value in _values:
 
@@ -503,26 +784,64 @@ def _no_tokenizer(folder, outside):
 WRONG = ['x', -1, 0, 10**12, 1.5, True, None, [], {}, [None]]
 SPEC = {
     'task': ['nope', 'regression', 'multilabel', 'tagging', 'qa', 'causal_lm', 'masked_lm', 'seq2seq', None, 5, []],
-    'family': ['fastai', 'nope', None], 'classes': [None, [], ['a'], ['a', 'a'], ['a', 'b', 'c'], 'ab', [1, 2], [None, 'a'], {}, 5],
-    'threshold': [2, NAN, *WRONG], 'lang': ['zh-tw', 'zh-cn', 'nope', 5, None], 'rules': [['os.system'], ['__import__'], 'x', [5], None, {}],
-    'tokenizer': [[], 'x', {'tokenizer': 'os'}, None], 'max_length': [1, 2, *WRONG], 'truncation': [False, 'x', None], 'windows': [1, 2, 30, 31, 32, *WRONG],
-    'backwards': [True, 'x'], 'pairs': [True, 'x'], 'columns': [[], 'x', {'text': []}, {}], 'version': [0, 2, '1', None], 'word_sep': [5, []],
-    'max_target_length': [-1, 'x'], 'may_be_none': ['x'], 'label_delim': [5], 'seq_len': [-1, 'x'], 'evil': [1]}  # fmt: skip
+    'family': ['fastai', 'nope', None],
+    'classes': [None, [], ['a'], ['a', 'a'], ['a', 'b', 'c'], 'ab', [1, 2], [None, 'a'], {}, 5],
+    'threshold': [2, NAN, *WRONG],
+    'lang': ['zh-tw', 'zh-cn', 'nope', 5, None],
+    'rules': [['os.system'], ['__import__'], 'x', [5], None, {}],
+    'tokenizer': [[], 'x', {'tokenizer': 'os'}, None],
+    'max_length': [1, 2, *WRONG],
+    'truncation': [False, 'x', None],
+    'windows': [1, 2, 30, 31, 32, *WRONG],
+    'backwards': [True, 'x'],
+    'pairs': [True, 'x'],
+    'columns': [[], 'x', {'text': []}, {}],
+    'version': [0, 2, '1', None],
+    'word_sep': [5, []],
+    'max_target_length': [-1, 'x'],
+    'may_be_none': ['x'],
+    'label_delim': [5],
+    'seq_len': [-1, 'x'],
+    'evil': [1],
+}
 for _key, _values in SPEC.items():
     values_of('spec.json', 'hf', _key, _values)
 
 
 # --- AWD_LSTM ---
 
-for _path in ('config.emb_sz', 'config.n_hid', 'config.n_layers', 'config.pad_token', 'config.bidir', 'head.n_out', 'head.seq_len',
-              'head.max_len', 'head.lin_ftrs', 'head.ps', 'head.y_range'):  # fmt: skip
+for _path in (
+    'config.emb_sz',
+    'config.n_hid',
+    'config.n_layers',
+    'config.pad_token',
+    'config.bidir',
+    'head.n_out',
+    'head.seq_len',
+    'head.max_len',
+    'head.lin_ftrs',
+    'head.ps',
+    'head.y_range',
+):
     values_of('model.json', 'awd', _path, [-1, 0, 50_000, 10**10, 'x', None, 1.5, [10**10], {}])
 values_of('model.json', 'awd', 'vocab', [[], 'x', None, {}, [5], ['a'] * 10, [f't{i}' for i in range(10**5)], [['a']]])
 values_of('model.json', 'awd', 'config', [{}, [], 'x', {'evil': 1}])
 values_of('model.json', 'awd', 'head', [{}, [], 'x', {'tie_weights': True}])
 values_of('model.json', 'awd', 'config.evil', [1])
-values_of('spec.json', 'awd', 'tokenizer', [{}, [], {'tokenizer': 'os'}, {'tokenizer': 'word'}, {'tokenizer': 'word', 'lang': '../x'},
-                                            {'tokenizer': 'BaseTokenizer', 'split_char': 5}, {'tokenizer': ['word']}])  # fmt: skip
+values_of(
+    'spec.json',
+    'awd',
+    'tokenizer',
+    [
+        {},
+        [],
+        {'tokenizer': 'os'},
+        {'tokenizer': 'word'},
+        {'tokenizer': 'word', 'lang': '../x'},
+        {'tokenizer': 'BaseTokenizer', 'split_char': 5},
+        {'tokenizer': ['word']},
+    ],
+)
 values_of('spec.json', 'awd', 'rules', [['os.system'], ['spec_add_spaces'] * 10_000, 'x', [5], ['lowercase']])
 values_of('spec.json', 'awd', 'task', ['tagging', 'causal_lm', 'regression', 'multilabel', 'qa', 'nope'])
 values_of('spec.json', 'awd', 'classes', [[], ['a'], ['a', 'b', 'c'], None])
@@ -532,10 +851,24 @@ values_of('spec.json', 'awd', 'family', ['huggingface'])
 # --- a language model and a tagger ---
 
 GENERATION = {
-    'cache_implementation': ['nope', 'static', 5], 'compile_config': [{'x': 1}, 'x'], 'max_length': [-1, 10**12, 'x'], 'num_beams': [10**9, 0, 'x'],
-    'eos_token_id': ['x', [10**9], None, -1], 'pad_token_id': ['x', 10**9], 'temperature': [0, NAN, 'x'], 'top_k': [-1, 'x'], 'do_sample': ['x'],
-    'custom_generate': ['evil/repo'], 'assistant_model': ['evil'], 'prompt_lookup_num_tokens': [10**9], 'watermarking_config': [{'x': 1}],
-    'forced_bos_token_id': [10**9], 'suppress_tokens': [[10**9], 'x'], 'bad_words_ids': [[[10**9]], 'x'], 'transformers_version': ['99', 5]}  # fmt: skip
+    'cache_implementation': ['nope', 'static', 5],
+    'compile_config': [{'x': 1}, 'x'],
+    'max_length': [-1, 10**12, 'x'],
+    'num_beams': [10**9, 0, 'x'],
+    'eos_token_id': ['x', [10**9], None, -1],
+    'pad_token_id': ['x', 10**9],
+    'temperature': [0, NAN, 'x'],
+    'top_k': [-1, 'x'],
+    'do_sample': ['x'],
+    'custom_generate': ['evil/repo'],
+    'assistant_model': ['evil'],
+    'prompt_lookup_num_tokens': [10**9],
+    'watermarking_config': [{'x': 1}],
+    'forced_bos_token_id': [10**9],
+    'suppress_tokens': [[10**9], 'x'],
+    'bad_words_ids': [[[10**9]], 'x'],
+    'transformers_version': ['99', 5],
+}
 for _key, _values in GENERATION.items():
     values_of('generation_config.json', 'lm', _key, _values)
 values_of('config.json', 'lm', 'n_layer', [50_000, 10**10, 0, -1])

@@ -36,9 +36,19 @@ def make_bases(folder):
     "Write the good bundles that the kinds change"
     import numpy as np
     from fastai.text.all import L
-    from fastai_tl.all import (HFCausalLMDataLoaders, HFTagDataLoaders, HFTextDataLoaders, awd_classifier_learner,
-                               classifier_dls, hf_causal_lm_learner, hf_classifier_learner, hf_tagger_learner,
-                               texts_vocab, tokenize_texts_once, train_tokenizer)  # fmt: skip
+    from fastai_tl.all import (
+        HFCausalLMDataLoaders,
+        HFTagDataLoaders,
+        HFTextDataLoaders,
+        awd_classifier_learner,
+        classifier_dls,
+        hf_causal_lm_learner,
+        hf_classifier_learner,
+        hf_tagger_learner,
+        texts_vocab,
+        tokenize_texts_once,
+        train_tokenizer,
+    )
     from kinds import WORDS
     from transformers import BertConfig, GPT2Config
 
@@ -46,15 +56,23 @@ def make_bases(folder):
     texts = [' '.join(rng.choice(WORDS, rng.integers(1, 30))).capitalize() + '.' for _ in range(60)]
     labels, valid = ['ab'[len(t) % 2] for t in texts], [i >= 40 for i in range(60)]
     tok = train_tokenizer(texts, 400)
-    config = BertConfig(vocab_size=len(tok), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=48, pad_token_id=tok.pad_token_id)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(tok),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        pad_token_id=tok.pad_token_id,
+    )
     dls = HFTextDataLoaders.from_lists(texts, labels, tok, valid=valid, max_length=32, bs=8, verbose=False)
     hf_classifier_learner(dls, config).save_bundle(folder / 'hf')
     tokens = tokenize_texts_once(texts, progress=False)
     rows = list(range(60))
     dls = classifier_dls(tokens, labels, 'classification', rows[:40], rows[40:], texts_vocab(tokens, min_freq=1), bs=8)
     awd_classifier_learner(dls, 'classification', 2, dict(emb_sz=16, n_hid=24, n_layers=2)).save_bundle(folder / 'awd')
-    gpt2 = GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    gpt2 = GPT2Config(
+        vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
     hf_causal_lm_learner(HFCausalLMDataLoaders.from_texts(texts, tok, max_length=16), gpt2).save_bundle(folder / 'lm')
     words = L(t.split() for t in texts)
     tags = [['B-A' if w.startswith('a') else 'O' for w in ws] for ws in words]
@@ -77,15 +95,46 @@ def use(folder):
 
 # --- one bundle in a process of its own ---
 
-WRITES = ('os.remove', 'os.rename', 'os.mkdir', 'os.rmdir', 'os.link', 'os.symlink', 'os.truncate', 'os.chmod', 'shutil.move')
-RUNS = ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.fork', 'pickle.find_class',
-        'socket.connect', 'socket.getaddrinfo')  # fmt: skip
+WRITES = (
+    'os.remove',
+    'os.rename',
+    'os.mkdir',
+    'os.rmdir',
+    'os.link',
+    'os.symlink',
+    'os.truncate',
+    'os.chmod',
+    'shutil.move',
+)
+RUNS = (
+    'subprocess.Popen',
+    'os.system',
+    'os.exec',
+    'os.posix_spawn',
+    'os.spawn',
+    'os.fork',
+    'pickle.find_class',
+    'socket.connect',
+    'socket.getaddrinfo',
+)
 
 
 def watch(folder, report):
     "Note what this process opens, writes and runs outside of a bundle"
-    readable = [str(folder), sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), '/proc', '/sys', '/dev', '/usr', '/lib',
-                '/etc/ld.so', '/etc/localtime', '/etc/mime.types']  # fmt: skip
+    readable = [
+        str(folder),
+        sys.prefix,
+        sys.base_prefix,
+        str(Path(__file__).parents[2]),
+        '/proc',
+        '/sys',
+        '/dev',
+        '/usr',
+        '/lib',
+        '/etc/ld.so',
+        '/etc/localtime',
+        '/etc/mime.types',
+    ]
 
     def hook(event, args):
         if event in RUNS:
@@ -125,7 +174,11 @@ def try_in_child(folder, pipe):
     except BaseException as e:
         report['outcome'] = 'foreign'
         where = traceback.extract_tb(e.__traceback__)[-1]
-        own = [f'{Path(f.filename).name}:{f.lineno}' for f in traceback.extract_tb(e.__traceback__) if 'fastai_tl' in f.filename]
+        own = [
+            f'{Path(f.filename).name}:{f.lineno}'
+            for f in traceback.extract_tb(e.__traceback__)
+            if 'fastai_tl' in f.filename
+        ]
         report['error'] = f'{type(e).__name__}: {e}'[:300] + f' at {where.filename}:{where.lineno}, from {own[-3:]}'
     report['seconds'] = round(time.perf_counter() - start, 2)
     report['mib'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -172,7 +225,9 @@ def wait_for(pid, pipe):
         return json.loads(data)
     is_late = time.time() >= end
     outcome = 'too slow' if is_late else 'died'
-    return dict(outcome=outcome, error=f'status {status}', read=[], written=[], ran=[], seconds=SECONDS, mib=0, more_mib=0)
+    return dict(
+        outcome=outcome, error=f'status {status}', read=[], written=[], ran=[], seconds=SECONDS, mib=0, more_mib=0
+    )
 
 
 def try_kind(name, bases, base, change):
@@ -209,17 +264,27 @@ def summary(reports):
     "Count what happened"
     outcomes = Counter(r['outcome'] for r in reports)
     return dict(
-        kinds=len(reports), refused=outcomes['refused'], loaded=outcomes['loaded'],
-        code_run=sum(bool(r['ran']) for r in reports), read_outside=sum(bool(r['read']) for r in reports),
-        written=sum(bool(r['written']) for r in reports), foreign_errors=outcomes['foreign'], died=outcomes['died'],
-        too_slow=outcomes['too slow'], too_much_memory=sum(r['mib'] > GIB << 10 for r in reports),
+        kinds=len(reports),
+        refused=outcomes['refused'],
+        loaded=outcomes['loaded'],
+        code_run=sum(bool(r['ran']) for r in reports),
+        read_outside=sum(bool(r['read']) for r in reports),
+        written=sum(bool(r['written']) for r in reports),
+        foreign_errors=outcomes['foreign'],
+        died=outcomes['died'],
+        too_slow=outcomes['too slow'],
+        too_much_memory=sum(r['mib'] > GIB << 10 for r in reports),
         refused_without_a_file_name=sum(r['outcome'] == 'refused' and not r['names_a_file'] for r in reports),
-        most_seconds=max(r['seconds'] for r in reports), most_mib=max(r['mib'] for r in reports),
-        most_mib_added=max(r['more_mib'] for r in reports))  # fmt: skip
+        most_seconds=max(r['seconds'] for r in reports),
+        most_mib=max(r['mib'] for r in reports),
+        most_mib_added=max(r['more_mib'] for r in reports),
+    )
 
 
 def is_bad(r):
-    return r['outcome'] in ('foreign', 'died', 'too slow') or r['ran'] or r['read'] or r['written'] or r['mib'] > GIB << 10
+    return (
+        r['outcome'] in ('foreign', 'died', 'too slow') or r['ran'] or r['read'] or r['written'] or r['mib'] > GIB << 10
+    )
 
 
 def hostile(args):
@@ -245,9 +310,17 @@ def hostile(args):
     total = summary(reports)
     print(json.dumps(total, indent=1))
     versions = {name: __import__(name).__version__ for name in ('torch', 'transformers', 'tokenizers', 'safetensors')}
-    write_json(args.json, dict(summary=total, every=args.every, versions=versions, limits=dict(seconds=SECONDS, gib=GIB),
-                               outcomes={r['kind']: r['outcome'] for r in reports},
-                               bad=[r for r in reports if is_bad(r)]))  # fmt: skip
+    write_json(
+        args.json,
+        dict(
+            summary=total,
+            every=args.every,
+            versions=versions,
+            limits=dict(seconds=SECONDS, gib=GIB),
+            outcomes={r['kind']: r['outcome'] for r in reports},
+            bad=[r for r in reports if is_bad(r)],
+        ),
+    )
 
 
 TRIALS = dict(hostile=hostile)
