@@ -10,6 +10,8 @@ from .data.class_names import *
 from .data.decoding import *
 from .data.readers import *
 from .data.tables import *
+from .data.hf_datasets import *
+from .data.indicators import *
 from .data.labels import *
 from .data.splits import *
 from .data.near_duplicates import *

@@ -3,6 +3,7 @@
 Each test compares with the model of transformers, with a loop over the rows, or with the names themselves."""
 
 import copy
+import json
 import random
 
 import numpy as np
@@ -250,3 +251,285 @@ def test_the_learner_of_a_bundle_takes_the_order_of_new_data(tok, tmp_path):
     got = load_bundle(tmp_path/'a').learner(empty)
     order = [sorted(NAMES).index(c) for c in empty.spec.classes]
     assert np.allclose(got.predict_batch(rows).probs, right[:, order], atol=1e-5)
+
+
+# values that have names
+
+NUMBERS = dict(neutral=3., entailment=1., contradiction=2.)
+FORMS = dict(dictionary=dict, series=pd.Series, json=lambda o: json.loads(json.dumps(o)),
+             sorted_series=lambda o: pd.Series(o).sort_values(), categories=lambda o: pd.Series(
+                 list(o.values()), index=pd.CategoricalIndex(list(o))))
+
+
+@pytest.fixture(scope='module')
+def learn(tok):
+    return hf_classifier_learner(text_dls(tok), config(tok, n=3))
+
+
+@pytest.fixture(scope='module')
+def several(tok):
+    dls = text_dls(tok, [[NAMES[i % 3], NAMES[(i+1) % 3]] for i in range(24)])
+    return hf_classifier_learner(dls, config(tok, n=3))
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_class_weights_are_matched_by_name(tok, learn, several, form):
+    given = FORMS[form](NUMBERS)
+    one = hf_classifier_learner(learn.dls, config(tok, n=3), class_weights=given).loss_func.func.weight
+    assert one.tolist() == [NUMBERS[c] for c in learn.dls.vocab]
+    many = hf_classifier_learner(several.dls, config(tok, n=3), class_weights=given).loss_func.func.pos_weight
+    assert many.tolist() == [NUMBERS[c] for c in several.dls.vocab]
+
+
+@pytest.mark.parametrize('classes,given,right', [
+    ([0, 1, 2], {'2': 5., '0': 3., '1': 4.}, [3, 4, 5]),
+    ([0, 1, 2], pd.Series([5., 3., 4.], index=[2, 0, 1]), [3, 4, 5]),
+    ([False, True], {'true': 2., 'false': 1.}, [1, 2]),
+    (['a', 'b'], pd.Series([1., 2.]), [1, 2]),
+    (['a', 'b'], np.array([1., 2.]), [1, 2]), (['a', 'b'], torch.tensor([1., 2.]), [1, 2])])
+def test_weights_of_classes_of_any_type(tok, classes, given, right):
+    dls = text_dls(tok, [classes[i % len(classes)] for i in range(24)])
+    learn = hf_classifier_learner(dls, config(tok, n=len(classes)), class_weights=given)
+    assert learn.loss_func.func.weight.tolist() == right
+
+
+@pytest.mark.parametrize('given,said', [
+    (dict(NUMBERS, other=1.), 'other'), (dict(neutral=1., entailment=1.), 'contradiction'),
+    (dict(neutral=1., entailment=1., contradict=1.), "Did you mean 'contradiction'"),
+    (pd.Series([1., 2., 3.], index=['neutral', 'neutral', 'entailment']), 'neutral several times'),
+    ([1., 2.], '3 classes'), ([1., 2., -1.], 'neutral'), ([1., float('nan'), 1.], 'missing'),
+    ([[1., 2., 3.]], 'shape')])
+def test_values_that_do_not_fit_name_the_class(tok, learn, given, said):
+    with pytest.raises(FastaiTLError, match=said):
+        hf_classifier_learner(learn.dls, config(tok, n=3), class_weights=given)
+
+
+@pytest.mark.parametrize('form', [*FORMS, 'table'])
+def test_thresholds_are_matched_by_name(learn, several, tmp_path, form):
+    given = {name: value/8 for name, value in NUMBERS.items()}
+    right = [given[c] for c in learn.dls.vocab]
+    table = pd.DataFrame(dict(threshold=given, f1=0.))
+    thresholds = table if form == 'table' else FORMS[form](given)
+    rows = texts(6, seed=9)
+    for model in (learn, several):
+        assert Predictor(model, thresholds=thresholds).thresholds.tolist() == right
+        model.save_bundle(tmp_path/'b', thresholds=thresholds)
+        assert load_bundle(tmp_path/'b').thresholds.tolist() == right
+        with model.no_bar():
+            ev = model.evaluate()
+        expected = ev.with_thresholds(right).preds
+        assert np.array_equal(ev.with_thresholds(thresholds).preds, expected)
+        assert np.array_equal(model.predict_batch(rows, thresholds=thresholds).preds,
+                              model.predict_batch(rows, thresholds=right).preds)
+    with pytest.raises(DataError, match='none for neutral'):
+        Predictor(learn, thresholds=dict(entailment=.5, contradiction=.5))
+
+
+def test_columns_of_predictions_are_matched_by_name():
+    probs = pd.DataFrame(dict(b=[.7, .2], c=[.2, .1], a=[.1, .7]))
+    ev = Evaluation.from_preds(probs, ['b', 'a'], ['a', 'b', 'c'])
+    assert ev.accuracy == 1 and ev.probs.tolist() == [[.1, .7, .2], [.7, .2, .1]]
+    truth = pd.DataFrame(dict(c=[0, 1], a=[0, 1], b=[1, 0]))
+    assert Evaluation.from_preds(probs, truth, ['a', 'b', 'c']).targets.tolist() == [[0, 1, 0], [1, 0, 1]]
+    with pytest.raises(DataError, match='b, c, d'):
+        Evaluation.from_preds(probs.rename(columns=dict(a='d')), ['b', 'a'], ['a', 'b', 'c'])
+
+
+@pytest.mark.parametrize('names', [{1: 'pos', 0: 'neg'}, {'1': 'pos', '0': 'neg'}, {'pos': 1, 'neg': 0}])
+def test_dictionaries_of_class_names(names):
+    probs = [[.9, .1], [.2, .8]]
+    assert Evaluation.from_preds(probs, ['neg', 'pos'], names).accuracy == 1
+    assert Evaluation.from_preds(probs, [0, 1], names).classes == ['neg', 'pos']
+    assert ModelEvaluator(None, None, names).class_names == ['neg', 'pos']
+    with pytest.raises(DataError, match='order of the outputs'):
+        TextSpec('classification', classes=names)
+
+
+def test_tags_in_the_order_of_label2id(tok):
+    words = [['a', 'b']]*8
+    dls = HFTagDataLoaders.from_lists(words, [['O', 'B-X']]*8, tok, vocab={'B-X': 1, 'O': 0}, valid=[0, 1]*4)
+    assert list(dls.vocab) == ['O', 'B-X']
+
+
+# labels as indicators
+
+Y = np.random.default_rng(0).integers(0, 2, (24, 3))
+Y[-1] = 1
+SPLIT = [i < 12 for i in range(24)]
+SHAPES = dict(lists=lambda y: y.tolist(), floats=lambda y: y.astype(float).tolist(), bools=lambda y: (y > 0).tolist(),
+              tuples=lambda y: list(map(tuple, y.tolist())), arrays=list, array=lambda y: y, tensor=torch.tensor,
+              tensors=lambda y: list(torch.tensor(y)),
+              sparse=lambda y: pytest.importorskip('scipy.sparse').csr_matrix(y),
+              series=lambda y: pd.Series(y.tolist()), table=lambda y: pd.DataFrame(y, columns=['x', 'a', 'm']))
+
+
+def targets(ds):
+    return np.array([np.asarray(ds[i][1]) for i in range(len(ds))])
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_rows_of_0_and_1_are_a_place_for_each_class(tok, shape):
+    labels = SHAPES[shape](Y)
+    dls = HFTextDataLoaders.from_lists(texts(24), labels, tok, valid=SPLIT, bs=6, verbose=False)
+    assert np.array_equal(targets(dls.valid_ds), Y[:12]) and np.array_equal(targets(dls.train_ds), Y[12:])
+    assert list(dls.vocab) == (['x', 'a', 'm'] if shape == 'table' else [0, 1, 2])
+    learn = hf_classifier_learner(dls, config(tok, n=3))
+    assert learn.model.hf.config.num_labels == 3
+    with learn.no_bar():
+        assert np.array_equal(learn.evaluate().targets, Y[:12])
+        assert np.array_equal(learn.evaluate(texts(24)[:5], labels[:5]).targets, Y[:5])
+
+
+def test_a_class_that_no_text_has_keeps_its_output(tok):
+    y = Y.copy()
+    y[:, 1] = 0
+    with pytest.warns(UserWarning, match='label 1'):
+        dls = HFTextDataLoaders.from_lists(texts(24), y.tolist(), tok, valid=SPLIT, bs=6, verbose=False)
+    assert np.array_equal(targets(dls.train_ds), y[12:])
+
+
+def test_lists_of_numbers_that_are_names_stay_names(tok):
+    labels = [[3, 1], [2, 0], [1, 0], [3, 2]]*6
+    dls = HFTextDataLoaders.from_lists(texts(24), labels, tok, valid=SPLIT, bs=6, verbose=False)
+    assert [dls.vocab[i] for i in np.flatnonzero(targets(dls.valid_ds)[0])] == [1, 3]
+    ids = [[0], [1], [0, 1], [1, 0]]*6 # some texts have both, and rows of two are no indicators
+    dls = HFTextDataLoaders.from_lists(texts(24), ids, tok, valid=SPLIT, bs=6, verbose=False)
+    learn = hf_classifier_learner(dls, config(tok, n=2))
+    with learn.no_bar():
+        assert learn.evaluate(texts(2), [[0, 1], [1, 0]]).targets.tolist() == [[1, 1], [1, 1]]
+    arrays = [np.array(o) for o in ids]
+    assert list(HFTextDataLoaders.from_lists(texts(24), arrays, tok, valid=SPLIT, verbose=False).vocab) == [0, 1]
+
+
+def table(**columns):
+    return pd.DataFrame(dict(text=texts(24), valid=SPLIT, **columns))
+
+
+@pytest.mark.parametrize('dtype', [int, float, bool, 'Int64', 'boolean'])
+@pytest.mark.parametrize('windows', [None, 4])
+def test_several_label_columns(tok, tmp_path, dtype, windows):
+    names = ['toxic', 'obscene', 'insult']
+    df = table(**{name: pd.Series(Y[:, i] > 0).astype(dtype) for i, name in enumerate(names)})
+    options = {} if windows is None else dict(windows=windows, max_length=16)
+    dls = HFTextDataLoaders.from_df(df, tok, label_col=names, valid_col='valid', bs=6, verbose=False, **options)
+    assert list(dls.spec.classes) == list(dls.vocab) == names and dls.spec.task == 'multilabel'
+    assert dls.spec.columns['label'] == names
+    learn = hf_classifier_learner(dls, config(tok, n=3), class_weights=dict(insult=3., toxic=1., obscene=2.))
+    assert learn.loss_func.func.pos_weight.tolist() == [1, 2, 3]
+    with learn.no_bar():
+        assert np.array_equal(learn.evaluate(df.iloc[5:9]).targets, Y[5:9])
+        assert np.array_equal(learn.evaluate().targets, Y[:12])
+    if windows is None:
+        assert np.array_equal(targets(dls.valid_ds), Y[:12])
+        items = dls.test_dl(df.iloc[:4], with_labels=True)
+        assert np.array_equal(targets(items.dataset), Y[:4])
+        items = dls.test_dl([[t, y] for t, y in zip(df.text[:4], Y[:4].tolist())], with_labels=True)
+        assert np.array_equal(targets(items.dataset), Y[:4])
+        learn.save_bundle(tmp_path/'b')
+        again = load_bundle(tmp_path/'b').learner()
+        with again.no_bar():
+            assert np.array_equal(again.evaluate(df.iloc[5:9]).targets, Y[5:9])
+
+
+def test_several_values(tok, tmp_path):
+    values = np.random.default_rng(1).normal(size=(24, 2)).round(2)
+    df = table(food=values[:, 0], room=values[:, 1], both=values.tolist())
+    for label_col in (['food', 'room'], 'both'):
+        dls = HFTextDataLoaders.from_df(df, tok, label_col=label_col, valid_col='valid', bs=6, verbose=False)
+        assert dls.spec.task == 'regression' and dls.spec.n_values == 2
+        assert np.allclose(targets(dls.valid_ds), values[:12])
+        learn = hf_classifier_learner(dls, config(tok, n=2))
+        with learn.no_bar():
+            loss = learn.validate()[0]
+            preds = learn.get_preds()[0].numpy()
+        assert preds.shape == (12, 2) and np.isclose(loss, ((preds - values[:12])**2).mean(), atol=1e-5)
+        learn.save_bundle(tmp_path/'b')
+        assert np.allclose(load_bundle(tmp_path/'b').predict(list(df.text[:12])).labels, preds, atol=1e-5)
+        again = load_bundle(tmp_path/'b').learner()
+        assert again.dls.spec.n_values == 2
+        assert np.allclose(again.predict_batch(list(df.text[:12])).scores, preds, atol=1e-5)
+    whole = table(food=[i % 5 for i in range(24)], room=[(i+2) % 5 for i in range(24)])
+    dls = HFTextDataLoaders.from_df(whole, tok, label_col=['food', 'room'], valid_col='valid', bs=6, verbose=False)
+    assert dls.spec.task == 'regression' and targets(dls.valid_ds)[1].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize('columns,said', [(dict(a=[0, 1]*12, b=['x', 'y']*12), "'x' in 'b'"),
+                                          (dict(a=[0, 1]*12, b=[0, None]*12), "none in 'b', row 1"),
+                                          (dict(a=[0, 1]*12), "column 'b'")])
+def test_label_columns_that_do_not_fit(tok, columns, said):
+    with pytest.raises(DataError, match=said):
+        HFTextDataLoaders.from_df(table(**columns), tok, label_col=['a', 'b'], verbose=False)
+
+
+@pytest.mark.parametrize('task', ['multilabel', 'regression'])
+def test_several_columns_of_an_awd_lstm(tmp_path, task):
+    y = Y if task == 'multilabel' else np.random.default_rng(1).normal(size=(24, 3))
+    names = ['toxic', 'obscene', 'insult']
+    df = table(**{name: y[:, i] for i, name in enumerate(names)})
+    ulm = ULMFiT(tmp_path, config=dict(emb_sz=8, n_hid=8, n_layers=1), progress=False, min_freq=1)
+    learn = ulm.classifier(df, label_col=names, valid_col='valid', epochs=[1], groups=[1], encoder=None, bs=6)
+    assert np.allclose(targets(learn.dls.valid_ds), y[:12]) and learn.dls.spec.n_out == 3
+    rows = list(df.text[:4])
+    right = learn.predict_batch(rows).scores
+    learn.save_bundle(tmp_path/'b')
+    assert np.allclose(load_bundle(tmp_path/'b').predict(rows).scores, right, atol=1e-5)
+    again = ulm.load_classifier()
+    assert np.allclose(again.predict_batch(rows).scores, right, atol=1e-5)
+    if task == 'multilabel':
+        with again.no_bar():
+            assert list(again.dls.spec.classes) == names
+            assert np.array_equal(again.evaluate(df.iloc[3:9]).targets, Y[3:9])
+
+
+def test_all_classes_of_a_model_as_vocab(tok):
+    hf = trained(tok, classes=NAMES)
+    dls = text_dls(tok, ['entailment', 'neutral']*12, vocab=NAMES)
+    assert list(dls.vocab) == NAMES
+    learn = hf_classifier_learner(dls, hf)
+    rows = texts(4, seed=2)
+    assert np.allclose(learn.predict_batch(rows).scores, logits_of(hf, tok, rows), atol=1e-4)
+    with pytest.raises(DataError, match='Did you mean'):
+        text_dls(tok, ['entailment', 'neutral']*12, vocab=['entailments', 'neutral'])
+
+
+# the schema of a dataset
+
+def dataset(rows, **features):
+    datasets = pytest.importorskip('datasets')
+    made = {name: kind(datasets) for name, kind in features.items()}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(made))
+
+
+@pytest.mark.parametrize('kind', ['Sequence', 'List', 'LargeList', 'fixed'])
+def test_names_of_several_labels_survive(tok, kind):
+    names = ['zest', 'anger', 'joy'] + [f'e{i}' for i in range(9)]
+    numbers = [[i % 12, (i+5) % 12] for i in range(48)]
+    inside = dict(Sequence=lambda d, c: d.Sequence(c), List=lambda d, c: d.List(c),
+                  LargeList=lambda d, c: d.LargeList(c), fixed=lambda d, c: d.List(c, length=2))[kind]
+    ds = dataset(dict(text=texts(48), labels=numbers), text=lambda d: d.Value('string'),
+                 labels=lambda d: inside(d, d.ClassLabel(names=names)))
+    datasets = pytest.importorskip('datasets')
+    parts = datasets.DatasetDict(train=ds, test=ds.select(range(12)))
+    for source in (ds, parts):
+        dls = HFTextDataLoaders.from_dataset(source, tok, label_col='labels', bs=6, verbose=False)
+        assert set(dls.vocab) == set(names)
+    got = [{dls.vocab[i] for i in np.flatnonzero(row)} for row in targets(dls.valid_ds)]
+    assert got == [{names[i] for i in row} for row in numbers[:12]]
+
+
+def test_numbers_of_two_splits_with_other_names(tok):
+    datasets = pytest.importorskip('datasets')
+    make = lambda names: dataset(
+        dict(tokens=[o.split()[:3] for o in texts(8)], tags=[[0, 1, 2]]*8), tokens=lambda d: d.List(d.Value('string')),
+        tags=lambda d: d.List(d.ClassLabel(names=names)))
+    both = datasets.DatasetDict(train=make(['O', 'B-A', 'B-B']), validation=make(['B-B', 'O', 'B-A']))
+    dls = HFTagDataLoaders.from_dataset(both, tok, bs=4, verbose=False)
+    assert [o[1] for o in dls.train_ds.items[:1]] == [['O', 'B-A', 'B-B']]
+    assert [o[1] for o in dls.valid_ds.items[:1]] == [['B-B', 'O', 'B-A']]
+
+
+def test_a_tag_without_a_name_is_an_error(tok):
+    ds = dataset(dict(tokens=[['a', 'b']]*8, tags=[[0, 1]]*7 + [[0, -1]]), tokens=lambda d: d.List(d.Value('string')),
+                 tags=lambda d: d.List(d.ClassLabel(names=['O', 'B-A'])))
+    with pytest.raises(DataError, match='row 7'):
+        HFTagDataLoaders.from_dataset(ds, tok, verbose=False)

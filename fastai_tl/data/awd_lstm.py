@@ -20,7 +20,7 @@ from fastai.text.data import make_vocab, reverse_text
 from fastai.torch_core import default_device
 from ..core import DataError, derive_seed
 from .chinese import ChineseTokenizer
-from .labels import label_tfms
+from .labels import label_tfms, n_values_of
 from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
@@ -107,6 +107,7 @@ class ReadingOptions:
     "Further options of the DataLoaders for a classifier"
     backwards:bool=False # Reverse the texts, for a backwards model
     path:str|Path='.' # Stored as `dls.path`, where a Learner saves its files
+    classes:list|None=None # All classes in the order of the outputs; `None`: those of the training texts, sorted
 
 def _sorted_loaders(dsets, lens, bs, seq_len):
     "Return one `SortedDL` for training and one for validation"
@@ -129,20 +130,23 @@ def classifier_dls(
     rules=None, # Rules applied to new texts before they are tokenized; `None`: fastai's
     bs:int=64, # Batch size
     seq_len:int=72, # `seq_len` of the classifier; padding comes in chunks of this length
-    **kwargs # `backwards` and `path`
+    **kwargs # `backwards`, `path` and `classes`
 ) -> SpecDataLoaders:
     "Make DataLoaders for a classifier"
     options = ReadingOptions(**kwargs)
-    classes = check_split(labels, task, train, valid)
+    classes = check_split(labels, task, train, valid, options.classes)
+    n_values = n_values_of(labels, task)
     # lists, because fastai applies transforms to each member of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
     reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
-    tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)], [itemgetter(1), *label_tfms(task, classes)]]
+    tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)],
+            [itemgetter(1), *label_tfms(task, classes, n_values)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]
     dsets = Datasets(items, tfms, splits=splits, dl_type=SortedDL, n_inp=1)
     loaders = _sorted_loaders(dsets, [texts.lens[train].tolist(), texts.lens[valid].tolist()], bs, seq_len)
     dls = SpecDataLoaders(*loaders, path=options.path, device=default_device())
-    return dls.with_spec(awd_lstm_spec(task, reader, seq_len, options.backwards, classes), reader, reader.rules)
+    spec = awd_lstm_spec(task, reader, seq_len, options.backwards, classes).replace(n_values=n_values)
+    return dls.with_spec(spec, reader, reader.rules)
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #1a57e605
 def empty_dls(
@@ -163,7 +167,7 @@ def empty_dls(
         loaders = [LMDataLoader(ds, lens=[], bs=bs, seq_len=seq_len) for ds in (dsets.train, dsets.valid)]
         batch_types = (LMTensorText, TensorText)
     else:
-        targets = [itemgetter(1), *label_tfms(spec.task, spec.classes)]
+        targets = [itemgetter(1), *label_tfms(spec.task, spec.classes, spec.n_values)]
         dsets = empty_datasets([[itemgetter(0), *tfms], targets], [[list, *types], [list]])
         loaders = _sorted_loaders(dsets, [[], []], bs, seq_len)
         batch_types = (TensorText, TARGET_TYPES[spec.task])

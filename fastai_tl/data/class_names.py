@@ -85,7 +85,7 @@ def _numbers(values, what):
         raise DataError(f'{what} must be numbers', shorten(values)) from None
     if numbers.ndim != 1 or np.isnan(numbers).any():
         got = f'shape {numbers.shape}' if numbers.ndim != 1 else 'a missing number'
-        raise DataError(f'{what} must be one number for each class', got)
+        raise DataError(f'{what} must be one for each class', got)
     return numbers
 
 # %% ../../nbs/102_data.class_names.ipynb #195d9f71
@@ -101,7 +101,7 @@ def _positions(names, classes, what):
     missing = [c for c in classes if not shared_names([c], names)]
     got = [f'none for {shorten(missing)}'] if missing else []
     got += [f'one for {shorten(unknown)}, which the data do not have'] if unknown else []
-    raise DataError(f'{what} must be one number for each class', ' and '.join(got) or f'the names {shorten(names)}',
+    raise DataError(f'{what} must be one for each class', ' and '.join(got) or f'the names {shorten(names)}',
                     did_you_mean(unknown[0], classes) if unknown else '')
 
 # %% ../../nbs/102_data.class_names.ipynb #016ffc0d
@@ -118,6 +118,6 @@ def class_values(
     if names is not None and not (has_no_names and not shared_names(names, classes)):
         return numbers[_positions(names, classes, what)]
     if len(numbers) != len(classes):
-        raise DataError(f'{what} must be one number for each of the {len(classes)} classes {shorten(classes, 20)}',
-                        f'{len(numbers)} numbers')
+        raise DataError(f'{what} must be one for each class; each of the {len(classes)} classes '
+                        f'{shorten(classes, 20)} needs a number', f'{len(numbers)} numbers')
     return numbers

@@ -9,15 +9,18 @@ __all__ = ['HFTableDataLoaders', 'hf_classifier_dls', 'HFTextDataLoaders']
 
 # %% ../../nbs/130_data.classification.ipynb #1bf0d280
 from collections import Counter, UserList
+from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
 import pandas as pd
-from fastcore.all import L, delegates
+from fastcore.all import delegates
 from fastai.data.core import Datasets
 from fastai.torch_core import default_device
-from ..core import DataError, FastaiTLError, did_you_mean, shorten
+from ..core import DataError, FastaiTLError, shorten
+from .hf_datasets import dataset_table, two_splits
 from .hf_tokenizer import HFTokenize, PadTokens, TensorTokens, TokensDL, hf_tokenize
-from .labels import check_labels, label_tfms
+from .indicators import as_rows, is_several, label_column, plain_names
+from .labels import check_labels, indicator_classes, label_tfms, labels_for, n_values_of
 from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
@@ -67,8 +70,22 @@ def draw_weights(labels, task):
     n = Counter(labels)
     return [1/n[label] for label in labels]
 
+# %% ../../nbs/130_data.classification.ipynb #cb8c780b
+@dataclass
+class SamplingOptions:
+    "Further options of DataLoaders for classification"
+    weighted:bool=False # Sample training texts so that all classes are drawn equally often
+    vocab:list|None=None # All classes in the order of the model's outputs; `None`: those of the training texts, sorted
+    path:str|Path='.' # Stored as `dls.path`, where a Learner saves its files
+
+def _pop_options(kwargs):
+    "Take the sampling options out of keyword arguments"
+    names = [f.name for f in fields(SamplingOptions)]
+    return SamplingOptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
+
 # %% ../../nbs/130_data.classification.ipynb #70dbf28d
-@delegates(hf_tokenize)
+@delegates(SamplingOptions, keep=True)
+@delegates(hf_tokenize, keep=True)
 def hf_classifier_dls(
     texts:list, # Texts, or pairs of texts (lists of two strings)
     labels:list, # One label per text, as returned by `check_labels`
@@ -78,37 +95,38 @@ def hf_classifier_dls(
     tokenizer, # A name, a folder, or a transformers tokenizer
     bs:int=32, # Batch size for training
     val_bs:int|None=None, # Batch size for validation; `None`: `2*bs`
-    weighted:bool=False, # Sample training texts so that all classes are drawn equally often
-    path='.', # Stored as `dls.path`, where a Learner saves its files
-    **kwargs # `max_length`, `truncation`, `verbose` and `lang`
+    **kwargs # `weighted`, `vocab`, `path`, `max_length`, `truncation`, `verbose` and `lang`
 ): # `HFTextDataLoaders`
     "Make DataLoaders for classification or regression from checked texts and labels"
+    options = _pop_options(kwargs)
     tok = hf_tokenize(tokenizer, **kwargs)
-    options = dict(bs=bs, val_bs=val_bs, weighted=weighted, path=path)
-    return _dls_of_texts(texts, labels, task, (train, valid), tok, kwargs.get('lang', 'en'), **options)
+    lang = kwargs.get('lang', 'en')
+    return _dls_of_texts(texts, labels, task, (train, valid), tok, lang, options, bs=bs, val_bs=val_bs)
 
 # %% ../../nbs/130_data.classification.ipynb #bc3fe589
-def _dls_of_texts(texts, labels, task, splits, tok, lang, bs=32, val_bs=None, weighted=False, path='.'):
+def _dls_of_texts(texts, labels, task, splits, tok, lang, options, bs=32, val_bs=None):
     "Make DataLoaders from checked texts and labels with a transform that tokenizes"
     train, valid = splits
-    classes = check_split(labels, task, train, valid)
+    classes = check_split(labels, task, train, valid, options.vocab)
+    n_values = n_values_of(labels, task)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
-    tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(task, classes)]]
-    weights = draw_weights([labels[i] for i in train], task) if weighted else None
+    tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(task, classes, n_values)]]
+    weights = draw_weights([labels[i] for i in train], task) if options.weighted else None
     side = tok.tokenizer.padding_side
-    dls = tokens_dls(HFTextDataLoaders, items, len(train), tfms, side, bs, val_bs, path, weights)
+    dls = tokens_dls(HFTextDataLoaders, items, len(train), tfms, side, bs, val_bs, options.path, weights)
     spec = TextSpec(task, classes=classes, lang=lang, rules=rule_names(tok.rules),
                     max_length=tok.max_length, truncation=tok.truncation, pairs=not isinstance(texts[0], str),
-                    columns=dict(text='text', label='label'))
+                    columns=dict(text='text', label='label'), n_values=n_values)
     return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
 # %% ../../nbs/130_data.classification.ipynb #18da2218
-_LOADING = ('bs', 'val_bs', 'weighted', 'path')
+_LOADING = ('bs', 'val_bs')
 
 def _windowed_dls(texts, labels, task, train, valid, tokenizer, stride, **kwargs):
     "Return DataLoaders that train on windows, which share `stride` tokens, and validate on whole texts"
     if texts and not isinstance(texts[0], str):
         raise DataError('Windows are cut from single texts', 'pairs')
+    options = _pop_options(kwargs)
     loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
     tok = hf_tokenize_windows(tokenizer, stride, **kwargs)
     whole = {i: LongText(texts[i]) for i in train+valid}
@@ -118,7 +136,7 @@ def _windowed_dls(texts, labels, task, train, valid, tokenizer, stride, **kwargs
     of_item = [labels[train[row]] for row in window_rows[0]] + [labels[i] for i in valid]
     n_train = len(window_rows[0])
     splits = list(range(n_train)), list(range(n_train, len(items)))
-    dls = _dls_of_texts(items, of_item, task, splits, tok, kwargs.get('lang', 'en'), **loading)
+    dls = _dls_of_texts(items, of_item, task, splits, tok, kwargs.get('lang', 'en'), options, **loading)
     dls.window_rows = window_rows
     dls.training_texts = [LabelledText([whole[i], labels[i]]) for i in train]
     dls.spec = dls.spec.replace(windows=stride)
@@ -139,8 +157,9 @@ def _table_items(df, spec, with_labels):
     texts = text_column(df, columns['text'])
     if not with_labels:
         return texts
-    delim = None if spec is None else spec.label_delim
-    return zip(texts, check_labels(column(df, columns['label']), df.index, None, delim)[0])
+    labels = label_column(df, columns['label'])
+    labels = check_labels(labels, df.index)[0] if spec is None else labels_for(spec, labels, df.index)
+    return map(LabelledText, zip(texts, labels))
 
 # %% ../../nbs/130_data.classification.ipynb #e4f08a23
 def _test_items(items, spec, with_labels):
@@ -158,26 +177,12 @@ def _test_items(items, spec, with_labels):
         raise DataError('With labels each item must be a text and its label',
                         f'{shorten(items[bad[0]])} in row {shorten(bad)}')
     texts = check_items([item[0] for item in items], pairs=pairs)
-    return [LabelledText([read_text(text), item[1]]) for text, item in zip(texts, items)]
+    labels = [item[1] for item in items]
+    if spec is not None and spec.task == 'multilabel' and not any(isinstance(item, LabelledText) for item in items):
+        labels = labels_for(spec, labels)
+    return [LabelledText([read_text(text), label]) for text, label in zip(texts, labels)]
 
 # %% ../../nbs/130_data.classification.ipynb #6ef4f11b
-def two_splits(dataset, valid=None, frame=lambda split: split.to_pandas()):
-    "Join the training and validation splits of a `DatasetDict` into one table, with the split in column `split_`"
-    valid = valid or next((name for name in ('validation', 'valid', 'dev', 'test') if name in dataset), None)
-    if valid not in dataset or 'train' not in dataset:
-        todo = 'Name the split with `valid`' if valid is None else did_you_mean(valid, dataset)
-        raise DataError("The dataset must have the splits 'train' and one to validate", shorten(dataset), todo)
-    tables = [frame(dataset[name]).assign(split_=kind) for name, kind in (('train', 'train'), (valid, 'valid'))]
-    return pd.concat(tables, ignore_index=True)
-
-def _named_labels(split, label_col):
-    "Convert a split into a table with class names as labels"
-    df = split.to_pandas()
-    names = getattr(split.features.get(label_col), 'names', None)
-    if names:
-        df[label_col] = [names[i] if i >= 0 else None for i in df[label_col]]
-    return df
-
 def folder_splits(files):
     "Return the split of each file by its top folder; `test` is for validation if there is no `valid`"
     top = [Path(file).parts[0] for file in files]
@@ -196,7 +201,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
         df:pd.DataFrame, # One text per row
         tokenizer, # A name, a folder, or a transformers tokenizer
         text_col='text', # Column with the texts; two columns for pairs
-        label_col='label', # Column with the labels, or with the values for regression
+        label_col='label', # Column of labels or values; a list: columns of 0 and 1, or of several values
         valid_col:str|None=None, # Column with the split: booleans, or `train`, `valid` and `test` (not used)
         valid_pct:float=.2, # Validation fraction of a random split, stratified by class
         seed:int=42, # Seed for the random split
@@ -207,28 +212,36 @@ class HFTextDataLoaders(HFTableDataLoaders):
     ): # `HFTextDataLoaders`
         "Make DataLoaders from a DataFrame"
         texts = text_column(df, text_col)
-        labels, task = check_labels(column(df, label_col), df.index, task, label_delim)
+        given = label_column(df, label_col)
+        names = list(label_col) if is_several(label_col) else kwargs.get('vocab')
+        labels, task = check_labels(given, df.index, task, label_delim, names)
+        places = indicator_classes(given, task, names)
+        if places is not None:
+            kwargs.setdefault('vocab', places)
         valid = None if valid_col is None else column(df, valid_col)
         splits = split_rows(labels, task, valid, valid_pct, seed)
         if windows is None:
             dls = hf_classifier_dls(texts, labels, task, *splits, tokenizer, **kwargs)
         else:
             dls = _windowed_dls(texts, labels, task, *splits, tokenizer, windows, **kwargs)
-        text_col = list(text_col) if isinstance(text_col, (tuple, L)) else text_col
-        dls.spec = dls.spec.replace(columns=dict(text=text_col, label=label_col), label_delim=label_delim)
+        columns = dict(text=plain_names(text_col), label=plain_names(label_col))
+        dls.spec = dls.spec.replace(columns=columns, label_delim=label_delim, indicators=places is not None)
         return dls
 
     @classmethod
     @delegates(from_df, but=['text_col', 'label_col', 'valid_col'])
     def from_lists(cls,
         texts:list, # Texts, or pairs of texts
-        labels:list, # One label per text
+        labels:list, # One label per text: also a list of names, or a row of 0 and 1
         tokenizer, # A name, a folder, or a transformers tokenizer
         valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
         **kwargs # Passed to `from_df`: `max_length`, `bs`, `valid_pct`, `task`, …
     ): # `HFTextDataLoaders`
         "Make DataLoaders from texts and labels in lists"
+        labels, names = as_rows(labels)
         texts, labels = list_of(texts), list_of(labels, 'label')
+        if names is not None:
+            kwargs.setdefault('vocab', names)
         if len(texts) != len(labels):
             raise DataError('Each text needs a label', f'{len(texts)} texts and {len(labels)} labels')
         texts = check_items(texts)
@@ -268,8 +281,8 @@ class HFTextDataLoaders(HFTableDataLoaders):
     ): # `HFTextDataLoaders`
         "Make DataLoaders from a Hugging Face dataset"
         if not isinstance(dataset, dict):
-            return cls.from_df(_named_labels(dataset, label_col), tokenizer, label_col=label_col, **kwargs)
-        df = two_splits(dataset, valid, lambda split: _named_labels(split, label_col))
+            return cls.from_df(dataset_table(dataset), tokenizer, label_col=label_col, **kwargs)
+        df = two_splits(dataset, valid)
         return cls.from_df(df, tokenizer, label_col=label_col, valid_col='split_', **kwargs)
 
     @classmethod
@@ -284,7 +297,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
             tok = HFTokenize(tokenizer, spec.max_length, **options)
         else:
             tok = HFTokenizeWindows(tokenizer, spec.windows, spec.max_length, **options)
-        tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(spec.task, spec.classes)]]
+        tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(spec.task, spec.classes, spec.n_values)]]
         types = [[LabelledText, list if spec.pairs else str, TensorTokens], [LabelledText]]
         dls = loaders_of(cls, empty_datasets(tfms, types), tok.tokenizer.padding_side, bs)
         set_batch_types(dls, TensorTokens, TARGET_TYPES[spec.task])

@@ -16,6 +16,7 @@ import numpy as np
 from fastcore.all import L
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode, RegressionSetup
 from ..core import DataError, shorten, unknown_option
+from .indicators import indicator_rows, number_rows, of_indicators, plain_row, value_rows
 from .spec import CLASSIFICATION_TASKS
 from .tables import is_missing, list_of, row_names, valid_texts
 
@@ -24,7 +25,8 @@ def check_labels(
     labels, # One label for each text, or a list of labels
     index=None, # Row names for error messages; `None`: rows are numbered from 0
     task:str|None=None, # `classification`, `multilabel` or `regression`; `None`: inferred from the labels
-    label_delim:str|None=None # Separator between the labels in one string
+    label_delim:str|None=None, # Separator between the labels in one string
+    classes:list|None=None # What the places of rows of 0 and 1 mean; `None`: they are numbered from 0
 ) -> tuple: # The labels, split and converted, and the task
     "Check and convert labels, and return them with their task"
     labels = list_of(labels, 'label')
@@ -35,11 +37,14 @@ def check_labels(
         raise DataError('Each text needs a label', f'none in row {shorten(missing)}',
                         'Drop those rows, or keep their texts for the language model (`finetune_lm`)')
     if task is None:
-        task = _infer_task(labels, label_delim)
+        task = _infer_task(labels, label_delim, classes)
         _warn_of_joined(labels, task)
     if task not in CLASSIFICATION_TASKS:
         raise unknown_option('task', task, CLASSIFICATION_TASKS)
-    if task == 'multilabel':
+    if task == 'multilabel' and indicator_rows(labels, None if classes is None else len(classes)):
+        classes = range(len(labels[0])) if classes is None else classes
+        labels = [of_indicators(label, classes) for label in labels]
+    elif task == 'multilabel':
         labels = [_label_list(label, label_delim, row) for label, row in zip(labels, rows)]
     if task == 'regression':
         labels = _values(labels, rows)
@@ -52,10 +57,14 @@ def _plain_label(label):
         return label.item()
     if isinstance(label, (str, Number, list, tuple, set, L)) or is_missing(label):
         return float(label) if isinstance(label, Decimal) else label
+    if hasattr(label, 'cpu'): # a tensor
+        return label.tolist()
     return label if hasattr(label, '__iter__') else str(label)
 
-def _infer_task(labels, label_delim):
+def _infer_task(labels, label_delim, classes=None):
     "Infer the task from the labels"
+    if value_rows(labels) or (classes is not None and number_rows(labels) and not indicator_rows(labels)):
+        return 'regression'
     if label_delim is not None or any(isinstance(o, (list, tuple, set, L, np.ndarray)) for o in labels):
         return 'multilabel'
     floats = [o for o in labels if isinstance(o, (float, np.floating))]
@@ -73,10 +82,14 @@ def _label_list(label, delim, row):
     if any(is_missing(o) for o in label):
         raise DataError('A list of labels must have no missing ones', f'one in row {row}',
                         'Leave it out; an empty list means that the text has no class')
-    return valid_texts([o if isinstance(o, (str, int)) else str(o) for o in label], [row]*len(label), 'label')
+    names = [o.item() if isinstance(o, np.integer) else o for o in label]
+    return valid_texts([o if isinstance(o, (str, int)) else str(o) for o in names], [row]*len(names), 'label')
 
 def _values(labels, rows):
     "Return the values of a regression as floats"
+    if number_rows(labels):
+        of_rows = list(zip(*(_values(part, rows) for part in zip(*map(plain_row, labels)))))
+        return [list(row) for row in of_rows]
     try:
         values = [float(o) for o in labels]
     except (TypeError, ValueError):
@@ -110,14 +123,33 @@ def _warn_of_joined(labels, task):
                       f'the {len(set(labels))} combinations is a class. For several labels a text pass '
                       f'`label_delim={delim!r}`, on the command line `--label-delim`')
 
+# %% ../../nbs/109_data.labels.ipynb #56372910
+def n_values_of(labels, task):
+    "Return the number of values that a regression has for each text"
+    return len(labels[0]) if task == 'regression' and len(labels) and isinstance(labels[0], list) else 1
+
+def indicator_classes(labels, task, classes=None):
+    "Return the class of each place if labels are rows of 0 and 1, else `None`"
+    labels = list(labels)
+    if task != 'multilabel' or not indicator_rows(labels, None if classes is None else len(classes)):
+        return None
+    return list(range(len(labels[0]))) if classes is None else list(classes)
+
+def labels_for(spec, labels, index=None):
+    "Check labels of new texts for a model, and convert them to the form of its training labels"
+    is_counted = any(c in (0, 1) for c in spec.classes or ())
+    places = spec.classes if spec.task == 'multilabel' and (spec.indicators or not is_counted) else ()
+    return check_labels(labels, index, spec.task, spec.label_delim, places or ())[0]
+
 # %% ../../nbs/109_data.labels.ipynb #42c705de
 def label_tfms(
     task:str, # `classification`, `multilabel` or `regression`
-    classes:list|None # Class names in the order of the model's outputs; `None` for a regression
+    classes:list|None, # Class names in the order of the model's outputs; `None` for a regression
+    n_values:int=1 # Number of values of a regression
 ) -> list: # Transforms of fastai
     "Return the transforms that turn labels into tensors"
     if task == 'classification':
         return [Categorize(vocab=classes, sort=False)]
     if task == 'multilabel':
         return [MultiCategorize(vocab=classes), OneHotEncode(len(classes))]
-    return [RegressionSetup(c=1)]
+    return [RegressionSetup(c=n_values)]

@@ -18,8 +18,9 @@ from fastai.data.core import show_batch, show_results
 from fastai.interpret import plot_top_losses
 from fastai.torch_core import TensorBase
 from ..core import DataError, FastaiTLError, shorten
-from .classification import loaders_of, tokens_dls, two_splits
+from .classification import loaders_of, tokens_dls
 from .display import show_html
+from .hf_datasets import dataset_table, two_splits
 from .hf_tokenizer import TensorTokens, load_tokenizer
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
@@ -358,7 +359,7 @@ class HFQADataLoaders(SpecDataLoaders):
     ): # `HFQADataLoaders`
         "Make DataLoaders from a Hugging Face dataset"
         if not isinstance(dataset, dict):
-            return cls.from_df(dataset.to_pandas(), tokenizer, answer_col=answer_col, **kwargs)
+            return cls.from_df(dataset_table(dataset), tokenizer, answer_col=answer_col, **kwargs)
         df = two_splits(dataset, valid)
         return cls.from_df(df, tokenizer, answer_col=answer_col, valid_col='split_', **kwargs)
 

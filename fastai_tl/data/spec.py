@@ -59,6 +59,8 @@ class TextSpec:
     word_sep:str|None=None # Tagging: separator of words in a string
     may_be_none:bool=False # Question answering: whether a passage may have no answer
     max_target_length:int|None=None # Sequence to sequence: maximum number of tokens of a target
+    indicators:bool=False # Multi-label: whether the labels are rows of 0 and 1 with a place for each class
+    n_values:int=1 # Regression: number of values of a text
 
     def __post_init__(self):
         if self.classes is not None:
@@ -76,6 +78,11 @@ class TextSpec:
     def is_classification(self):
         "Return whether the model predicts classes or a number for each text"
         return self.task in CLASSIFICATION_TASKS
+
+    @property
+    def n_out(self):
+        "Return the number of outputs of a classifier or a regression"
+        return self.n_values if self.classes is None else len(self.classes)
 
     @property
     def is_language_model(self):
@@ -150,6 +157,9 @@ def _plain_key(key, field):
 # %% ../../nbs/100_data.spec.ipynb #d4ec5dd6
 def _class_names(classes):
     "Return class names as a tuple, or raise an error for an invalid name"
+    if isinstance(classes, dict): # such as `id2label` of a config
+        raise DataError('Class names must be a list in the order of the outputs', 'a dictionary',
+                        'Pass `class_list(names)` of it')
     classes = tuple(classes)
     for name in classes:
         if name is None or isinstance(name, (list, tuple, dict)):

@@ -12,7 +12,9 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 import numpy as np, pandas as pd
-from ..core import DataError, FastaiTLError, derive_seed, shorten
+from ..core import DataError, FastaiTLError, derive_seed, did_you_mean, shorten
+from .class_names import class_list
+from .indicators import label_column
 from .labels import check_labels
 from .tables import column, is_missing, list_of
 
@@ -123,8 +125,9 @@ def check_split(
     labels:list, # One label for each text
     task:str, # `classification`, `multilabel` or `regression`
     train:list, # Indexes of the training rows
-    valid:list # Indexes of the validation rows
-) -> list|None: # The classes, sorted; `None` for a regression
+    valid:list, # Indexes of the validation rows
+    classes:list|None=None # All classes in their order; `None`: those of the training rows, sorted
+) -> list|None: # The classes; `None` for a regression
     "Return the classes, or raise an error if the split is not suitable for training and validation"
     need_rows(train, valid)
     if task == 'regression':
@@ -137,7 +140,17 @@ def check_split(
                         'Move some of those rows to training, or drop them')
     if len(known) < (2 if task == 'classification' else 1):
         raise DataError('At least two classes are needed', f'only {shorten(known)}' if known else 'no label')
-    return sorted(known, key=lambda label: (str(type(label)), label))
+    if classes is None:
+        return sorted(known, key=lambda label: (str(type(label)), label))
+    return _given_classes(class_list(classes), known)
+
+def _given_classes(classes, known):
+    "Return the given classes, or raise an error if labels are not among them"
+    if other := [label for label in known if label not in classes]:
+        raise DataError('Each label must be one of the classes', shorten(other), did_you_mean(other[0], classes))
+    if never := [c for c in classes if c not in known]:
+        warnings.warn(f'No training text has the label {shorten(never)}: the model cannot learn it')
+    return classes
 
 # %% ../../nbs/112_data.splits.ipynb #b2d53bb6
 @dataclass
@@ -189,7 +202,7 @@ def _fold_labels(df, label_col, stratify, label_delim):
     if label_col is None:
         return None, None
     try:
-        return check_labels(column(df, label_col), df.index, label_delim=label_delim)
+        return check_labels(label_column(df, label_col), df.index, label_delim=label_delim)
     except DataError:
         if stratify is False: # plain folds do not need labels
             return None, None

@@ -20,8 +20,10 @@ from fastai.data.core import show_batch, show_results
 from fastai.data.transforms import CategoryMap
 from fastai.interpret import plot_top_losses
 from ..core import DataError, FastaiTLError, did_you_mean, shorten
-from .classification import loaders_of, tokens_dls, two_splits
+from .class_names import class_list
+from .classification import loaders_of, tokens_dls
 from .display import show_html
+from .hf_datasets import class_names_of, dataset_table, two_splits
 from .hf_tokenizer import HFTokenize, TensorTargets, TensorTokens
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
@@ -282,8 +284,7 @@ def hf_tagger_dls(
 def _tag_names(dataset, tags_col):
     "Return the tag names of a Hugging Face dataset that stores tags as numbers, else `None`"
     split = dataset['train'] if isinstance(dataset, dict) else dataset
-    feature = split.features.get(tags_col)
-    return getattr(getattr(feature, 'feature', None), 'names', None)
+    return class_names_of(split.features.get(tags_col))
 
 # %% ../../nbs/133_data.tagging.ipynb #2a6ba337
 class HFTagDataLoaders(SpecDataLoaders):
@@ -298,7 +299,7 @@ class HFTagDataLoaders(SpecDataLoaders):
         valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
         valid_pct:float=.2, # Validation fraction of a random split
         seed:int=42, # Seed for the random split
-        vocab:list|None=None, # All tags; `None`: the tags of the training rows
+        vocab:list|None=None, # All tags, or `label2id` of a model; `None`: the tags of the training rows
         index=None, # Names of the rows, for error messages
         **kwargs # Passed to `hf_tagger_dls`: `label_all`, `sep`, `lang`, `max_length`, `bs`, …
     ): # `HFTagDataLoaders`
@@ -306,7 +307,7 @@ class HFTagDataLoaders(SpecDataLoaders):
         words, tags = check_tagged(words, tags, index)
         splits = split_rows(tags, 'tagging', valid, valid_pct, seed)
         rows = list(index) if index is not None else range(len(words))
-        vocab = _check_vocab(tags, *splits, vocab, rows)
+        vocab = _check_vocab(tags, *splits, None if vocab is None else class_list(vocab), rows)
         return hf_tagger_dls(words, tags, *splits, tokenizer, vocab, **kwargs)
 
     @classmethod
@@ -341,9 +342,8 @@ class HFTagDataLoaders(SpecDataLoaders):
             df = two_splits(dataset, valid)
             kwargs['valid_col'] = 'split_'
         else:
-            df = dataset.to_pandas()
+            df = dataset_table(dataset)
         if names := _tag_names(dataset, tags_col):
-            df[tags_col] = [[names[i] for i in numbers] for numbers in df[tags_col]]
             kwargs['vocab'] = kwargs.get('vocab') or names
         return cls.from_df(df, tokenizer, words_col, tags_col, **kwargs)
 

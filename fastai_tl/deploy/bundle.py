@@ -235,7 +235,7 @@ def _try(folder, tokenizer, model):
 def save_bundle(self:Learner|BidirectionalLearner,
     path:str|Path, # Folder to create, or an existing bundle to replace
     temperature=None, # For a classifier: a number, or the result of `learn.calibrate()`
-    thresholds=None, # For a classifier: one number for each class, or the table of `ev.thresholds()`
+    thresholds=None, # For a classifier: a list, a dictionary or Series with class names, or `ev.thresholds()`
     precision:str='fp32' # Precision that `load_bundle` uses; it is compared with float32 on the validation set
 ) -> Path: # The folder
     "Save model, tokenizer, spec and settings as safetensors and JSON"

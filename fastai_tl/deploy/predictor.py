@@ -16,6 +16,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
 from ..core import DataError, FastaiTLError, shorten
+from ..data.class_names import class_values
 from ..data.display import TextTable
 from ..data.hf_tokenizer import packs
 from ..data.spec import activate
@@ -160,12 +161,10 @@ def _loss_thresholds(threshold, task, classes, is_binary):
 
 def _given_thresholds(thresholds, task, classes):
     "Return one threshold for each class, from a list or a table"
+    if task == 'regression':
+        raise FastaiTLError('Thresholds need classes', 'a regression')
     thresholds = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
-    thresholds = np.asarray(thresholds, dtype=float)
-    if task == 'regression' or thresholds.shape != (len(classes),):
-        raise FastaiTLError('Thresholds must be one for each class',
-                            f'shape {thresholds.shape} for {len(classes or ())} classes')
-    return thresholds
+    return class_values(thresholds, classes, 'Thresholds')
 
 # %% ../../nbs/810_deploy.predictor.ipynb #7722b28d
 class Predictor:
@@ -174,7 +173,7 @@ class Predictor:
         source, # A Learner, a `BidirectionalLearner`, or an engine
         precision:str='fp32', # `fp32`, `bf16`, `fp16` (on a GPU) or `int8` (on a CPU)
         temperature=None, # Temperature of the probabilities: a number, or the result of `learn.calibrate()`
-        thresholds=None, # One number for each class, in the order of the classes, or the table of `ev.thresholds()`
+        thresholds=None, # One for each class: a list, a dictionary or Series with class names, or `ev.thresholds()`
         max_tokens:int|None=None, # Maximum tokens per batch, with padding; `None`: the default for model and device
         cache:int=0 # Number of most recently requested texts whose results are kept; 0 turns the cache off
     ):

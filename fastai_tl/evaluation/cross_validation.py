@@ -17,6 +17,7 @@ import torch
 from fastai.learner import Learner
 from fastprogress import progress_bar
 from ..core import DataError, FastaiTLError, TrainingError, seed_everything, unknown_option
+from ..data.indicators import indicator_rows, label_column
 from ..data.labels import check_labels
 from ..data.splits import Fold, cross_folds, time_folds
 from ..data.tables import column
@@ -278,7 +279,8 @@ def check_valid_rows(ev, labels, index, label_delim):
         raise DataError(f'The validation set must be the {len(index)} rows of `valid_df`', f'{len(ev)} rows', todo)
     if labels is None:
         return
-    checked, _ = check_labels(labels, index, ev.task, label_delim)
+    places = ev.classes if ev.task == 'multilabel' and indicator_rows(labels, len(ev.classes)) else None
+    checked, _ = check_labels(labels, index, ev.task, label_delim, places)
     want = comparable(checked, ev.task)
     got = labels_of(ev)
     if ev.task == 'regression':
@@ -338,7 +340,7 @@ def run_fold(make_learner, df, fold, label_col, seed, label_delim):
     start = time.perf_counter()
     train = df.iloc[fold.train].copy()
     valid = df.iloc[fold.valid].copy()
-    labels = None if label_col is None else column(valid, label_col).tolist()
+    labels = None if label_col is None else label_column(valid, label_col).tolist()
     made = make_learner(train, valid, seed_everything(seed, 'fold', fold.repeat, fold.number))
     ev = evaluation_of(made)
     check_valid_rows(ev, labels, df.index[fold.valid], label_delim)

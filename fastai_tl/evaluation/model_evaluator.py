@@ -11,6 +11,7 @@ __all__ = ['ModelEvaluator']
 from pathlib import Path
 import pandas as pd
 from ..core import lang_code
+from ..data.class_names import class_list
 from .calibration import decisions
 from .evaluation import Evaluation
 from .html_report import save_png
@@ -23,13 +24,13 @@ class ModelEvaluator:
     def __init__(self,
         model, # A PyTorch model that returns logits
         test_loader, # Iterable of batches, each a dictionary with `labels` or `(inputs, labels)`
-        class_names, # Names of the classes, in the order of the logits
+        class_names, # Names of the classes in the order of the logits, or `model.config.id2label`
         folder='.', # Folder for the figures
         lang:str|None=None # Language of the output; if `None`, `zh-tw` for Chinese class names, else `en`
     ):
         self.model = model
         self.test_loader = test_loader
-        self.class_names = list(class_names)
+        self.class_names = class_list(class_names)
         self.folder = Path(folder)
         self.lang = lang or ('zh' if has_cjk(self.class_names) else 'en')
         self.evaluation = None

@@ -17,10 +17,12 @@ from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import _ConstantFunc
 from ..callbacks import evaluating, recorder_kept
 from ..core import DataError, shorten, unknown_option
-from ..data.classification import whole_texts_dl
-from ..data.labels import check_labels
+from ..data.classification import HFTextDataLoaders, LabelledText, whole_texts_dl
+from ..data.indicators import as_rows, label_column
+from ..data.labels import labels_for
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec, activate
-from ..data.tables import check_items, column, list_of, text_column
+from ..data.tables import check_items, list_of, text_column
+from .scores import columns_of_classes
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import row_losses_of, row_texts, spec_of
 
@@ -131,10 +133,12 @@ def check_known(labels, spec, index):
 # %% ../../nbs/730_evaluation.predictions.ipynb #d82b8ad2
 def labelled_texts(spec, data, labels=None):
     "Return texts and checked labels, from a table with the columns of the spec or from two lists"
+    if labels is not None and spec.task == 'multilabel': # a table of indicators has names
+        labels, _ = as_rows(columns_of_classes(labels, spec.classes))
     if isinstance(data, pd.DataFrame):
         texts = text_column(data, spec.columns.get('text', 'text'))
         index = list(data.index)
-        labels = column(data, spec.columns.get('label', 'label')) if labels is None else labels
+        labels = label_column(data, spec.columns.get('label', 'label')) if labels is None else labels
     else:
         texts = check_items(data)
         index = list(range(len(texts)))
@@ -142,7 +146,7 @@ def labelled_texts(spec, data, labels=None):
     if labels is None or len(labels) != len(texts):
         got = 'none' if labels is None else f'{len(texts)} texts and {len(labels)} labels'
         raise DataError('An evaluation needs a label for each text', got, 'Pass `evaluate(texts, labels)` or a table')
-    labels, _ = check_labels(labels, index, spec.task, spec.label_delim)
+    labels = labels_for(spec, labels, index)
     check_known(labels, spec, index)
     return texts, labels
 
@@ -150,7 +154,8 @@ def labelled_texts(spec, data, labels=None):
 def labelled_dl(dls, texts, labels):
     "Return a DataLoader of texts and labels"
     if isinstance(getattr(dls, 'spec', None), TextSpec):
-        return dls.test_dl([[text, label] for text, label in zip(texts, labels)], with_labels=True)
+        item = LabelledText if isinstance(dls, HFTextDataLoaders) else list
+        return dls.test_dl([item([text, label]) for text, label in zip(texts, labels)], with_labels=True)
     columns = spec_of(dls).columns # a fastai DataBlock reads tables
     if not (isinstance(columns.get('text'), str) and isinstance(columns.get('label'), str)):
         raise DataError('The columns of the training data must be known', 'DataLoaders without column names',

@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 from ..core import DataError, shorten
+from ..data.class_names import class_list, match_names
 from ..data.spec import activate
 
 # %% ../../nbs/700_evaluation.scores.ipynb #98d60b00
@@ -124,16 +125,18 @@ def target_numbers(targets, classes):
     return np.array([number[t] for t in targets])
 
 # %% ../../nbs/700_evaluation.scores.ipynb #47bb27b5
-def columns_of_classes(probs, classes):
-    "Return a DataFrame of probabilities with its columns in the order of the classes; return other arrays unchanged"
-    if classes is None or not isinstance(probs, pd.DataFrame) or pd.api.types.is_integer_dtype(probs.columns):
-        return probs
-    names = list(map(str, probs.columns))
-    wanted = list(map(str, classes))
-    if sorted(names) != sorted(wanted):
-        raise DataError(f'Columns of probabilities must have the names of the classes: {shorten(wanted, 20)}',
-                        shorten(names, 20))
-    return probs.iloc[:, [names.index(name) for name in wanted]]
+def columns_of_classes(values, classes):
+    "Return a table as an array with its columns in the order of the classes; return other values unchanged"
+    if not isinstance(values, pd.DataFrame):
+        return values
+    order = None if classes is None else match_names(list(values.columns), class_list(classes))
+    if order is not None:
+        return values.iloc[:, order].to_numpy()
+    if classes is not None and not pd.api.types.is_integer_dtype(values.columns):
+        wanted = shorten(class_list(classes), 20)
+        raise DataError(f'Columns of probabilities or indicators must have the names of the classes: {wanted}',
+                        shorten(values.columns, 20))
+    return values.to_numpy()
 
 # %% ../../nbs/700_evaluation.scores.ipynb #3a0de172
 class ScoredRows:
@@ -146,10 +149,10 @@ class ScoredRows:
         texts=None, # Text of each row
         threshold:float=.5 # In a multi-label task, a class is predicted if its probability is above this threshold
     ):
-        probs = np.asarray(probs)
+        probs, targets = (np.asarray(columns_of_classes(o, classes)) for o in (probs, targets))
         self.probs = probs if probs.dtype in (np.float32, np.float64) else probs.astype(float)
-        self.targets = np.asarray(targets)
-        self.classes = None if classes is None else list(classes)
+        self.targets = targets
+        self.classes = None if classes is None else class_list(classes)
         self.losses = None if losses is None else np.asarray(losses)
         self.texts = texts if texts is None or isinstance(texts, (str, list)) else list(texts)
         self.threshold = threshold
@@ -169,7 +172,8 @@ class ScoredRows:
         logits:bool=False # Whether `probs` are logits, before softmax or sigmoid
     ):
         "Create an object from existing predictions"
-        y = target_numbers(targets, classes)
+        classes = None if classes is None else class_list(classes)
+        y = target_numbers(columns_of_classes(targets, classes), classes)
         probs = columns_of_classes(probs, classes)
         if logits:
             probs = activate(np.asarray(probs, dtype=float), 'multilabel' if y.ndim == 2 else 'classification')

@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 import pandas as pd
 from ..core import DataError, FastaiTLError, shorten
+from ..data.class_names import class_values
 from .calibration import decisions
 from .report import ScoreTable
 from .scores import ScoredRows, curve, ratio, wilson_interval
@@ -156,13 +157,13 @@ def best_thresholds(
 # %% ../../nbs/712_evaluation.thresholds.ipynb #c566bca7
 def decide_by_thresholds(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
-    thresholds # A threshold for each class, in the order of the classes, or the table of `thresholds()`
+    thresholds # One for each class: a list, a dictionary or Series with class names, or the table of `thresholds()`
 ): # The same rows and probabilities with new `preds`
     "Predict labels that reach their thresholds; in single-label tasks, the class with maximal `probs/thresholds`"
+    if ev.task == 'regression':
+        raise FastaiTLError('Thresholds need classes', 'a regression')
     t = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
-    t = np.asarray(t, dtype=float)
-    if ev.task == 'regression' or t.shape != (len(ev.classes),):
-        raise FastaiTLError('Thresholds must be one for each class', f'shape {t.shape}')
+    t = class_values(t, ev.classes, 'Thresholds')
     if ev.task == 'multilabel':
         return ev.with_probs(ev.probs, (ev.probs >= t).astype(int))
     return ev.with_probs(ev.probs, (ev.probs/np.maximum(t, 1e-12)).argmax(1))

@@ -17,7 +17,8 @@ from fastai.metrics import F1Score, F1ScoreMulti, accuracy, accuracy_multi, rmse
 from fastai.text.learner import TextLearner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
-from ..core import DataError, FastaiTLError
+from ..core import DataError, FastaiTLError, shorten
+from ..data.class_names import class_values
 from ..data.spec import CLASSIFICATION_TASKS
 from ..models.awd_lstm import pool_real_tokens, allow_zero_weight_dropout
 from ..models.encoder import text_vocab
@@ -57,11 +58,11 @@ def _targets(dls):
     "Return the targets of the training rows"
     return [y for *_, y in (dls.train_ds[i] for i in range(len(dls.train_ds)))]
 
-def _given_weights(given, vocab, n):
-    "Make a tensor from a list of weights, or from a dictionary that maps classes to weights"
-    if len(given) != n:
-        raise DataError(f'`class_weights` needs a number for each of the {n} classes', f'{len(given)} numbers')
-    weights = [given[c] for c in vocab] if isinstance(given, dict) else list(given)
+def _given_weights(given, vocab):
+    "Make a tensor from weights, which are matched by name if they have names"
+    weights = class_values(given, vocab, '`class_weights`')
+    if bad := [c for c, weight in zip(vocab, weights) if not 0 <= weight < float('inf')]:
+        raise DataError('`class_weights` must be finite numbers from 0', f'others for {shorten(bad)}')
     return torch.as_tensor(weights, dtype=torch.float)
 
 def _balanced_weights(dls, task, n):
@@ -78,9 +79,9 @@ def _class_weights(dls, task, given):
     if task == 'regression':
         raise FastaiTLError('Class weights need classes', 'a regression')
     if not isinstance(given, str):
-        return _given_weights(given, dls.vocab, get_c(dls))
+        return _given_weights(given, dls.vocab)
     if given != 'balanced':
-        expected = "`class_weights` must be 'balanced', a list, or a dictionary from class to weight"
+        expected = "`class_weights` must be 'balanced', a list, or a dictionary or Series from class to weight"
         raise FastaiTLError(expected, repr(given))
     return _balanced_weights(dls, task, get_c(dls))
 
@@ -101,7 +102,7 @@ def hf_classifier_learner(
     dls:DataLoaders, # From `HFTextDataLoaders`, or from a `DataBlock` with an `HFTextBlock`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
     metrics=None, # fastai metrics; if `None`, accuracy and macro F1, or root mean squared error for a regression
-    class_weights=None, # Class weights for the loss: `balanced`, a list, or a dictionary from class to weight
+    class_weights=None, # Class weights for the loss: `balanced`, a list, or a dictionary or Series with class names
     loss_func=None, # If `None`, cross-entropy, binary cross-entropy or mean squared error, depending on the task
     **kwargs # Passed to `load_hf` (`peft_config`, …) or `Learner`; `model_kwargs` goes to `from_pretrained`
 ) -> HFLearner:

@@ -16,7 +16,8 @@ from fastcore.all import L
 from fastai.data.core import DataLoaders
 from ..core import DataError, RunError, seed_everything, unknown_option
 from ..data.awd_lstm import awd_lstm_spec, classifier_dls, empty_dls, language_model_dls
-from ..data.labels import check_labels
+from ..data.indicators import is_several, label_column
+from ..data.labels import check_labels, indicator_classes
 from ..data.splits import SPLIT_NAMES, split_rows
 from ..data.tables import column, need_no_options, read_files, read_texts
 from ..data.tokenizers import TextTokenizer
@@ -122,13 +123,13 @@ def take_over(
     return weights
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #90467f49
-_LabelledRows = namedtuple('LabelledRows', 'texts labels task train valid')
+_LabelledRows = namedtuple('LabelledRows', 'texts labels task train valid classes')
 
 @dataclass
 class TableOptions:
     "Columns of a table that a classifier reads, and how it interprets them"
     text_col:str='text' # Column of the texts
-    label_col:str='label' # Column of the labels
+    label_col:str='label' # Column of the labels, or a list of columns with 0 and 1, or with several values
     valid_col:str|None=None # Column with the split: booleans, or `train`, `valid`, `test`; test rows are left out
     valid_pct:float=.2 # Fraction of the rows used for validation if there is no `valid_col`
     task:str|None=None # `classification`, `multilabel` or `regression`; inferred from the labels if `None`
@@ -152,8 +153,11 @@ class TableOptions:
             df = df[keep]
             texts = [text for text, is_kept in zip(texts, keep) if is_kept]
             split = [part for part, is_kept in zip(split, keep) if is_kept]
-        labels, task = check_labels(column(df, self.label_col), df.index, self.task, self.label_delim)
-        return _LabelledRows(texts, labels, task, *split_rows(labels, task, split, self.valid_pct, seed))
+        given = label_column(df, self.label_col)
+        names = list(self.label_col) if is_several(self.label_col) else None
+        labels, task = check_labels(given, df.index, self.task, self.label_delim, names)
+        places = indicator_classes(given, task, names)
+        return _LabelledRows(texts, labels, task, *split_rows(labels, task, split, self.valid_pct, seed), places)
 
 def _as_table(source, reader):
     if isinstance(source, (str, Path)):
@@ -197,11 +201,11 @@ def _classifier_data(run, stage, source, table, start, bs):
     if isinstance(source, DataLoaders):
         _need_one_direction(stage)
         return source, digest(text_vocab(source), len(source.train_ds), len(source.valid_ds))
-    texts, labels, task, train, valid = source
+    texts, labels, task, train, valid, classes = source
     vocab = run.texts.vocab(texts, train) if start is None else start.vocab
     dls = classifier_dls(texts, labels, task, train, valid, vocab, run.tok, run.rules, bs, run.seq_len,
-                         backwards=stage.backwards)
-    dls.spec = dls.spec.replace(columns=table.columns(), label_delim=table.label_delim)
+                         backwards=stage.backwards, classes=classes)
+    dls.spec = dls.spec.replace(columns=table.columns(), label_delim=table.label_delim, indicators=classes is not None)
     return dls, digest(texts.words, texts.ids.tobytes(), labels, train, valid)
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #d5801b72
@@ -219,7 +223,7 @@ def train_classifier(
     dls, data = _classifier_data(run, stage, source, table, start, options.bs)
     spec = spec_of(dls)
     seed_everything(run.seed, stage.direction, stage.name, 'weights')
-    learn = awd_classifier_learner(dls, spec.task, len(spec.classes or [0]), run.config, run.seq_len, options.drop_mult,
+    learn = awd_classifier_learner(dls, spec.task, spec.n_out, run.config, run.seq_len, options.drop_mult,
                                    options.y_range, metrics, path=stage.folder)
     if run.begin(stage, **asdict(options), task=spec.task, data=data, start=start and start.digest):
         learn.model.load_state_dict(load_tree(stage.model_file)['model'])
@@ -237,7 +241,8 @@ def _save_classifier(run, stage, learn, spec, options):
     classes = None if spec.classes is None else list(spec.classes)
     save_tree(stage.model_file, dict(
         kind='classifier', model=dict(learn.model.state_dict()), vocab=text_vocab(learn.dls), classes=classes,
-        task=spec.task, config=run.config, options=asdict(options), columns=spec.columns, label_delim=spec.label_delim))
+        task=spec.task, config=run.config, options=asdict(options), columns=spec.columns, label_delim=spec.label_delim,
+        indicators=spec.indicators, n_values=spec.n_values))
 
 def read_classifier(
     run, # A `ULMFiTRun`
@@ -253,9 +258,10 @@ def read_classifier(
     options = saved['options']
     reader = TextTokenizer(run.tok, run.rules)
     spec = awd_lstm_spec(task, reader, run.seq_len, stage.backwards, classes)
-    spec = spec.replace(columns=saved.get('columns', spec.columns), label_delim=saved.get('label_delim'))
+    spec = spec.replace(columns=saved.get('columns', spec.columns), label_delim=saved.get('label_delim'),
+                        indicators=saved.get('indicators', False), n_values=saved.get('n_values', 1))
     dls = empty_dls(spec, saved['vocab'], reader, options['bs'])
-    learn = awd_classifier_learner(dls, task, len(classes or [0]), saved['config'], run.seq_len, options['drop_mult'],
+    learn = awd_classifier_learner(dls, task, spec.n_out, saved['config'], run.seq_len, options['drop_mult'],
                                    options['y_range'])
     learn.model.load_state_dict(saved['model'])
     return learn
