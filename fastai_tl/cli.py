@@ -172,7 +172,7 @@ def _parser():
 
 # %% ../nbs/990_cli.ipynb #d4cbb00f
 # What `--table` writes
-_TABLE_FACTS = ('data', 'table', 'best', 'chosen', 'rows', 'classes', 'lang', 'seed', 'size', 'seconds', 'versions')
+_TABLE_FACTS = ('data', 'table', 'best', 'chosen', 'rows', 'classes', 'lang', 'seed', 'size', 'versions')
 
 def _quickstart(args):
     from fastai_tl.plot import set_font
@@ -299,7 +299,7 @@ def _language_model(where):
     raise FastaiTLError(f'{where} must hold a language model',
                         'neither a config.json of transformers nor the encoder of a run')
 
-# %% ../nbs/990_cli.ipynb #44e37801
+# %% ../nbs/990_cli.ipynb #7c1f0a52
 def _validation_loss(encoder_file):
     "Return the last validation loss of the language model that an encoder is from; infinity if it is unknown"
     from fastai_tl.learners.ulmfit_run import ULMFiTStage
@@ -307,6 +307,7 @@ def _validation_loss(encoder_file):
     history = stage.history() if stage.done else {}
     return float(history['valid_loss'].iloc[-1]) if 'valid_loss' in history else float('inf')
 
+# %% ../nbs/990_cli.ipynb #44e37801
 def _given_texts(args):
     "Return the texts from the arguments, from a file, or from standard input"
     if args.texts and args.file:

@@ -33,10 +33,10 @@ class LayerGroup:
 
 # %% ../../nbs/205_models.layer_groups.ipynb #e23fc4a0
 def layer_range(
-    groups # Neighbouring `LayerGroup`s, or their names, bottom to top
+    groups # Neighbouring `LayerGroup`s, or their names, bottom to top; a name may itself be a range
 ) -> str: # `layer.0`, or `layer.0 – layer.3`; an empty string for none
     "Return a name for a range of layer groups, made of its lowest and its highest group"
-    names = [getattr(g, 'name', g) for g in groups]
+    names = [name for g in groups for name in getattr(g, 'name', g).split(' – ')]
     return ' – '.join(dict.fromkeys(names[:1] + names[-1:]))
 
 # %% ../../nbs/205_models.layer_groups.ipynb #2d92d825
@@ -255,6 +255,21 @@ def frozen_modules(
     return res
 
 # %% ../../nbs/205_models.layer_groups.ipynb #4d59ab94
+def group_names(
+    model:nn.Module, # A model
+    param_lists, # Parameters of each group, such as a splitter returns
+    splitter=None # The splitter, if it is known; it says where a tied embedding belongs
+) -> list: # For each group the name of its layers, such as `embeddings – layer.3`
+    "Name groups of parameters by the layers of the model, whatever splitter made them"
+    layers = layer_groups(model, getattr(splitter, 'tied', 'head'))
+    names = []
+    for i, params in enumerate(param_lists):
+        ids = set(map(id, params))
+        inside = [layer for layer in layers if any(id(p) in ids for p in layer.params)]
+        names.append(layer_range(inside) or f'group {i}')
+    return names
+
+# %% ../../nbs/205_models.layer_groups.ipynb #9528b0c5
 def _next_hypers(learn):
     "Return learning rate and weight decay of each group as `learn.fit()` sets them; the optimizer does not change"
     opt = learn.opt
@@ -281,12 +296,12 @@ def _groups_and_hypers(learn):
 @patch
 def layer_table(self:Learner) -> pd.DataFrame: # group | layers | params | trainable | lr | wd
     "Return a row for each parameter group: layers, number of weights, how many train, learning rate and weight decay"
-    group_of = {id(p): g.name for g in layer_groups(self.model) for p in g.params}
+    groups = _groups_and_hypers(self)
+    names = group_names(self.model, [params for params, _ in groups], self.splitter)
     rows = []
-    for i, (params, hyper) in enumerate(_groups_and_hypers(self)):
-        layers = list(dict.fromkeys(group_of[id(p)] for p in params if id(p) in group_of))
+    for i, (params, hyper) in enumerate(groups):
         size = sum(p.numel() for p in params)
         trainable = sum(p.numel() for p in params if p.requires_grad)
-        rows.append(dict(group=i, layers=layer_range(layers), params=size, trainable=trainable, lr=hyper.get('lr'),
+        rows.append(dict(group=i, layers=names[i], params=size, trainable=trainable, lr=hyper.get('lr'),
                          wd=hyper.get('wd')))
     return pd.DataFrame(rows).set_index('group')

@@ -100,31 +100,61 @@ def predicts_tokens(model):
     return bool(found) and found[0].get_output_embeddings() is not None
 
 # %% ../../nbs/440_tune.recipes.ipynb #ea776b77
+def is_trained(
+    model # Any PyTorch model
+) -> bool|None: # `None` if the weights do not show it
+    "Return whether the layers below the head have been trained, or have random weights"
+    awd_lstm = next((m for m in model.modules() if isinstance(m, AWD_LSTM)), None)
+    if awd_lstm is not None:
+        return bool(awd_lstm.encoder.weight.detach().abs().max() > 1.0001*awd_lstm.initrange)
+    norms = [m.weight.detach() for hf in hf_models(model)[:1] for m in hf.modules() if _is_norm(m)]
+    return any(bool((w != w[0]).any()) for w in norms) if norms else None
+
+def _is_norm(module):
+    weight = getattr(module, 'weight', None)
+    return 'norm' in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and len(weight) > 1
+
+# %% ../../nbs/440_tune.recipes.ipynb #8a903791
 _FEW_STEPS = 128
 
 def choose_recipe(
     family:str, # Model family, from `model_family`
     n:int, # Number of layer groups
     is_lm:bool=False, # Whether the model is a language model, which predicts tokens
-    steps:int|None=None # Optimizer steps of the whole fit; if `None`, the choice does not depend on them
+    steps:int|None=None, # Optimizer steps of the whole fit; if `None`, the choice does not depend on them
+    trained:bool|None=None # Whether the layers below the head have been trained, see `is_trained`
 ) -> tuple: # Name of the recipe, and the reason for choosing it
     "Choose the recipe for a model"
     if n < 3:
         return 'full', f'{n} layer group{"s" if n > 1 else ""}: there is nothing to unfreeze step by step'
-    if family == 'AWD_LSTM':
-        return _choose_for_awd_lstm(is_lm)
     if family == 'other':
         return 'full', 'nothing was measured for models of this kind'
     if is_lm or family == 'encoder-decoder':
-        return 'discriminative', 'the head is trained already and needs no epoch of its own; not measured'
-    not_measured = '; not measured for decoders' if family == 'decoder' else ''
-    if steps is not None and steps < _FEW_STEPS:
-        return 'full', f'{steps} steps are too few to spend some on the head alone{not_measured}'
-    reason = 'as for encoders' if not_measured else 'it did best on the validation sets of the benchmark'
-    return 'head_then_full', reason + not_measured
+        return _choose_for_lm(family, is_lm, trained)
+    not_measured = _not_measured(family, trained)
+    if steps is not None and steps < _FEW_STEPS and family != 'AWD_LSTM':
+        steps = '1 step is' if steps == 1 else f'{steps} steps are'
+        return 'full', f'{steps} too few to spend some on the head alone{not_measured}'
+    if not_measured:
+        return 'head_then_full', f'as for encoders that have been trained{not_measured}'
+    which = ', with encoders that had been trained' if family == 'AWD_LSTM' else ''
+    return 'head_then_full', f'it did best on the validation sets of the benchmark{which}'
 
-def _choose_for_awd_lstm(is_lm):
-    reason = 'it did best on the validation sets of the benchmark, with an encoder that had been trained'
-    if is_lm:
-        reason = 'a language model whose new words are learnt first, as in ULMFiT; not measured against others'
-    return 'head_then_full', reason
+# %% ../../nbs/440_tune.recipes.ipynb #331bec65
+def _not_measured(family, trained):
+    "Say what about a classifier or tagger was not measured; an empty string if it was"
+    missing = ['decoders'] if family == 'decoder' else []
+    if trained is False:
+        missing.append('random weights')
+    return f'; not measured for {" and ".join(missing)}' if missing else ''
+
+def _choose_for_lm(family, is_lm, trained):
+    "Choose the recipe for a language model or an encoder-decoder"
+    model = 'a language model with random weights' if trained is False else 'a language model'
+    if family == 'AWD_LSTM':
+        return 'head_then_full', f'{model}, as in ULMFiT; not measured against other recipes'
+    if not is_lm:
+        return 'discriminative', 'not measured for encoder-decoders'
+    if trained is False:
+        return 'discriminative', f'{model}; not measured'
+    return 'discriminative', 'the head is trained already and needs no epoch of its own; not measured'

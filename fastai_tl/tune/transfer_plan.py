@@ -19,10 +19,10 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from ..core import FastaiTLError, unknown_option
-from ..models.layer_groups import LayerGroup, layer_range, layer_splitter
+from ..models.layer_groups import LayerGroup, group_names, layer_range, layer_splitter
 from ..models.third_party import spec_of
 from ..efficiency.pooled_top_layer import SinglePosition, SinglePositionTop
-from ..efficiency.frozen_features import Prefix, is_pooled
+from ..efficiency.frozen_features import Prefix, frozen_prefix, is_pooled
 from ..efficiency.feature_cache import check_same_each_time
 from ..efficiency.mixed_precision import AutocastPrecision, has_bf16
 
@@ -32,7 +32,8 @@ from .unfreezing import GradualUnfreezing, show_table
 from .best_epoch import BestEpoch
 from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
-from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, model_family, predicts_tokens
+from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
+from .recipes import predicts_tokens
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #8603e2fb
 _MIN_STEPS = 150
@@ -47,12 +48,15 @@ def _stage_epochs(epochs, n_stages, family, min_steps, n_batches):
         if len(epochs) != n_stages:
             raise FastaiTLError(f'`epochs` needs one number for each of the {n_stages} stages', f'{list(epochs)}',
                                 'Or pass the number of all epochs')
-        return [int(e) for e in epochs]
+        planned = [int(e) for e in epochs]
+        if planned != list(epochs) or min(planned) < 0 or sum(planned) < 1:
+            raise FastaiTLError('`epochs` must be whole numbers, not negative and not all 0', f'{list(epochs)}')
+        return planned
+    if epochs is not None and (epochs < 1 or epochs != int(epochs)):
+        raise FastaiTLError('`epochs` must be a whole number and at least 1', repr(epochs))
     if min_steps is None:
         min_steps = _MIN_STEPS if epochs is None and family in TRANSFORMER_FAMILIES else 0
-    total = max(epochs or _default_epochs(n_stages, family), math.ceil(min_steps/max(n_batches, 1)))
-    if total < 1:
-        raise FastaiTLError('`epochs` must be at least 1', repr(epochs))
+    total = max(int(epochs or _default_epochs(n_stages, family)), math.ceil(min_steps/max(n_batches, 1)))
     n_stages = min(n_stages, total)
     return [1]*(n_stages-1) + [total-n_stages+1]
 
@@ -83,6 +87,56 @@ def _clip(learn, family, task, clip):
     return clip
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #f8fcedac
+def _layers_in_words(plan, groups):
+    "Name the layers that train if `groups` groups train"
+    n = len(plan.layers)
+    if groups == n:
+        return 'all layers'
+    name = layer_range(plan.layers[n-groups:])
+    if groups > 1:
+        return name
+    return 'the head alone' if name == 'head' else f'{name} alone'
+
+def _stage_in_words(plan, groups, epochs, is_cached):
+    parts = [f'{_layers_in_words(plan, groups)} for {epochs} epoch{"" if epochs == 1 else "s"}']
+    if groups < len(plan.layers):
+        parts.append('on frozen layers that are computed once' if is_cached else 'on frozen layers')
+    if groups > 1:
+        parts.append(_spread_in_words(plan.spread))
+    return ', '.join(parts)
+
+def _spread_in_words(spread):
+    if spread == 1:
+        return 'at one rate'
+    return 'lower layers at lower rates' if spread > 1 else 'lower layers at higher rates'
+
+def stages_in_words(
+    plan # A `TransferPlan`
+) -> str:
+    "Describe the stages of a plan, in order"
+    return '; then '.join(_stage_in_words(plan, *stage) for stage in zip(plan.groups, plan.epochs, plan.is_cached))
+
+# %% ../../nbs/442_tune.transfer_plan.ipynb #436a73f7
+def omissions(
+    plan # A `TransferPlan`
+) -> list: # Sentences
+    "Say what a plan does not do, and what happens before and after its stages"
+    sentences = []
+    if plan.left_out:
+        stages = '; '.join(_layers_in_words(plan, groups) for groups in plan.left_out)
+        epochs = '1 epoch is' if sum(plan.epochs) == 1 else f'{sum(plan.epochs)} epochs are'
+        sentences.append(f'Left out, since {epochs} too few for it: {stages}.')
+    n_frozen = len(plan.layers) - max(plan.groups)
+    if n_frozen:
+        sentences.append(f'Never trained: {layer_range(plan.layers[:n_frozen])}.')
+    if plan.reinit:
+        layers = 'The top layer starts' if plan.reinit == 1 else f'The top {plan.reinit} layers start'
+        sentences.append(f'{layers} from random weights.')
+    if plan.best is not None:
+        sentences.append('At the end, the weights of the epoch with the lowest validation loss are restored.')
+    return sentences
+
+# %% ../../nbs/442_tune.transfer_plan.ipynb #141c6a8d
 @dataclass
 class TransferPlan:
     "The stages, learning rates and schedule that `fit_transfer` uses, and the reason for them"
@@ -99,29 +153,40 @@ class TransferPlan:
     schedule:str='one_cycle' # Learning rate schedule within each stage: `stlr` or `one_cycle`
     warmup:float=.25 # Fraction of each stage during which the learning rate rises
     clip:float|None=None # Maximum gradient norm; `None` turns clipping off
+    cached:list|None=None # Whether frozen layers are computed once, for each stage; `None`: as `cache` says
+    left_out:list|None=None # Groups that train in the stages for which there are too few epochs
+    measured:bool=False # Whether the benchmark measured this recipe for such a model
+    reinit:int=0 # Number of top layers that start from random weights
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
     unfreezing = None # The fit's `GradualUnfreezing` Callback
     best = None # The fit's `BestEpoch` Callback
 
     def table(self) -> pd.DataFrame: # stage | layers | groups | params | epochs | steps | lr | lowest_lr | frozen
         "Return a table with one row per stage"
-        rows = [self._row(*stage) for stage in zip(self.groups, self.epochs, self.lrs)]
+        rows = [self._row(*stage) for stage in zip(self.groups, self.epochs, self.lrs, self.is_cached)]
         return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows)+1, name='stage'))
 
-    def _row(self, groups, epochs, lr):
+    @property
+    def is_cached(self) -> list: # A bool for each stage
+        "Whether the output of frozen layers is computed only once, in each stage"
+        return [bool(self.cache)]*len(self.groups) if self.cached is None else self.cached
+
+    def _row(self, groups, epochs, lr, is_cached):
         n = len(self.layers)
         trained = self.layers[n-groups:]
         lowest = discriminative_lrs(lr, n, spread=self.spread)[n-groups]
-        frozen = 'computed once' if self.cache else 'computed each time'
+        frozen = 'computed once' if is_cached else 'computed each time'
         return dict(layers=layer_range(trained), groups=groups, params=sum(g.numel for g in trained), epochs=epochs,
                     steps=epochs*self.n_batches, lr=float(lr), lowest_lr=float(lowest),
                     frozen='-' if groups == n else frozen)
 
-    def explain(self) -> str: # Two or three sentences
-        "Describe what the plan does and why"
+    def explain(self) -> str: # Some sentences
+        "Describe what the plan does, what it leaves out, and why it was chosen"
         schedule = f'{STAGE_SCHEDULES[self.schedule].what} that rises for {100*self.warmup:.3g} % of the steps'
         clipping = f'; gradients are clipped to a norm of {self.clip:g}' if self.clip else ''
-        return (f'{self.recipe}: {TRANSFER_RECIPES[self.recipe].what}.\nWhy: {self.why}. Evidence: {self.evidence}\n'
+        evidence = f' Evidence: {self.evidence}' if self.measured else ''
+        sentences = [f'{self.recipe}: {stages_in_words(self)}.', *omissions(self)]
+        return (f'{" ".join(sentences)}\nWhy: {self.why}.{evidence}\n'
                 f'Learning rate within each stage: {schedule}{clipping}.')
 
     def show(self):
@@ -180,7 +245,7 @@ def _named_groups(learn):
     "Return the layer groups that the Learner would train with"
     splitter = layer_splitter() if lacks_layer_groups(learn) else learn.splitter
     split = splitter(learn.model)
-    names = getattr(split, 'names', None) or [f'group {i}' for i in range(len(split))]
+    names = getattr(split, 'names', None) or group_names(learn.model, split, splitter)
     return [LayerGroup(name, list(params)) for name, params in zip(names, split)]
 
 def _task(learn):
@@ -197,10 +262,11 @@ def _deciding_steps(epochs, groups, task, family, min_steps, n_batches):
         return None
     return n_batches * sum(_stage_epochs(epochs, 2, family, min_steps, n_batches))
 
-def _name_recipe(learn, recipe, family, n, steps):
+def _name_recipe(learn, recipe, family, n, steps, groups):
     "Return the name of the recipe and the reason for choosing it"
     if recipe == 'auto':
-        return choose_recipe(family, n, predicts_tokens(learn.model), steps)
+        name, why = choose_recipe(family, n, predicts_tokens(learn.model), steps, is_trained(learn.model))
+        return name, why if groups is None else f'`groups` as asked; the learning rates are those of {name}'
     if recipe not in TRANSFER_RECIPES:
         raise unknown_option('recipe', recipe, ['auto', *TRANSFER_RECIPES])
     return recipe, 'as asked'
@@ -225,18 +291,57 @@ def _plan_stages(recipe, groups, n):
     return groups, np.interp(np.linspace(0, 1, len(groups)), np.linspace(0, 1, len(rates)), rates)
 
 def _plan_epochs(epochs, n_stages, family, min_steps, n_batches):
-    "Return the epochs of each stage, and a remark if there are more epochs than usual"
+    "Return the epochs of each stage, and a remark if there are more epochs than usual or than asked for"
     planned = _stage_epochs(epochs, n_stages, family, min_steps, n_batches)
+    total = sum(planned)
     usual = _stage_epochs(None, n_stages, family, 0, 1)
-    if epochs is not None or sum(planned) <= sum(usual):
-        return planned, ''
-    return planned, f'; more epochs than usual, since one has {n_batches} steps'
+    steps = f'{n_batches} step{"" if n_batches == 1 else "s"}'
+    if epochs is not None:
+        more = not np.ndim(epochs) and total > epochs
+        return planned, f'; {total} epochs, not {epochs}, to reach {min_steps} steps' if more else ''
+    return planned, f'; more epochs than usual, since one has {steps}' if total > sum(usual) else ''
 
 def _plan_cache(learn, cache, recipe, has_frozen):
     "Return whether the output of frozen layers is computed only once per stage"
     return recipe.cache and has_frozen and _can_cache(learn) if cache == 'auto' else cache
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #50be9857
+def _cached_stages(model, layers, groups):
+    "Return for each stage whether the frozen layers are some whose output can be stored"
+    params = [p for p in model.parameters()]
+    needed = [p.requires_grad for p in params]
+    try:
+        with unchanged_rng():
+            return [_has_prefix(model, params, layers, n_groups) for n_groups in groups]
+    finally:
+        for p, flag in zip(params, needed):
+            p.requires_grad_(flag)
+
+def _has_prefix(model, params, layers, n_groups):
+    n_frozen = len(layers) - n_groups
+    frozen = {id(p) for layer in layers[:n_frozen] for p in layer.params}
+    trained = {id(p) for layer in layers[n_frozen:] for p in layer.params}
+    for p in params:
+        if id(p) in frozen or id(p) in trained:
+            p.requires_grad_(id(p) in trained)
+    try:
+        return n_frozen > 0 and frozen_prefix(model) is not None
+    except FastaiTLError:
+        return False
+
+# %% ../../nbs/442_tune.transfer_plan.ipynb #676fb95e
+def _kept_stages(groups, rates, epochs):
+    "Return the groups of the first stages if there are too few epochs for all, and groups, rates, epochs of the others"
+    n_left_out = len(groups) - len(epochs)
+    kept = [i for i, n_epochs in enumerate(epochs, n_left_out) if n_epochs > 0]
+    return groups[:n_left_out], [groups[i] for i in kept], rates[kept], [e for e in epochs if e > 0]
+
+def _is_measured(learn, family, layers, groups):
+    "Return whether the benchmark measured the recipes for such a model; it measured no other stages than theirs"
+    has_head = family in ('encoder', 'AWD_LSTM') and not predicts_tokens(learn.model)
+    return groups is None and has_head and len(layers) > 2 and is_trained(learn.model) is not False
+
+# %% ../../nbs/442_tune.transfer_plan.ipynb #c892197d
 @patch
 def transfer_plan(self:Learner,
     epochs=None, # Total number of epochs, or a list with the epochs of each stage; the default depends on the model
@@ -256,16 +361,17 @@ def transfer_plan(self:Learner,
     task = _task(self)
     n_batches = len(self.dls.train)
     steps = _deciding_steps(epochs, groups, task, family, min_steps, n_batches)
-    name, why = _name_recipe(self, recipe, family, len(layers), steps)
+    name, why = _name_recipe(self, recipe, family, len(layers), steps, groups)
     recipe = TRANSFER_RECIPES[name]
-    groups, rates = _plan_stages(recipe, groups, len(layers))
-    epochs, remark = _plan_epochs(epochs, len(groups), family, min_steps, n_batches)
-    groups, rates = groups[-len(epochs):], rates[-len(epochs):] # keep the last stages if epochs are few
+    stages, rates = _plan_stages(recipe, groups, len(layers))
+    epochs, remark = _plan_epochs(epochs, len(stages), family, min_steps, n_batches)
+    left_out, stages, rates, epochs = _kept_stages(stages, rates, epochs)
     lrs = rates*lr if lr is not None else rates*recipe.lr*_last_stage_lr(self, task)
-    cache = _plan_cache(self, cache, recipe, groups[0] < len(layers))
-    spread = recipe.spread if spread is None else spread
-    return TransferPlan(name, why + remark, family, groups, epochs, lrs, spread, cache, layers, n_batches,
-                        clip=_clip(self, family, task, clip), **_schedule(family, schedule, warmup))
+    cache = _plan_cache(self, cache, recipe, stages[0] < len(layers))
+    return TransferPlan(name, why + remark, family, stages, epochs, lrs, recipe.spread if spread is None else spread,
+                        cache, layers, n_batches, left_out=left_out, clip=_clip(self, family, task, clip),
+                        cached=_cached_stages(self.model, layers, stages) if cache else None,
+                        measured=_is_measured(self, family, layers, groups), **_schedule(family, schedule, warmup))
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #41ad1045
 def _precision_cbs(learn, family, mixed_precision):
@@ -305,12 +411,13 @@ def fit_transfer(self:Learner,
     if _clips(cbs):
         kwargs.setdefault('clip', None)
     plan = self.transfer_plan(epochs, recipe, **kwargs)
+    plan.reinit = reinit
+    plan.best = BestEpoch() if best else None
     if self.logger is not noop:
         plan.show()
     if reinit:
         reinit_top_layers(self.model, reinit)
     cbs = L(cbs) + _precision_cbs(self, plan.family, mixed_precision) + _one_position_cbs(self, one_position)
     if best:
-        plan.best = BestEpoch()
         cbs = cbs + L(plan.best)
     return plan.fit(self, wd, cbs)

@@ -17,7 +17,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from ..callbacks import is_real_fit
 from ..core import FastaiTLError, shorten, unknown_option
-from ..models.layer_groups import freeze_params, frozen_modules, layer_groups, layer_range
+from ..models.layer_groups import freeze_params, frozen_modules, group_names
 from ..plot import plot_stages
 from ..efficiency.feature_cache import CachedPrefix
 from .trackers import hold_patience, warn_if_rate_is_scheduled, warn_if_untrained
@@ -202,11 +202,10 @@ def _stage_row(learn, stage, n_groups):
     "Return the row of a stage that begins; rate and epochs are still 0"
     params = [p for group in learn.opt.param_lists for p in group]
     trainable = [p for p in params if p.requires_grad]
-    trainable_ids = set(map(id, trainable))
-    layers = [layer for layer in layer_groups(learn.model) if any(id(p) in trainable_ids for p in layer.params)]
+    layers, = group_names(learn.model, [trainable], learn.splitter)
     n_trainable = sum(p.numel() for p in trainable)
     share = n_trainable / sum(p.numel() for p in params)
-    return dict(stage=stage+1, groups=n_groups, layers=layer_range(layers), params=n_trainable, share=share,
+    return dict(stage=stage+1, groups=n_groups, layers=layers, params=n_trainable, share=share,
                 lr=0., epochs=0, start=len(learn.recorder.losses))
 
 def _valid_losses(recorder):
