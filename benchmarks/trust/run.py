@@ -295,11 +295,14 @@ def hostile(args):
     torch.set_num_threads(1)
     chosen = {name: o for name, o in [*KINDS.items()][:: args.every] if re.search(args.only, name)}
     reports = []
+    end = time.time() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as d:
         make_bases(Path(d))
         for base in ('hf', 'awd', 'lm', 'tags'):
             use(Path(d) / base)  # imports what loading needs, once for all children
         for i, (name, (base, change)) in enumerate(chosen.items()):
+            if time.time() > end:
+                break
             report = try_kind(name, Path(d), base, change)
             reports.append(report)
             if args.verbose or is_bad(report):
@@ -331,6 +334,7 @@ if __name__ == '__main__':
     ap.add_argument('trial', choices=TRIALS)
     ap.add_argument('--only', default='', help='regular expression that the names of kinds must match')
     ap.add_argument('--every', type=int, default=1, help='try each n-th kind only')
+    ap.add_argument('--minutes', type=float, default=60, help='stop after so many minutes')
     ap.add_argument('--verbose', action='store_true', help='print the outcome of each kind')
     args = ap.parse_args()
     TRIALS[args.trial](args)
