@@ -204,3 +204,23 @@ def test_pooled_by_the_user_as_before(tok):
     want = by_hand(learn, 'classification', TEXTS[24:])
     assert np.allclose(pool_windows(probs, learn.dls.window_rows[1]), want, atol=1e-5)
     assert pool_windows(torch.tensor([[1.0], [3.0], [5.0]]), [0, 0, 1]).tolist() == [[2.0], [5.0]]
+
+
+@pytest.mark.parametrize('windows', [None, OVERLAP])
+def test_macro_f1_is_that_of_the_report(tok, windows):
+    "Also where the validation rows lack a class"
+    seed_everything(0)
+    labels = ['rare' if i == 0 else label for i, label in enumerate(LABELS['classification'])]
+    df = pd.DataFrame(dict(text=TEXTS, label=labels, valid=[i >= 24 for i in range(40)]))
+    dls = HFTextDataLoaders.from_df(df, tok, valid_col='valid', windows=windows, max_length=SIZE, bs=8, verbose=False)
+    learn = hf_classifier_learner(dls, config(tok))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 5e-3)
+        _, acc, f1 = learn.validate()
+        ev = learn.evaluate()
+    f1s = []
+    for k in range(3):
+        right = ((ev.preds == k) & (ev.targets == k)).sum()
+        f1s.append(2*right/max((ev.preds == k).sum() + (ev.targets == k).sum(), 1))
+    assert f1 == pytest.approx(np.mean(f1s)) and f1 == pytest.approx(ev.report(level=None).loc['macro avg', 'f1'])
+    assert acc == pytest.approx(ev.accuracy)

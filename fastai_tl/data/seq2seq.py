@@ -24,6 +24,7 @@ from .loaders import empty_datasets, language_rules, rule_names, set_batch_types
 from .spec import TextSpec
 from .splits import split_rows
 from .tables import check_items, check_texts, column
+from .tokenizers import apply_rules
 
 # %% ../../nbs/142_data.seq2seq.ipynb #13bc897d
 class AsTarget:
@@ -58,6 +59,13 @@ class TokenizeTargets(DisplayedTransform):
     def setup(self, items=None, train_setup=False):
         "Tokenize all targets of a dataset"
         self.target_tok.setup(items, train_setup)
+    def whole(self,
+        text:str # A target
+    ) -> str: # The text that the tokens of the whole target give
+        "Tokenize a target without truncation and decode it, to compare it with generated texts"
+        tok = self.target_tok
+        ids = tok.tokenizer(list(apply_rules(tok.rules, [text])), verbose=False)['input_ids'][0]
+        return tok.tokenizer.decode(ids, skip_special_tokens=True)
     def encodes(self, x:str):
         return TensorTargets(self.target_tok.tokens(x).ids)
     def decodes(self, x:TensorTargets):

@@ -13,10 +13,11 @@ from fastcore.all import L, merge
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from fastai.metrics import F1Score, F1ScoreMulti, accuracy, accuracy_multi, rmse
+from fastai.metrics import F1ScoreMulti, accuracy, accuracy_multi, rmse, skm_to_fastai
 from fastai.text.learner import TextLearner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
+from sklearn.metrics import f1_score
 from ..core import DataError, FastaiTLError, shorten
 from ..data.class_names import class_values
 from ..data.spec import CLASSIFICATION_TASKS
@@ -93,9 +94,9 @@ def _loss_func(dls, task, class_weights):
     return _LOSSES[task](weight=weights) if task == 'classification' else _LOSSES[task](pos_weight=weights)
 
 # %% ../../nbs/505_learners.classification.ipynb #1dfedfd6
-def _hf_metrics(task):
-    if task == 'classification':
-        return [accuracy, F1Score(average='macro')]
+def _hf_metrics(task, n_classes):
+    if task == 'classification': # the mean over all classes, as in `learn.evaluate()`, those that no row has included
+        return [accuracy, skm_to_fastai(f1_score, labels=list(range(n_classes)), average='macro', zero_division=0)]
     return [accuracy_multi, F1ScoreMulti()] if task == 'multilabel' else [rmse]
 
 def hf_classifier_learner(
@@ -115,6 +116,6 @@ def hf_classifier_learner(
     is_regression = task == 'regression'
     learn = make_learner(dls, model, 'classification', classes=None if is_regression else list(dls.vocab),
                          n_out=get_c(dls) if is_regression else None, loss_func=loss_func or default_loss,
-                         metrics=_hf_metrics(task) if metrics is None else metrics, **kwargs)
+                         metrics=_hf_metrics(task, get_c(dls)) if metrics is None else metrics, **kwargs)
     learn.model.pooling = dict(task=task, left=dls.tokenizer.padding_side == 'left')
     return learn

@@ -15,8 +15,9 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Metric
 from ..core import FastaiTLError, VocabError, derive_seed, optional, unknown_option
-from ..callbacks import evaluating
+from ..callbacks import batch_items, evaluating
 from ..data.hf_tokenizer import TensorTokens
+from ..data.seq2seq import TokenizeTargets
 from ..data.display import show_rows
 from .base import HFLearner, make_learner
 from .language_modeling import TokenLossFlat, check_task, token_metrics, with_token_ids
@@ -64,6 +65,22 @@ def generate_from(learn, x, max_new_tokens=None, **kwargs):
     n = kwargs.get('num_return_sequences', 1)
     return texts if n == 1 else [texts[i:i + n] for i in range(0, len(texts), n)]
 
+# %% ../../nbs/525_learners.seq2seq.ipynb #5d0c1e77
+def references(learn, rows):
+    "Return the targets of some rows of a batch as texts; those that were truncated are whole again"
+    items = batch_items(learn)
+    tls = getattr(getattr(learn.dl, 'dataset', None), 'tls', None)
+    tfms = [] if tls is None else [f for f in getattr(tls[-1].tfms, 'fs', []) if isinstance(f, TokenizeTargets)]
+    texts = []
+    for row in rows:
+        ids = learn.y[row][learn.y[row] >= 0].tolist()
+        target = None if items is None else items[row][-1]
+        if tfms and isinstance(target, str) and len(ids) >= tfms[0].max_target_length:
+            texts.append(tfms[0].whole(target))
+        else:
+            texts.append(learn.tokenizer.decode(ids, skip_special_tokens=True))
+    return texts
+
 # %% ../../nbs/525_learners.seq2seq.ipynb #ff29f1f9
 class SharedGeneration:
     "The texts generated during validation and their references, shared by several metrics"
@@ -90,8 +107,7 @@ class SharedGeneration:
         self.n_pairs += len(learn.y)
         if len(rows):
             self.preds += generate_from(learn, learn.xb[0][rows], **self.kwargs)
-            targets = learn.y[rows].cpu()
-            self.refs += [learn.tokenizer.decode(y[y >= 0].tolist(), skip_special_tokens=True) for y in targets]
+            self.refs += references(learn, rows)
 
 # %% ../../nbs/525_learners.seq2seq.ipynb #e06f5d7a
 class GeneratedMetric(Metric):
