@@ -21,7 +21,7 @@ from fastcore.all import L
 from fastai.data.core import DataLoaders
 from fastai.learner import Metric
 from fastai.torch_core import TensorBase
-from ..core import DataError, FastaiTLError
+from ..core import FastaiTLError
 from ..data.qa import HFQADataLoaders, QAExample
 from ..data.tables import question_pairs
 from ..data.tagging import CJK
