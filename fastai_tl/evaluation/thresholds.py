@@ -41,7 +41,7 @@ def abstention_threshold(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     accuracy:float, # Minimum accuracy of the decided rows
     sure:bool=False # Require that the lower end of the 95 % interval reaches `accuracy`
-) -> dict: # `threshold` (minimum confidence), `coverage`, `accuracy`, its interval `low` to `high`, `count`, `identified`
+) -> dict: # `threshold` (minimum confidence), `coverage`, `accuracy` from `low` to `high`, `count`, `identified`
     "Find the confidence threshold that decides the most rows with a given accuracy"
     table = risk_coverage_table(ev)
     reached = 1-table.risk
