@@ -122,7 +122,7 @@ def test_language_model_that_validated_best(out, monkeypatch):
     for low, high in (files, files[::-1]):
         for folder, loss in ((low, 1.), (high, 2.)):
             stage = json.loads((folder / 'stage.json').read_text())
-            stage['history']['valid_loss'][-1] = loss
+            stage['history'][-1]['valid_loss'] = loss
             (folder / 'stage.json').write_text(json.dumps(stage))
         _language_model(out)
         assert loaded[-1] == low / 'encoder.safetensors'
