@@ -38,7 +38,8 @@ def test_passes_of_a_classifier(tokenizers, tmp_path):
     texts = list(TEXTS[:4])
     unchanged_by(
         learn, learn.evaluate, lambda: learn.evaluate(texts, LABELS[:4]), lambda: learn.evaluate(ds_idx=0),
-        lambda: learn.evaluate(dl=learn.dls.valid), learn.calibrate, learn.get_preds, lambda: learn.predict(texts[0]),
+        lambda: learn.evaluate(dl=learn.dls.valid), lambda: learn.calibrate(ds_idx=0),
+        learn.get_preds, lambda: learn.predict(texts[0]),
         lambda: learn.predict_batch(texts), lambda: learn.predictor().predict(texts), learn.layer_table,
         lambda: learn.save_bundle(tmp_path/'bundle'), lambda: learn.show_results(max_n=2),
         lambda: learn.get_preds(1, None, True), lambda: learn.get_preds(with_loss=True))
@@ -51,7 +52,7 @@ def test_evaluate_for_other_tasks(tokenizers, name):
     if name == 'tagger':
         unchanged_by(learn, lambda: learn.predict('the film'), lambda: learn.tag(['the film', 'was good']))
     if name in ('ulmfit_classifier', 'multilabel'):
-        unchanged_by(learn, learn.calibrate, lambda: learn.predict_batch(list(TEXTS[:4])))
+        unchanged_by(learn, lambda: learn.calibrate(ds_idx=0), lambda: learn.predict_batch(list(TEXTS[:4])))
 
 
 @pytest.mark.parametrize('name', ['causal_lm', 'ulmfit_lm', 'masked_lm'])
@@ -76,14 +77,15 @@ def test_a_pair_of_learners(tokenizers):
 
 def test_an_evaluation_within_a_fit(tokenizers):
     "A Callback that evaluates after each epoch does not change the record of the fit"
-    class Evaluate(Callback):
+    class EachEpoch(Callback):
         order = 70
 
         def after_epoch(self):
-            self.learn.evaluate()
+            if not hasattr(self.learn, 'gather_preds'): # the evaluation calls this method, too
+                self.learn.evaluate()
 
     records = []
-    for cbs in (None, Evaluate()):
+    for cbs in (None, EachEpoch()):
         seed_everything(0)
         learn = MAKERS['classifier'](tokenizers)
         seed_everything(0)
@@ -114,7 +116,7 @@ def first_rates(learn):
     return learn.rates
 
 
-@pytest.mark.parametrize('opt_func', [None, Adam])
+@pytest.mark.parametrize('opt_func', [None, pytest.param(Adam, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('lr', [None, 3e-4, slice(1e-5, 1e-3), slice(1e-3)])
 @pytest.mark.parametrize('name', ['classifier', 'ulmfit_classifier'])
 def test_layer_table_shows_the_rates_of_the_next_fit(tokenizers, name, lr, opt_func):
@@ -129,11 +131,11 @@ def test_layer_table_shows_the_rates_of_the_next_fit(tokenizers, name, lr, opt_f
     last = [float(hyper['lr']) for hyper in learn.opt.hypers]
     table = learn.layer_table()
     assert [float(hyper['lr']) for hyper in learn.opt.hypers] == last, 'the table changes the optimizer'
-    assert max(last) < 1e-6
     n_groups = len(table)
     expected = [learn.lr if lr is None else lr]*n_groups
     if isinstance(lr, slice):
         expected = even_mults(1e-5, 1e-3, n_groups) if lr.start else [1e-4]*(n_groups - 1) + [1e-3]
+    assert last != pytest.approx(list(expected))
     assert table.lr.tolist() == pytest.approx(list(expected))
     assert new == pytest.approx(list(expected))
     assert first_rates(learn) == pytest.approx(table.lr.tolist())

@@ -76,8 +76,11 @@ def epochs_by_patience(losses, lengths, patience):
     return sum(lengths)
 
 
-@pytest.mark.parametrize('patience', [1, 2, 3])
-@pytest.mark.parametrize('lengths', [[3, 3, 3], [1, 4, 6], [2, 1, 9]])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize('patience', [1, pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize('lengths', [[3, 3, 3], [1, 4, 6], pytest.param([2, 1, 9], marks=SLOW)])
 def test_early_stopping_counts_epochs_of_the_last_stage(learn, lengths, patience):
     series = [5, 4, 6, 7, 6, 3, 4, 2, 4, 4, 1, 3]
     for losses in (series, series[::-1], [1] * 12):
@@ -105,7 +108,7 @@ def test_early_stopping_in_other_fits(learn, place):
     if place == 'learner':
         learn.add_cbs([stop, Losses(never_better)])
     cbs = [stop, Losses(never_better)] if place == 'fit' else None
-    _, messages = fit(learn, 'fit_transfer', epochs=[2, 2], groups=[1, 6], verbose=False, cbs=cbs)
+    _, messages = fit(learn, 'fit_transfer', epochs=[2, 2], groups=[1, 6], cbs=cbs)
     assert len(learn.recorder.values) == 3 and all_train(learn) and not messages
     fit(learn, 'fit', 5, 1e-3, cbs=cbs)
     assert len(learn.recorder.values) == 2
