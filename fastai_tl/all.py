@@ -21,6 +21,7 @@ from .data.chinese import *
 from .data.display import *
 from .data.loaders import *
 from .data.hf_tokenizer import *
+from .data.offsets import *
 from .data.awd_lstm import *
 from .data.windows import *
 from .data.classification import *
@@ -39,6 +40,8 @@ from .models.execution_order import *
 from .models.layer_stacks import *
 from .models.layer_groups import *
 from .models.encoder import *
+from .models.padding import *
+from .models.virtual_tokens import *
 from .models.loading import *
 from .models.class_order import *
 from .models.hf import *

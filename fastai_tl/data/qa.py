@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.qa.html.md"""
 # %% auto #0
 __all__ = ['TensorSpan', 'QAExample', 'QAWindow', 'HFTokenizeQA', 'EncodeSpan', 'check_answers', 'hf_qa_dls', 'HFQADataLoaders']
 
-# %% ../../nbs/136_data.qa.ipynb #bac61128
+# %% ../../nbs/136_data.qa.ipynb #481820db
 import html
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
@@ -22,6 +22,7 @@ from .classification import loaders_of, tokens_dls
 from .display import show_html
 from .hf_datasets import dataset_table, two_splits
 from .hf_tokenizer import TensorTokens, load_tokenizer
+from .offsets import check_offsets, exact_of_passages, passage_offsets, token_span
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
@@ -30,7 +31,7 @@ from .tables import check_texts, column, is_missing, list_of, question_pairs, ro
 from .tagging import ShownWords
 from .tokenizers import apply_rules
 
-# %% ../../nbs/136_data.qa.ipynb #4183c23e
+# %% ../../nbs/136_data.qa.ipynb #7a92821d
 class TensorSpan(TensorBase):
     "First and last token of an answer in a window and the number of its question, (3,), or (batch, 3)"
 
@@ -51,17 +52,17 @@ class QAWindow:
     first:int=0 # First token of the answer; the no-answer token if the answer is not in this window
     last:int=0 # Last token of the answer; the no-answer token if the answer is not in this window
 
-# %% ../../nbs/136_data.qa.ipynb #6358a40a
-def token_span(begin, end, start, stop):
-    "Return the first and last token of characters `start` to `stop`; `None` if the tokens do not cover all of them"
-    # token `i` covers the characters `begin[i]` to `end[i]`; -1 if it covers none
-    inside = np.flatnonzero(begin >= 0)
-    if not len(inside) or begin[inside[0]] > start or end[inside[-1]] < stop:
-        return None
-    hit = inside[(end[inside] > start) & (begin[inside] < stop) & (end[inside] > begin[inside])]
-    return (int(hit[0]), int(hit[-1])) if len(hit) else None
+# %% ../../nbs/136_data.qa.ipynb #ca53475c
+def _check_span(example, begin, end):
+    "Raise an error if the tokens of an answer lack some of its letters"
+    answer, start = example.answers[0], example.starts[0]
+    lost = answer[:max(begin-start, 0)] + answer[max(end-start, 0):]
+    if any(letter.isalnum() for letter in lost):
+        raise DataError('The tokens of an answer must cover all of its letters',
+                        f'{example.context[begin:end]!r} for the answer {answer!r}',
+                        'Use a tokenizer that keeps these letters')
 
-# %% ../../nbs/136_data.qa.ipynb #b8d45c13
+# %% ../../nbs/136_data.qa.ipynb #011ef373
 def letter_by_letter(texts, rules):
     "Apply `rules` to each character, and keep a character that does not become exactly one character"
     changed = {}
@@ -71,21 +72,22 @@ def letter_by_letter(texts, rules):
             changed[ord(letter)] = result
     return [text.translate(changed) for text in texts]
 
-def _window_data(encoded, i, has_types, cls_id):
+def _window_data(encoded, i, has_types, cls_id, exact):
     "Return the `data` of window `i` and its no-answer token"
     ids = encoded['input_ids'][i]
     data = np.full((4, len(ids)), -1, dtype=np.int32)
     data[0] = ids
     if has_types:
         data[1] = encoded['token_type_ids'][i]
-    in_passage = np.array([sequence == 1 for sequence in encoded.sequence_ids(i)])
-    offsets = np.array(encoded['offset_mapping'][i], dtype=np.int32)[in_passage]
+    in_passage, offsets = passage_offsets(encoded, i)
+    if len(offsets):
+        offsets = np.array([exact[begin, end] for begin, end in offsets.tolist()], dtype=np.int32)
     data[2:, in_passage] = offsets.T + [[1],[0]]
     none_at = ids.index(cls_id) if cls_id in ids else 0
     data[2:, none_at] = 0
     return data, none_at
 
-# %% ../../nbs/136_data.qa.ipynb #7822a092
+# %% ../../nbs/136_data.qa.ipynb #998db93c
 class HFTokenizeQA(DisplayedTransform):
     "Turn windows of questions and their passages into `TensorTokens`"
     def __init__(self,
@@ -116,6 +118,7 @@ class HFTokenizeQA(DisplayedTransform):
     ) -> list: # `QAWindow` objects
         "Cut passages into windows, each with its question before it"
         rows = range(len(examples)) if rows is None else rows
+        check_offsets(self.tokenizer, [example.context for example in examples[:8]])
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.stride
         questions = self.tokenizer(self._questions(examples), add_special_tokens=False, verbose=False)['input_ids']
         too_long = [row for row, ids in zip(rows, questions) if len(ids) >= room]
@@ -135,11 +138,14 @@ class HFTokenizeQA(DisplayedTransform):
         encoded = self.tokenizer(self._questions(examples), passages, truncation='only_second',
                                  max_length=self.max_length, stride=self.stride, return_overflowing_tokens=True,
                                  return_offsets_mapping=True, verbose=False)
+        exact = exact_of_passages(encoded, passages)
         for i, k in enumerate(encoded['overflow_to_sample_mapping']):
-            data, none_at = _window_data(encoded, i, self.has_types, self.tokenizer.cls_token_id)
+            data, none_at = _window_data(encoded, i, self.has_types, self.tokenizer.cls_token_id, exact[k])
             answer, start = examples[k].answers[0], examples[k].starts[0]
             begin = np.where(data[2] > 0, data[2]-1, -1)
             span = token_span(begin, data[3], start, start+len(answer)) if answer else None
+            if span:
+                _check_span(examples[k], begin[span[0]], data[3][span[1]])
             yield QAWindow(examples[k], data, *(span or (none_at, none_at)))
 
     def number(self,
@@ -157,7 +163,7 @@ class HFTokenizeQA(DisplayedTransform):
     def decodes(self, x:TensorTokens):
         return ShownPassage(x, self.tokenizer)
 
-# %% ../../nbs/136_data.qa.ipynb #de7db474
+# %% ../../nbs/136_data.qa.ipynb #0d9cdf31
 class EncodeSpan(DisplayedTransform):
     "Turn windows into the first and last token of their answer, as a `TensorSpan`"
     def encodes(self, x:QAWindow):
@@ -165,7 +171,7 @@ class EncodeSpan(DisplayedTransform):
     def decodes(self, y:TensorSpan):
         return ShownWords(y.tolist())
 
-# %% ../../nbs/136_data.qa.ipynb #81463742
+# %% ../../nbs/136_data.qa.ipynb #effac989
 def _answer_list(answers, starts):
     "Return `(answer, start)` pairs of one question; `start` is `None` if it is not known"
     if isinstance(answers, dict):
@@ -197,7 +203,7 @@ def _valid_answer(answer, start, context):
     answer = valid_text(answer) if isinstance(answer, str) else answer
     return answer, start if start is None else len(valid_text(context[:int(start)]))
 
-# %% ../../nbs/136_data.qa.ipynb #cc9209cf
+# %% ../../nbs/136_data.qa.ipynb #b452e9a7
 def check_answers(
     questions:list, # Strings
     contexts:list, # The passage of each question
@@ -229,7 +235,7 @@ def check_answers(
                         'Correct the starts, or leave them out to have the answers searched for')
     return examples
 
-# %% ../../nbs/136_data.qa.ipynb #6e0c755a
+# %% ../../nbs/136_data.qa.ipynb #eb0fc63c
 def hf_tokenize_qa(
     tokenizer, # A name, a folder, or a fast transformers tokenizer
     max_length:int|None=None, # Tokens per window; `None`: the tokenizer's own limit, at most 384
@@ -253,7 +259,7 @@ def print_windows(windows, tok):
         print('answers that are in no window, since they are longer than what windows share or give no token: '
               f'{len(lost):,}, such as {lost[0][:60]!r}; a larger `stride` helps against the first')
 
-# %% ../../nbs/136_data.qa.ipynb #ec2915d5
+# %% ../../nbs/136_data.qa.ipynb #af2275b5
 @delegates(hf_tokenize_qa)
 def hf_qa_dls(
     examples:list, # `QAExample` objects, as returned by `check_answers`
@@ -283,7 +289,7 @@ def hf_qa_dls(
                     columns=dict(question='question', context='context', answer='answer'))
     return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
-# %% ../../nbs/136_data.qa.ipynb #3f7b5666
+# %% ../../nbs/136_data.qa.ipynb #cbc52965
 def _columns_of(df, **names):
     "Return a dictionary of columns as lists; `None` where no column name is given"
     return {what: None if name is None else list(column(df, name)) for what, name in names.items()}
@@ -300,7 +306,7 @@ def _as_examples(items, columns, with_labels):
         return items
     return [QAExample(*pair) for pair in question_pairs(items, columns)]
 
-# %% ../../nbs/136_data.qa.ipynb #ad1382fe
+# %% ../../nbs/136_data.qa.ipynb #d81de1ec
 class HFQADataLoaders(SpecDataLoaders):
     "DataLoaders for question answering with a Hugging Face model, with passages in windows"
     task = 'qa'
@@ -389,7 +395,7 @@ class HFQADataLoaders(SpecDataLoaders):
             items = self.tok.windows(self.tok.number(items) if with_labels else items)
         return super().test_dl(items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/136_data.qa.ipynb #0ece9e85
+# %% ../../nbs/136_data.qa.ipynb #237e1f8a
 class ShownPassage:
     "A window that can be shown: its question, and its passage with an answer marked"
     def __init__(self, x, tokenizer):
@@ -421,7 +427,7 @@ def _qa_row(passage, *spans, trunc_at=40):
     "Return a row of a question and, for each span, its passage with the span marked"
     return [html.escape(passage.question), *[passage.marked(*span[:2], trunc_at) for span in spans]]
 
-# %% ../../nbs/136_data.qa.ipynb #326b895b
+# %% ../../nbs/136_data.qa.ipynb #2b5e99f6
 @dispatch
 def show_batch(x:TensorTokens, y:TensorSpan, samples, ctxs=None, max_n=9, trunc_at=40, **kwargs):
     "Show questions and passages with their answers"

@@ -7,14 +7,15 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.windows.html.md"""
 # %% auto #0
 __all__ = ['text_windows', 'pool_windows', 'unactivate', 'pool_scores', 'LongText', 'HFTokenizeWindows']
 
-# %% ../../nbs/128_data.windows.ipynb #55b1bb1b
+# %% ../../nbs/128_data.windows.ipynb #0720d4ea
 import torch
 from ..core import FastaiTLError
 from .hf_tokenizer import HFTokenize, TensorTokens, pad_rows
 from .loaders import language_rules
+from .offsets import check_offsets, exact_offsets
 from .spec import activate
 
-# %% ../../nbs/128_data.windows.ipynb #e6a25553
+# %% ../../nbs/128_data.windows.ipynb #e9cf0693
 def _room(tok, stride):
     "Return how many tokens of a text fit into a window; raise an error for a slow tokenizer or a too large `stride`"
     if not getattr(tok.tokenizer, 'is_fast', False):
@@ -28,14 +29,16 @@ def _room(tok, stride):
 def _windows_of(text, tokenizer, room, stride):
     "Return the windows of one text as strings"
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoded['offset_mapping']
+    offsets = [tuple(pair) for pair in encoded['offset_mapping']]
     if not offsets:
         return [text]
+    exact = exact_offsets(text, offsets)
+    offsets = [exact[pair] for pair in offsets]
     starts = range(0, max(len(offsets)-stride, 1), room-stride)
     ends = [min(start+room, len(offsets))-1 for start in starts]
     return [text[offsets[start][0]:offsets[end][1]] for start, end in zip(starts, ends)]
 
-# %% ../../nbs/128_data.windows.ipynb #abe22fb8
+# %% ../../nbs/128_data.windows.ipynb #7d8a3bca
 def text_windows(
     texts:list, # Strings
     tokenizer, # A name, a folder, or a fast transformers tokenizer
@@ -45,6 +48,7 @@ def text_windows(
     "Cut texts into windows of at most `max_length` tokens"
     tok = HFTokenize(tokenizer, max_length)
     room = _room(tok, stride)
+    check_offsets(tok.tokenizer, texts)
     windows, rows = [], []
     for i, text in enumerate(texts):
         of_text = _windows_of(text, tok.tokenizer, room, stride)
@@ -52,7 +56,7 @@ def text_windows(
         rows += [i]*len(of_text)
     return windows, rows
 
-# %% ../../nbs/128_data.windows.ipynb #df34bcb7
+# %% ../../nbs/128_data.windows.ipynb #93814e78
 def pool_windows(
     preds, # Predictions, one row per window: a tensor or an array; one row per text is returned as it is
     rows # The index of the text of each window, as in `dls.window_rows`
@@ -66,7 +70,7 @@ def pool_windows(
     n_windows = torch.bincount(rows).view(-1, *[1]*(preds.ndim-1))
     return total/n_windows
 
-# %% ../../nbs/128_data.windows.ipynb #84e87ced
+# %% ../../nbs/128_data.windows.ipynb #c9e9a4df
 def unactivate(
     probs:torch.Tensor, # Probabilities, or the values of a regression
     task:str # `classification`, `multilabel` or `regression`
@@ -85,11 +89,11 @@ def pool_scores(
     rows = torch.as_tensor(rows, device=scores.device)
     return unactivate(pool_windows(activate(scores.float(), task), rows), task)
 
-# %% ../../nbs/128_data.windows.ipynb #1475ab57
+# %% ../../nbs/128_data.windows.ipynb #8e5222cc
 class LongText(str):
     "A text that is read in windows"
 
-# %% ../../nbs/128_data.windows.ipynb #bedf1658
+# %% ../../nbs/128_data.windows.ipynb #8d800b75
 class HFTokenizeWindows(HFTokenize):
     "Turn a `LongText` into the `TensorTokens` of all its windows, (5, tokens); other texts as `HFTokenize` does"
     def __init__(self,
@@ -137,7 +141,7 @@ class HFTokenizeWindows(HFTokenize):
         x[4] = torch.cat([torch.full_like(part[0], i) for i, part in enumerate(parts)])
         return TensorTokens(x)
 
-# %% ../../nbs/128_data.windows.ipynb #6fa5472a
+# %% ../../nbs/128_data.windows.ipynb #efd6cca2
 def hf_tokenize_windows(tokenizer, stride, max_length=None, truncation=True, verbose=True, lang='en'):
     "Return an `HFTokenizeWindows` with the text rules of a language"
     return HFTokenizeWindows(tokenizer, stride, max_length, truncation, verbose, language_rules(lang))

@@ -7,8 +7,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.bundle.html.md"""
 # %% auto #0
 __all__ = ['TOKENIZER_MAKERS', 'DATALOADERS', 'load_bundle']
 
-# %% ../../nbs/820_deploy.bundle.ipynb #f83e8059
-import copy, inspect
+# %% ../../nbs/820_deploy.bundle.ipynb #03ff47e1
+import inspect
 from functools import partial
 from pathlib import Path
 import pandas as pd, torch
@@ -39,7 +39,7 @@ from .predictor import Predictor, describe_change
 from .quantization import PRECISIONS
 from ..files import read_strict_json, write_json
 
-# %% ../../nbs/820_deploy.bundle.ipynb #7cfa1540
+# %% ../../nbs/820_deploy.bundle.ipynb #58a018da
 from ..learners.auto import LEARNERS
 from ..learners.bidirectional import BidirectionalLearner
 from ..learners.classification import awd_classifier_learner
@@ -49,8 +49,9 @@ from ..models.class_order import name_outputs, output_names, permute_rows, reord
 from ..models.hf import HF_TASKS, HFModel
 from ..models.loading import check_tokenizer_file, load_pretrained, quiet_transformers
 from ..models.third_party import text_parts
+from ..models.virtual_tokens import merged_copy
 
-# %% ../../nbs/820_deploy.bundle.ipynb #2e2545bb
+# %% ../../nbs/820_deploy.bundle.ipynb #b804c165
 TOKENIZER_MAKERS = dict( # the key is the `tokenizer` entry of the tokenizer's settings
     word=lambda settings: WordLevelTokenizer(settings['lang']),
     BaseTokenizer=lambda settings: BaseTokenizer(settings['split_char']))
@@ -69,7 +70,7 @@ def _make_tokenizer(spec):
         raise RunError("The rules of a bundle must be fastai's", shorten(unknown), 'Upgrade fastai')
     return TOKENIZER_MAKERS[name](spec.tokenizer), [known[name] for name in spec.rules]
 
-# %% ../../nbs/820_deploy.bundle.ipynb #1bcbe2db
+# %% ../../nbs/820_deploy.bundle.ipynb #ec25d8fd
 def _with_tokenizer(parts):
     "Return the spec with the settings of the tokenizer; raise an error if they cannot reproduce it"
     tokenizer, rules = parts.tokenizer, parts.rules
@@ -87,7 +88,7 @@ def _with_tokenizer(parts):
                             'Apply your own rules to the texts before you make the DataLoaders')
     return parts.spec.replace(tokenizer=settings, rules=rule_names(rules))
 
-# %% ../../nbs/820_deploy.bundle.ipynb #39cbf931
+# %% ../../nbs/820_deploy.bundle.ipynb #eabe515d
 def _make_awd(settings):
     "Build the model from its settings, with random weights"
     config, head = settings['config'], settings['head']
@@ -99,7 +100,7 @@ def _make_awd(settings):
         AWD_LSTM, n_tokens, head['n_out'], head['seq_len'], config, drop_mult=1., lin_ftrs=head['lin_ftrs'],
         ps=head['ps'][1:], pad_idx=config['pad_token'], max_len=head['max_len'], y_range=head['y_range'])
 
-# %% ../../nbs/820_deploy.bundle.ipynb #9fa9fb82
+# %% ../../nbs/820_deploy.bundle.ipynb #1475517e
 def _save_awd(model, vocab, folder, name):
     "Write the weights and settings; tied weights are written only once"
     from safetensors.torch import save_file
@@ -112,7 +113,7 @@ def _save_awd(model, vocab, folder, name):
     save_file(weights, str(folder/f'{name}.safetensors'))
     write_json(folder/f'{name}.json', settings)
 
-# %% ../../nbs/820_deploy.bundle.ipynb #48e38a40
+# %% ../../nbs/820_deploy.bundle.ipynb #bea32a53
 def _load_awd(folder, name):
     "Return the settings and the model"
     from safetensors.torch import load_file
@@ -133,7 +134,7 @@ def _load_awd(folder, name):
         model.reset()
     return settings, model.to(default_device())
 
-# %% ../../nbs/820_deploy.bundle.ipynb #a3a70711
+# %% ../../nbs/820_deploy.bundle.ipynb #edf907fa
 def _read_awd_weights(model, weights):
     try:
         missing, unknown = model.load_state_dict(weights, strict=False)
@@ -144,21 +145,21 @@ def _read_awd_weights(model, weights):
     if unknown or any(own[key].data_ptr() not in loaded for key in missing): # tied weights share memory
         raise _other_weights(shorten([*unknown, *missing]))
 
-# %% ../../nbs/820_deploy.bundle.ipynb #3a9af88b
+# %% ../../nbs/820_deploy.bundle.ipynb #c9f3bb1d
 def _other_weights(got):
     return RunError('The weights of a bundle must be those of its model', got, 'Write it again')
 
-# %% ../../nbs/820_deploy.bundle.ipynb #0e9474fb
+# %% ../../nbs/820_deploy.bundle.ipynb #3f54b2f3
 def _save_hf(learn, tokenizer, folder, classes):
     hf = learn.model.hf
     if hf is not learn.model.inner[0]:
-        hf = copy.deepcopy(hf).merge_and_unload()
+        hf = merged_copy(hf)
     if classes and hf.config.num_labels == len(classes) and output_names(hf.config) is None:
         name_outputs(hf.config, classes)
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/820_deploy.bundle.ipynb #db03f3c4
+# %% ../../nbs/820_deploy.bundle.ipynb #ee93e15d
 _SAFE = dict(trust_remote_code=False, local_files_only=True)
 
 def _weight_files(folder):
@@ -184,7 +185,7 @@ def _check_size(folder, spec):
         with SizeLimit(shapes).counting():
             _auto_class(spec).from_config(config, trust_remote_code=False)
 
-# %% ../../nbs/820_deploy.bundle.ipynb #57fb3313
+# %% ../../nbs/820_deploy.bundle.ipynb #753d2e18
 def _load_tokenizer(folder):
     from transformers import AutoTokenizer
     file = folder/'tokenizer.json'
@@ -209,7 +210,7 @@ def _learner_task(spec):
     "Return the key of the task in `LEARNERS` and `HF_TASKS`"
     return 'classification' if spec.is_classification else spec.task
 
-# %% ../../nbs/820_deploy.bundle.ipynb #8be69dc3
+# %% ../../nbs/820_deploy.bundle.ipynb #7ead4c87
 def _try(folder, tokenizer, model):
     "Compute one short text, so that settings that do not fit each other are found when a bundle is loaded"
     with reading(folder/'tokenizer.json'):
@@ -230,7 +231,7 @@ def _try(folder, tokenizer, model):
         if any(o.isnan().any() for o in (out.get('logits'), out.get('start_logits')) if o is not None):
             raise RunError('The model of a bundle must compute numbers', 'NaN for a short text')
 
-# %% ../../nbs/820_deploy.bundle.ipynb #2b99a527
+# %% ../../nbs/820_deploy.bundle.ipynb #426853c5
 @patch
 def save_bundle(self:Learner|BidirectionalLearner,
     path:str|Path, # Folder to create, or an existing bundle to replace
@@ -258,13 +259,13 @@ def save_bundle(self:Learner|BidirectionalLearner,
         spec.replace(backwards=spec.backwards and len(learners) == 1).save(folder/'spec.json')
     return Path(path)
 
-# %% ../../nbs/820_deploy.bundle.ipynb #6f1ba887
+# %% ../../nbs/820_deploy.bundle.ipynb #e068b016
 def _named_learners(learn):
     "Return a dict from the name of each model's files in a bundle to its Learner"
     is_pair = isinstance(learn, BidirectionalLearner)
     return dict(forward=learn.forward, backward=learn.backward) if is_pair else dict(model=learn)
 
-# %% ../../nbs/820_deploy.bundle.ipynb #4e4ece29
+# %% ../../nbs/820_deploy.bundle.ipynb #81287c8c
 def _save_model(learn, parts, folder, name):
     "Write the files of a model and return its spec"
     if isinstance(learn.model, HFModel):
@@ -280,7 +281,7 @@ def _prediction_settings(learn, temperature, thresholds, precision):
     return dict(temperature=predictor.temperature, thresholds=None if thresholds is None else thresholds.tolist(),
                 precision=precision, change=None if change is None else change.reset_index().to_dict('records'))
 
-# %% ../../nbs/820_deploy.bundle.ipynb #aa137d34
+# %% ../../nbs/820_deploy.bundle.ipynb #814129e4
 def load_bundle(
     path:str|Path, # Folder written by `save_bundle`
     precision:str|None=None, # `fp32`, `bf16`, `fp16` or `int8`; `None`: the precision chosen in `save_bundle`
@@ -306,7 +307,7 @@ def load_bundle(
         print(describe_change(change))
     return predictor
 
-# %% ../../nbs/820_deploy.bundle.ipynb #413cc78a
+# %% ../../nbs/820_deploy.bundle.ipynb #5b5cd0e6
 def _read_bundle(path):
     "Check the files of a bundle and return its manifest and spec"
     manifest = check_bundle(path)
@@ -316,7 +317,7 @@ def _read_bundle(path):
         check_spec(spec)
     return manifest, spec
 
-# %% ../../nbs/820_deploy.bundle.ipynb #09c6a9fa
+# %% ../../nbs/820_deploy.bundle.ipynb #567fd51f
 def _measured_change(manifest, precision):
     "Return the comparison stored for a precision, or `None`; int8 without a comparison raises an error"
     measured = manifest['change']
@@ -329,7 +330,7 @@ def _measured_change(manifest, precision):
                        "Write it with `learn.save_bundle(folder, precision='int8')`, which measures that on the "
                        'validation texts')
 
-# %% ../../nbs/820_deploy.bundle.ipynb #504ba54d
+# %% ../../nbs/820_deploy.bundle.ipynb #95cbddd9
 def _model_names(manifest):
     "Return the names of the models in a bundle of AWD_LSTMs"
     return ['forward', 'backward'] if 'forward.json' in manifest['files'] else ['model']
@@ -350,7 +351,7 @@ def _make_engine(path, manifest, spec):
         engines.append(AWDEngine(model, _part_spec(spec, name), settings['vocab'], tokenizer, rules, own=True))
     return engines[0] if len(engines) == 1 else AveragedEngine(engines)
 
-# %% ../../nbs/820_deploy.bundle.ipynb #0bd96e5a
+# %% ../../nbs/820_deploy.bundle.ipynb #46f6706a
 DATALOADERS = dict(tagging=HFTagDataLoaders, qa=HFQADataLoaders, causal_lm=HFCausalLMDataLoaders,
                    masked_lm=HFMaskedLMDataLoaders, seq2seq=HFSeq2SeqDataLoaders,
                    **dict.fromkeys(CLASSIFICATION_TASKS, HFTextDataLoaders))
@@ -371,7 +372,7 @@ def _learner(path, manifest, spec):
     learners = [_make_awd_learner(path, name, _part_spec(spec, name)) for name in _model_names(manifest)]
     return BidirectionalLearner(*learners) if len(learners) == 2 else learners[0]
 
-# %% ../../nbs/820_deploy.bundle.ipynb #68631a77
+# %% ../../nbs/820_deploy.bundle.ipynb #3924a06d
 def _make_awd_learner(path, name, spec):
     settings, model = _load_awd(path, name)
     tokenizer, _ = _make_tokenizer(spec)
@@ -390,7 +391,7 @@ def _with_threshold(learn, spec):
         learn.loss_func.thresh = spec.threshold
     return learn
 
-# %% ../../nbs/820_deploy.bundle.ipynb #5ada3480
+# %% ../../nbs/820_deploy.bundle.ipynb #a040f37f
 def _learner_of_bundle(path, dls=None):
     "Make a Learner from a bundle, without data or with DataLoaders of the same vocabulary and classes"
     learn = _make_learner(path, *_read_bundle(path))
@@ -407,7 +408,7 @@ def _learner_of_bundle(path, dls=None):
     learn.dls = dls
     return learn
 
-# %% ../../nbs/820_deploy.bundle.ipynb #5cdc4ba4
+# %% ../../nbs/820_deploy.bundle.ipynb #1d114876
 def _vocab(parts):
     return dict(parts.tokenizer.get_vocab()) if parts.vocab is None else list(parts.vocab)
 

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.feature_cache.html.md"""
 # %% auto #0
 __all__ = ['PrefixCache', 'CachedDL', 'CachedPrefix']
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #d0cf2074
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #e8337341
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from .pooled_top_layer import SinglePosition
 from .frozen_features import Prefix, frozen_prefix, replaced_forwards
 from .feature_store import StateStore
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #1970feca
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #7987c63d
 def _tensors_of(batch):
     if isinstance(batch, (tuple, list)):
         return [t for part in batch for t in _tensors_of(part)]
@@ -48,7 +48,7 @@ def draw_items(dl, idxs):
     batch = dl.do_batch([dl.do_item(int(i)) for i in idxs])
     return dl.after_batch(to_device(batch, dl.device))
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #d8af5966
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #e56eb44f
 def check_same_each_time(dl):
     "Raise an error if the items of a DataLoader change from epoch to epoch"
     if not getattr(dl, 'indexed', False) or dl.bs is None:
@@ -69,7 +69,7 @@ def check_same_each_time(dl):
     if len(first) != len(second) or not all(map(same, first, second)):
         raise changing_data('items that differ when they are drawn again')
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #e30e16ed
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #b5b19478
 class PrefixCache:
     "Store the states that a frozen prefix computes for the texts of one DataLoader"
     def __init__(self,
@@ -132,19 +132,20 @@ class PrefixCache:
         "Store a batch of states and tokens without padding"
         is_token = x[:, 0] >= 0
         self.pads_left |= not bool(is_token[:, 0].all())
+        is_state = is_token.long().sort(1, descending=not self.prefix.pads_left(self.pads_left))[0] > 0
         last = is_token.cumsum(1).argmax(1).tolist() # position of the last token
         for j, i in enumerate(idxs):
             keep = is_token[j]
             self.targets[i] = [t[j][keep] if isinstance(t, TensorTargets) else t[j] for t in targets]
             tokens = x[j][:, last[j]:last[j]+1] if self.has_vectors else x[j][:, keep]
             self.tokens[i] = TensorTokens(tokens.cpu())
-            self.store.write(i, states[j, :1] if self.has_vectors else states[j][keep])
+            self.store.write(i, states[j, :1] if self.has_vectors else states[j][is_state[j]])
 
     def batch(self,
         idxs # Indexes of texts
     ) -> tuple: # The batch (input and targets), and its states
         "Return a batch as the DataLoader would make it, and the states of its texts"
-        states = self.store.read(idxs, self.pads_left)
+        states = self.store.read(idxs, not self.is_pooled and self.prefix.pads_left(self.pads_left))
         if self.is_pooled:
             states = states[:, 0]
             x = states # the head needs nothing else
@@ -164,7 +165,7 @@ class PrefixCache:
     def __repr__(self):
         return f'PrefixCache({self.prefix}; {self.store})'
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #5ffa343a
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #55ba43c8
 class CachedDL(GetAttr):
     "Yield the batches of a DataLoader, in the same order, from a `PrefixCache`"
     _default = 'source'
@@ -189,7 +190,7 @@ class CachedDL(GetAttr):
             yield batch
         self.source.after_iter()
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #9c5cfea9
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #9403a0e6
 def _fingerprint(p):
     "Return values that change when a parameter or a buffer changes"
     sample = p.detach().reshape(-1)[::max(1, p.numel()//512)]
@@ -208,7 +209,7 @@ def _mixed_precision(learn):
     context = getattr(callback, 'autocast', None) # exists only during a fit
     return context, None if context is None else getattr(callback, 'compute_dtype', None)
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #0683dec3
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #89b13800
 def _find_single_position(model, prefix, wanted):
     "Return a `SinglePosition` for the top layer or `None`; `wanted=None` means: if the model allows it"
     if wanted is False or not isinstance(prefix, Prefix):
@@ -227,7 +228,7 @@ def _no_frozen_layers(model):
     todo = 'Call learn.freeze_to(-1) before the fit, or use learn.fit_gradual(cache=True)'
     return FastaiTLError(expected, f'a model whose first trainable parameter is {lowest!r}', todo)
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #d273901e
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #6bada46f
 class _Offered:
     "The states of a batch, with the address and shape by which its input is recognised"
     def __init__(self, x, states):
@@ -252,7 +253,7 @@ def _forward_from_states(original, offered, prefix, one, *args, **kwargs):
     with single or nullcontext(), prefix.replay(states):
         return original(*args, **kwargs)
 
-# %% ../../nbs/335_efficiency.feature_cache.ipynb #a88e357e
+# %% ../../nbs/335_efficiency.feature_cache.ipynb #035e232d
 class CachedPrefix(AroundBatch):
     "Compute the frozen lower layers once; train and validate the layers above from the stored states"
     order = ParamScheduler.order+1 # after GradualUnfreezing has frozen the layers of the epoch

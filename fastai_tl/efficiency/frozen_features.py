@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.frozen_features.html.md""
 # %% auto #0
 __all__ = ['find_blocks', 'frozen_layers', 'Prefix', 'is_pooled', 'PooledPrefix', 'frozen_prefix']
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #b72d8ad2
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #e6400ec9
 from contextlib import contextmanager
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from ..models.hf import HFModel
 from ..models.execution_order import dummy_inputs, hf_models
 from ..models.awd_lstm import RealTokenPooling
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #b9fa79f2
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #30679017
 def find_blocks(
     model:nn.Module # A Hugging Face model, or a module with one in it
 ) -> list: # The layers, bottom to top
@@ -44,7 +44,7 @@ def find_blocks(
                             'Layers that share their weights cannot be cut')
     return [block for _, block in blocks]
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #f4f6f682
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #2acf6254
 def frozen_layers(
     model:nn.Module # A Hugging Face model, or a module with one in it, some of its layers frozen
 ) -> int: # -1 if the embeddings are trained, too
@@ -59,7 +59,7 @@ def frozen_layers(
     def is_frozen(block): return not any(p.requires_grad or id(p) in not_below for p in block.parameters())
     return next((i for i, block in enumerate(blocks) if not is_frozen(block)), len(blocks))
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #c4cf529e
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #a104bcce
 @contextmanager
 def replaced_forwards(
     forwards:dict # Module → the function that replaces its `forward`
@@ -77,7 +77,7 @@ def replaced_forwards(
             else:
                 module.forward = forward
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #453d03ef
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #a6b091fc
 def block_input(args, kwargs):
     "Return the hidden states among the arguments of a block"
     return args[0] if args else kwargs['hidden_states']
@@ -86,7 +86,7 @@ def block_output(out):
     "Return the hidden states that a block returns"
     return out[0] if isinstance(out, tuple) else out
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #2d26bea9
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #4955226f
 def probe_batch(model):
     "Return positional and keyword arguments for `model`: two texts, the second one shorter"
     inputs = dummy_inputs(hf_models(model)[0])
@@ -111,7 +111,7 @@ def relative_difference(a, b):
     "Return the largest difference, relative to the largest value in `b`"
     return ((a-b).abs().max()/b.abs().max().clamp(min=1e-6)).item()
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #2a7278f2
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #cbd96616
 def _observe(model, blocks, args, kwargs):
     "Run an ordinary forward pass; return the module before the first block, and inputs and outputs"
     made = []
@@ -138,7 +138,7 @@ def _observe(model, blocks, args, kwargs):
     feeder = next((module for module, out in reversed(made) if out is seen['input']), None)
     return feeder, seen['input'], seen['output'], logits
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #fd2a160d
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #f124f507
 def _refuse_hooks(blocks):
     def has_hooks(m):
         return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
@@ -147,7 +147,7 @@ def _refuse_hooks(blocks):
         raise FastaiTLError('Layers whose output is kept must have no hooks, which would run once only',
                             f'hooks on {shorten(sorted(hooked), 3)}', 'Remove them')
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #fc3fca2c
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #5d8eaf4b
 class Prefix:
     "A Hugging Face model cut above its lower `k` blocks"
     def __init__(self,
@@ -160,6 +160,10 @@ class Prefix:
         if not 0 <= k <= len(self.blocks):
             raise FastaiTLError(f'`k` must be between 0 and {len(self.blocks)}, the number of layers', str(k))
         _refuse_hooks(self.blocks[:k])
+        if getattr(model, 'by_length', False):
+            raise FastaiTLError('A model to be cut must compute all texts of a batch together',
+                                f'a {type(hf_models(model)[0]).__name__}, in which padding changes the output',
+                                'Train it without stored states')
         with evaluating(model):
             self._check()
 
@@ -183,6 +187,12 @@ class Prefix:
             raise FastaiTLError('A model to be cut must give the same from its hidden states as from its texts',
                                 f'outputs that differ by {difference:.1e} for a {name}',
                                 'Its upper layers need more than the states of the lower ones')
+
+    def pads_left(self,
+        data_left:bool # Whether the padding of the texts is on the left
+    ) -> bool: # The same, unless the model is an `HFModel`, which moves the padding
+        "Return whether the padding of the states is on the left"
+        return self.model.pads_left if isinstance(self.model, HFModel) else data_left
 
     def _as_output(self, states):
         "Return states in the form that a block returns"
@@ -232,7 +242,7 @@ class Prefix:
         with replaced_forwards(forwards):
             yield
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #a105b5e0
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #98547f44
 def is_pooled(
     model # Any model
 ) -> bool: # `True` for an encoder with concat pooling
@@ -241,7 +251,7 @@ def is_pooled(
         return False
     return isinstance(model[0], SentenceEncoder) and type(model[1]) in (PoolingLinearClassifier, RealTokenPooling)
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #c4984d3e
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #199525f3
 class PooledPrefix:
     "fastai's text classifier, cut between the pooling and the layers of its head"
     def __init__(self,
@@ -283,7 +293,7 @@ class PooledPrefix:
         with replaced_forwards({self.encoder: encoder, self.head: head}):
             yield
 
-# %% ../../nbs/320_efficiency.frozen_features.ipynb #b683b8d1
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #dac43fa7
 def frozen_prefix(
     model:nn.Module # A Hugging Face model or an AWD_LSTM classifier, some of its layers frozen
 ): # A `Prefix` or a `PooledPrefix`; `None` if no output of frozen layers is worth storing

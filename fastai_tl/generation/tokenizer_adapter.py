@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.tokenizer_adapter.html.md
 # %% auto #0
 __all__ = ['FastaiTokenizerAdapter', 'HFTokenizerAdapter']
 
-# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #fb2df988
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #2d14263e
 import re
 from fastcore.all import compose, first, listify
 from fastai.data.core import DataLoaders
@@ -15,11 +15,12 @@ from fastai.text.core import BOS, EOS, FLD, PAD, TK_MAJ, TK_UP, UNK, defaults
 from ..core import DataError, FastaiTLError, VocabError
 from ..data.chinese import tools_from_settings
 from ..data.decoding import WIDE, join_marked, join_words, undo_rules
+from ..data.offsets import exact_offsets
 from ..data.tokenizers import apply_rules
 from ..models.encoder import Encoder
 from ..models.third_party import text_parts
 
-# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #b37cc7dc
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #75e3ac00
 def _merge_subwords(tokens):
     "Return the words, each with the indexes of its subword tokens"
     words = []
@@ -31,7 +32,7 @@ def _merge_subwords(tokens):
             words[-1][1].append(i)
     return words
 
-# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #ea86613e
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #c46c8ef2
 def _tokenize_with(tokenizer, rules):
     "Return a function that splits a text into tokens"
     before = compose(*rules)
@@ -39,7 +40,7 @@ def _tokenize_with(tokenizer, rules):
     after = compose(*([] if hasattr(tokenizer, 'decode') else defaults.text_postproc_rules))
     return lambda text: [after(token) for token in first(tokenizer([before(text)]))]
 
-# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #db5f5d52
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #d642c597
 class FastaiTokenizerAdapter:
     "Converts texts to token ids of a fastai vocabulary and back"
     def __init__(self,
@@ -154,7 +155,7 @@ class FastaiTokenizerAdapter:
         tokenizer, rules = tools_from_settings(enc.tokenizer)
         return cls(enc.vocab, _tokenize_with(tokenizer, rules), enc.backwards, hasattr(tokenizer, 'decode'))
 
-# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #c1997c13
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #04bfec20
 _wide = re.compile(f'[{WIDE}]')
 
 def _first_given(*values):
@@ -170,7 +171,7 @@ def _prompt_length(special):
         n -= 1
     return n
 
-# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #780e67cb
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #f55e8d6b
 class HFTokenizerAdapter:
     "Converts texts to token ids of a Hugging Face tokenizer and back"
     backwards = False
@@ -217,8 +218,11 @@ class HFTokenizerAdapter:
         enc = self.tokenizer(text, truncation=False, return_special_tokens_mask=True, return_offsets_mapping=fast,
                              return_attention_mask=False, verbose=False)
         n = len(enc['input_ids']) if whole else _prompt_length(enc['special_tokens_mask'])
-        spans = [tuple(s) for s in enc['offset_mapping'][:n]] if fast else None
-        return list(enc['input_ids'][:n]), spans
+        if not fast:
+            return list(enc['input_ids'][:n]), None
+        spans = [tuple(span) for span in enc['offset_mapping']]
+        exact = exact_offsets(text, spans)
+        return list(enc['input_ids'][:n]), [exact[span] for span in spans[:n]]
 
     def encode_whole(self,
         text:str # Any text
@@ -269,7 +273,7 @@ class HFTokenizerAdapter:
         "Return the pieces of a text; the tokens of one character form one piece"
         return list(_complete_pieces(self, ids))
 
-# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #16b7320b
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #6614d00a
 def _complete_pieces(adapter, ids):
     "Yield pairs of a piece and indexes into `ids`; at most eight tokens are joined until a character is complete"
     start = 0

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/interop.blurr.html.md"""
 # %% auto #0
 __all__ = ['enable_blurr', 'disable_blurr', 'from_blurr', 'from_blurr_export']
 
-# %% ../../nbs/905_interop.blurr.ipynb #a3933947
+# %% ../../nbs/905_interop.blurr.ipynb #f4b17d22
 import importlib, importlib.util, inspect, pickle, sys, types
 from functools import wraps
 from operator import itemgetter
@@ -20,6 +20,7 @@ from ..data.classification import HFTextDataLoaders, LabelledText, tokens_dls
 from ..data.hf_tokenizer import HFTokenize
 from ..data.labels import label_tfms
 from ..data.language_modeling import HFCausalLMDataLoaders, HFMaskedLMDataLoaders
+from ..data.offsets import exact_offsets
 from ..data.qa import HFQADataLoaders, QAExample, hf_qa_dls
 from ..data.seq2seq import HFSeq2SeqDataLoaders
 from ..data.spec import TextSpec
@@ -31,7 +32,7 @@ from ..learners.base import HFLearner
 from ..models.layer_groups import layer_splitter
 from ..models.third_party import foreign_parts, spec_of
 
-# %% ../../nbs/905_interop.blurr.ipynb #c23513f6
+# %% ../../nbs/905_interop.blurr.ipynb #2bcbac7a
 _patches = Patches()
 _INSTALL = 'pip install --no-deps ohmeow-blurr==1.0.5 && pip install "fastai_tl[blurr]"'
 
@@ -60,12 +61,12 @@ def enable_blurr(
         raise
     return pd.DataFrame(_patches.rows, columns=['what', 'why'])
 
-# %% ../../nbs/905_interop.blurr.ipynb #5ea65c13
+# %% ../../nbs/905_interop.blurr.ipynb #541c244c
 def disable_blurr():
     "Undo all changes of `enable_blurr`; functions that blurr has registered, such as its show methods, stay"
     _patches.restore()
 
-# %% ../../nbs/905_interop.blurr.ipynb #bd2870c9
+# %% ../../nbs/905_interop.blurr.ipynb #06f87017
 _MENDED = 'TokenClassMetricsCallback.after_validate' # in the list of changes if the bugs have been fixed
 
 def _by_layers(old):
@@ -90,7 +91,7 @@ def _in_order(old):
             self.results = _swap(self.results)
     return after_validate
 
-# %% ../../nbs/905_interop.blurr.ipynb #32be52d8
+# %% ../../nbs/905_interop.blurr.ipynb #f4fd7ca7
 def _frame(data):
     "Return `data` as it is, or as a table if it is a file"
     if not isinstance(data, (str, Path)):
@@ -115,7 +116,7 @@ def _own_defaults(old):
         return function(*bound.args, **bound.kwargs)
     return classmethod(from_data)
 
-# %% ../../nbs/905_interop.blurr.ipynb #b87662d6
+# %% ../../nbs/905_interop.blurr.ipynb #bbca8aab
 def _predict_values(learn, items, rm_type_tfms):
     items = list(items) if isinstance(items, (list, tuple)) else [items]
     with learn.no_bar():
@@ -135,7 +136,7 @@ def _whole_labels(old):
         return results
     return blurr_predict
 
-# %% ../../nbs/905_interop.blurr.ipynb #942d39cb
+# %% ../../nbs/905_interop.blurr.ipynb #feaff605
 def _mend(patches):
     "Replace the faulty functions in all modules of blurr that contain them"
     for name in ('blurr.text.data.all', 'blurr.text.modeling.all'):
@@ -160,7 +161,7 @@ def _replace(patches, modules, splitter, why):
             is_its_own = module.__name__ == splitter.__module__ # so that the change is listed once
             patches.set(module, splitter.__name__, new, why if is_its_own else '')
 
-# %% ../../nbs/905_interop.blurr.ipynb #627959e8
+# %% ../../nbs/905_interop.blurr.ipynb #2c79b8d7
 def _text(x):
     "Return the text of a row: a string, or a list for a pair of texts or a list of words"
     x = x['text'] if isinstance(x, dict) else x
@@ -186,7 +187,7 @@ def _loader_options(learn, parts):
         options['max_length'] = max_length
     return options
 
-# %% ../../nbs/905_interop.blurr.ipynb #a2409e5c
+# %% ../../nbs/905_interop.blurr.ipynb #7043b849
 def _name_outputs(parts, classes):
     "Write the class names into the model's config"
     config = parts.model.config
@@ -216,7 +217,7 @@ def _classification(learn, parts, rows, n_train, options):
                      options['val_bs'], options['path'])
     return dls.with_spec(spec.replace(pairs=not isinstance(items[0][0], str)), tok.tokenizer)
 
-# %% ../../nbs/905_interop.blurr.ipynb #fa1bf185
+# %% ../../nbs/905_interop.blurr.ipynb #bffe52cf
 def _tagging(learn, parts, rows, n_train, options):
     vocab = list(learn.dls.vocab)
     _name_outputs(parts, vocab)
@@ -229,7 +230,7 @@ def _tagging(learn, parts, rows, n_train, options):
         valid=_is_valid(n_train, rows), vocab=vocab, verbose=False,
         label_all=strategy in ('SameLabelLabelingStrategy', 'BILabelingStrategy'), **options)
 
-# %% ../../nbs/905_interop.blurr.ipynb #7e22805a
+# %% ../../nbs/905_interop.blurr.ipynb #1e53c58b
 def _example(tokenizer, x, start, end, max_length):
     "Make a question whose answer is given by characters instead of tokens"
     passage_first = tokenizer.padding_side == 'left'
@@ -239,7 +240,11 @@ def _example(tokenizer, x, start, end, max_length):
     encoded = tokenizer(*_text(x), truncation='only_first' if passage_first else 'only_second',
                         max_length=max_length, return_offsets_mapping=True)
     last = min(end, len(encoded['input_ids']))-1
-    begin_char, end_char = encoded['offset_mapping'][start][0], encoded['offset_mapping'][last][1]
+    of_passage = 0 if passage_first else 1
+    offsets = {i: tuple(pair) for i, pair in enumerate(encoded['offset_mapping'])
+               if encoded.sequence_ids()[i] == of_passage}
+    exact = exact_offsets(passage, offsets.values())
+    begin_char, end_char = exact[offsets[start]][0], exact[offsets[last]][1]
     return QAExample(question, passage, (passage[begin_char:end_char],), (begin_char,))
 
 def _qa(learn, parts, rows, n_train, options):
@@ -252,7 +257,7 @@ def _qa(learn, parts, rows, n_train, options):
     train, valid = list(range(n_train)), list(range(n_train, len(rows)))
     return hf_qa_dls(examples, train, valid, parts.tokenizer, stride=stride, verbose=False, **options)
 
-# %% ../../nbs/905_interop.blurr.ipynb #5c4b905d
+# %% ../../nbs/905_interop.blurr.ipynb #19fc24f3
 def _language_modeling(cls, task):
     def make(learn, parts, rows, n_train, options):
         if not rows:
@@ -271,7 +276,7 @@ def _seq2seq(learn, parts, rows, n_train, options):
         [_text(row[0]) for row in rows], [row[1] for row in rows], parts.tokenizer,
         valid=_is_valid(n_train, rows), verbose=False, max_target_length=max_target_length, **options)
 
-# %% ../../nbs/905_interop.blurr.ipynb #a065d655
+# %% ../../nbs/905_interop.blurr.ipynb #08eda3a2
 _MAKERS = dict(
     classification=_classification, tagging=_tagging, qa=_qa, seq2seq=_seq2seq,
     causal_lm=_language_modeling(HFCausalLMDataLoaders, 'causal_lm'),
@@ -297,7 +302,7 @@ def from_blurr(
     dls = _MAKERS[task](learn, parts, rows, n_train, _loader_options(learn, parts))
     return LEARNERS[task](dls, parts.model, **{'path': learn.path, 'model_dir': learn.model_dir, **kwargs})
 
-# %% ../../nbs/905_interop.blurr.ipynb #1b85c568
+# %% ../../nbs/905_interop.blurr.ipynb #f4591aea
 _MOVED = {'fastcore.transform': 'fasttransform.transform', 'transformers.configuration_utils': 'transformers'}
 
 class _Shell:
@@ -322,7 +327,7 @@ class _OldPickle(pickle.Unpickler):
 _OLD_PICKLE = types.SimpleNamespace( # the parts of the module `pickle` that `torch.load` uses
     Unpickler=_OldPickle, load=lambda f, **kwargs: _OldPickle(f, **kwargs).load(), __name__='old_pickle')
 
-# %% ../../nbs/905_interop.blurr.ipynb #3d326a38
+# %% ../../nbs/905_interop.blurr.ipynb #f06298fc
 def _load_export(path):
     wanted = 'A file that `learn.export` wrote is needed'
     try:
@@ -345,7 +350,7 @@ def _make_again(hf):
     model.tie_weights()
     return model.eval()
 
-# %% ../../nbs/905_interop.blurr.ipynb #e6e2aa00
+# %% ../../nbs/905_interop.blurr.ipynb #d86193de
 def from_blurr_export(
     path:str|Path, # File written by `learn.export`
     trust:bool=False, # Set to `True` if you trust the file; it is a pickle, and loading it can run any code

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.seq2seq.html.md"""
 # %% auto #0
 __all__ = ['decoder_inputs', 'DecoderInputs', 'GeneratedMetric', 'generation_metrics', 'HFSeq2SeqLearner', 'hf_seq2seq_learner']
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #dde69e80
+# %% ../../nbs/525_learners.seq2seq.ipynb #25e2fcb0
 import numpy as np
 import torch
 from fastcore.all import L
@@ -22,16 +22,19 @@ from ..data.display import show_rows
 from .base import HFLearner, make_learner
 from .language_modeling import TokenLossFlat, check_task, token_metrics, with_token_ids
 from ..models.hf import HFModel
+from ..models.padding import moved_back, moved_places, take_places
 from ..models.third_party import spec_of
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #88011d4b
+# %% ../../nbs/525_learners.seq2seq.ipynb #5d3fff2d
 def decoder_inputs(
     model:HFModel, # A sequence-to-sequence model
-    labels:torch.Tensor # Targets, (texts, tokens); -100 after the end of each target
+    labels:torch.Tensor # Targets, (texts, tokens); -100 for padding on one side
 ) -> TensorTokens: # (texts, 1, tokens)
     "Shift the targets by one token, following the rule of the model"
     hf = model.inner[0]
-    targets = labels.as_subclass(torch.Tensor)
+    labels = labels.as_subclass(torch.Tensor)
+    places = moved_places(labels != -100)
+    targets = take_places(labels, places)
     try:
         ids = hf.prepare_decoder_input_ids_from_labels(targets)
     except (AttributeError, ValueError, TypeError) as e:
@@ -40,9 +43,11 @@ def decoder_inputs(
                             f'a {type(hf).__name__} with decoder_start_token_id={start}',
                             'Set `model.config.decoder_start_token_id` to the token that a text starts with') from e
     is_read = torch.cat([torch.ones_like(targets[:, :1], dtype=torch.bool), targets[:, :-1] != -100], 1)
-    return TensorTokens(ids.where(is_read, -1)[:, None])
+    if places is not None: # with the padding on the left, there is no place for a token after the target
+        is_read = targets != -100
+    return TensorTokens(moved_back(ids.where(is_read, -1), places)[:, None])
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #f751d794
+# %% ../../nbs/525_learners.seq2seq.ipynb #7669875a
 class DecoderInputs(Callback):
     "Give the decoder the target, shifted by one token, as its input"
     order = CastToTensor.order - 1 # after `get_preds` has stored the source, and before all inputs are cast
@@ -53,7 +58,7 @@ class DecoderInputs(Callback):
                                 'Use `learn.predict` or `learn.generate_texts` to get texts')
         self.learn.xb = (*self.xb[:1], decoder_inputs(self.model, self.yb[0]))
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #7406ace4
+# %% ../../nbs/525_learners.seq2seq.ipynb #9e63ec5f
 def generate_from(learn, x, max_new_tokens=None, **kwargs):
     "Generate a text for each source of a batch, or a list of texts with `num_return_sequences`"
     model = learn.model
@@ -65,7 +70,7 @@ def generate_from(learn, x, max_new_tokens=None, **kwargs):
     n = kwargs.get('num_return_sequences', 1)
     return texts if n == 1 else [texts[i:i + n] for i in range(0, len(texts), n)]
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #5d0c1e77
+# %% ../../nbs/525_learners.seq2seq.ipynb #e58e1a53
 def references(learn, rows):
     "Return the targets of some rows of a batch as texts; those that were truncated are whole again"
     items = batch_items(learn)
@@ -81,7 +86,7 @@ def references(learn, rows):
             texts.append(learn.tokenizer.decode(ids, skip_special_tokens=True))
     return texts
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #ff29f1f9
+# %% ../../nbs/525_learners.seq2seq.ipynb #4924dc43
 class SharedGeneration:
     "The texts generated during validation and their references, shared by several metrics"
     def __init__(self, n, seed, kwargs):
@@ -109,7 +114,7 @@ class SharedGeneration:
             self.preds += generate_from(learn, learn.xb[0][rows], **self.kwargs)
             self.refs += references(learn, rows)
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #e06f5d7a
+# %% ../../nbs/525_learners.seq2seq.ipynb #fcb9872c
 class GeneratedMetric(Metric):
     "A score of the texts that a model generates for validation sources; see `generation_metrics`"
     def __init__(self,
@@ -131,7 +136,7 @@ class GeneratedMetric(Metric):
     def name(self):
         return self.score
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #c6475c57
+# %% ../../nbs/525_learners.seq2seq.ipynb #d9323b3e
 SCORES = ('bleu', 'chrf', 'rouge1', 'rouge2', 'rougeL')
 
 def _import_scorer(score):
@@ -150,7 +155,7 @@ def _scorer(score, tokenize=None):
         return float(np.mean([scorer.score(ref, pred)[score].fmeasure for pred, ref in zip(preds, refs)]))*100
     return rouge_score if 'rouge' in score else sacrebleu_score
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #03c438d5
+# %% ../../nbs/525_learners.seq2seq.ipynb #56105652
 def generation_metrics(
     *scores:str, # `bleu`, `chrf`, `rouge1`, `rouge2`, `rougeL`; values are between 0 and 100
     n:int=100, # Number of validation pairs to generate texts for
@@ -166,7 +171,7 @@ def generation_metrics(
     made = SharedGeneration(n, seed, kwargs)
     return [GeneratedMetric(score, _scorer(score, tokenize), made) for score in scores]
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #79a712a1
+# %% ../../nbs/525_learners.seq2seq.ipynb #31a72102
 class HFSeq2SeqLearner(HFLearner):
     "A Learner for a sequence-to-sequence model"
     def generate_texts(self,
@@ -202,7 +207,7 @@ class HFSeq2SeqLearner(HFLearner):
         columns = {'source': pairs.itemgot(0), 'target': pairs.itemgot(1), 'generated': generated}
         show_rows(columns, max_n, trunc_at)
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #6f4c5e9c
+# %% ../../nbs/525_learners.seq2seq.ipynb #55c6b84b
 def _check_special_tokens(hf, tokenizer):
     for name in ('pad', 'eos'):
         in_tokenizer = getattr(tokenizer, f'{name}_token_id', None)
@@ -213,7 +218,7 @@ def _check_special_tokens(hf, tokenizer):
                              f'{in_tokenizer} in the tokenizer',
                              f'Use the tokenizer of the model, or set `model.config.{name}_token_id`')
 
-# %% ../../nbs/525_learners.seq2seq.ipynb #a57f2eae
+# %% ../../nbs/525_learners.seq2seq.ipynb #873af8cd
 def hf_seq2seq_learner(
     dls:DataLoaders, # From `HFSeq2SeqDataLoaders`, or from a `DataBlock` with an `HFTargetTextBlock`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)

@@ -7,13 +7,14 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.awd_lstm.html.md"""
 # %% auto #0
 __all__ = ['pool_real_tokens']
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #0db6a3a9
+# %% ../../nbs/220_models.awd_lstm.ipynb #276ab7da
 import torch
 from torch import nn
 from fastai.text.models.awdlstm import WeightDropout
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder, _pad_tensor
+from .padding import moved_places, take_places
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #8a7e5854
+# %% ../../nbs/220_models.awd_lstm.ipynb #826870b1
 class RealTokenEncoder(SentenceEncoder):
     "A `SentenceEncoder` whose mask of padding and of tokens over `max_len` depends only on the text itself"
     def _mask(self, padding, first):
@@ -30,6 +31,10 @@ class RealTokenEncoder(SentenceEncoder):
         self.reset()
         padding = input == self.pad_idx
         first = (~padding).long().argmax(1) # position of the first token of each text
+        if (first % self.bptt).any(): # fastai's own batches let each text begin with a chunk
+            input = take_places(input, moved_places(~padding))
+            padding = input == self.pad_idx
+            first = torch.zeros_like(first)
         mask = self._mask(padding, first)
         begin = int((~mask).any(0).long().argmax())//self.bptt*self.bptt # positions before it are not pooled
         outs = []
@@ -40,7 +45,7 @@ class RealTokenEncoder(SentenceEncoder):
                 outs.append(_pad_tensor(states, len(input)))
         return torch.cat(outs, 1), mask[:,begin:]
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #8f1cfe8a
+# %% ../../nbs/220_models.awd_lstm.ipynb #4f279e2c
 class RealTokenPooling(PoolingLinearClassifier):
     "A `PoolingLinearClassifier` that pools only the states that are not masked"
     def forward(self, input):
@@ -53,7 +58,7 @@ class RealTokenPooling(PoolingLinearClassifier):
         mean = states.masked_fill(hidden, 0).sum(1)/n_tokens[:,None]
         return self.layers(torch.cat([last_state, largest, mean], 1)), states, states
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #c25278c4
+# %% ../../nbs/220_models.awd_lstm.ipynb #a6119904
 _CLASSES = {SentenceEncoder: RealTokenEncoder, PoolingLinearClassifier: RealTokenPooling}
 
 def pool_real_tokens(
@@ -67,7 +72,7 @@ def pool_real_tokens(
             m.__class__ = classes[type(m)]
     return model
 
-# %% ../../nbs/220_models.awd_lstm.ipynb #c479397a
+# %% ../../nbs/220_models.awd_lstm.ipynb #2ba430a0
 def allow_zero_weight_dropout(
     model:nn.Module # Any model
 ) -> nn.Module: # The same model

