@@ -39,7 +39,9 @@ specs = st.builds(
     seq_len=counts,
     word_sep=st.none() | words,
     may_be_none=st.booleans(),
-    max_target_length=counts)
+    max_target_length=counts,
+    indicators=st.booleans(),
+    n_values=st.integers(1, 20))
 
 
 @given(spec=specs)
