@@ -16,6 +16,7 @@ GROUPS = {
         'chinese_tokenizers chinese_million import_time gpu'
     ).split(),
     'Coverage': 'architectures blurr_flows'.split(),
+    'Trust': ['trust'],
 }
 INTRO = '''# Benchmarks
 

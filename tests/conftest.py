@@ -40,6 +40,16 @@ def torch_threads():
 
 
 @pytest.fixture(scope='session')
+def small_tokenizers():
+    "A tokenizer with 400 tokens for each kind of model, for `small_learners.MAKERS`"
+    from small_learners import sentences
+
+    from fastai_tl.all import train_tokenizer
+
+    return {kind: train_tokenizer(sentences(200), 400, kind) for kind in ('encoder', 'decoder', 'seq2seq')}
+
+
+@pytest.fixture(scope='session')
 def shared_data():
     "The folder of data sets next to the project, which the package works without; `FASTAI_TL_DATA` names another one"
     folder = Path(os.environ.get('FASTAI_TL_DATA') or ROOT.parent / 'shared' / 'data')

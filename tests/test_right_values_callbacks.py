@@ -20,7 +20,7 @@ from fastai.callback.rnn import ModelResetter, RNNRegularizer
 from fastai.callback.schedule import *
 from fastai.callback.tracker import *
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
-from test_right_values_accumulation import MAKERS, tokenizers
+from small_learners import MAKERS
 
 from fastai_tl.all import *
 
@@ -114,9 +114,9 @@ def test_no_callback_is_left_out():
 
 @pytest.mark.parametrize('cb', RUN)
 @pytest.mark.parametrize('name', LEARNERS)
-def test_callback(tokenizers, tmp_path, capfd, name, cb):
+def test_callback(small_tokenizers, tmp_path, capfd, name, cb):
     "A fit with the Callback trains, validates, predicts, and can go on without the Callback"
-    learn = make(name, tokenizers, tmp_path)
+    learn = make(name, small_tokenizers, tmp_path)
     before = [p.detach().clone() for p in learn.model.parameters()]
     callback = RUN[cb](learn)
     learn.fit(2, 1e-3, cbs=callback)
@@ -132,9 +132,9 @@ def test_callback(tokenizers, tmp_path, capfd, name, cb):
 
 
 @pytest.mark.parametrize('name', LEARNERS)
-def test_what_the_callbacks_found(tokenizers, tmp_path, capfd, name):
+def test_what_the_callbacks_found(small_tokenizers, tmp_path, capfd, name):
     "The logs, hooks and collected data agree with the Recorder and with the data"
-    learn = make(name, tokenizers, tmp_path)
+    learn = make(name, small_tokenizers, tmp_path)
     stats = ActivationStats(modules=linear_layers(learn))
     collected = CollectDataCallback()
     learn.fit(2, 1e-3, cbs=[CSVLogger(), stats, collected])
@@ -147,9 +147,9 @@ def test_what_the_callbacks_found(tokenizers, tmp_path, capfd, name):
 
 
 @pytest.mark.parametrize('name', LEARNERS)
-def test_other_means(tokenizers, tmp_path, capfd, name):
+def test_other_means(small_tokenizers, tmp_path, capfd, name):
     "lr_find, start_epoch, fetched predictions, Monte Carlo dropout and both mixed precisions"
-    learn = make(name, tokenizers, tmp_path)
+    learn = make(name, small_tokenizers, tmp_path)
     with learn.no_bar(), learn.no_logging():
         assert 1e-7 < learn.lr_find(num_it=20, show_plot=False).valley < 10
         learn.fit(3, 1e-3, start_epoch=2)
@@ -190,9 +190,9 @@ def logged(folder):
 
 
 @pytest.mark.parametrize('name', [n for n in MAKERS if n not in NOT_AGAIN])
-def test_tensorboard(tokenizers, tmp_path, name):
+def test_tensorboard(small_tokenizers, tmp_path, name):
     "TensorBoardCallback as it comes, for every task: the losses of the Recorder and a table of predictions"
-    learn = make(name, tokenizers, tmp_path)
+    learn = make(name, small_tokenizers, tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(2, 1e-3, cbs=tensorboard_callback(learn, trace_model=name not in NOT_TRACED))
     scalars, texts = logged(tmp_path/'log')

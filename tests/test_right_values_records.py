@@ -5,7 +5,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import *
 from fastai.optimizer import Adam
 from fastai.text.all import even_mults
-from test_right_values_accumulation import LABELS, MAKERS, TEXTS, tokenizers
+from small_learners import LABELS, MAKERS, TEXTS
 
 from fastai_tl.all import *
 
@@ -33,8 +33,8 @@ def unchanged_by(learn, *calls):
             assert record(learn) == before, call
 
 
-def test_passes_of_a_classifier(tokenizers, tmp_path):
-    learn = trained(MAKERS['classifier'](tokenizers))
+def test_passes_of_a_classifier(small_tokenizers, tmp_path):
+    learn = trained(MAKERS['classifier'](small_tokenizers))
     texts = list(TEXTS[:4])
     unchanged_by(
         learn, learn.evaluate, lambda: learn.evaluate(texts, LABELS[:4]), lambda: learn.evaluate(ds_idx=0),
@@ -46,8 +46,8 @@ def test_passes_of_a_classifier(tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['ulmfit_classifier', 'multilabel', 'regression', 'tagger', 'answerer'])
-def test_evaluate_for_other_tasks(tokenizers, name):
-    learn = trained(MAKERS[name](tokenizers))
+def test_evaluate_for_other_tasks(small_tokenizers, name):
+    learn = trained(MAKERS[name](small_tokenizers))
     unchanged_by(learn, learn.evaluate)
     if name == 'tagger':
         unchanged_by(learn, lambda: learn.predict('the film'), lambda: learn.tag(['the film', 'was good']))
@@ -56,18 +56,18 @@ def test_evaluate_for_other_tasks(tokenizers, name):
 
 
 @pytest.mark.parametrize('name', ['causal_lm', 'ulmfit_lm', 'masked_lm'])
-def test_passes_of_language_models(tokenizers, name):
-    learn = trained(MAKERS[name](tokenizers))
+def test_passes_of_language_models(small_tokenizers, name):
+    learn = trained(MAKERS[name](small_tokenizers))
     if name == 'masked_lm':
-        unchanged_by(learn, lambda: learn.predict(f'the {tokenizers["encoder"].mask_token} was'))
+        unchanged_by(learn, lambda: learn.predict(f'the {small_tokenizers["encoder"].mask_token} was'))
     else:
         texts = list(TEXTS[:3])
         unchanged_by(learn, lambda: learn.perplexity(texts), lambda: learn.generate(['the film'], max_new_tokens=3))
 
 
-def test_a_pair_of_learners(tokenizers):
+def test_a_pair_of_learners(small_tokenizers):
     "The forward and the backward Learner keep their records"
-    pair = BidirectionalLearner(*[trained(MAKERS['ulmfit_classifier'](tokenizers)) for _ in range(2)])
+    pair = BidirectionalLearner(*[trained(MAKERS['ulmfit_classifier'](small_tokenizers)) for _ in range(2)])
     before = [record(learn) for learn in pair.learners]
     pair.validate()
     pair.evaluate()
@@ -75,7 +75,7 @@ def test_a_pair_of_learners(tokenizers):
     assert [record(learn) for learn in pair.learners] == before
 
 
-def test_an_evaluation_within_a_fit(tokenizers):
+def test_an_evaluation_within_a_fit(small_tokenizers):
     "A Callback that evaluates after each epoch does not change the record of the fit"
     class EachEpoch(Callback):
         order = 70
@@ -87,7 +87,7 @@ def test_an_evaluation_within_a_fit(tokenizers):
     records = []
     for cbs in (None, EachEpoch()):
         seed_everything(0)
-        learn = MAKERS['classifier'](tokenizers)
+        learn = MAKERS['classifier'](small_tokenizers)
         seed_everything(0)
         with learn.no_bar(), learn.no_logging():
             learn.fit(2, 1e-3, cbs=cbs)
@@ -95,8 +95,8 @@ def test_an_evaluation_within_a_fit(tokenizers):
     assert records[0] == records[1]
 
 
-def test_a_learner_that_has_not_been_trained(tokenizers):
-    learn = MAKERS['classifier'](tokenizers)
+def test_a_learner_that_has_not_been_trained(small_tokenizers):
+    learn = MAKERS['classifier'](small_tokenizers)
     with learn.no_bar(), learn.no_logging():
         learn.evaluate()
     assert not hasattr(learn.recorder, 'losses') and not hasattr(learn, 'final_record')
@@ -119,8 +119,8 @@ def first_rates(learn):
 @pytest.mark.parametrize('opt_func', [None, pytest.param(Adam, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('lr', [None, 3e-4, slice(1e-5, 1e-3), slice(1e-3)])
 @pytest.mark.parametrize('name', ['classifier', 'ulmfit_classifier'])
-def test_layer_table_shows_the_rates_of_the_next_fit(tokenizers, name, lr, opt_func):
-    learn = MAKERS[name](tokenizers)
+def test_layer_table_shows_the_rates_of_the_next_fit(small_tokenizers, name, lr, opt_func):
+    learn = MAKERS[name](small_tokenizers)
     if opt_func is not None:
         learn.opt_func = opt_func
     if lr is not None:

@@ -108,8 +108,8 @@ def test_a_percent_sign_in_the_settings(tmp_path):
 
 # --- spreadsheets run no cell ---
 
-FORMULAS = ['=1+1', '+1+1', '-1+1', '@SUM(A1)', '\t=1', '\r=1', '\n=1', '  =1', '＝1', '＋1', '－1', '＠a', '\ufeff=1', '-',
-            '=cmd|" /C calc"!A0', "-2+3+cmd|' /C calc'!A0"]
+FORMULAS = ['=1+1', '+1+1', '-1+1', '@SUM(A1)', '\t=1', '\r=1', '\n=1', '  =1', '＝1', '＋1', '－1', '＠a',
+            '\ufeff=1', '-', '=cmd|" /C calc"!A0', "-2+3+cmd|' /C calc'!A0"]
 PLAIN = ['a=1', 'good', '5', '-5', '+5', '-1.5e-3', '', ' a', "'=1", '負面', '(=1)', '1=1']
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from fastai_tl.core import DataError
-from fastai_tl.all import HFQADataLoaders, HFTagDataLoaders, HFTextDataLoaders, ULMFiT, cross_folds, split_rows
+from fastai_tl.all import HFQADataLoaders, HFTagDataLoaders, HFTextDataLoaders, cross_folds, split_rows
 from fastai_tl.all import train_tokenizer
 from fastai_tl.datasets.quickstart import own_data
 from fastai_tl.data.splits import derive_seed

@@ -27,29 +27,29 @@ class RealTokenEncoder(SentenceEncoder):
         start = first + n_chunks*self.bptt
         return padding | (torch.arange(padding.shape[1], device=padding.device) < start[:,None])
 
-    def forward(self, input):
+    def forward(self, tokens):
         self.reset()
-        padding = input == self.pad_idx
+        padding = tokens == self.pad_idx
         first = (~padding).long().argmax(1) # position of the first token of each text
         if (first % self.bptt).any(): # fastai's own batches let each text begin with a chunk
-            input = take_places(input, moved_places(~padding))
-            padding = input == self.pad_idx
+            tokens = take_places(tokens, moved_places(~padding))
+            padding = tokens == self.pad_idx
             first = torch.zeros_like(first)
         mask = self._mask(padding, first)
         begin = int((~mask).any(0).long().argmax())//self.bptt*self.bptt # positions before it are not pooled
         outs = []
-        for i in range(0, input.shape[1], self.bptt):
+        for i in range(0, tokens.shape[1], self.bptt):
             n_begun = int((first <= i).sum()) # number of texts that have begun; they come first in the batch
-            states = self.module(input[:n_begun, i:i+self.bptt])
+            states = self.module(tokens[:n_begun, i:i+self.bptt])
             if i >= begin:
-                outs.append(_pad_tensor(states, len(input)))
+                outs.append(_pad_tensor(states, len(tokens)))
         return torch.cat(outs, 1), mask[:,begin:]
 
 # %% ../../nbs/220_models.awd_lstm.ipynb #4f279e2c
 class RealTokenPooling(PoolingLinearClassifier):
     "A `PoolingLinearClassifier` that pools only the states that are not masked"
-    def forward(self, input):
-        states, mask = input
+    def forward(self, tokens):
+        states, mask = tokens
         hidden = mask[...,None]
         last = mask.shape[1]-1-mask.flip(1).long().argmin(1)
         last_state = states[torch.arange(len(states), device=states.device), last]
