@@ -48,8 +48,8 @@ class RealTokenEncoder(SentenceEncoder):
 # %% ../../nbs/220_models.awd_lstm.ipynb #4f279e2c
 class RealTokenPooling(PoolingLinearClassifier):
     "A `PoolingLinearClassifier` that pools only the states that are not masked"
-    def forward(self, tokens):
-        states, mask = tokens
+    def forward(self, encoded):
+        states, mask = encoded
         hidden = mask[...,None]
         last = mask.shape[1]-1-mask.flip(1).long().argmin(1)
         last_state = states[torch.arange(len(states), device=states.device), last]
