@@ -132,8 +132,8 @@ def difference_in_child(run, config, cls, task):
     except BaseException as e:
         return dict(built=False, why=f'{type(e).__name__}: {e}'[:200])
     try:
-        # lengths that Reformer can cut into its chunks
-        return dict(built=True, **largest_difference(hf, (56, 40, 12, 4), task == 'seq2seq'))
+        # lengths that Reformer can cut into its chunks, and Funnel into its blocks
+        return dict(built=True, **largest_difference(hf, (56, 40, 12, 8), task == 'seq2seq'))
     except Exception as e:
         return dict(built=True, why=f'{type(e).__name__}: {e}'[:200])
 
