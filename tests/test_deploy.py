@@ -273,6 +273,8 @@ def test_windows_as_the_dataloaders_make_them(tok):
         window_probs = learn.get_preds()[0].as_subclass(torch.Tensor)
     want = pool_windows(window_probs, dls.window_rows[1]).numpy()
     assert_close(learn.predictor().predict_proba(long[20:]), want)
+    assert_close(reference(learn, long[20:]), want) # new texts are read in windows too
+    learn.dls = classifier_data(tok, long, labels, valid=[i >= 20 for i in range(30)], max_length=24)
     assert not np.allclose(want, reference(learn, long[20:]), atol=1e-4) # truncated texts give something else
 
 
