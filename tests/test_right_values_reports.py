@@ -285,10 +285,10 @@ def test_intervals_of_a_report_cover_the_true_values(n_classes, n, p, skewed):
 
 @pytest.mark.slow
 def test_intervals_of_a_report_cover_the_true_values_everywhere():
-    for n_classes in (2, 3, 6):
-        for n in (5, 8, 15, 40, 150, 500):
+    for n_classes in (2, 6):
+        for n in (5, 15, 60, 500):
             covered = []
-            for p in (.02, .1, .3, .5, .8, .95, .98, 1.):
+            for p in (.02, .1, .5, .95, 1.):
                 covered += [simulated_coverage(n_classes, n, p, skewed, 100) for skewed in (False, True)]
             for name in covered[0]:
                 shares = [c[name] for c in covered]

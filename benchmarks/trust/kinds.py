@@ -433,7 +433,7 @@ def changed_weights(name, base, change):
 
 def first(weights, part):
     "The name of the first weight with a part in its name"
-    return next(k for k in weights if part in k)
+    return next(k for k, v in weights.items() if part in k and v.ndim)
 
 
 def set_weight(part, f):

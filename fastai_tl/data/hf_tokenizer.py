@@ -161,11 +161,11 @@ def truncation_message(n_cut, n, max_length):
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #37564e4b
 @contextmanager
 def rust_errors():
-    "Turn an internal error of `tokenizers`, which is not an `Exception`, into a `RunError`"
+    "Turn an error of `tokenizers`, a bare `Exception` or a panic that is not even one, into a `RunError`"
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != 'PanicException':
+        if type(error) is not Exception and type(error).__name__ != 'PanicException':
             raise
         raise RunError('The tokenizer must be able to read each text', f'an error for one of them: {error!s:.200}',
                        'Leave out unusually long words, or use another tokenizer') from error

@@ -68,7 +68,9 @@ def _make_tokenizer(spec):
     known = _fastai_rules()
     if unknown := [name for name in spec.rules if name not in known]:
         raise RunError("The rules of a bundle must be fastai's", shorten(unknown), 'Upgrade fastai')
-    return TOKENIZER_MAKERS[name](spec.tokenizer), [known[name] for name in spec.rules]
+    tokenizer = TOKENIZER_MAKERS[name](spec.tokenizer)
+    list(tokenizer(['a b'])) # wrong settings raise an error here
+    return tokenizer, [known[name] for name in spec.rules]
 
 # %% ../../nbs/820_deploy.bundle.ipynb #ec25d8fd
 def _with_tokenizer(parts):
@@ -212,16 +214,19 @@ def _learner_task(spec):
 
 # %% ../../nbs/820_deploy.bundle.ipynb #7ead4c87
 def _try(folder, tokenizer, model):
-    "Compute one short text, so that settings that do not fit each other are found when a bundle is loaded"
+    "Compute two short texts, so that settings that do not fit each other are found when a bundle is loaded"
     with reading(folder/'tokenizer.json'):
-        inputs = tokenizer('a', return_tensors='pt')
-        last = max([*tokenizer.get_vocab().values(), *inputs['input_ids'].flatten().tolist()], default=-1)
+        inputs = [tokenizer(text, return_tensors='pt') for text in ('a', 'a b')]
+        last = max([*tokenizer.get_vocab().values(), *(i for o in inputs for i in o['input_ids'].flatten().tolist())])
         n_rows = model.get_input_embeddings().weight.shape[0]
         if last >= n_rows:
             raise RunError(f'The tokenizer of a bundle must have at most {n_rows:,} tokens, as the model has',
                            f'token number {last:,}')
-    if not inputs['input_ids'].numel():
-        return
+    for one in inputs:
+        if one['input_ids'].numel():
+            _try_inputs(folder, model, one)
+
+def _try_inputs(folder, model, inputs):
     with reading(folder/'config.json'), torch.inference_mode():
         accepts = inspect.signature(model.forward).parameters
         inputs = {k: v for k, v in inputs.items() if k in accepts}
@@ -230,6 +235,11 @@ def _try(folder, tokenizer, model):
         out = model(**inputs, return_dict=True)
         if any(o.isnan().any() for o in (out.get('logits'), out.get('start_logits')) if o is not None):
             raise RunError('The model of a bundle must compute numbers', 'NaN for a short text')
+    file = folder/'generation_config.json'
+    if file.is_file() and model.can_generate():
+        check_config(file, {})
+        with reading(file), quiet_transformers(), torch.inference_mode():
+            model.generate(inputs['input_ids'], max_new_tokens=1)
 
 # %% ../../nbs/820_deploy.bundle.ipynb #426853c5
 @patch

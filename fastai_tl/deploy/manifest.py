@@ -69,8 +69,9 @@ def _check_target(path, target):
 # %% ../../nbs/815_deploy.manifest.ipynb #31dc351c
 def _own_files(folder):
     "Return the names of the files that belong to the bundle in a folder; an empty set if there is no bundle"
+    file = Path(folder)/BUNDLE
     try:
-        manifest = read_strict_json(Path(folder)/BUNDLE)
+        manifest = None if file.is_symlink() else read_strict_json(file)
     except (FastaiTLError, OSError):
         return set()
     return {BUNDLE, *(name for name in manifest['files'] if not _name_problem(name))} if _is_list(manifest) else set()
@@ -129,6 +130,8 @@ def _read_manifest(path):
         got = f'a folder without {BUNDLE}' if path.is_dir() else f'no folder with {BUNDLE}'
         todo = _old_bundle(path) or 'Write one with `learn.save_bundle(folder)`'
         raise RunError(f'{path} must be a bundle', got, todo)
+    if (path/BUNDLE).is_symlink():
+        raise _unsafe('The files of a bundle must be inside its folder', f'{path/BUNDLE}, a link')
     manifest = read_strict_json(path/BUNDLE)
     if not _is_list(manifest):
         raise RunError(f'{path/BUNDLE} must be the list of a bundle', 'another JSON file')
@@ -149,6 +152,7 @@ def _is_list(manifest):
     files = manifest.get('files')
     return isinstance(files, dict) and len(files) <= _MAX_FILES and all(isinstance(v, dict) for v in files.values())
 
+# %% ../../nbs/815_deploy.manifest.ipynb #8af33443
 def _old_bundle(path):
     "Return advice if replacing the bundle was interrupted and the previous one still exists"
     old = sorted(path.parent.glob(f'.{glob.escape(path.name)}.*.old'))
@@ -184,7 +188,7 @@ _MAX_HOLE = 1<<20
 def _name_problem(name):
     "Return what is wrong with a file name (`place` or `type`), or `None`"
     parts = PurePosixPath(name)
-    leaves = parts.is_absolute() or '..' in parts.parts or any(c in name for c in '\\:\0')
+    leaves = parts.is_absolute() or '..' in parts.parts or re.search('[\\\\:\0\ud800-\udfff]', name)
     if leaves or not name or len(name) > 200 or name != parts.as_posix() or any(p[0] == '.' for p in parts.parts):
         return 'place'
     if parts.suffix not in _ALLOWED_SUFFIXES or parts.name.startswith('adapter_'):
@@ -314,11 +318,15 @@ def checked_awd_settings(
     length = head.get('seq_len', 1)
     if not (isinstance(vocab, list) and vocab and all(isinstance(token, str) for token in vocab)):
         raise RunError('The vocabulary of a bundle must be a list of strings', f'a {type(vocab).__name__}')
+    if not is_number(settings['config'].get('pad_token', 0), 0, len(vocab) - 1):
+        raise RunError('The padding token of a model must be in its vocabulary', ascii(settings['config']['pad_token']))
     if type(length) is not int or length < 1:
         raise RunError('The sequence length of a model must be a positive integer', repr(length))
     return settings
 
 # %% ../../nbs/815_deploy.manifest.ipynb #8db5233c
+_MAX_TENSORS = 100_000
+
 def tensor_shapes(
     files # Paths of safetensors files
 ) -> dict: # Shape of each tensor, by its name
@@ -327,6 +335,8 @@ def tensor_shapes(
     shapes = {}
     for file in files:
         with reading(file), safe_open(str(file), 'pt') as f:
+            if len(f.keys()) > _MAX_TENSORS:
+                raise RunError(f'{file} must have at most {_MAX_TENSORS:,} tensors', f'{len(f.keys()):,}')
             shapes |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     return shapes
 
