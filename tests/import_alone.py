@@ -10,6 +10,8 @@ import sys
 import tempfile
 import traceback
 
+import fastai.text.all  # noqa: F401
+import transformers.trainer  # noqa: F401
 
 for name in sys.argv[1:]:
     with tempfile.TemporaryFile('w+') as log:

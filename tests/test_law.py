@@ -230,7 +230,7 @@ def test_init_holds_the_version_alone():
 def imported_alone():
     "What importing each module in a process of its own gave, by module"
     names = [f'{PKG}.{nb.module}' for nb in notebooks()]
-    res = run(sys.executable, '-W', 'ignore', Path(__file__).with_name('import_alone.py'), *names, timeout=900)
+    res = run(sys.executable, '-W', 'ignore', Path(__file__).with_name('import_alone.py'), *names, timeout=1800)
     lines = [line for line in res.stdout.splitlines() if line.startswith('{')]
     assert len(lines) == len(names), res.stdout
     return {found['name']: found for found in map(json.loads, lines)}

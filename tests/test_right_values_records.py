@@ -65,6 +65,18 @@ def test_passes_of_language_models(small_tokenizers, name):
         unchanged_by(learn, lambda: learn.perplexity(texts), lambda: learn.generate(['the film'], max_new_tokens=3))
 
 
+@pytest.mark.parametrize('name', ['classifier', 'multilabel', 'regression', 'tagger', 'answerer', 'masked_lm'])
+def test_validate_keeps_the_record(small_tokenizers, name):
+    learn = trained(MAKERS[name](small_tokenizers))
+    last = record(learn)[0][-1][-1]
+    unchanged_by(learn, learn.validate, lambda: learn.validate(0), lambda: learn.validate(dl=learn.dls.train))
+    with learn.no_bar():
+        n_values = 1 + len(learn.metrics)
+        assert len(learn.validate()) == n_values
+        if name != 'masked_lm': # the masks of each validation are drawn
+            assert list(learn.validate()) == pytest.approx(last[-n_values:])
+
+
 def test_a_pair_of_learners(small_tokenizers):
     "The forward and the backward Learner keep their records"
     pair = BidirectionalLearner(*[trained(MAKERS['ulmfit_classifier'](small_tokenizers)) for _ in range(2)])

@@ -36,8 +36,10 @@ class HFLearner(Learner):
         dl=None, # DataLoader to use instead
         cbs=None # Callbacks for this pass
     ): # The loss and the metrics
-        "Compute the loss and the metrics; a text that is read in windows counts once"
-        return super().validate(ds_idx, whole_texts_dl(self.dls, ds_idx) if dl is None else dl, cbs)
+        "Compute the loss and the metrics, one row per text; the Recorder keeps the record of the training"
+        dl = whole_texts_dl(self.dls, ds_idx) if dl is None else dl
+        with recorder_kept(self):
+            return super().validate(ds_idx, dl, cbs)
 
     @delegates(Learner.get_preds)
     def get_preds(self,
