@@ -8,6 +8,7 @@ import pytest
 from transformers import BertConfig, GPT2Config
 
 from fastai_tl.all import *
+from fastai_tl.data.chinese import char_shares, train_chinese_tokenizer, train_subwords
 from fastai_tl.data.tables import check_items, column, is_missing, question_pairs
 
 WORDS = 'the film was very good bad dull fine plot actor scene slow bright ending'.split()
@@ -310,3 +311,45 @@ def test_rows_are_named_where_the_index_is_not_unique():
     with pytest.raises(DataError, match=r'none in row 1 \(position 41\)'):
         check_labels([*LABELS, 'a', None], df.index)
     assert column(df, 'text').iloc[41] == 'x'
+
+
+# ------------------------------------------------------------------ functions that take lists of texts or of tags
+
+LIST_FUNCTIONS = dict(
+    train_tokenizer=lambda x: train_tokenizer(x, 300),
+    drop_near_duplicates=drop_near_duplicates,
+    near_duplicates=near_duplicates,
+    text_windows=lambda x: text_windows(x, TOKENIZER, 8, 2),
+    char_shares=char_shares,
+    split_rows=lambda x: split_rows(x, 'classification'),
+    tag_scheme=tag_scheme,
+    tag_spans=tag_spans,
+    entity_scores=lambda x: entity_scores(x, [['B-X', 'O']]),
+    entity_scores_of_truth=lambda x: entity_scores([['B-X', 'O']], x),
+    one_sentence=lambda x: entity_scores([x], [x]),
+    tag_evaluation=lambda x: TagEvaluation(x, x),
+    one_sentence_of_an_evaluation=lambda x: TagEvaluation([x], [x]),
+    words_of_an_evaluation=lambda x: TagEvaluation([['O']], [['O']], x))
+
+
+@pytest.mark.parametrize('name', LIST_FUNCTIONS)
+@pytest.mark.parametrize('given', ['B-X O', {'B-X': 1, 'O': 2}, DF], ids=['string', 'dict', 'table'])
+def test_functions_of_lists_refuse_what_is_no_list(name, given):
+    with pytest.raises(DataError, match=r'A list of .* is needed. Got (one str|a dict with|a DataFrame with)'):
+        LIST_FUNCTIONS[name](given)
+
+
+@pytest.mark.parametrize('train', [lambda x: train_chinese_tokenizer(x, 300), lambda x: train_subwords(x, 300)])
+def test_chinese_tokenizers_refuse_what_is_no_list(train):
+    for given in ('中文字', {'中文字': 1}, pd.DataFrame({'中文字': ['中文字']})):
+        with pytest.raises(DataError, match='list'):
+            train(given)
+
+
+def test_lists_of_any_type_are_read():
+    tags = ['B-X', 'I-X', 'O']
+    for given in (tags, tuple(tags), np.array(tags), pd.Series(tags), iter(tags)):
+        assert tag_spans(given) == [('X', 0, 2)]
+    for given in (TEXTS, tuple(TEXTS), np.array(TEXTS), DF.text, (text for text in TEXTS)):
+        assert train_tokenizer(given, 300).get_vocab() == TOKENIZER.get_vocab()
+    assert drop_near_duplicates(DF.text) == drop_near_duplicates(TEXTS)

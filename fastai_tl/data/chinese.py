@@ -18,6 +18,7 @@ from ..core import DataError, VocabError, lang_code, optional, shorten, unknown_
 from .chinese_rules import (CHINESE_RULES, VARIANTS, ToTraditional, normalize_chinese, squeeze_spaces,
                                           widen_punctuation)
 from .decoding import HAN, LETTER, TK_GLUE, TK_SPACE, is_letter, join_marked, undo_rules
+from .tables import check_is_list, list_of
 from .tokenizers import WordLevelTokenizer
 from ..files import digest
 
@@ -252,6 +253,7 @@ def train_subwords(
     from tokenizers import Tokenizer as Model, models, trainers
     if isinstance(texts, str):
         raise DataError('Texts to learn from are a list', 'one string', 'Put it into a list')
+    check_is_list(texts)
     runs = [run for text in texts for run in _runs_of_han.findall(normalize_chinese(text, rules))]
     if not runs:
         raise DataError('Texts to learn from must have runs of Chinese characters', 'none')
@@ -277,6 +279,7 @@ def train_chinese_tokenizer(
     from transformers import PreTrainedTokenizerFast
     if isinstance(texts, str):
         raise DataError('Texts to learn from are a list', 'one string', 'Put it into a list')
+    check_is_list(texts)
     normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     cutter = pre_tokenizers.BertPreTokenizer()
     clean = (normalizer.normalize_str(normalize_chinese(text, rules)) for text in texts)
@@ -322,6 +325,7 @@ def char_shares(
 ) -> dict: # Number of texts, number of characters, and the share of each kind of character
     "Count kinds of characters in texts; with `vocab`, also the Chinese characters that are not in it"
     counts = Counter()
+    texts = list_of(texts)
     for text in texts:
         counts.update(text)
     n_chars = sum(count for char, count in counts.items() if not char.isspace())
@@ -356,7 +360,7 @@ def chinese_report(
 ): # A pandas Series: the share of each kind of character, and `advice`
     "Report problematic characters in Chinese texts, and what to do about them"
     import pandas as pd
-    shares = char_shares([texts] if isinstance(texts, str) else list(texts), vocab)
+    shares = char_shares([texts] if isinstance(texts, str) else texts, vocab)
     advice = [message.format(shares[kind]) for kind, (applies, message) in _ADVICE.items()
               if kind in shares and applies(shares[kind])]
     return pd.Series({**shares, 'advice': '; '.join(advice)}, dtype=object)

@@ -24,6 +24,7 @@ from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory
 from ..core import DataError, FastaiTLError, RunError, unknown_option
 from .display import show_rows
 from .loaders import language_rules
+from .tables import check_is_list
 from .tokenizers import apply_rules
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #de71e77b
@@ -124,6 +125,7 @@ def train_tokenizer(
     "Train a byte-level BPE tokenizer; the same texts always give the same tokenizer"
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+    check_is_list(texts)
     if kind not in SPECIAL_TOKENS:
         raise unknown_option('kind', kind, SPECIAL_TOKENS)
     special = list(dict.fromkeys(SPECIAL_TOKENS[kind].values()))

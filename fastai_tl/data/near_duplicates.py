@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 import numpy as np, pandas as pd
 from fastai.text.core import defaults
 from ..core import FastaiTLError
-from .tables import check_texts
+from .tables import check_texts, list_of
 
 # %% ../../nbs/115_data.near_duplicates.ipynb #d380b9a1
 # Characters of scripts without spaces between words, for use in a regular expression
@@ -218,7 +218,7 @@ def drop_near_duplicates(
     n:int=3 # Number of words in a shingle
 ) -> list: # Positions of the passages that stay
     "Keep each passage that is not a near-duplicate of a passage kept before it"
-    sets = [shingles(text, n) for text in texts]
+    sets = [shingles(text, n) for text in list_of(texts)]
     frequency = Counter(shingle for own in sets for shingle in own)
     index = defaultdict(list) # shingle → kept passages that have it in their prefix
     kept = []

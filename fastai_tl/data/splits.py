@@ -22,6 +22,7 @@ from .tables import column, is_missing, list_of
 # The words that a split column may contain, in lower case, and the part of the split that each word means
 SPLIT_NAMES = dict(train='train', training='train', test='test',
                    valid='valid', validation='valid', val='valid', dev='valid')
+_ROW_NAMES = dict(classification=('Labels', 'text'), multilabel=('Labels', 'text'), tagging=('Tags', 'sentence'))
 
 # %% ../../nbs/112_data.splits.ipynb #33126e9a
 def split_rows(
@@ -32,6 +33,7 @@ def split_rows(
     seed:int=42 # Random seed of the split
 ) -> tuple: # Indexes of the training rows and of the validation rows
     "Split rows as `valid` says, or at random with the same share of validation rows in each class"
+    labels = list_of(labels, 'label')
     n_rows = len(labels)
     if valid is not None:
         return _given_split(list_of(valid, 'split value'), n_rows)
@@ -45,8 +47,6 @@ def split_rows(
     if task in _ROW_NAMES:
         _warn_of_single(labels if task != 'classification' else [[label] for label in labels], *_ROW_NAMES[task])
     return [i for i in range(n_rows) if i not in held_out], sorted(held_out)
-
-_ROW_NAMES = dict(classification=('Labels', 'text'), multilabel=('Labels', 'text'), tagging=('Tags', 'sentence'))
 
 def _warn_of_single(label_lists, what, row):
     "Warn of labels that occur in a single row"

@@ -14,6 +14,7 @@ from .hf_tokenizer import HFTokenize, TensorTokens, pad_rows
 from .loaders import language_rules
 from .offsets import check_offsets, exact_offsets
 from .spec import activate
+from .tables import list_of
 
 # %% ../../nbs/128_data.windows.ipynb #e9cf0693
 def _room(tok, stride):
@@ -48,6 +49,7 @@ def text_windows(
     "Cut texts into windows of at most `max_length` tokens"
     tok = HFTokenize(tokenizer, max_length)
     room = _room(tok, stride)
+    texts = list_of(texts)
     check_offsets(tok.tokenizer, texts)
     windows, rows = [], []
     for i, text in enumerate(texts):

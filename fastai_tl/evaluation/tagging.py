@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from ..core import DataError, shorten
 from ..data.display import TextTable
-from ..data.tables import column
+from ..data.tables import check_is_list, column
 from ..data.tagging import check_tagged
-from ..data.tags import TagScheme, tag_scheme, tag_spans
+from ..data.tags import TagScheme, tag_lists, tag_scheme, tag_spans
 from .intervals import corrected_resamples, f1_interval, interval_ends
 from .report import ScoreTable
 from .scores import averages, class_scores
@@ -44,6 +44,7 @@ def check_tokens(tokens, targets):
     "Raise an error unless each sentence has as many words as tags"
     if tokens is None:
         return
+    check_is_list(tokens, 'sentence')
     if len(tokens) != len(targets):
         raise DataError('Tags and words must have the same number of sentences', f'{len(targets)} and {len(tokens)}')
     bad = [i for i, (words, tags) in enumerate(zip(tokens, targets)) if len(words) != len(tags)]
@@ -97,8 +98,8 @@ class TagEvaluation:
         tokens=None, # Lists of words, shown in the table of errors
         scheme:TagScheme|None=None # How the tags are written, from `tag_scheme`; `None`: found from the tags
     ):
-        self.preds = [list(tags) for tags in preds]
-        self.targets = [list(tags) for tags in targets]
+        self.preds = tag_lists(preds)
+        self.targets = tag_lists(targets)
         self.tokens = tokens
         self.scheme = check_tags(self.preds, self.targets, scheme)
         check_tokens(tokens, self.targets)
