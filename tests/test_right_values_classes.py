@@ -533,3 +533,24 @@ def test_a_tag_without_a_name_is_an_error(tok):
                  tags=lambda d: d.List(d.ClassLabel(names=['O', 'B-A'])))
     with pytest.raises(DataError, match='row 7'):
         HFTagDataLoaders.from_dataset(ds, tok, verbose=False)
+
+
+@pytest.mark.parametrize('source', ['folder', 'object'])
+@pytest.mark.parametrize('order', [list(range(12)), [2, 0, 1]], ids=['more than ten', 'another order'])
+@pytest.mark.parametrize('form', ['LABEL_{}', 'label_{}'])
+def test_default_names_are_matched_by_name(tok, tmp_path, source, order, form):
+    "LABEL_10 comes before LABEL_2 in the data, and is the output with this name"
+    n = len(order)
+    hf = trained(tok, n=n)
+    hf.config.id2label = {i: f'LABEL_{number}' for i, number in enumerate(order)}
+    hf.config.label2id = {f'LABEL_{number}': i for i, number in enumerate(order)}
+    labels = [form.format(order[i % n]) for i in range(24)]
+    dls = text_dls(tok, labels, vocab=sorted(set(labels)), val_bs=1)
+    rows = [o[0] for o in dls.valid_ds.items]
+    outputs = [order.index(int(str(c)[6:])) for c in dls.vocab]
+    right = logits_of(hf, tok, rows)[:, outputs]
+    learn = hf_classifier_learner(dls, saved(hf, tok, tmp_path) if source == 'folder' else hf)
+    with learn.no_bar():
+        got = learn.get_preds(act=noop)[0]
+    assert torch.allclose(got, right, atol=1e-4)
+    assert [learn.model.hf.config.id2label[i] for i in range(n)] == list(dls.vocab)

@@ -62,12 +62,28 @@ def _numbers_of(classes):
         return None
     return [int(text) for text in texts]
 
+# %% ../../nbs/214_models.class_order.ipynb #c6058c2f
+def _label_order(config, classes):
+    "Return the outputs of classes such as `LABEL_2`: by name, else in the order of their numbers; `None` for others"
+    numbers = [re.fullmatch(r'label_(\d+)', str(c), re.IGNORECASE) for c in classes]
+    if None in numbers:
+        return None
+    names = dict(config.id2label)
+    found = match_names([names.get(i, f'LABEL_{i}') for i in range(config.num_labels)], classes)
+    if found is not None:
+        return found
+    by_number = sorted(range(len(numbers)), key=lambda i: int(numbers[i][1]))
+    return [by_number.index(i) for i in range(len(numbers))]
+
 # %% ../../nbs/214_models.class_order.ipynb #fdad4509
-def _match_unnamed(classes, owner):
-    "Match classes to outputs without names: numbers by number, other classes in their order"
+def _match_unnamed(config, classes, owner):
+    "Match classes to outputs without names: numbers by number, `LABEL_2` by name, other classes in their order"
     numbers = _numbers_of(classes)
     if numbers is not None:
         return HeadMatch(numbers)
+    order = _label_order(config, classes)
+    if order is not None:
+        return HeadMatch(order)
     return HeadMatch(message=f'The outputs of {owner} have no names: they are taken as {shorten(classes, 20)}, '
                              'in this order')
 
@@ -99,7 +115,7 @@ def match_head(
     names = output_names(config)
     resized = f'The head of {owner} has {n} outputs, {len(classes)} are needed: it gets a new one'
     if names is None:
-        return _match_unnamed(classes, owner) if n == len(classes) else HeadMatch(is_new=True, message=resized)
+        return _match_unnamed(config, classes, owner) if n == len(classes) else HeadMatch(is_new=True, message=resized)
     order = match_names(names, classes)
     if order is not None:
         changed = f'The head of {owner} gets the order of the data: {shorten(names, 20)} → {shorten(classes, 20)}'
