@@ -453,6 +453,19 @@ def test_several_values(tok, tmp_path):
     assert dls.spec.task == 'regression' and targets(dls.valid_ds)[1].tolist() == [1, 3]
 
 
+MIXED = dict(one_int=lambda i: [.5*i, 2 if i == 3 else .1*i], few_floats=lambda i: [1, .5] if i % 2 else [.25, 1],
+             one_float=lambda i: [i, 1.5 if i == 7 else i + 1], soft=lambda i: [.3, .7, 1])
+
+
+@pytest.mark.parametrize('name', MIXED)
+@pytest.mark.parametrize('form', [list, tuple, lambda row: np.array(row, dtype=object)])
+def test_values_of_which_some_are_ints_are_a_regression(tok, name, form):
+    values = [MIXED[name](i) for i in range(24)]
+    dls = HFTextDataLoaders.from_lists(texts(24), [form(o) for o in values], tok, valid=SPLIT, bs=6, verbose=False)
+    assert dls.spec.task == 'regression' and dls.spec.n_values == len(values[0])
+    assert np.allclose(targets(dls.valid_ds), values[:12])
+
+
 @pytest.mark.parametrize('columns,said', [(dict(a=[0, 1]*12, b=['x', 'y']*12), "'x' in 'b'"),
                                           (dict(a=[0, 1]*12, b=[0, None]*12), "none in 'b', row 1"),
                                           (dict(a=[0, 1]*12), "column 'b'")])

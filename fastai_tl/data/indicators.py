@@ -9,6 +9,8 @@ __all__ = ['is_several', 'plain_names', 'label_column', 'as_rows', 'plain_row', 
            'of_indicators']
 
 # %% ../../nbs/108_data.indicators.ipynb #7df54c52
+from decimal import Decimal
+from fractions import Fraction
 from numbers import Number
 import numpy as np, pandas as pd
 from fastcore.all import L
@@ -96,13 +98,21 @@ def indicator_rows(
     return number_rows(labels, n) and all(o in (0, 1) for row in labels for o in plain_row(row))
 
 # %% ../../nbs/108_data.indicators.ipynb #240c90b4
+def is_fraction(
+    value # A number
+) -> bool: # `False` for a missing one
+    "Return whether a number is no whole number, such as 0.5, so that it can be no class number"
+    return isinstance(value, (float, Decimal, Fraction)) and value == value and value % 1 != 0
+
+# %% ../../nbs/108_data.indicators.ipynb #6fe102b0
 def value_rows(
     labels # One label for each text
 ) -> bool:
-    "Return whether all labels are rows of numbers with a point, such as `[0.5, 1.5]`, that are no indicators"
+    "Return whether all labels are rows of numbers that are no indicators: one is no whole number, or all are floats"
     if not number_rows(labels) or indicator_rows(labels):
         return False
-    return all(isinstance(o, float) for row in labels for o in plain_row(row))
+    values = [o for row in labels for o in plain_row(row)]
+    return any(map(is_fraction, values)) or all(isinstance(o, float) for o in values)
 
 def of_indicators(
     label, # A row of 0 and 1
