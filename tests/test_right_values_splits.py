@@ -141,3 +141,21 @@ def test_quickstart_table(tmp_path):
     for name in ('one', 'two'):
         rows = own_data(tmp_path/f'{name}.csv').labelled
         assert rows[rows.label == 'rare'].split.tolist() == ['train']
+
+
+def test_every_class_twice(tok):
+    texts, labels = TEXTS[:40], [f'c{i//2}' for i in range(40)]
+    for seed in range(5):
+        dls = HFTextDataLoaders.from_lists(texts, labels, tok, seed=seed, bs=4, verbose=False)
+        train, valid = ({label for _, label in ds.items} for ds in (dls.train_ds, dls.valid_ds))
+        assert len(dls.valid_ds) == 8 and train == set(labels) and valid < train
+
+
+def test_every_class_once_says_why(tok):
+    labels = [f'c{i}' for i in range(20)]
+    calls = (lambda: HFTextDataLoaders.from_lists(TEXTS[:20], labels, tok, verbose=False),
+             lambda: HFTextDataLoaders.from_lists(TEXTS[:20], [[label] for label in labels], tok, verbose=False),
+             lambda: HFTagDataLoaders.from_lists([['a', 'b']]*20, [['O', tag] for tag in labels], tok, verbose=False))
+    for call in calls:
+        with pytest.warns(UserWarning, match='never validated'), pytest.raises(DataError, match='no other row has'):
+            call()

@@ -1,6 +1,7 @@
 """Tables, strings and dictionaries where lists are meant; missing values of any type; any type of column."""
 
 import decimal
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -215,6 +216,21 @@ def test_a_missing_value_in_any_column(missing):
         check_labels([['a', missing], ['b']])
     with pytest.raises(DataError):
         check_items(['a', missing])
+
+
+@pytest.mark.parametrize('dtype', ['object', 'string', 'string[pyarrow]', 'category'])
+def test_missing_cells_of_several_labels_are_named(dtype):
+    labels = pd.array([None if i < 2 else ['x;y', 'y', ''][i%3] for i in range(40)], dtype='object')
+    df = pd.DataFrame(dict(text=TEXTS, label=pd.Series(labels).astype(dtype)))
+    with pytest.warns(UserWarning, match='Missing labels .* in row 0, 1;'):
+        dls = HFTextDataLoaders.from_df(df, TOKENIZER, label_delim=';', **QUIET)
+    assert list(dls.spec.classes) == ['x', 'y']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert check_labels(df.label[2:], label_delim=';')[0][:3] == [[], ['x', 'y'], ['y']]
+    for options in (dict(task='classification', label_delim=';'), dict(task='regression', label_delim=';'), {}):
+        with pytest.raises(DataError, match='none in row 1'):
+            check_labels(['1', None], **options)
 
 
 SPLIT = [i%5 == 0 for i in range(40)]

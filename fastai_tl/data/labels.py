@@ -32,10 +32,7 @@ def check_labels(
     labels = list_of(labels, 'label')
     rows = row_names(len(labels), index)
     labels = valid_texts([_plain_label(label) for label in labels], rows, 'label')
-    missing = [row for row, label in zip(rows, labels) if is_missing(label)]
-    if missing and task != 'multilabel' and label_delim is None:
-        raise DataError('Each text needs a label', f'none in row {shorten(missing)}',
-                        'Drop those rows, or keep their texts for the language model (`finetune_lm`)')
+    _check_missing(labels, rows, task == 'multilabel' or (task is None and label_delim is not None))
     if task is None:
         task = _infer_task(labels, label_delim, classes)
         _warn_of_joined(labels, task)
@@ -51,6 +48,16 @@ def check_labels(
     return labels, task
 
 # %% ../../nbs/109_data.labels.ipynb #bd21672d
+def _check_missing(labels, rows, may_be_missing):
+    "Raise an error if texts have no label, or warn that this is read as no class, if they may have none"
+    missing = [row for row, label in zip(rows, labels) if is_missing(label)]
+    if missing and not may_be_missing:
+        raise DataError('Each text needs a label', f'none in row {shorten(missing)}',
+                        'Drop those rows, or keep their texts for the language model (`finetune_lm`)')
+    if missing:
+        warnings.warn(f'Missing labels are read as texts without any class, in row {shorten(missing)}; '
+                      'if the labels are unknown, drop those rows (an empty string says that there is no class)')
+
 def _plain_label(label):
     "Return a label as a plain Python value: numbers for decimals; strings for intervals, dates and times"
     if isinstance(label, np.generic) and not isinstance(label, (np.datetime64, np.timedelta64)):

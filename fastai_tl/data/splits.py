@@ -70,6 +70,8 @@ def _draw_by_class(labels, valid_pct, rng):
     for rows in groups.values():
         n_valid = _n_valid(len(rows), valid_pct)
         held_out.update(rows[i] for i in rng.permutation(len(rows))[:n_valid].tolist())
+    if not held_out: # no class has enough rows for a share of its own
+        return _draw_from_lists([[label] for label in labels], valid_pct, rng)
     return held_out
 
 # %% ../../nbs/112_data.splits.ipynb #19a2fbed
@@ -114,8 +116,11 @@ def split_part(
     return 'valid' if value else 'train'
 
 # %% ../../nbs/112_data.splits.ipynb #1d52ceb0
-def need_rows(train, valid):
-    "Raise an error if one side of a split has no rows"
+def need_rows(train, valid, label_lists=None):
+    "Raise an error if one side of a split has no rows; with the labels of the rows it can say why"
+    if label_lists and not valid and train and not _spared([label_lists[i] for i in train], range(len(train))):
+        raise DataError('At least one row is needed for validation', 'none: each row has a label that no other row has',
+                        'Add rows for some of the labels, so that training keeps one of each')
     for rows, what in ((train, 'training'), (valid, 'validation')):
         if not rows:
             raise DataError(f'At least one row is needed for {what}', 'none', 'Check the split column or `valid_pct`')
@@ -129,10 +134,10 @@ def check_split(
     classes:list|None=None # All classes in their order; `None`: those of the training rows, sorted
 ) -> list|None: # The classes; `None` for a regression
     "Return the classes, or raise an error if the split is not suitable for training and validation"
-    need_rows(train, valid)
+    label_lists = labels if task == 'multilabel' else [[label] for label in labels]
+    need_rows(train, valid, None if task == 'regression' else label_lists)
     if task == 'regression':
         return None
-    label_lists = labels if task == 'multilabel' else [[label] for label in labels]
     known, seen = ({label for i in rows for label in label_lists[i]} for rows in (train, valid))
     if seen - known:
         new = shorten(sorted(map(str, seen - known)))

@@ -225,7 +225,7 @@ def valid_sentences(sentences, rows=None):
 # %% ../../nbs/133_data.tagging.ipynb #7abdddec
 def _check_vocab(tags, train, valid, vocab, rows):
     "Return the tag vocabulary (`vocab`, or the tags of the training rows); raise an error for unknown tags"
-    need_rows(train, valid)
+    need_rows(train, valid, tags)
     known = tag_vocab(tags[i] for i in train) if vocab is None else list(vocab)
     if vocab is not None and len(set(known)) < len(known):
         twice = [tag for tag, n in Counter(known).items() if n > 1]
