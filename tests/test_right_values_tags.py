@@ -23,6 +23,8 @@ SPELLINGS = {
     'type first': lambda tag: '-'.join(reversed(tag.split('-', 1))),
     'type first, underscore': lambda tag: '_'.join(reversed(tag.split('-', 1))),
     'type first, lower': lambda tag: '-'.join(reversed(tag.lower().split('-', 1))),
+    'other outside tag': lambda tag: 'OTHER' if tag == 'O' else tag,
+    'spaces': lambda tag: tag.replace('-', ' - ', 1),
     'colon': lambda tag: tag.replace('-', ':', 1),
 }
 LETTERS = dict(
@@ -78,6 +80,59 @@ def test_each_scheme_in_each_spelling(scheme, how):
     ev = TagEvaluation(guesses, tags)
     assert ev.report(level=None).loc['micro avg', 'f1'] == pytest.approx(f1)
     assert ev.types == sorted({case(kind) for kind in ('PER', 'LOC', 'ORG')})
+
+
+OUTSIDES = ['OTHER', 'other', '_', '-', '0', 'OUT', 'Outside', 'NONE']
+FORMS = {
+    'letters': lambda tag: tag,
+    'lower': str.lower,
+    'type first': lambda tag: '-'.join(reversed(tag.split('-', 1))),
+    'spaces': lambda tag: tag.replace('-', ' - ', 1),
+    'words': lambda tag: tag.replace('B-', 'Begin-', 1).replace('I-', 'Inside-', 1),
+    'words in capitals': lambda tag: tag.replace('B-', 'BEGIN_', 1).replace('I-', 'INSIDE_', 1),
+    'words last': lambda tag: '-'.join(reversed(tag.split('-', 1))).replace('-B', '-Begin').replace('-I', '-Inside'),
+}
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('outside', ['O', *OUTSIDES])
+def test_other_outside_tags_and_words_for_letters(outside, form):
+    "Precision, recall and F1 are those of conlleval for the same tags in IOB2"
+    def spelled(tags):
+        return [outside if tag == 'O' else FORMS[form](tag) for tag in tags.split()]
+    true = spelled('B-PER I-PER O B-LOC I-LOC O B-ORG O')
+    pred = spelled('B-PER I-PER O B-LOC O O B-ORG B-PER')
+    right = dict(precision=2/4, recall=2/3, f1=4/7)
+    assert entity_scores([pred], [true]) == pytest.approx(right)
+    case = str.lower if form == 'lower' else str
+    assert tag_spans(true) == [(case('PER'), 0, 2), (case('LOC'), 3, 5), (case('ORG'), 6, 7)]
+    scheme = tag_scheme(true)
+    assert (scheme.name, scheme.outside) == ('IOB2', outside)
+    assert outside == 'O' or repr(outside) in str(scheme)
+    ev = TagEvaluation([pred], [true])
+    assert ev.types == sorted(map(case, ['PER', 'LOC', 'ORG']))
+    assert ev.report(level=None).loc['micro avg', 'f1'] == pytest.approx(4/7)
+
+
+@pytest.mark.parametrize('outside', OUTSIDES)
+def test_outside_tags_that_are_not_clear_are_refused(outside):
+    "Two outside tags, or types alone with another outside tag than `O`"
+    with pytest.raises(DataError, match='written in one way'):
+        tag_spans(['B-PER', 'I-PER', 'O', outside])
+    with pytest.raises(DataError, match='must have the tag `O`'):
+        tag_spans(['PER', 'LOC', outside])
+    with pytest.raises(DataError, match='must have the tag `O`'):
+        entity_scores([['PER', outside]], [['PER', outside]])
+    with pytest.raises(DataError, match='Write `O`'):
+        TagEvaluation([['PER', outside]], [['PER', outside]])
+    assert tag_scheme(['NOUN', 'VERB', outside]) is None
+    assert tag_spans(['B-PER', 'MISC', outside]) == [('PER', 0, 1), ('MISC', 1, 2)]
+
+
+def test_types_that_begin_with_a_word_for_a_letter():
+    "`End-User` is a type, and so are `LAST-NAME`, and `Begin-Date` next to `End-Date`"
+    for tags in ('End-User Last-Name O', 'LAST-NAME FIRST-NAME O', 'Begin-Date End-Date O', 'END-DATE O'):
+        assert [kind for kind, *_ in tag_spans(tags.split())] == tags.split()[:-1]
 
 
 def test_types_alone_and_parts_of_speech():
@@ -153,7 +208,7 @@ def tagger(tok, words, tags, **kwargs):
     return hf_tagger_learner(dls, config(tok), metrics=[TagAccuracy(), EntityF1(), EntityF1('macro')])
 
 
-@pytest.mark.parametrize('how', ['as in CoNLL', 'lower and underscore', 'type first'])
+@pytest.mark.parametrize('how', ['as in CoNLL', 'lower and underscore', 'type first', 'other outside tag'])
 @pytest.mark.parametrize('options', [{}, dict(label_all=True), dict(side='left')])
 def test_the_table_of_a_fit_is_the_evaluation(tok, how, options):
     from copy import deepcopy

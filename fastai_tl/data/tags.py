@@ -19,15 +19,23 @@ from ..resources import read_json
 # %% ../../nbs/131_data.tags.ipynb #a15c857e
 # Letters of BIOES, BILOU, BMES and BMEWO, converted to those of BIOES
 _letters = dict(B='B', I='I', E='E', S='S', L='E', U='S', M='I', W='S')
-_styles = dict(prefix=re.compile(r'(?P<letter>[BIESLUMW])(?P<sep>[-_:./|])(?P<kind>.+)', re.I | re.S),
-               suffix=re.compile(r'(?P<kind>.+)(?P<sep>[-_:./|])(?P<letter>[BIESLUMW])', re.I | re.S),
-               bare=re.compile(r'(?P<kind>)(?P<sep>)(?P<letter>[BIESLUMW])', re.I))
+_letter = r'(?P<letter>[BIESLUMW]|begin(?:ning)?|inside|end|single|last|unit|middle|whole)'
+_sep = r'(?P<sep>\s*[-_:./|]\s*)'
+_styles = dict(prefix=re.compile(_letter + _sep + '(?P<kind>.+)', re.I | re.S),
+               suffix=re.compile('(?P<kind>.+)' + _sep + _letter, re.I | re.S),
+               bare=re.compile('(?P<kind>)(?P<sep>)' + _letter, re.I))
+# Other tags of words outside of entities, in lower case
+_outsides = frozenset('other outside out none null nil _ - 0'.split())
+
+def _letter_of(match):
+    "Return the letter of BIOES of a matched tag"
+    return _letters[match['letter'][0].upper()]
 
 @dataclass(frozen=True)
 class TagScheme:
     "How tags are written, and how to read them"
     style:str='mixed' # `prefix` (`B-PER`), `suffix` (`PER-B`), `bare` (`B`), or `mixed`: types, or several of these
-    outside:str='O' # The tag of words outside of entities: `O` or `o`
+    outside:str='O' # The tag of words outside of entities: `O`, `o`, or another one such as `OTHER`
     name:str='IOB2' # Name of the scheme: `IOB2`, `IO`, `BIOES`, `BILOU`, `BMES`, `BMEWO` or `mixed`
     example:str='' # One of the tags
 
@@ -46,14 +54,15 @@ class TagScheme:
             letter, _, kind = tag.partition('-')
             return (_letters[letter], kind or '_') if letter in _letters else ('I', tag)
         match = _styles[self.style].fullmatch(tag)
-        return (_letters[match['letter'].upper()], match['kind'] or '_') if match else ('I', tag)
+        return (_letter_of(match), match['kind'] or '_') if match else ('I', tag)
 
     def __str__(self):
         if self.name == 'IO':
             return f'IO ({self.example!r}): neighbouring entities of one type count as one'
         if self.name == 'mixed':
             return f'with and without a letter such as {self.example!r}: each tag is read by itself'
-        return f'{self.name} ({self.example!r})'
+        outside = '' if self.outside in 'Oo' else f', {self.outside!r} outside of entities'
+        return f'{self.name} ({self.example!r}{outside})'
 
 # %% ../../nbs/131_data.tags.ipynb #9dd79e88
 def _parsed(tags, style):
@@ -68,7 +77,7 @@ def _has_both(found):
     "Return whether some type has tags for its first or last word and for the words inside"
     letters = {}
     for match in filter(None, found):
-        letters.setdefault(match['kind'], set()).add(_letters[match['letter'].upper()])
+        letters.setdefault(match['kind'], set()).add(_letter_of(match))
     return any('I' in seen and seen & {'B', 'E'} for seen in letters.values())
 
 # %% ../../nbs/131_data.tags.ipynb #52eef1ab
@@ -76,9 +85,10 @@ def _is_clear(found, style, tags):
     "Return whether tags that fit a style are surely of a scheme, and not types that look like it"
     is_upper = found[0]['letter'].isupper()
     is_usual = style == 'bare' or (style == 'prefix' and found[0]['sep'] == '-')
-    if (is_usual and is_upper) or _has_both(found):
+    is_word = any(len(match['letter']) > 1 for match in found) # `End-User` is a type
+    if (is_usual and is_upper and not is_word) or _has_both(found):
         return True
-    if not {_letters[match['letter'].upper()] for match in found} & {'B', 'I'}:
+    if is_word or not {_letter_of(match) for match in found} & {'B', 'I'}:
         return False
     lower_outside = 'O' not in tags
     if style == 'suffix':
@@ -87,7 +97,7 @@ def _is_clear(found, style, tags):
 
 def _scheme_name(found):
     "Return the name of a scheme by its letters"
-    letters = {match['letter'].upper() for match in found}
+    letters = {match['letter'][0].upper() for match in found}
     if 'M' in letters:
         return 'BMEWO' if 'W' in letters else 'BMES'
     if letters & {'L', 'U'}:
@@ -106,31 +116,45 @@ def tag_scheme(
 
 @lru_cache(1000)
 def _find_scheme(tags):
+    others = {tag for tag in tags if tag.lower() in _outsides}
+    scheme = _clear_scheme(tags - others, tags & {'O', 'o'} | others) or _clear_scheme(tags, tags & {'O', 'o'})
+    if scheme:
+        return scheme
     inside = sorted(tags - {'O', 'o'})
-    outside = 'o' if 'o' in tags and 'O' not in tags else 'O'
-    for style in _styles:
-        found = _parsed(inside, style)
-        if found and _is_clear(found, style, tags):
-            _check_one_outside(tags)
-            example = next((m for m in found if m['letter'] in 'Bb'), found[0]).group()
-            return TagScheme(style, outside, _scheme_name(found), example)
     _check_spelling(inside, tags)
+    outside = 'o' if 'o' in tags and 'O' not in tags else 'O'
     is_lower = outside == 'o' and all(len(tag) > 1 and tag.islower() for tag in inside) # not a part of speech `o`
-    if 'O' in tags or is_lower or any(tag[1:2] == '-' for tag in inside):
-        name = 'mixed' if any(tag[1:2] == '-' for tag in inside) else 'IO'
-        return TagScheme('mixed', outside, name, inside[0] if inside else '')
+    has_letters = any(tag[1:2] == '-' for tag in inside)
+    if has_letters and len(others) == 1 and not tags & {'O', 'o'}:
+        outside = min(others)
+    if 'O' in tags or is_lower or has_letters:
+        example = inside[0] if inside else ''
+        return TagScheme('mixed', outside, 'mixed' if has_letters else 'IO', example)
     return None
 
 # %% ../../nbs/131_data.tags.ipynb #dff44f7f
-def _check_one_outside(tags):
-    if {'O', 'o'} <= tags:
-        raise DataError('Tags must be written in one way', "both 'O' and 'o'", 'Write them alike')
+def _clear_scheme(tags, outsides):
+    "Return the scheme of tags that all have a letter, apart from those of words outside of entities"
+    inside = sorted(tags - {'O', 'o'})
+    for style in _styles:
+        found = _parsed(inside, style)
+        if found and _is_clear(found, style, tags):
+            _check_one_outside(outsides)
+            example = next((m for m in found if m['letter'][0] in 'Bb'), found[0]).group()
+            return TagScheme(style, min(outsides, default='O'), _scheme_name(found), example)
+    return None
 
+def _check_one_outside(outsides):
+    if len(outsides) > 1:
+        both = ' and '.join(map(repr, sorted(outsides)))
+        raise DataError('Tags must be written in one way', f'both {both}', 'Write `O` for each word without an entity')
+
+# %% ../../nbs/131_data.tags.ipynb #9e3071c1
 def _check_spelling(inside, tags):
     "Raise an error if tags are those of a scheme, but are written in several ways"
     prefix, suffix = ([_styles[style].fullmatch(tag) for tag in inside] for style in ('prefix', 'suffix'))
     either = [first or last for first, last in zip(prefix, suffix)]
-    all_prefix = inside and all(match and match['letter'].isupper() for match in prefix)
+    all_prefix = inside and all(match and match['letter'].isupper() and len(match['letter']) == 1 for match in prefix)
     all_fit = None not in either and (_has_both(either) or _is_split(either))
     part_fits = _has_both(prefix) and not all(match['letter'].isupper() and match['sep'] == '-'
                                               for match in filter(None, prefix))
@@ -143,7 +167,7 @@ def _is_split(found):
     "Return whether a type occurs in several spellings"
     spellings = {}
     for match in found:
-        spelling = match.start('letter') == 0, match['sep'], match['letter'].isupper()
+        spelling = match.start('letter') == 0, match['sep'], match['letter'].isupper(), len(match['letter']) > 1
         spellings.setdefault(match['kind'].lower(), set()).add(spelling)
     return any(len(seen) > 1 for seen in spellings.values())
 
@@ -161,6 +185,17 @@ def tag_lists(
     "Return the tags of sentences as lists; raise an error for a table, or where a string stands for a list"
     return [list_of(tags, 'tag') for tags in list_of(sentences, 'list of tags')]
 
+# %% ../../nbs/131_data.tags.ipynb #8faab45d
+def entity_scheme(tags):
+    "Return the scheme of tags that are read as entities; raise an error if the tag of words outside is not clear"
+    tags = [*map(str, tags)]
+    scheme = tag_scheme(tags)
+    others = {tag for tag in tags if tag.lower() in _outsides}
+    if scheme is None and others:
+        raise DataError('Words outside of entities must have the tag `O`', shorten(sorted(others)),
+                        'Write `O` instead, or pass the scheme of all tags (`tag_scheme`)')
+    return scheme or TagScheme()
+
 # %% ../../nbs/131_data.tags.ipynb #4d94490a
 def tag_spans(
     tags:list, # A tag for each word of a sentence
@@ -168,7 +203,7 @@ def tag_spans(
 ) -> list: # `(type, start, end)` of each entity, in words; `end` is not included
     "Find the entities in a sequence of tags, by the rules of `conlleval`"
     tags = list_of(tags, 'tag')
-    scheme = scheme or tag_scheme(tags) or TagScheme()
+    scheme = scheme or entity_scheme(tags)
     spans = []
     start = None
     letter_before, kind_before = 'O', ''

@@ -36,7 +36,8 @@ def check_tags(preds, targets, scheme=None):
     scheme = tag_scheme(known) or TagScheme()
     odd = {tag for tag in known if not re.fullmatch(r'[Oo]|[BIESLUMW]-.+', tag)}
     if odd and scheme.style == 'mixed':
-        raise DataError('Tags are O, or a letter of BIESLU, a hyphen and a type', shorten(sorted(odd)))
+        raise DataError('Tags are O, or a letter of BIESLU, a hyphen and a type', shorten(sorted(odd)),
+                        'Write `O` for each word without an entity, or pass `scheme`')
     return scheme
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #c0b9c279

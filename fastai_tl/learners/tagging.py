@@ -24,7 +24,8 @@ from ..callbacks import batch_items
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.tables import column, list_of, valid_text, valid_texts
 from ..data.tagging import HFTagDataLoaders, TaggedWords, cut_words, first_tokens
-from ..data.tags import TagScheme, has_entities, outside_tag, tag_lists, tag_scheme, tag_spans, tags_html
+from ..data.tags import TagScheme, entity_scheme, has_entities, outside_tag
+from ..data.tags import tag_lists, tag_scheme, tag_spans, tags_html
 from ..data.hf_tokenizer import TensorTokens
 from .base import HFLearner, each_row, make_learner
 
@@ -59,7 +60,7 @@ def entity_counts(
 ) -> dict: # Dictionary from type to `[right, predicted, true]`
     "Count correct, predicted and true entities of each type"
     preds, targets = tag_lists(preds), tag_lists(targets)
-    scheme = scheme or tag_scheme(tag for tags in [*preds, *targets] for tag in tags) or TagScheme()
+    scheme = scheme or entity_scheme(tag for tags in [*preds, *targets] for tag in tags)
     counts = {}
     for pred, true in zip(preds, targets, strict=True):
         if len(pred) != len(true):
