@@ -567,3 +567,36 @@ def test_default_names_are_matched_by_name(tok, tmp_path, source, order, form):
         got = learn.get_preds(act=noop)[0]
     assert torch.allclose(got, right, atol=1e-4)
     assert [learn.model.hf.config.id2label[i] for i in range(n)] == list(dls.vocab)
+
+
+@pytest.mark.parametrize('form', ['dict', 'Series', 'tensor', 'list', 'table'])
+def test_thresholds_of_an_evaluation_are_matched_by_name(form):
+    classes = ['toxic', 'obscene', 'insult']
+    rng = np.random.default_rng(0)
+    probs = rng.random((40, 3))
+    targets = rng.integers(0, 2, (40, 3))
+    values = [.2, .5, .9]
+    by_name = pd.Series(values, classes)[::-1]
+    given = dict(dict=by_name.to_dict(), Series=by_name, tensor=torch.tensor(values, dtype=torch.float64),
+                 list=values, table=pd.DataFrame(dict(threshold=by_name, f1=0.)))[form]
+    ev = Evaluation(probs, targets, classes=classes, threshold=given)
+    expected = [[int(p > t) for p, t in zip(row, values)] for row in probs]
+    assert ev.preds.tolist() == expected
+    assert len(ev.thresholds()) == 3
+    targets[:, 1] = 0 # without rows, so the class keeps its threshold
+    with pytest.warns(UserWarning, match='It stays 0.5'):
+        table = Evaluation(probs, targets, classes=classes, threshold=given).thresholds()
+    assert table.threshold['obscene'] == .5
+    with pytest.raises(DataError, match='none for insult'):
+        Evaluation(probs, targets, classes=classes, threshold=dict(toxic=.2, obscene=.5))
+
+
+def test_one_threshold_for_all_classes(several):
+    rows = texts(8, seed=9)
+    for value in (0., .3, np.float32(.5), torch.tensor(.5)):
+        same = [float(value)]*len(several.dls.vocab)
+        assert Predictor(several, thresholds=value).thresholds.tolist() == same
+        assert np.array_equal(several.predict_batch(rows, thresholds=value).preds,
+                              several.predict_batch(rows, thresholds=same).preds)
+    with pytest.raises(DataError, match='must be numbers'):
+        Predictor(several, thresholds=True)

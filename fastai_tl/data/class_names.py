@@ -10,6 +10,7 @@ __all__ = ['class_list', 'match_names', 'shared_names', 'class_values']
 # %% ../../nbs/102_data.class_names.ipynb #e13190ff
 from collections import Counter
 from collections.abc import Mapping
+from numbers import Number
 import numpy as np, pandas as pd
 from ..core import DataError, did_you_mean, shorten
 
@@ -106,12 +107,16 @@ def _positions(names, classes, what):
 
 # %% ../../nbs/102_data.class_names.ipynb #016ffc0d
 def class_values(
-    values, # A dictionary or a Series with class names, or a list, an array or a tensor in the order of the classes
+    values, # One number for all classes; a dictionary or Series with names; a list, array or tensor in their order
     classes, # Classes of the data
     what:str='Values' # What error messages call the values
 ) -> np.ndarray: # One number for each class, in the order of the classes
     "Match numbers to classes: by name if they have names, else by position"
     classes = list(classes)
+    if isinstance(values, (bool, np.bool_)):
+        raise DataError(f'{what} must be numbers', str(values))
+    if isinstance(values, Number) or getattr(values, 'ndim', None) == 0:
+        return np.full(len(classes), _numbers([values], what)[0])
     has_no_names = isinstance(values, pd.Series) and isinstance(values.index, pd.RangeIndex)
     names, values = _named_values(values)
     numbers = _numbers(values, what)

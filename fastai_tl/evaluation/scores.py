@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 from ..core import DataError, shorten
-from ..data.class_names import class_list, match_names
+from ..data.class_names import class_list, class_values, match_names
 from ..data.spec import activate
 
 # %% ../../nbs/700_evaluation.scores.ipynb #98d60b00
@@ -147,7 +147,7 @@ class ScoredRows:
         classes=None, # Names of the classes; `None` for a regression
         losses=None, # Loss of each row, (rows,)
         texts=None, # Text of each row
-        threshold:float=.5 # In a multi-label task, a class is predicted if its probability is above this threshold
+        threshold=.5 # In a multi-label task, a class is predicted above it: a number, or one for each class, by name
     ):
         probs, targets = (np.asarray(columns_of_classes(o, classes)) for o in (probs, targets))
         self.probs = probs if probs.dtype in (np.float32, np.float64) else probs.astype(float)
@@ -155,13 +155,13 @@ class ScoredRows:
         self.classes = None if classes is None else class_list(classes)
         self.losses = None if losses is None else np.asarray(losses)
         self.texts = texts if texts is None or isinstance(texts, (str, list)) else list(texts)
-        self.threshold = threshold
         self.task = self._task()
+        self.threshold = self._thresholds(threshold)
         check_shapes(self.probs, self.targets, self.classes, self.task)
         check_probs(self.probs, self.task)
         check_targets(self.targets, len(self.classes or ()), self.task)
         check_lists(len(self.targets), self.losses, self.texts)
-        self.preds = self._decided(threshold)
+        self.preds = self._decided(self.threshold)
     @classmethod
     def from_preds(cls,
         probs, # Probabilities (rows, classes), or predicted values (rows,) of a regression
@@ -205,6 +205,12 @@ class ScoredRows:
         if self.classes is None:
             return 'regression'
         return 'multilabel' if self.targets.ndim == 2 else 'classification'
+    def _thresholds(self, threshold):
+        "Return one number as it is, and several in the order of the classes"
+        if self.classes is None or np.ndim(threshold) == 0 and isinstance(threshold, (int, float, np.number)):
+            return threshold
+        threshold = threshold['threshold'] if isinstance(threshold, pd.DataFrame) else threshold
+        return class_values(threshold, self.classes, 'Thresholds')
     def _decided(self, threshold):
         if self.task == 'regression':
             return self.probs.reshape(len(self.probs))

@@ -143,15 +143,17 @@ def best_thresholds(
     y = ev.indicators.astype(int)
     p = ev.probs.astype(float)
     single = ev.task == 'classification'
+    own = np.broadcast_to(ev.threshold, len(ev.classes)).tolist()
     rows = []
     for k in range(len(ev.classes)):
-        kept = kept_threshold(y[:, k], p[:, k], ev.preds == k if single else None, ev.threshold)
+        kept = kept_threshold(y[:, k], p[:, k], ev.preds == k if single else None, own[k])
         rows.append(kept or threshold_of_class(y[:, k], p[:, k], want, value))
     table = ScoreTable(pd.DataFrame(rows, index=list(map(str, ev.classes))))
     kept = table.index[~table.identified]
+    stays = shorten(f'{value:g}' for value in dict.fromkeys(table.threshold[~table.identified]))
     if len(kept):
         warnings.warn(f'{len(ev):,} rows do not determine a threshold for {shorten(map(repr, kept))}: no decision on '
-                      f'the class is wrong, or it has no rows. It stays {ev.threshold:g}', stacklevel=2)
+                      f'the class is wrong, or it has no rows. It stays {stays}', stacklevel=2)
     return table
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #c566bca7
