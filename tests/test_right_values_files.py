@@ -133,6 +133,43 @@ def test_words_for_missing_values_are_kept_and_named(tmp_path, word):
     assert set(dls.spec.classes) == {word, 'other'}
 
 
+def test_words_among_numbers_are_named(tmp_path):
+    path = tmp_path/'a.csv'
+    path.write_text('text,label\n' + '\n'.join(f'text {i},{[1, 2, "None"][i%3]}' for i in range(30)))
+    with pytest.warns(UserWarning, match=r"label \('None'\); to keep them pass `dtype=\{'label': 'str'\}`"):
+        assert read_table(path).label.isna().sum() == 10
+    dls = HFTextDataLoaders.from_csv(path, TOKENIZER, dtype=dict(label='str'), **QUIET)
+    assert list(dls.spec.classes) == ['1', '2', 'None']
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('values', ['-', ['-'], dict(text='-'), dict(text=['-'])], ids=repr)
+def test_own_words_for_missing_values_leave_the_others(tmp_path, values):
+    path = tmp_path/'a.csv'
+    path.write_text('text,label,stars\nNone,null,1\n-,NA,NA\ngood,,3\n')
+    df = read_table(path, na_values=values)
+    assert df.text.tolist()[::2] == ['None', 'good'] and pd.isna(df.text[1])
+    assert df.label.tolist()[:2] == ['null', 'NA'] and pd.isna(df.label[2])
+    assert df.stars.isna().tolist() == [False, True, False]
+    of_pandas = read_table(path, na_values=values, keep_default_na=True)
+    assert of_pandas.text.isna().tolist() == [True, True, False] and of_pandas.label.isna().all()
+
+
+@pytest.mark.parametrize('words, said', [(['01', '1', '2'], True), (['01', '1', 'None'], True), (['007', '7'], True),
+                                         (['01', '02', '10'], False), (['0', '1', '10'], False)])
+def test_numbers_with_and_without_zeros_are_named(tmp_path, words, said):
+    path = tmp_path/'a.csv'
+    pd.DataFrame(dict(text=[f'text {i}' for i in range(30)], label=(words*15)[:30])).to_csv(path, index=False)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        read_table(path)
+    assert any('read as one number in the column label' in str(w.message) for w in found) is said
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dls = HFTextDataLoaders.from_csv(path, TOKENIZER, dtype=dict(label='str'), **QUIET)
+    assert list(dls.spec.classes) == sorted(set(words))
+
+
 def test_an_empty_cell_is_missing(tmp_path):
     (tmp_path/'a.csv').write_text('text,label\ngood,a\n,b\n')
     with pytest.raises(DataError, match='missing one in row 1'):

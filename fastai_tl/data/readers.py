@@ -73,9 +73,10 @@ def _as_numbers(cells, is_word):
     values = booleans if booleans.notna().all() else pd.to_numeric(others, errors='coerce')
     return values.reindex(cells.index) if values.notna().all() else None
 
+# %% ../../nbs/105_data.readers.ipynb #15e0c04b
 def _keep_words(df, path, convert):
     "Say which columns have words for missing values; convert those that have only numbers besides"
-    kept = {}
+    kept, missing = {}, {}
     for name in df.columns[df.dtypes.map(lambda dtype: not pd.api.types.is_numeric_dtype(dtype))]:
         is_word = df[name].isin(MISSING_WORDS)
         if not is_word.any():
@@ -84,12 +85,18 @@ def _keep_words(df, path, convert):
         if numbers is None:
             kept[name] = df[name][is_word].iloc[0]
         else:
+            missing[name] = df[name][is_word].iloc[0]
             df[name] = numbers
     if kept:
-        columns = ', '.join(f'{name} ({word!r})' for name, word in kept.items())
-        warnings.warn(f'{path}: cells that may stand for a missing value are kept as words in the columns {columns}; '
-                      'to read them as missing pass `keep_default_na=True`')
+        warnings.warn(f'{path}: cells that may stand for a missing value are kept as words in the columns '
+                      f'{_with_words(kept)}; to read them as missing pass `keep_default_na=True`')
+    if missing:
+        warnings.warn(f'{path}: words among numbers are read as missing values in the columns {_with_words(missing)}; '
+                      f'to keep them pass `dtype={dict.fromkeys(missing, "str")}`')
     return df
+
+def _with_words(words):
+    return ', '.join(f'{name} ({word!r})' for name, word in words.items())
 
 # %% ../../nbs/105_data.readers.ipynb #a8dc8393
 def _check_fields(df, path, options):
@@ -113,10 +120,39 @@ def _note_repeated(df, path, options):
         header = pd.read_csv(path, header=None, nrows=1, dtype=str, **kept).iloc[0]
         df.attrs['repeated_columns'] = sorted(set(header[header.duplicated()]))
 
+# %% ../../nbs/105_data.readers.ipynb #7e901da3
+def _own_missing(path, options):
+    "Return options that read as missing only empty cells and what the user has named"
+    values = options.get('na_values', [])
+    if not isinstance(values, dict):
+        return dict(keep_default_na=False, na_values=['', *([values] if pd.api.types.is_scalar(values) else values)])
+    kept = {name: options[name] for name in {*_HEADER_OPTIONS, 'header', 'names'} & options.keys()}
+    of_column = {name: [''] for name in pd.read_csv(path, nrows=0, **kept).columns}
+    for name, own in values.items():
+        of_column[name] = ['', *([own] if pd.api.types.is_scalar(own) else own)]
+    return dict(keep_default_na=False, na_values=of_column)
+
+# %% ../../nbs/105_data.readers.ipynb #bf419bd5
+def _warn_of_zeros(df, path, options):
+    "Warn of numbers with leading zeros, such as `01`, if the file has the same number without them"
+    numbers = [name for name in df.columns if pd.api.types.is_numeric_dtype(df[name])]
+    if not numbers:
+        return
+    as_words = pd.read_csv(path, **{**options, 'dtype': str})
+    for name in numbers:
+        words = set(as_words[name].dropna().str.strip())
+        same = sorted(word for word in words if re.fullmatch(r'0+\d+', word) and str(int(word)) in words)
+        if same:
+            warnings.warn(f'{path}: {same[0]!r} and {str(int(same[0]))!r} are read as one number in the column {name}; '
+                          f'to keep them apart pass `dtype={ {name: "str"} }`')
+
+# %% ../../nbs/105_data.readers.ipynb #1842e73d
 def _read_csv(path, **options):
     "Read a table with separators; `options` are those of pandas"
-    own_missing = {'keep_default_na', 'na_values', 'na_filter'} & options.keys()
-    defaults = {} if own_missing else dict(keep_default_na=False, na_values=[''])
+    own_missing = {'keep_default_na', 'na_filter'} & options.keys()
+    if not own_missing:
+        options = {**options, **_own_missing(path, options)}
+    defaults = {}
     if 'engine' not in options and len(options.get('sep', options.get('delimiter')) or ',') == 1:
         defaults['low_memory'] = False # pandas would infer the type of a column for each part of the file
     options = {**defaults, **options}
@@ -128,7 +164,12 @@ def _read_csv(path, **options):
         return df
     _check_fields(df, path, options)
     _note_repeated(df, path, options)
-    return df if own_missing else _keep_words(df, path, convert=not {'dtype', 'converters'} & options.keys())
+    is_plain = not {'dtype', 'converters'} & options.keys()
+    if not own_missing:
+        df = _keep_words(df, path, convert=is_plain)
+    if is_plain:
+        _warn_of_zeros(df, path, options)
+    return df
 
 # %% ../../nbs/105_data.readers.ipynb #41d54232
 def _read_jsonl(path, **options):
