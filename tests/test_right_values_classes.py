@@ -466,6 +466,76 @@ def test_values_of_which_some_are_ints_are_a_regression(tok, name, form):
     assert np.allclose(targets(dls.valid_ds), values[:12])
 
 
+STRINGS = dict(digits=str, floats=lambda o: str(float(o)), bools=lambda o: str(bool(o)), spaces=lambda o: f' {o}')
+
+
+@pytest.mark.parametrize('form', STRINGS)
+def test_indicators_that_are_strings(tok, form):
+    labels = [[STRINGS[form](o) for o in row] for row in Y.tolist()]
+    dls = HFTextDataLoaders.from_lists(texts(24), labels, tok, valid=SPLIT, bs=6, verbose=False)
+    assert np.array_equal(targets(dls.valid_ds), Y[:12]) and list(dls.vocab) == [0, 1, 2]
+    learn = hf_classifier_learner(dls, config(tok, n=3))
+    with learn.no_bar():
+        assert np.array_equal(learn.evaluate(texts(24)[:5], labels[:5]).targets, Y[:5])
+    names = [['0', '1'], ['1', '0'], ['1'], ['0']]*6 # no row repeats one: they are names
+    assert list(HFTextDataLoaders.from_lists(texts(24), names, tok, valid=SPLIT, verbose=False).vocab) == ['0', '1']
+
+
+BAD_ROWS = dict(short=(lambda row: row[:2], 'Got 2 in row 5'), long=(lambda row: row + [1], 'Got 4 in row 5'),
+                empty=(lambda row: [], 'Got 0 in row 5'), minus=(lambda row: [row[0], -1, 0], '-1 in place 1, row 5'),
+                two=(lambda row: [2, *row[1:]], '2 in place 0, row 5'))
+
+
+@pytest.mark.parametrize('name', BAD_ROWS)
+@pytest.mark.parametrize('task', [None, 'multilabel'])
+def test_one_row_that_does_not_fit_among_indicators_is_an_error(tok, name, task):
+    change, said = BAD_ROWS[name]
+    labels = Y.tolist()
+    labels[5] = change(labels[5])
+    with pytest.raises(DataError, match=said):
+        HFTextDataLoaders.from_lists(texts(24), labels, tok, task=task, verbose=False)
+
+
+def test_a_row_of_values_that_is_too_short_is_an_error(tok):
+    labels = [[.5, i] for i in range(24)]
+    labels[5] = [.5]
+    with pytest.raises(DataError, match='Got 1 in row 5'):
+        HFTextDataLoaders.from_lists(texts(24), labels, tok, verbose=False)
+
+
+@pytest.mark.parametrize('task', [None, 'multilabel'])
+@pytest.mark.parametrize('write', [str, lambda row: str(np.array(row)), lambda row: str([f'c{o}' for o in row])])
+def test_lists_written_as_strings_are_an_error(tok, tmp_path, task, write):
+    df = table(label=list(map(write, Y.tolist())))
+    df.to_csv(tmp_path/'d.csv', index=False)
+    for frame in (df, pd.read_csv(tmp_path/'d.csv')):
+        with pytest.raises(DataError, match='literal_eval'):
+            HFTextDataLoaders.from_df(frame, tok, task=task, verbose=False)
+    dls = HFTextDataLoaders.from_df(table(label=['[UNK]', '[a, b]']*12), tok, verbose=False) # names of classes
+    assert list(dls.vocab) == ['[UNK]', '[a, b]']
+
+
+@pytest.mark.parametrize('value', [-1, 2])
+@pytest.mark.parametrize('dtype', [int, float, 'Int64'])
+@pytest.mark.parametrize('task', [None, 'multilabel'])
+def test_another_number_in_a_column_of_0_and_1_is_an_error(tok, tmp_path, value, dtype, task):
+    names = ['toxic', 'obscene', 'insult']
+    y = Y.copy()
+    y[3, 1] = value
+    df = table(**{name: pd.Series(y[:, i]).astype(dtype) for i, name in enumerate(names)})
+    said = f"{dtype(value) if dtype is float else value} in 'obscene', row 3"
+    for rows in (df, df.set_index(df.index + 100)):
+        with pytest.raises(DataError, match=said if rows is df else "'obscene', row 103"):
+            HFTextDataLoaders.from_df(rows, tok, label_col=names, task=task, verbose=False)
+    with pytest.raises(DataError, match=said):
+        HFTextDataLoaders.from_lists(texts(24), df[names], tok, task=task, verbose=False)
+    ulm = ULMFiT(tmp_path, config=dict(emb_sz=8, n_hid=8, n_layers=1), progress=False, min_freq=1)
+    with pytest.raises(DataError, match=said):
+        ulm.classifier(df, label_col=names, task=task, encoder=None)
+    dls = HFTextDataLoaders.from_df(df, tok, label_col=names, task='regression', valid_col='valid', verbose=False)
+    assert dls.spec.task == 'regression' and np.array_equal(targets(dls.valid_ds), y[:12])
+
+
 @pytest.mark.parametrize('columns,said', [(dict(a=[0, 1]*12, b=['x', 'y']*12), "'x' in 'b'"),
                                           (dict(a=[0, 1]*12, b=[0, None]*12), "none in 'b', row 1"),
                                           (dict(a=[0, 1]*12), "column 'b'")])

@@ -9,6 +9,7 @@ __all__ = ['is_several', 'plain_names', 'label_column', 'as_rows', 'plain_row', 
            'of_indicators']
 
 # %% ../../nbs/108_data.indicators.ipynb #7df54c52
+from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Number
@@ -90,11 +91,31 @@ def number_rows(
     fits = len(sizes) == 1 and (max(sizes) == n if n is not None else max(sizes) > 1)
     return fits and all(isinstance(o, Number) for row in rows for o in row)
 
+# %% ../../nbs/108_data.indicators.ipynb #70f79aac
+_DIGITS = {'0': 0, '1': 1, '0.0': 0, '1.0': 1, 'False': 0, 'True': 1, 'false': 0, 'true': 1}
+
+def _repeats(row):
+    "Return whether 0 or 1 occurs more than once in a row"
+    return max(sum(o == value for o in row) for value in (0, 1)) > 1
+
+def number_strings(
+    labels # One label for each text
+): # Rows of numbers; other labels are not changed
+    "Return indicators that are strings as numbers"
+    rows = [plain_row(label) for label in labels]
+    lists = [row for row in rows if isinstance(row, list)]
+    if not all(isinstance(o, str) and o.strip() in _DIGITS for row in lists for o in row):
+        return labels
+    numbers = [[_DIGITS[o.strip()] for o in row] if isinstance(row, list) else row for row in rows]
+    return numbers if any(isinstance(row, list) and _repeats(row) for row in numbers) else labels
+
+# %% ../../nbs/108_data.indicators.ipynb #7adfa27a
 def indicator_rows(
     labels, # One label for each text
     n:int|None=None # Number of classes; `None`: at least two
 ) -> bool:
     "Return whether all labels are rows of 0 and 1 with a place for each class"
+    labels = number_strings(labels)
     return number_rows(labels, n) and all(o in (0, 1) for row in labels for o in plain_row(row))
 
 # %% ../../nbs/108_data.indicators.ipynb #240c90b4
@@ -120,3 +141,54 @@ def of_indicators(
 ) -> list: # Classes
     "Return the classes that a row of indicators contains"
     return [c for c, is_on in zip(classes, plain_row(label)) if is_on]
+
+# %% ../../nbs/108_data.indicators.ipynb #e77ec7f8
+def _are_indicators(rows, classes, task):
+    "Return whether lists of numbers are meant as indicators: they have columns, or repeat 0 or 1, and most are 0 or 1"
+    values = [o for row in rows for o in row]
+    if not values or not all(isinstance(o, Number) for o in values) or any(map(is_fraction, values)):
+        return False
+    has_columns = classes is not None and number_rows(rows, len(classes)) and not set(values) <= set(classes)
+    if has_columns and task == 'multilabel':
+        return True
+    return (has_columns or any(map(_repeats, rows))) and 2*sum(o in (0, 1) for o in values) > len(values)
+
+def _check_sizes(labels, names):
+    "Raise an error that names the rows without the usual number of places"
+    sizes = [len(label) if isinstance(label, list) else 0 for label in labels]
+    usual, n_rows = Counter(sizes).most_common(1)[0]
+    if usual < 2 or n_rows*2 <= len(sizes):
+        return
+    if bad := [i for i, size in enumerate(sizes) if size != usual]:
+        raise DataError(f'Rows of numbers must have the same number of places, here {usual}',
+                        f'{sizes[bad[0]]} in row {shorten(names[i] for i in bad)}',
+                        'Give each row a number for each class, or pass lists of class names')
+
+def _check_places(rows, names, classes):
+    "Raise an error that names the row and the place of a value other than 0 and 1"
+    bad = [(i, k) for i, row in enumerate(rows) for k, value in enumerate(row) if value not in (0, 1)]
+    if bad:
+        i, k = bad[0]
+        place = f'place {k}' if classes is None or k >= len(classes) else repr(classes[k])
+        raise DataError('Several label columns, or places of a row, must have 0 and 1',
+                        f'{rows[i][k]!r} in {place}, row {shorten(names[i] for i, _ in bad)}',
+                        "Drop or mend those rows; for several values of a regression pass `task='regression'`")
+
+# %% ../../nbs/108_data.indicators.ipynb #6a834b51
+def check_rows(
+    labels:list, # One label for each text
+    names:list, # Row names for error messages
+    task:str|None=None, # `multilabel`; `None`: not known yet
+    classes:list|None=None # What the places mean; `None`: not known; empty: labels are class numbers
+):
+    "Raise an error that names the row of a label that does not fit among rows of 0 and 1, or of values"
+    labels = [plain_row(label) for label in number_strings(labels)]
+    rows = [label for label in labels if isinstance(label, list)]
+    if not rows or classes is not None and not len(classes):
+        return
+    values = [o for row in rows for o in row]
+    are_indicators = _are_indicators(rows, classes, task)
+    if are_indicators or task is None and all(isinstance(o, Number) for o in values) and any(map(is_fraction, values)):
+        _check_sizes(labels, names)
+    if are_indicators:
+        _check_places([label if isinstance(label, list) else [] for label in labels], names, classes)

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.labels.html.md"""
 __all__ = ['check_labels']
 
 # %% ../../nbs/109_data.labels.ipynb #059fd1e9
-import warnings
+import re, warnings
 from collections import Counter
 from decimal import Decimal
 from numbers import Number
@@ -16,7 +16,8 @@ import numpy as np
 from fastcore.all import L
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode, RegressionSetup
 from ..core import DataError, shorten, unknown_option
-from .indicators import indicator_rows, number_rows, of_indicators, plain_row, value_rows
+from .indicators import check_rows, indicator_rows, number_rows, number_strings, of_indicators
+from .indicators import plain_row, value_rows
 from .spec import CLASSIFICATION_TASKS
 from .tables import is_missing, list_of, row_names, valid_texts
 
@@ -31,8 +32,9 @@ def check_labels(
     "Check and convert labels, and return them with their task"
     labels = list_of(labels, 'label')
     rows = row_names(len(labels), index)
-    labels = valid_texts([_plain_label(label) for label in labels], rows, 'label')
+    labels = number_strings(valid_texts([_plain_label(label) for label in labels], rows, 'label'))
     _check_missing(labels, rows, task == 'multilabel' or (task is None and label_delim is not None))
+    _check_lists(labels, rows, task, label_delim, classes)
     if task is None:
         task = _infer_task(labels, label_delim, classes)
         _warn_of_joined(labels, task)
@@ -67,6 +69,23 @@ def _plain_label(label):
     if hasattr(label, 'cpu'): # a tensor
         return label.tolist()
     return label if hasattr(label, '__iter__') else str(label)
+
+def _check_written_lists(labels, rows, task):
+    "Raise an error for lists that a table file has written as strings, such as `[0, 1, 1]`"
+    names = [label for label in labels if not is_missing(label)]
+    is_list = [isinstance(o, str) and re.fullmatch(_WRITTEN_LIST, o.strip(), re.S) is not None for o in names]
+    if task != 'classification' and names and all(is_list):
+        raise DataError('Labels must be lists, not strings with brackets', f'{names[0]!r} in row {rows[0]}',
+                        'Read them, for example with `df[name].map(ast.literal_eval)`; if each is the name of a class '
+                        "pass `task='classification'`")
+
+_WRITTEN_LIST = r"""\[\s*(|['"].*['"]|[-+\d.,\s]+|((True|False)[,\s]*)+)\s*\]"""
+
+def _check_lists(labels, rows, task, label_delim, classes):
+    "Raise an error for rows of 0 and 1 that do not fit, and for lists that are strings"
+    _check_written_lists(labels, rows, task)
+    if task in (None, 'multilabel') and label_delim is None:
+        check_rows(labels, rows, task, classes)
 
 def _infer_task(labels, label_delim, classes=None):
     "Infer the task from the labels"
