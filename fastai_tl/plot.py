@@ -13,7 +13,7 @@ import re
 import warnings
 from contextlib import contextmanager
 import numpy as np
-from .core import lang_code
+from .core import FastaiTLError, did_you_mean, lang_code
 from .resources import read_json
 
 # %% ../nbs/030_plot.ipynb #47e7ed74
@@ -65,6 +65,13 @@ def set_font(
     family:str|None # A font family for all figures of the package; `None`: chosen for each figure by its text
 ):
     "Set the font of the package's figures"
+    from matplotlib.font_manager import findfont, fontManager
+    try:
+        if family is not None:
+            findfont(family, fallback_to_default=False)
+    except ValueError:
+        names = sorted({font.name for font in fontManager.ttflist})
+        raise FastaiTLError('A font must be installed', repr(family), did_you_mean(family, names)) from None
     _settings['font'] = family
 
 # %% ../nbs/030_plot.ipynb #b6fb0a83

@@ -10,7 +10,9 @@ from transformers import BertConfig, GPT2Config
 
 from fastai_tl.all import *
 from fastai_tl.data.chinese import char_shares, train_chinese_tokenizer, train_subwords
-from fastai_tl.data.tables import check_items, column, is_missing, question_pairs
+from fastai_tl.core import FastaiTLError
+from fastai_tl.datasets.quickstart import majority_accuracy
+from fastai_tl.data.tables import check_items, check_texts, column, is_missing, question_pairs
 
 WORDS = 'the film was very good bad dull fine plot actor scene slow bright ending'.split()
 TEXTS = [f'{WORDS[i%14]} {WORDS[(i*5+3)%14]} text {i}' for i in range(40)]
@@ -369,3 +371,25 @@ def test_lists_of_any_type_are_read():
     for given in (TEXTS, tuple(TEXTS), np.array(TEXTS), DF.text, (text for text in TEXTS)):
         assert train_tokenizer(given, 300).get_vocab() == TOKENIZER.get_vocab()
     assert drop_near_duplicates(DF.text) == drop_near_duplicates(TEXTS)
+
+
+# ------------------------------------------------------------------ messages that name what was given
+
+def test_messages_name_what_was_given(learn, tmp_path):
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(DataError, match='an empty list in row 0'):
+            learn.predict([])
+        with pytest.raises(DataError, match="one string: 'label'"):
+            learn.evaluate(DF, 'label')
+    with pytest.raises(DataError, match='A list of texts is needed. Got a ndarray'):
+        check_texts(np.array('x'))
+    DF.to_csv(tmp_path/'a.csv', index=False)
+    with pytest.raises(DataError, match='Did you mean `sep`'):
+        HFTextDataLoaders.from_csv(tmp_path/'a.csv', TOKENIZER, separator=';')
+    with pytest.raises(FastaiTLError, match="installed. Got 'NoSuchFont'"):
+        set_font('NoSuchFont')
+    set_font('DejaVu Sans')
+    set_font(None)
+    for function in (label_budget, majority_accuracy):
+        with pytest.raises(DataError, match="must have a column 'split'"):
+            function(DF)

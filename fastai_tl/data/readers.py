@@ -198,6 +198,8 @@ def pop_reader_options(
     kwargs:dict # Arguments of a function that reads a file; the options of the reader are removed
 ) -> dict: # The options of the reader, such as `encoding` and `sep`
     "Separate the options of the pandas reader from other keyword arguments"
+    if 'separator' in kwargs:
+        raise DataError('The options must be those of the pandas reader', "'separator'", 'Did you mean `sep`?')
     return {name: kwargs.pop(name) for name in _reader_names() & kwargs.keys()}
 
 # %% ../../nbs/105_data.readers.ipynb #1ad8d01e

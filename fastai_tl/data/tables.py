@@ -49,7 +49,8 @@ def check_is_list(
     if isinstance(items, Mapping):
         raise DataError(expected, f'a {type(items).__name__} with the keys {shorten(items, 12)}',
                         'Pass a list of its values')
-    if not hasattr(items, '__iter__') and not hasattr(items, '__getitem__'):
+    has_items = hasattr(items, '__iter__') or hasattr(items, '__getitem__')
+    if not has_items or getattr(items, 'ndim', 1) == 0:
         raise DataError(expected, f'a {type(items).__name__}', 'Put it into a list')
 
 # %% ../../nbs/106_data.tables.ipynb #87de9109
@@ -162,7 +163,8 @@ def check_items(
     is_pair = [isinstance(item, (list, tuple, L)) for item in items]
     if pairs is False and any(is_pair):
         pair_rows = [row for row, is_one in zip(rows, is_pair) if is_one]
-        raise DataError('This model reads single texts', f'a pair in row {shorten(pair_rows)}')
+        got = 'a pair' if any(map(len, (item for item, is_one in zip(items, is_pair) if is_one))) else 'an empty list'
+        raise DataError('This model reads single texts', f'{got} in row {shorten(pair_rows)}')
     if not (pairs or any(is_pair)):
         return check_texts(items, rows)
     bad = [row for row, item, is_one in zip(rows, items, is_pair) if not is_one or len(item) != 2]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 from ..core import DataError, did_you_mean
 from ..data.near_duplicates import drop_near_duplicates
+from ..data.tables import column
 from ..files import atomic_path
 from ..resources import read_csv, read_json
 
@@ -326,7 +327,7 @@ def label_budget(
     n_eval:int|None=None # Number of labels to keep for each class in each of `valid` and `test`; `None`: all
 ) -> pd.DataFrame: # The same rows; the label is `None` where it was removed
     "Keep all texts, but only the labels of `n_per_class` training passages in each class"
-    shuffled = df[df.label.notna()].sample(frac=1, random_state=seed)
+    shuffled = df[column(df, 'label').notna() & column(df, 'split').notna()].sample(frac=1, random_state=seed)
     rank = shuffled.groupby(['split', 'label']).cumcount().reindex(df.index)
     n_labels = rank[shuffled.index][shuffled.split == 'train'].groupby(shuffled.label).max() + 1
     if n_labels.min() < n_per_class:

@@ -155,7 +155,8 @@ def majority_accuracy(
     label_delim:str|None=None # Separator of several labels in one string
 ) -> float: # Accuracy on the test rows; for several labels the share of labels that are right
     "Return the accuracy of always predicting the largest class of the training rows"
-    train, test = df[df.split == 'train'].label, df[df.split == 'test'].label
+    labels, split = column(df, 'label'), column(df, 'split')
+    train, test = labels[split == 'train'], labels[split == 'test']
     if label_delim is not None:
         train, test, _ = _indicators(train, test, label_delim)
         return float((test == (train.mean(0) > .5)).mean())

@@ -133,6 +133,9 @@ def check_known(labels, spec, index):
 # %% ../../nbs/730_evaluation.predictions.ipynb #d82b8ad2
 def labelled_texts(spec, data, labels=None):
     "Return texts and checked labels, from a table with the columns of the spec or from two lists"
+    if isinstance(labels, str):
+        raise DataError('The labels are a list, or a column of the table', f'one string: {labels!r}',
+                        f'A table is read by the columns of the training data: {shorten(spec.columns.values())}')
     if labels is not None and spec.task == 'multilabel': # a table of indicators has names
         labels, _ = as_rows(columns_of_classes(labels, spec.classes))
     if isinstance(data, pd.DataFrame):
