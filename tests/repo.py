@@ -1,6 +1,6 @@
 """What the tests of the law read: the notebooks, their exported cells, and the modules made from them."""
 
-import ast, os, re, shutil, subprocess, sys
+import ast, importlib.util, os, re, shutil, subprocess, sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -193,3 +193,12 @@ def script(name):
     return (
         shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])) or name
     )
+
+
+def benchmark(name, file='run'):
+    "A module of `benchmarks/NAME/`, imported under a name of its own: each benchmark has a `run.py`"
+    path = ROOT / 'benchmarks' / name / f'{file}.py'
+    spec = importlib.util.spec_from_file_location(f'{name}_benchmark_{file}', path)
+    mod = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mod)
+    return mod

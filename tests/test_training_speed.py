@@ -3,28 +3,18 @@
 No test measures time.
 """
 
-import importlib.util, json
-from pathlib import Path
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.text.all import CrossEntropyLossFlat, LMLearner
 from fastai_tl.all import *
+from repo import benchmark
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-
-def script(name):
-    "The `run.py` of a benchmark as a module"
-    path = Path(__file__).parent.parent/'benchmarks'/name/'run.py'
-    spec = importlib.util.spec_from_file_location(f'{name}_benchmark', path)
-    mod = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mod)
-    return mod
-
-
-bench = script('training')
+bench = benchmark('training')
 
 bf16_cpu = pytest.mark.skipif(not has_bf16('cpu'), reason='this CPU has no bfloat16 instructions')
 
@@ -476,7 +466,7 @@ def test_padding_factor_and_fused_steps():
 
 def test_gpu_script(tmp_path):
     "`--tiny` runs all four parts on a CPU; operations follow from the sizes, and no variant is much above its ceiling"
-    gpu = script('gpu')
+    gpu = benchmark('gpu')
     res = gpu.main(['--tiny', '--rounds', '1', '--json', str(tmp_path/'r.json'), '--md', str(tmp_path/'r.md')])
     assert json.loads((tmp_path/'r.json').read_text())['results'] == res['results']
     assert 'figures mean nothing' in (tmp_path/'r.md').read_text()
@@ -502,7 +492,7 @@ def test_gpu_script(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_gpu_script_without_a_gpu(capsys):
     with pytest.raises(SystemExit):
-        script('gpu').main([])
+        benchmark('gpu').main([])
     assert 'There is no GPU here: nothing is run' in capsys.readouterr().err
 
 

@@ -7,7 +7,6 @@ The kinds are some of `benchmarks/trust/kinds.py`, where there are more than 1,0
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 
@@ -18,11 +17,12 @@ import torch
 from fastai_tl.all import *
 from fastai_tl.core import FastaiTLError, RunError, TrainingError
 from fastai_tl.files import atomic_folder, current_umask, leftovers, temporary_sibling
-from repo import ROOT
+from repo import benchmark
 
-sys.path.insert(0, str(ROOT/'benchmarks'/'trust'))
-from kinds import KINDS, reseal
-from run import TEXTS, make_bases, use
+kinds = benchmark('trust', 'kinds')
+KINDS, reseal = kinds.KINDS, kinds.reseal
+hostile = benchmark('trust')
+TEXTS, make_bases, use = hostile.TEXTS, hostile.make_bases, hostile.use
 
 
 @pytest.fixture(scope='module')

@@ -190,8 +190,8 @@ def question_pairs(
     columns=None # Names of a table's columns and of the keys of dictionaries; `None`: `question` and `context`
 ) -> list: # `(question, passage)` tuples
     "Return questions with their passages; raise an error that names other items"
-    columns = dict(question='question', context='context') if columns is None else columns
-    names = columns['question'], columns['context']
+    columns = columns or {}
+    names = columns.get('question', 'question'), columns.get('context', 'context')
     if isinstance(items, pd.DataFrame):
         items = list(zip(*(column(items, name) for name in names)))
     pairs = []

@@ -16,8 +16,8 @@ from ..data.hf_tokenizer import TensorTokens
 LEFT_PADDED = ('xlnet',)
 # model types in which padding changes the output on either side
 CHANGED_BY_PADDING = (
-    'axk2', 'big_bird', 'bigbird_pegasus', 'canine', 'convbert', 'cpmant', 'deepseek_v32', 'fnet', 'funnel',
-    'glm_moe_dsa', 'mobilebert', 'nystromformer', 'prophetnet', 't5gemma', 't5gemma2', 'yoso')
+    'axk2', 'big_bird', 'bigbird_pegasus', 'canine', 'convbert', 'cpmant', 'deepseek_v32', 'deepseek_v4', 'fnet',
+    'funnel', 'glm_moe_dsa', 'hy_v4', 'mobilebert', 'nystromformer', 'prophetnet', 't5gemma', 't5gemma2', 'yoso')
 
 # %% ../../nbs/211_models.padding.ipynb #061aca0b
 def n_words(
