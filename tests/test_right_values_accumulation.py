@@ -9,8 +9,9 @@ import pytest
 import torch
 from fastai.callback.all import GradientAccumulation
 from fastai.callback.core import Callback
+from fastai.losses import LabelSmoothingCrossEntropyFlat
 from repo import clean_env
-from small_learners import MAKERS, tagger
+from small_learners import MAKERS, bert, sentences, tagger
 
 from fastai_tl.all import *
 
@@ -175,3 +176,64 @@ def test_several_processes(tmp_path, n_acc):
                              text=True) for e in env]
     outputs = [run.communicate(timeout=200)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], '\n'.join(outputs)
+
+
+# --- loss functions whose type says nothing ---
+
+def over_tokens(pred, y):
+    return torch.nn.functional.cross_entropy(pred.reshape(-1, pred.shape[-1]), y.reshape(-1))
+
+
+def over_rows(pred, y):
+    each = torch.nn.functional.cross_entropy(pred.transpose(1, 2), y, reduction='none')
+    return (each.sum(1)/(y != -100).sum(1).clamp(min=1)).mean()
+
+
+def summed(pred, y):
+    return torch.nn.functional.cross_entropy(pred.transpose(1, 2), y, reduction='sum')
+
+
+def step_gradient(toks, loss_func, bs, cbs=()):
+    words = [text.split() for text in (sentences(16, seed=3) + sentences(4))]
+    tags = [['B-X' if word == 'film' else 'O' for word in sentence] for sentence in words]
+    dls = HFTagDataLoaders.from_lists(words, tags, toks['encoder'], valid=[i >= 16 for i in range(20)], bs=bs)
+    seed_everything(0)
+    config = bert(toks['encoder'], hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    learn = hf_tagger_learner(dls, config, loss_func=loss_func, metrics=[])
+    got = []
+
+    class Grab(Callback):
+        order = 100
+
+        def before_step(self):
+            got.append(torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]).clone())
+
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0., wd=0., cbs=[Grab(), *cbs])
+    assert len(got) == 1
+    return got[0]
+
+
+@pytest.mark.parametrize('loss_func', [over_tokens, over_rows, summed])
+def test_own_loss_function_of_a_tagger(small_tokenizers, loss_func):
+    whole = step_gradient(small_tokenizers, loss_func, 16)
+    ours = step_gradient(small_tokenizers, loss_func, 4, [GradientAccumulation(16)])
+    assert (ours - whole).norm() <= 1e-5*whole.norm()
+
+
+@pytest.mark.parametrize('name', ['smoothing', 'weights'])
+def test_loss_without_a_divisor_warns(small_tokenizers, name):
+    def weighted(pred, y):
+        return torch.nn.functional.cross_entropy(pred.transpose(1, 2), y, weight=torch.tensor([1., 9.]))
+    loss_func = weighted if name == 'weights' else LabelSmoothingCrossEntropyFlat(eps=.1)
+    with pytest.warns(UserWarning, match='divides by is not known'):
+        step_gradient(small_tokenizers, loss_func, 4, [GradientAccumulation(16)])
+
+
+def test_weighted_function_of_a_classifier_warns(small_tokenizers):
+    def weighted(pred, y):
+        return torch.nn.functional.cross_entropy(pred, y, weight=torch.tensor([1., 9., 1.]))
+    learn = MAKERS['classifier'](small_tokenizers)
+    learn.loss_func = weighted
+    with pytest.warns(UserWarning, match='divides by is not known'), learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0., cbs=[GradientAccumulation(8)])

@@ -8,6 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.accumulation.html.md"""
 __all__ = ['LargeBatchGradient']
 
 # %% ../../nbs/428_tune.accumulation.ipynb #33411f34
+import warnings
 import torch, torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -15,23 +16,89 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs
 
-# %% ../../nbs/428_tune.accumulation.ipynb #8755c0db
+# %% ../../nbs/428_tune.accumulation.ipynb #b988b2c9
 _CROSS_ENTROPIES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 _MEANS_OF_ELEMENTS = (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
                       F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss)
+
+_COUNTS = dict(rows=len, tokens=lambda y: int((y != -100).sum()), elements=torch.numel, sum=lambda y: 1)
+
+def wrapped_loss(loss_func):
+    "Return the function of PyTorch that a loss of fastai wraps"
+    return getattr(loss_func, 'func', loss_func)
+
+def is_sum(loss_func):
+    "Return whether a loss function says that it sums the losses"
+    return getattr(loss_func, 'reduction', getattr(wrapped_loss(loss_func), 'reduction', 'mean')) == 'sum'
 
 def _is_one_of(func, known):
     "Return whether `func` is a function in `known`, or an object of a class in `known`"
     classes = tuple(o for o in known if isinstance(o, type))
     return isinstance(func, classes) or any(func is o for o in known)
 
+# %% ../../nbs/428_tune.accumulation.ipynb #bfd394d7
+def is_known(
+    loss_func # Loss function of a Learner
+) -> bool:
+    "Return whether the divisor of a loss function follows from its type"
+    return is_sum(loss_func) or _is_one_of(wrapped_loss(loss_func), _CROSS_ENTROPIES + _MEANS_OF_ELEMENTS)
+
+def _probes(pred, y):
+    "Make logits and targets of every class, in the form of those of a batch; half of the first tokens are ignored"
+    draw = torch.Generator().manual_seed(0) # leaves the random numbers of the training as they are
+    shape = (9, 8) if y.ndim == 2 else (60,)
+    n_classes = pred.shape[-1]
+    logits = torch.randn(*shape, n_classes, generator=draw)*2
+    targets = torch.randint(n_classes, shape, generator=draw)
+    if y.ndim == 2:
+        targets[:4, ::2] = -100
+        targets[:, 0] = -100
+    return logits.log_softmax(-1).to(pred.device), targets.to(y.device)
+
+def _misfits(loss_func, logits, targets, dim):
+    "Return how far the mean of all is from the mean that two parts have together, for each kind of divisor"
+    n = targets.shape[dim]
+    parts = [(slice(None),)*dim + (part,) for part in (slice(0, n//3), slice(n//3, n))]
+    with torch.no_grad():
+        whole = float(loss_func(logits, targets))
+        losses = [float(loss_func(logits[part], targets[part])) for part in parts]
+    together = {kind: sum(loss*count(targets[part]) for loss, part in zip(losses, parts))/count(targets)
+                for kind, count in _COUNTS.items()}
+    return {kind: abs(mean/whole - 1) for kind, mean in together.items()}
+
+# %% ../../nbs/428_tune.accumulation.ipynb #0f6b0d76
+def kind_of_mean(
+    loss_func, # Loss function of a Learner
+    pred, # Predictions of a batch
+    targets # Targets of a batch, a tuple such as `learn.yb`
+) -> tuple: # `rows`, `tokens`, `elements` or `sum`, and whether that is exact
+    "Find out what an unknown loss function divides by, from its values for a batch and for parts of the batch"
+    y = targets[0]
+    if len(targets) != 1 or not isinstance(y, torch.Tensor) or not isinstance(pred, torch.Tensor):
+        return 'rows', True
+    if y.is_floating_point() or y.ndim not in (1, 2) or pred.ndim != y.ndim + 1:
+        return 'rows', True
+    try:
+        logits, targets = _probes(pred.as_subclass(torch.Tensor), y)
+        by_dim = [_misfits(loss_func, logits, targets, dim) for dim in range(y.ndim)]
+    except Exception: # a function of the user's, which may raise any error for other inputs than those of a batch
+        return ('rows', True) if y.ndim == 1 else ('tokens', False)
+    worst = {kind: max(misfits[kind] for misfits in by_dim) for kind in _COUNTS}
+    best = min(worst, key=worst.get)
+    if worst[best] < 1e-3:
+        return best, True
+    is_of_rows = by_dim[0]['rows'] < 1e-3 # such as a mean over sentences of means over their tokens
+    return ('rows', True) if is_of_rows else ('tokens', False)
+
+# %% ../../nbs/428_tune.accumulation.ipynb #8755c0db
 def loss_divisor(
     loss_func, # Loss function of a Learner
-    targets # Targets of a batch, a tuple such as `learn.yb`
-) -> float|None: # Number of rows for unknown loss functions; `None` if the losses are summed
+    targets, # Targets of a batch, a tuple such as `learn.yb`
+    kind:str|None=None # Result of `kind_of_mean` for an unknown loss function; `rows` if `None`
+) -> float|None: # `None` if the losses are summed
     "Return the number that a loss function divides the sum of the losses of a batch by"
-    func = getattr(loss_func, 'func', loss_func) # fastai's losses wrap one of PyTorch
-    if getattr(loss_func, 'reduction', getattr(func, 'reduction', 'mean')) == 'sum':
+    func = wrapped_loss(loss_func)
+    if is_sum(loss_func) or kind == 'sum':
         return None
     y = targets[0]
     if len(targets) != 1 or not isinstance(y, torch.Tensor):
@@ -40,7 +107,7 @@ def loss_divisor(
     if _is_one_of(func, _MEANS_OF_ELEMENTS):
         return float(y.numel())
     if not _is_one_of(func, _CROSS_ENTROPIES) or y.is_floating_point():
-        return float(find_bs(targets))
+        return float(_COUNTS[kind or 'rows'](y))
     counted = y[y != getattr(func, 'ignore_index', -100)]
     weight = getattr(func, 'weight', None)
     return float(len(counted) if weight is None else weight.to(counted.device)[counted].sum())
@@ -53,7 +120,20 @@ class LargeBatchGradient(Callback):
 
     def before_fit(self):
         "Forget the batches of earlier fits"
+        self.kind = None # what the mean of an unknown loss function is over
         self._begin()
+
+    def _kind(self):
+        if is_known(self.loss_func):
+            return None
+        if self.kind is None:
+            self.kind, is_exact = kind_of_mean(self.loss_func, self.pred, self.yb)
+            if not is_exact:
+                warnings.warn(f'What the loss function {self.loss_func!r} divides by is not known, so the accumulated '
+                              f'gradient is only near that of one large batch: each batch counts by its {self.kind}. '
+                              'A loss of PyTorch or fastai, such as `TaggingLoss(weight=..., label_smoothing=...)`, '
+                              'gives the exact one')
+        return self.kind
 
     def _begin(self):
         self.divisor = 0. # sum of the divisors since the last step
@@ -75,7 +155,7 @@ class LargeBatchGradient(Callback):
             return
         n_rows = find_bs(self.yb)
         share = n_rows/accumulation[0].n_acc if accumulation else 1. # the weight that fastai has given to the loss
-        divisor = loss_divisor(self.loss_func, self.yb)
+        divisor = loss_divisor(self.loss_func, self.yb, self._kind())
         weight = 1. if divisor is None else self._weight(divisor, n_rows, share)
         if weight != share:
             self.learn.loss_grad = self.loss_grad*(weight/share)
