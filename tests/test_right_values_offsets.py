@@ -51,6 +51,8 @@ FORMS = {
     'spaces inside': lambda: bpe(P.ByteLevel(add_prefix_space=False, trim_offsets=False), trim=False, prefix=False),
     'RobBERT': lambda: bpe(P.Sequence([P.Whitespace(), P.ByteLevel(add_prefix_space=True), P.Punctuation()])),
     'split first': lambda: bpe(P.Sequence([P.WhitespaceSplit(), P.ByteLevel(add_prefix_space=True)])),
+    'digits': lambda: bpe(P.Sequence([P.WhitespaceSplit(), P.ByteLevel(add_prefix_space=True),
+                                      P.Digits(individual_digits=True)])),
     'Metaspace': unigram,
     'WordPiece': word_piece}
 
@@ -88,7 +90,49 @@ def test_labels_of_answers_cover_the_answer(name, max_length, stride):
     assert found == set(ANSWERS) if stride == 8 else len(found) >= 4
 
 
-@pytest.mark.parametrize('name', ['RoBERTa', 'RobBERT', 'Metaspace'])
+SHORT = 'The team lost 5 men and won a (big) cup, “old café” 3,50 € — I say.'
+SHORT_ANSWERS = ['5', '(big)', 'big', 'old café', '3,50 €', '€', 'I', 'men and']
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_words_of_one_character(name):
+    "Each token covers the characters that it decodes to, and no others"
+    tok = made(name)
+    encoded = tok(SHORT, add_special_tokens=False, return_offsets_mapping=True)
+    exact = exact_offsets(SHORT, encoded['offset_mapping'])
+    covered = set()
+    for i, (begin, end) in zip(encoded['input_ids'], encoded['offset_mapping']):
+        begin, end = exact[begin, end]
+        covered |= set(range(begin, end))
+        token = tok.decode([i]).strip().removeprefix('##').lower()
+        piece = SHORT[begin:end].strip().lower()
+        if token and token.isascii() and token not in SPECIAL and 'é' not in piece: # an accent can be stripped
+            assert piece == token
+    assert {i for i, letter in enumerate(SHORT) if not letter.isspace()} <= covered
+
+
+@pytest.mark.parametrize('max_length,stride', [(64, 8), (24, 8), (24, 1), (20, 0)])
+@pytest.mark.parametrize('name', [name for name in FORMS if name != 'Metaspace']) # its unknown letters are one token
+def test_short_answers_are_covered_exactly(name, max_length, stride):
+    "With windows that share no token, an answer of one token is in some window, too"
+    tok = made(name)
+    n = len(SHORT_ANSWERS)
+    dls = HFQADataLoaders.from_lists(['What?']*n, [SHORT]*n, SHORT_ANSWERS, tokenizer=tok, valid=[False]*(n-1)+[True],
+                                     bs=4, max_length=max_length, stride=stride)
+    found = set()
+    for window in [*dls.train_ds.items, *dls.valid_ds.items]:
+        begin, end = window.data[2:]
+        if begin[window.first] == 0:
+            continue
+        text = SHORT[begin[window.first]-1:end[window.last]]
+        answer = window.example.answers[0]
+        assert text.strip() == answer
+        assert SHORT[:begin[window.first]-1].strip() == SHORT[:window.example.starts[0]].strip()
+        found.add(answer)
+    assert found >= ({*SHORT_ANSWERS} if stride == 8 else {'5', 'I'})
+
+
+@pytest.mark.parametrize('name', ['RoBERTa', 'RobBERT', 'digits', 'Metaspace'])
 def test_answers_learnt_by_heart(name):
     "Text, start and end of each answer; metrics of the fit agree"
     tok = made(name)
@@ -140,15 +184,16 @@ def test_tags_of_words(name):
             assert text.lower() == word.lower()
 
 
-@pytest.mark.parametrize('name', ['no prefix', 'spaces inside', 'RobBERT', 'Metaspace'])
+@pytest.mark.parametrize('name', ['no prefix', 'spaces inside', 'RobBERT', 'digits', 'Metaspace'])
 def test_positions_of_surprisals(name):
     "The tokens of a text cover all of its letters"
     tok = made(name)
     config = GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0,
                         eos_token_id=2)
-    ids, spans = HFTokenizerAdapter(tok, config).encode_spans(CONTEXT)
-    covered = {i for start, end in spans for i in range(start, end) if not CONTEXT[i].isspace()}
-    assert sorted(covered) == [i for i, c in enumerate(CONTEXT) if not c.isspace()]
+    for text in (CONTEXT, SHORT):
+        ids, spans = HFTokenizerAdapter(tok, config).encode_spans(text)
+        covered = {i for start, end in spans for i in range(start, end) if not text[i].isspace()}
+        assert sorted(covered) == [i for i, c in enumerate(text) if not c.isspace()]
 
 
 class Shifted:
@@ -170,6 +215,15 @@ def test_offsets_that_cannot_be_right_are_refused(by):
     assert check_offsets(tok, [CONTEXT]) is None
     with pytest.raises(FastaiTLError, match='must say'):
         check_offsets(Shifted(tok, by), [CONTEXT])
+
+
+def test_offsets_of_a_word_of_one_character():
+    "Windows can report the same token in two ways; a token that is only the added space stays empty"
+    text = 'lost 5 men'
+    assert exact_offsets(text, [(0, 4), (6, 6), (8, 10)]) == {(0, 4): (0, 4), (6, 6): (5, 6), (8, 10): (7, 10)}
+    assert exact_offsets(text, [(0, 4), (6, 6), (0, 0), (5, 6), (8, 10)])[6, 6] == (5, 6)
+    assert exact_offsets(text, [(0, 4), (6, 6), (5, 6), (8, 10)])[6, 6] == (6, 6)
+    assert exact_offsets(text, [(0, 4), (6, 6), (8, 8), (8, 10)])[8, 10] == (8, 10)
 
 
 def test_accents_of_their_own_and_characters_that_are_dropped():

@@ -30,21 +30,41 @@ def _grown(text, begin, end, covered):
     return begin, end
 
 # %% ../../nbs/126_data.offsets.ipynb #2ac513d8
+def _lost_characters(text, pairs):
+    "Return the empty pairs whose token is the character before them"
+    neighbours = set(zip(pairs, pairs[1:])) | set(zip(pairs[1:], pairs))
+    covered = {i for begin, end in set(pairs) if end > begin + 1 for i in range(begin, end)}
+    single = {begin for begin, end in pairs if end == begin + 1}
+    lost = set()
+    for pair in set(pairs):
+        before = pair[0] - 1
+        if pair[0] != pair[1] or before < 0 or before in covered or not _is_part(text[before]):
+            continue
+        # another window of the text can have the full offsets of the same token
+        if before not in single or (pair, (before, before + 1)) not in neighbours:
+            lost.add(pair)
+    return lost
+
+# %% ../../nbs/126_data.offsets.ipynb #fd3574b2
 def exact_offsets(
     text:str, # A text
-    offsets # `(begin, end)` of each token, or of some tokens more than once, in any order
+    offsets # `(begin, end)` of each token, in the order of the tokens; the windows of a text after each other
 ) -> dict: # The exact `(begin, end)` of each pair
     "Return offsets that cover the characters of each token"
-    pairs = sorted({(int(begin), int(end)) for begin, end in offsets})
+    pairs = [(int(begin), int(end)) for begin, end in offsets]
     if any(begin < 0 or begin > end or end > len(text) for begin, end in pairs):
         raise FastaiTLError(f'A tokenizer must say where its tokens are in the {len(text)} characters of a text',
                             shorten(pairs), 'Use another tokenizer for this model')
     # windows of one text can report different offsets for one token, so only tokens that end before it count
-    ends = sorted([0, *(end for begin, end in pairs if begin < end)])
+    lost = _lost_characters(text, pairs)
+    ends = sorted({0, *(end for begin, end in pairs if begin < end), *(end for _, end in lost)})
     exact = {}
-    for begin, end in pairs:
+    for begin, end in sorted(set(pairs)):
         covered = ends[bisect_right(ends, begin)-1]
-        exact[begin, end] = _grown(text, begin, end, covered) if begin < end else (begin, end)
+        if (begin, end) in lost:
+            exact[begin, end] = _grown(text, begin-1, end, begin-1)
+        else:
+            exact[begin, end] = _grown(text, begin, end, covered) if begin < end else (begin, end)
     return exact
 
 # %% ../../nbs/126_data.offsets.ipynb #10be1957
@@ -63,17 +83,17 @@ def exact_of_passages(
     "Return the exact offsets of each passage, from all of its windows"
     pairs = [[] for _ in passages]
     for i, k in enumerate(encoded['overflow_to_sample_mapping']):
-        pairs[k] += passage_offsets(encoded, i)[1].tolist()
+        pairs[k] += [(0, 0), *passage_offsets(encoded, i)[1].tolist()] # no token is next to one of another window
     return [exact_offsets(passage, of_passage) for passage, of_passage in zip(passages, pairs)]
 
 # %% ../../nbs/126_data.offsets.ipynb #9fd85ed5
 def token_span(begin, end, start, stop):
     "Return the first and last token of characters `start` to `stop`; `None` if the tokens do not cover all of them"
     # token `i` covers the characters `begin[i]` to `end[i]`; -1 if it covers none
-    inside = np.flatnonzero(begin >= 0)
+    inside = np.flatnonzero((begin >= 0) & (end > begin))
     if not len(inside) or begin[inside[0]] > start or end[inside[-1]] < stop:
         return None
-    hit = inside[(end[inside] > start) & (begin[inside] < stop) & (end[inside] > begin[inside])]
+    hit = inside[(end[inside] > start) & (begin[inside] < stop)]
     return (int(hit[0]), int(hit[-1])) if len(hit) else None
 
 # %% ../../nbs/126_data.offsets.ipynb #b9e21ed0
