@@ -312,11 +312,21 @@ def test_several_labels_are_detected_and_said(tmp_path):
 
 
 @pytest.mark.parametrize('labels', [['a', 'b'], ['Trade, retail', 'Trade, other', 'Mining'], ['n/a', 'yes', 'no'],
-                                    ['2020-01-01', '2020-01-02'], [1, 2], ['C/C++', 'Java', 'C#']])
+                                    ['2020-01-01', '2020-01-02'], [1, 2],
+                                    ['New York', 'New Jersey', 'York'], ['good', 'very good', 'bad', 'very bad'],
+                                    ['C/C++', 'Java', 'C#']])
 def test_one_label_is_not_taken_for_several(labels):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert check_labels(labels*3)[1] == 'classification'
+
+
+def test_labels_apart_by_a_space_are_detected():
+    labels = ['food', 'room', 'staff', 'bar', 'food room', 'food staff', 'food bar', 'room staff', 'room bar']
+    labels.append('bar staff')
+    with pytest.warns(UserWarning, match="separator ' '; now each of the 10 combinations is a class"):
+        check_labels(labels*3)
+    assert check_labels(labels[4:6], label_delim=' ')[0] == [['food', 'room'], ['food', 'staff']]
 
 
 # ------------------------------------------------------------------ lone surrogates

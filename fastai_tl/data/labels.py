@@ -60,6 +60,7 @@ def _check_missing(labels, rows, may_be_missing):
         warnings.warn(f'Missing labels are read as texts without any class, in row {shorten(missing)}; '
                       'if the labels are unknown, drop those rows (an empty string says that there is no class)')
 
+# %% ../../nbs/109_data.labels.ipynb #23e45f6c
 def _plain_label(label):
     "Return a label as a plain Python value: numbers for decimals; strings for intervals, dates and times"
     if isinstance(label, np.generic) and not isinstance(label, (np.datetime64, np.timedelta64)):
@@ -128,16 +129,17 @@ def _values(labels, rows):
 # %% ../../nbs/109_data.labels.ipynb #3bbeb395
 def joined_by(
     labels # Labels, one for each text
-) -> str|None: # `;`, `|`, `,`, `/`, `+` or their Chinese forms; `None` if labels do not look joined
+) -> str|None: # `;`, `|`, `,`, `/`, `+`, their Chinese forms or a space; `None` if labels do not look joined
     "Return the separator of strings that look like several labels in one"
     names = {label for label in labels if isinstance(label, str)}
-    for delim in ';|,/+；、，':
+    for delim in ';|,/+；、， ':
         parts = {name: {part.strip() for part in name.split(delim)} for name in names}
         joined = [name for name in names if len(parts[name]) > 1]
         n_labels = Counter(part for name in names for part in parts[name])
         found = {part for name in joined for part in parts[name]}
         n_shared = sum(n_labels[part] > 1 for part in found)
-        if joined and len(n_labels) < len(names) and n_shared*2 >= len(found):
+        may_join = delim != ' ' or found <= names # class names such as `New York` have spaces
+        if joined and may_join and len(n_labels) < len(names) and n_shared*2 >= len(found):
             return delim
 
 def _warn_of_joined(labels, task):
