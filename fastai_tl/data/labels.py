@@ -71,6 +71,7 @@ def _plain_label(label):
         return label.tolist()
     return label if hasattr(label, '__iter__') else str(label)
 
+# %% ../../nbs/109_data.labels.ipynb #34093740
 def _check_written_lists(labels, rows, task):
     "Raise an error for lists that a table file has written as strings, such as `[0, 1, 1]`"
     names = [label for label in labels if not is_missing(label)]
