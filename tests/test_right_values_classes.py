@@ -670,3 +670,38 @@ def test_one_threshold_for_all_classes(several):
                               several.predict_batch(rows, thresholds=same).preds)
     with pytest.raises(DataError, match='must be numbers'):
         Predictor(several, thresholds=True)
+
+
+@pytest.mark.parametrize('form', ['dict', 'Series', 'list'])
+def test_weights_of_tags_are_matched_by_name(tok, form):
+    words = [o.split() for o in texts(24)]
+    tags = [[TAGS[(i+j) % 5] for j in range(len(o))] for i, o in enumerate(words)]
+    dls = HFTagDataLoaders.from_lists(words, tags, tok, valid=[i >= 12 for i in range(24)], bs=6, verbose=False)
+    weights = dict(zip(TAGS, [.1, 3., 1., 2., 5.]))
+    right = [weights[tag] for tag in dls.vocab]
+    given = dict(dict=weights, Series=pd.Series(weights), list=right)[form]
+    learn = hf_tagger_learner(dls, config(tok, classes=TAGS), class_weights=given)
+    x, y = dls.one_batch()
+    logits = torch.randn(*y.shape, 5)
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.tensor(y.tolist()),
+                                                 weight=torch.tensor(right))
+    assert torch.allclose(torch.tensor(float(learn.loss_func(logits, y))), expected, atol=1e-6)
+    with pytest.raises(DataError, match='none for O'):
+        hf_tagger_learner(dls, config(tok, classes=TAGS), class_weights={t: 1. for t in TAGS[1:]})
+    with pytest.raises(FastaiTLError, match='Got both'):
+        hf_tagger_learner(dls, config(tok, classes=TAGS), class_weights=given, loss_func=TaggingLoss())
+
+
+def test_several_regression_values_are_refused_before_the_fit(tok):
+    df = pd.DataFrame(dict(text=texts(24), v=np.arange(24)/10, u=np.arange(24)/7, valid=[i >= 12 for i in range(24)]))
+    dls = HFTextDataLoaders.from_df(df, tok, label_col=['v', 'u'], valid_col='valid', bs=6, verbose=False)
+    learn = hf_classifier_learner(dls, config(tok, n=2))
+    before = [p.clone() for p in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(DataError, match='2 values a row'):
+            learn.fit(1, 1e-3, cbs=EvaluationCallback())
+        with pytest.raises(DataError, match='each value by itself'):
+            learn.evaluate()
+        assert all(torch.equal(p, q) for p, q in zip(before, learn.model.parameters()))
+        preds, targets = learn.get_preds()
+    assert len(Evaluation.from_preds(preds[:, 0], targets[:, 0])) == 12

@@ -20,6 +20,7 @@ from ..core import unknown_option
 from .evaluation import Evaluation
 from .predictions import PassCallback, in_order, rows_of_pass
 from .report import ScoreTable
+from .scores import several_values
 from ..models.third_party import spec_of
 
 # %% ../../nbs/740_evaluation.callback.ipynb #967ada6c
@@ -89,6 +90,8 @@ class EvaluationCallback(Callback):
         if not self.run:
             return
         self._spec = spec_of(self.learn)
+        if self._spec.task == 'regression' and getattr(self.dls, 'c', 1) > 1:
+            raise several_values(self.dls.c)
         self._scores = list(self._default_scores() if self.wanted is None else L(self.wanted))
         self.best = None
         self.rows = []

@@ -46,6 +46,12 @@ def check_lists(n, losses, texts):
         raise DataError('Losses must be numbers', f'NaN in row {shorten(np.flatnonzero(np.isnan(losses)))}')
 
 # %% ../../nbs/700_evaluation.scores.ipynb #c9b2dc32
+def several_values(n_values):
+    "Return the error for a regression with several values a row"
+    return DataError('An evaluation of a regression is for one value a row', f'{n_values} values a row',
+                     'Evaluate each value by itself: `preds, targets = learn.get_preds()`, then '
+                     '`Evaluation.from_preds(preds[:, 0], targets[:, 0])`')
+
 def check_shapes(probs, targets, classes, task):
     "Raise an error unless each target has one prediction, or one prediction for each class"
     n = len(targets)
@@ -54,8 +60,9 @@ def check_shapes(probs, targets, classes, task):
     check_classes(classes)
     if task == 'regression':
         if probs.size != n:
-            raise DataError('A regression has one value a row', f'shape {probs.shape}',
-                            'Pass `classes` for a classifier')
+            several = targets.shape == probs.shape
+            raise several_values(probs.shape[-1]) if several else DataError(
+                'A regression has one value a row', f'shape {probs.shape}', 'Pass `classes` for a classifier')
         return
     if probs.shape[1:] != (len(classes),):
         raise DataError(f'Probabilities must have a column for each of {len(classes)} classes', f'shape {probs.shape}')

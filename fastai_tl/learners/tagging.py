@@ -28,6 +28,7 @@ from ..data.tags import TagScheme, entity_scheme, has_entities, outside_tag
 from ..data.tags import tag_lists, tag_scheme, tag_spans, tags_html
 from ..data.hf_tokenizer import TensorTokens
 from .base import HFLearner, each_row, make_learner
+from .classification import given_weights
 
 # %% ../../nbs/515_learners.tagging.ipynb #6aa2e995
 class TaggingLoss(CrossEntropyLossFlat):
@@ -365,12 +366,22 @@ class HFTagger(HFLearner):
         with self.no_bar(), self.no_logging():
             return self.tag([item], **kwargs)[0]
 
+# %% ../../nbs/515_learners.tagging.ipynb #92b9e6a2
+def _loss_func(tags, loss_func, class_weights):
+    "Return the loss function of a tagger, with weights by tag if there are any"
+    if class_weights is None:
+        return TaggingLoss() if loss_func is None else loss_func
+    if loss_func is not None:
+        raise FastaiTLError('Pass `class_weights` or `loss_func`', 'both', 'Give the weights to your loss function')
+    return TaggingLoss(weight=given_weights(class_weights, tags))
+
 # %% ../../nbs/515_learners.tagging.ipynb #7ec3c782
 def hf_tagger_learner(
     dls:DataLoaders, # From `HFTagDataLoaders`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
     metrics=None, # fastai metrics; if `None`, accuracy, and entity F1 if the tags mark entities
     loss_func=None, # Loss function; `TaggingLoss()` if `None`
+    class_weights=None, # Weights of the tags in the loss: a list, or a dictionary or Series with the names of the tags
     **kwargs # Passed to `load_hf` (`peft_config`, …) or `Learner`; `model_kwargs` goes to `from_pretrained`
 ) -> HFTagger:
     "Make a Learner that tags words"
@@ -380,6 +391,6 @@ def hf_tagger_learner(
     classes = list(dls.spec.classes)
     if metrics is None:
         metrics = [TagAccuracy(), EntityF1()] if has_entities(classes) else [TagAccuracy()]
-    loss_func = TaggingLoss() if loss_func is None else loss_func
+    loss_func = _loss_func(classes, loss_func, class_weights)
     return make_learner(dls, model, 'tagging', cls=HFTagger, classes=classes, loss_func=loss_func, metrics=metrics,
                         **kwargs)
