@@ -536,6 +536,33 @@ def test_another_number_in_a_column_of_0_and_1_is_an_error(tok, tmp_path, value,
     assert dls.spec.task == 'regression' and np.array_equal(targets(dls.valid_ds), y[:12])
 
 
+@pytest.mark.parametrize('form', [list, tuple, pd.Index, np.array])
+def test_label_columns_in_any_list(tok, tmp_path, form):
+    names = ['toxic', 'obscene', 'insult']
+    df = table(**dict(zip(names, Y.T)))
+    dls = HFTextDataLoaders.from_df(df, tok, label_col=form(names), valid_col='valid', bs=6, verbose=False)
+    assert dls.spec.columns['label'] == names and list(dls.vocab) == names
+    assert all(type(o) is str for o in [*dls.spec.columns['label'], *dls.spec.classes])
+    assert np.array_equal(targets(dls.valid_ds), Y[:12])
+    pairs = HFTextDataLoaders.from_df(df.assign(b=df.text), tok, form(['text', 'b']), form(names), verbose=False)
+    assert pairs.spec.pairs and pairs.spec.columns['text'] == ['text', 'b']
+
+
+def test_dictionaries_of_indicators(tok):
+    names = ['toxic', 'obscene', 'insult']
+    rows = [dict(zip(names, row)) for row in Y.tolist()]
+    dls = HFTextDataLoaders.from_lists(texts(24), rows, tok, valid=SPLIT, bs=6, verbose=False)
+    assert list(dls.vocab) == names and np.array_equal(targets(dls.valid_ds), Y[:12])
+    learn = hf_classifier_learner(dls, config(tok, n=3))
+    turned = [dict(reversed(row.items())) for row in rows[:5]]
+    with learn.no_bar():
+        assert np.array_equal(learn.evaluate(texts(24)[:5], turned).targets, Y[:5])
+    with pytest.raises(DataError, match='a dictionary in row 0'):
+        HFTextDataLoaders.from_df(table(label=rows), tok, verbose=False)
+    with pytest.raises(DataError, match="none in 'toxic', row 2"):
+        HFTextDataLoaders.from_lists(texts(24), [*rows[:2], dict(obscene=1, insult=1), *rows[3:]], tok, verbose=False)
+
+
 @pytest.mark.parametrize('columns,said', [(dict(a=[0, 1]*12, b=['x', 'y']*12), "'x' in 'b'"),
                                           (dict(a=[0, 1]*12, b=[0, None]*12), "none in 'b', row 1"),
                                           (dict(a=[0, 1]*12), "column 'b'")])
@@ -598,6 +625,18 @@ def test_names_of_several_labels_survive(tok, kind):
         assert set(dls.vocab) == set(names)
     got = [{dls.vocab[i] for i in np.flatnonzero(row)} for row in targets(dls.valid_ds)]
     assert got == [{names[i] for i in row} for row in numbers[:12]]
+
+
+def test_several_columns_of_class_numbers_are_indicators(tok):
+    labels = dict(zip('xyz', Y.T.tolist()))
+    kind = lambda d: d.ClassLabel(names=['no', 'yes'])
+    ds = dataset(dict(text=texts(24), **labels), text=lambda d: d.Value('string'), x=kind, y=kind, z=kind)
+    datasets = pytest.importorskip('datasets')
+    both = datasets.DatasetDict(train=ds, test=ds.select(range(12)))
+    for source in (ds, both):
+        dls = HFTextDataLoaders.from_dataset(source, tok, label_col=['x', 'y', 'z'], bs=6, verbose=False)
+        assert list(dls.vocab) == ['x', 'y', 'z'] and dls.spec.task == 'multilabel'
+    assert np.array_equal(targets(dls.valid_ds), Y[:12]) and np.array_equal(targets(dls.train_ds), Y)
 
 
 def test_numbers_of_two_splits_with_other_names(tok):

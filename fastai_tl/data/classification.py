@@ -213,7 +213,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
         "Make DataLoaders from a DataFrame"
         texts = text_column(df, text_col)
         given = label_column(df, label_col)
-        names = list(label_col) if is_several(label_col) else kwargs.get('vocab')
+        names = plain_names(label_col) if is_several(label_col) else kwargs.get('vocab')
         labels, task = check_labels(given, df.index, task, label_delim, names)
         places = indicator_classes(given, task, names)
         if places is not None:
@@ -280,9 +280,10 @@ class HFTextDataLoaders(HFTableDataLoaders):
         **kwargs # Passed to `from_df`
     ): # `HFTextDataLoaders`
         "Make DataLoaders from a Hugging Face dataset"
+        numbers = plain_names(label_col) if is_several(label_col) else ()
         if not isinstance(dataset, dict):
-            return cls.from_df(dataset_table(dataset), tokenizer, label_col=label_col, **kwargs)
-        df = two_splits(dataset, valid)
+            return cls.from_df(dataset_table(dataset, numbers), tokenizer, label_col=label_col, **kwargs)
+        df = two_splits(dataset, valid, numbers)
         return cls.from_df(df, tokenizer, label_col=label_col, valid_col='split_', **kwargs)
 
     @classmethod

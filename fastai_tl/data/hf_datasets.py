@@ -37,24 +37,29 @@ def _named(value, names):
 
 # %% ../../nbs/107_data.hf_datasets.ipynb #6f34f319
 def dataset_table(
-    dataset # A Hugging Face `Dataset`
+    dataset, # A Hugging Face `Dataset`
+    numbers:list|tuple=() # Columns whose class numbers are kept if they have two classes, as indicators
 ) -> pd.DataFrame: # Class names instead of class numbers; `None` for a number below 0, which means no label
     "Read a Hugging Face dataset as a table"
     df = dataset.to_pandas()
     for name, feature in (dataset.features or {}).items():
-        if (names := class_names_of(feature)) is not None:
+        names = class_names_of(feature)
+        is_indicator = name in numbers and names is not None and len(names) == 2
+        if names is not None and not is_indicator:
             df[name] = pd.Series([_named(value, names) for value in df[name]], index=df.index, dtype=object)
     return df
 
 # %% ../../nbs/107_data.hf_datasets.ipynb #7ce50039
 def two_splits(
     dataset, # A Hugging Face `DatasetDict`
-    valid:str|None=None # Name of the validation split; `None`: the first of `validation`, `valid`, `dev` and `test`
+    valid:str|None=None, # Name of the validation split; `None`: the first of `validation`, `valid`, `dev` and `test`
+    numbers:list|tuple=() # Columns whose class numbers are kept, as in `dataset_table`
 ) -> pd.DataFrame: # The rows of both splits, with column `split_`
     "Join the training and validation splits of a `DatasetDict` into one table"
     valid = valid or next((name for name in ('validation', 'valid', 'dev', 'test') if name in dataset), None)
     if valid not in dataset or 'train' not in dataset:
         todo = 'Name the split with `valid`' if valid is None else did_you_mean(valid, dataset)
         raise DataError("The dataset must have the splits 'train' and one to validate", shorten(dataset), todo)
-    tables = [dataset_table(dataset[name]).assign(split_=kind) for name, kind in (('train', 'train'), (valid, 'valid'))]
+    parts = (('train', 'train'), (valid, 'valid'))
+    tables = [dataset_table(dataset[name], numbers).assign(split_=kind) for name, kind in parts]
     return pd.concat(tables, ignore_index=True)

@@ -10,26 +10,29 @@ __all__ = ['is_several', 'plain_names', 'label_column', 'as_rows', 'plain_row', 
 
 # %% ../../nbs/108_data.indicators.ipynb #7df54c52
 from collections import Counter
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Number
 import numpy as np, pandas as pd
 from fastcore.all import L
 from ..core import DataError, shorten
-from .tables import column, is_missing
+from .tables import NAME_LISTS, column, is_missing
 
 # %% ../../nbs/108_data.indicators.ipynb #d17c724f
 def is_several(
     columns # Name of a column, or a list of names
 ) -> bool: # `True` for a list of at least two names
     "Return whether labels have several columns"
-    return isinstance(columns, (list, tuple, L)) and len(columns) > 1
+    return isinstance(columns, NAME_LISTS) and len(columns) > 1
 
 def plain_names(
     columns # Name of a column, or a list of names
 ): # A name or a list, as a spec stores it
     "Return column names as a list if there are several"
-    return list(columns) if isinstance(columns, (list, tuple, L)) else columns
+    if isinstance(columns, (pd.Index, np.ndarray)):
+        return columns.tolist()
+    return list(columns) if isinstance(columns, NAME_LISTS) else columns
 
 def _check_numbers(name, values):
     "Raise an error unless a label column has a number in each row"
@@ -45,7 +48,8 @@ def label_column(
     columns # Name of the column with the labels, or a list of names
 ) -> pd.Series: # One label for each row; a list of values if there are several columns
     "Return the labels of a table from one column or from several"
-    if not isinstance(columns, (list, tuple, L)):
+    columns = plain_names(columns)
+    if not isinstance(columns, list):
         return column(df, columns)
     if not len(columns):
         raise DataError('At least one label column is needed', 'none')
@@ -57,10 +61,19 @@ def label_column(
     return pd.Series([list(row) for row in zip(*(part.tolist() for part in parts))], index=df.index, dtype=object)
 
 # %% ../../nbs/108_data.indicators.ipynb #cbc2ff51
+def table_of_dicts(
+    labels # Labels in any form
+): # A table for dictionaries; other labels are not changed
+    "Return dictionaries from class to 0 or 1 as a table with a column for each class"
+    is_table = isinstance(labels, (list, tuple, L)) and len(labels) and all(isinstance(o, Mapping) for o in labels)
+    return pd.DataFrame(list(labels)) if is_table else labels
+
+# %% ../../nbs/108_data.indicators.ipynb #b1856542
 def as_rows(
     labels # Labels in any form: a list, an array, a tensor, a sparse matrix, or a table of indicators
 ) -> tuple: # The labels, and the names of the columns of a table, else `None`
     "Return labels as a sequence with one label for each text"
+    labels = table_of_dicts(labels)
     if isinstance(labels, pd.DataFrame) and all(map(pd.api.types.is_numeric_dtype, labels.dtypes)):
         names = list(labels.columns)
         return label_column(labels, names), names if len(names) > 1 else None

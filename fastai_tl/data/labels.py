@@ -10,6 +10,7 @@ __all__ = ['check_labels']
 # %% ../../nbs/109_data.labels.ipynb #059fd1e9
 import re, warnings
 from collections import Counter
+from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Number
 import numpy as np
@@ -71,7 +72,7 @@ def _plain_label(label):
         return label.tolist()
     return label if hasattr(label, '__iter__') else str(label)
 
-# %% ../../nbs/109_data.labels.ipynb #34093740
+# %% ../../nbs/109_data.labels.ipynb #ad80c6c2
 def _check_written_lists(labels, rows, task):
     "Raise an error for lists that a table file has written as strings, such as `[0, 1, 1]`"
     names = [label for label in labels if not is_missing(label)]
@@ -84,7 +85,10 @@ def _check_written_lists(labels, rows, task):
 _WRITTEN_LIST = r"""\[\s*(|['"].*['"]|[-+\d.,\s]+|((True|False)[,\s]*)+)\s*\]"""
 
 def _check_lists(labels, rows, task, label_delim, classes):
-    "Raise an error for rows of 0 and 1 that do not fit, and for lists that are strings"
+    "Raise an error for rows of 0 and 1 that do not fit, for lists that are strings, and for dictionaries"
+    if bad := [row for row, label in zip(rows, labels) if isinstance(label, Mapping)]:
+        raise DataError('Labels must be names, numbers or lists', f'a dictionary in row {shorten(bad)}',
+                        'Make columns of them and pass their names: `df.join(pd.DataFrame(list(df[name]), df.index))`')
     _check_written_lists(labels, rows, task)
     if task in (None, 'multilabel') and label_delim is None:
         check_rows(labels, rows, task, classes)

@@ -173,12 +173,14 @@ def check_items(
     return list(map(list, zip(*(check_texts([item[k] for item in items], rows) for k in (0, 1)))))
 
 # %% ../../nbs/106_data.tables.ipynb #d61be7a5
+NAME_LISTS = (list, tuple, L, pd.Index, np.ndarray) # Types of a list of column names
+
 def text_column(
     df:pd.DataFrame, # A table
     name # Name of the text column, or of two columns for pairs
 ) -> list: # Strings, or lists of two strings
     "Return the checked texts of one column, or the pairs of two columns"
-    if isinstance(name, str) or not isinstance(name, (list, tuple, L)):
+    if isinstance(name, str) or not isinstance(name, NAME_LISTS):
         return check_texts(column(df, name), df.index)
     if len(name) != 2:
         raise DataError('A text has one column, or two for pairs', f'{len(name)} columns')

@@ -18,7 +18,7 @@ from fastai.learner import _ConstantFunc
 from ..callbacks import evaluating, recorder_kept
 from ..core import DataError, shorten, unknown_option
 from ..data.classification import HFTextDataLoaders, LabelledText, whole_texts_dl
-from ..data.indicators import as_rows, label_column
+from ..data.indicators import as_rows, label_column, table_of_dicts
 from ..data.labels import labels_for
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec, activate
 from ..data.tables import check_items, list_of, text_column
@@ -137,7 +137,7 @@ def labelled_texts(spec, data, labels=None):
         raise DataError('The labels are a list, or a column of the table', f'one string: {labels!r}',
                         f'A table is read by the columns of the training data: {shorten(spec.columns.values())}')
     if labels is not None and spec.task == 'multilabel': # a table of indicators has names
-        labels, _ = as_rows(columns_of_classes(labels, spec.classes))
+        labels, _ = as_rows(columns_of_classes(table_of_dicts(labels), spec.classes))
     if isinstance(data, pd.DataFrame):
         texts = text_column(data, spec.columns.get('text', 'text'))
         index = list(data.index)
