@@ -453,8 +453,12 @@ def test_several_values(tok, tmp_path):
     assert dls.spec.task == 'regression' and targets(dls.valid_ds)[1].tolist() == [1, 3]
 
 
-MIXED = dict(one_int=lambda i: [.5*i, 2 if i == 3 else .1*i], few_floats=lambda i: [1, .5] if i % 2 else [.25, 1],
-             one_float=lambda i: [i, 1.5 if i == 7 else i + 1], soft=lambda i: [.3, .7, 1])
+MIXED = dict(
+    one_int=lambda i: [.5*i, 2 if i == 3 else .1*i],
+    few_floats=lambda i: [1, .5] if i % 2 else [.25, 1],
+    one_float=lambda i: [i, 1.5 if i == 7 else i + 1],
+    soft=lambda i: [.3, .7, 1],
+)
 
 
 @pytest.mark.parametrize('name', MIXED)

@@ -22,7 +22,8 @@ from repo import benchmark
 kinds = benchmark('trust', 'kinds')
 KINDS, reseal = kinds.KINDS, kinds.reseal
 hostile = benchmark('trust')
-TEXTS, make_bases, use = hostile.TEXTS, hostile.make_bases, hostile.use
+TEXTS = hostile.TEXTS
+make_bases, use = hostile.make_bases, hostile.use
 
 
 @pytest.fixture(scope='module')
