@@ -1,5 +1,6 @@
 """Fast prediction gives the Learner's results; bundles can be loaded in another process, damaged ones raise an error"""
 
+import gc
 import hashlib
 import json
 import os
@@ -750,11 +751,14 @@ def calls(f):
             caller = caller.f_back
         steps.append((None if caller is None else module(caller), module(frame)))
 
+    gc.collect()
+    gc.disable() # no finalizer of an object of another test
     sys.setprofile(record)
     try:
         f()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return steps
 
 
