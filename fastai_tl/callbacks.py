@@ -10,23 +10,51 @@ __all__ = ['evaluating']
 # %% ../nbs/020_callbacks.ipynb #9f048c8e
 from contextlib import ExitStack, contextmanager
 import torch
+from fastcore.all import L
+from .arguments import check_each, checked
+from .core import FastaiTLError, describe
+from .locks import exclusive
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
                                   CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 
 # %% ../nbs/020_callbacks.ipynb #8c77cc0a
 @contextmanager
+@checked
 def evaluating(
     model:torch.nn.Module # Any model
 ):
-    "Put `model` into evaluation mode without gradients, and restore the mode of each module afterwards"
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    "Put `model` into evaluation mode without gradients, and restore the mode of each module; other threads wait"
+    with exclusive(model):
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield model
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+# %% ../nbs/020_callbacks.ipynb #7a5e0002
+class PausableEvaluation:
+    "Keep a model in evaluation mode; `pause` leaves it to others while the reader of the text is waited for"
+    def __init__(self,
+        model:torch.nn.Module # Any model
+    ):
+        self.model = model
+    def __enter__(self):
+        self.context = evaluating(self.model)
+        self.context.__enter__()
+        return self
+    def __exit__(self, *error):
+        self.context.__exit__(None, None, None)
+    @contextmanager
+    def pause(self):
+        "Restore the model inside the `with` block"
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
 # %% ../nbs/020_callbacks.ipynb #a50fcf6d
 def is_real_fit(
@@ -58,17 +86,22 @@ def recorder_kept(
             learn.__dict__.pop('final_record', None)
 
 # %% ../nbs/020_callbacks.ipynb #7be2f0a2
+def batch_rows(learn):
+    "Return the indexes of the current batch's rows in the dataset of its DataLoader; `None` if they are not known"
+    order = getattr(learn.dl, '_DataLoader__idxs', None) # where fastai keeps the order of the items
+    if not isinstance(order, (list, tuple)) or not learn.yb: # a shuffled order may be an iterator
+        return None
+    start = learn.iter*learn.dl.bs
+    rows = list(order[start:start+len(learn.yb[0])])
+    return rows if len(rows) == len(learn.yb[0]) else None
+
 def batch_items(learn):
     "Return the items of the dataset that the current batch of a Learner was made from; `None` if they are not known"
-    dl = learn.dl
-    order = getattr(dl, '_DataLoader__idxs', None) # where fastai keeps the order of the items
-    items = getattr(getattr(dl, 'dataset', None), 'items', None)
-    is_known = isinstance(order, (list, tuple)) and hasattr(items, '__getitem__') # a shuffled order may be an iterator
-    if not is_known or not learn.yb or hasattr(items, 'iloc'):
+    items = getattr(getattr(learn.dl, 'dataset', None), 'items', None)
+    rows = batch_rows(learn)
+    if rows is None or not hasattr(items, '__getitem__') or hasattr(items, 'iloc'):
         return None
-    start = learn.iter*dl.bs
-    rows = order[start:start+len(learn.yb[0])]
-    return [items[i] for i in rows] if len(rows) == len(learn.yb[0]) else None
+    return [items[i] for i in rows]
 
 # %% ../nbs/020_callbacks.ipynb #b87ab19c
 CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
@@ -129,3 +162,23 @@ class AroundBatch(Callback):
         "Replace the Learner's `_do_one_batch` with a `GuardedBatch`"
         if not isinstance(self.learn.__dict__.get('_do_one_batch'), GuardedBatch):
             self.learn._do_one_batch = GuardedBatch(self.learn)
+
+# %% ../nbs/020_callbacks.ipynb #2a6a5742
+def check_callbacks(
+    cbs # What the user passed
+) -> L: # A list of Callbacks
+    "Raise an error if an argument is not a Callback, or a list of them; `None` for no Callback"
+    for cb in (found := check_each('cbs', L(cbs))):
+        if not (isinstance(cb, Callback) or isinstance(cb, type) and issubclass(cb, Callback)):
+            raise FastaiTLError('`cbs` must be Callbacks', describe(cb))
+    return L(found)
+
+def check_metrics(
+    metrics # What the user passed
+): # The same
+    "Raise an error if an argument is not a metric of fastai or a function, or a list of them"
+    for metric in check_each('metrics', L(metrics)):
+        is_function = callable(metric) and not isinstance(metric, type)
+        if not (is_function or hasattr(metric, 'accumulate')):
+            raise FastaiTLError('`metrics` must be metrics of fastai, or functions', describe(metric))
+    return metrics

@@ -8,8 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/core.html.md"""
 __all__ = ['FastaiTLError', 'DataError', 'VocabError', 'RunError', 'TrainingError', 'derive_seed', 'seed_everything']
 
 # %% ../nbs/000_core.ipynb #0e8094cc
-import difflib, hashlib, importlib
-from fastai.torch_core import set_seed
+import difflib, hashlib, importlib, inspect
 
 # %% ../nbs/000_core.ipynb #d7e5a6dc
 class FastaiTLError(ValueError):
@@ -22,7 +21,7 @@ class FastaiTLError(ValueError):
         self.expected = expected
         self.got = got
         self.todo = todo
-        sentences = [expected, f'Got {got}' if got else '', todo]
+        sentences = [str(expected), f'Got {got}' if str(got) else '', str(todo)]
         message = '. '.join(o for o in sentences if o)
         # kept as an attribute, because fastai writes a callback's name into `args`
         self.message = message if message.endswith('?') else message + '.'
@@ -51,6 +50,19 @@ def shorten(
     shown = ', '.join(map(str, items[:n]))
     return f'{shown}, … ({len(items)} in all)' if len(items) > n else shown
 
+# %% ../nbs/000_core.ipynb #3643c3f3
+def describe(
+    value, # What the user passed
+    limit:int=60 # Maximum number of characters
+) -> str: # For the `got` of an error
+    "Return a value as Python writes it, or its type if that is long"
+    try:
+        text = repr(value)
+    except Exception: # from a class of the user
+        text = ''
+    is_short = 0 < len(text) <= limit and '\n' not in text and ' at 0x' not in text
+    return text if is_short else f'a value of type {type(value).__name__}'
+
 # %% ../nbs/000_core.ipynb #29192922
 def did_you_mean(
     name:str, # What the user wrote
@@ -58,7 +70,7 @@ def did_you_mean(
 ) -> str: # A sentence for the `todo` of an error
     "Suggest the closest of `options`, or list them all"
     options = list(map(str, options))
-    close = difflib.get_close_matches(str(name), options, n=1, cutoff=.6)
+    close = difflib.get_close_matches(str(name)[:100], options, n=1, cutoff=.6)
     return f'Did you mean {close[0]!r}?' if close else f'Choose one of: {shorten(options, 20)}'
 
 # %% ../nbs/000_core.ipynb #855b7eef
@@ -68,7 +80,29 @@ def unknown_option(
     options # The values that it can have
 ) -> FastaiTLError: # The error, which the caller raises
     "Return the error for an option with an unknown value"
-    return FastaiTLError(f'`{what}` must be one of {shorten(options, 20)}', repr(value), did_you_mean(value, options))
+    expected = f'`{what}` must be one of {shorten(options, 20)}'
+    return FastaiTLError(expected, describe(value), did_you_mean(value, options))
+
+# %% ../nbs/000_core.ipynb #e1b00002
+_OTHER_NAMES = dict(maxlen='max_length', max_len='max_length', max_seq_length='max_length', block_size='max_length',
+                    batch_size='bs', learning_rate='lr', num_train_epochs='epochs', n_epochs='epochs',
+                    text_column='text_col', label_column='label_col', labels_col='label_col', delim='label_delim')
+
+class ArgumentError(FastaiTLError, TypeError):
+    "A keyword argument that a function does not have"
+
+def check_arguments(
+    function, # The function that the user called
+    given # Names of the keyword arguments
+):
+    "Raise an error that names an unknown keyword argument and the one that was probably meant"
+    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    name = _OTHER_NAMES.get(unknown[0])
+    todo = f'Did you mean {name!r}?' if name in known else did_you_mean(unknown[0], known)
+    raise ArgumentError(f'`{function.__qualname__}` has no argument {unknown[0]!r}', '', todo)
 
 # %% ../nbs/000_core.ipynb #96b64477
 def derive_seed(
@@ -76,6 +110,8 @@ def derive_seed(
     *parts # Values that identify the moment, such as direction, stage and epoch
 ) -> int: # Between 0 and 2**31-1, the same on every machine
     "Derive a seed from `seed` and all of `parts`"
+    if not hasattr(type(seed), '__index__') or getattr(seed, 'ndim', 0):
+        raise FastaiTLError('`seed` must be a whole number', describe(seed))
     key = '\x1f'.join(map(str, (seed, *parts))).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), 'big') & 0x7fffffff
 
@@ -85,6 +121,7 @@ def seed_everything(
     *parts # Values that identify the moment, see `derive_seed`
 ) -> int: # The seed that was set
     "Seed Python, NumPy and PyTorch (all devices) with `derive_seed(seed, *parts)`"
+    from fastai.torch_core import set_seed # here, so that the command line starts quickly
     derived = derive_seed(seed, *parts)
     set_seed(derived)
     return derived

@@ -6,14 +6,18 @@ Docs: https://fastai-tl.github.io/fastai_tl/plot.html.md"""
 
 # %% auto #0
 __all__ = ['CJK_FONTS', 'PALETTE', 'has_cjk', 'find_cjk_font', 'set_font', 'figure_style', 'set_language', 'plot_heatmap',
-           'plot_curves', 'plot_panels', 'plot_stages']
+           'check_figsize', 'plot_curves', 'plot_panels', 'plot_stages']
 
 # %% ../nbs/030_plot.ipynb #8b5bf2d3
 import re
 import warnings
 from contextlib import contextmanager
 import numpy as np
-from .core import FastaiTLError, did_you_mean, lang_code
+from fastai_tl.arguments import (
+    check_array, check_each, check_flag, check_number, check_option, check_text, check_type, checked
+)
+from .locks import exclusive
+from .core import FastaiTLError, describe, did_you_mean, lang_code
 from .resources import read_json
 
 # %% ../nbs/030_plot.ipynb #47e7ed74
@@ -66,6 +70,7 @@ def set_font(
 ):
     "Set the font of the package's figures"
     from matplotlib.font_manager import findfont, fontManager
+    check_text('family', family, or_none=True)
     try:
         if family is not None:
             findfont(family, fallback_to_default=False)
@@ -87,7 +92,7 @@ def figure_style(
 ):
     "Yield `matplotlib.pyplot` with the package's style and a font for `texts`, for a `with` block"
     import matplotlib.pyplot as plt
-    font = font or _settings['font']
+    font = check_text('font', font, or_none=True) or _settings['font']
     if font is None and has_cjk(*texts):
         font = _cjk_font_or_warning()
     style = dict(_STYLE)
@@ -95,7 +100,7 @@ def figure_style(
         style['font.family'] = ['DejaVu Sans', font]
     elif font:
         style['font.family'] = [font, 'DejaVu Sans']
-    with plt.rc_context(style):
+    with exclusive(plt), plt.rc_context(style): # the style is global
         yield plt
 
 # %% ../nbs/030_plot.ipynb #626d919d
@@ -128,6 +133,7 @@ def keep_going(
 # %% ../nbs/030_plot.ipynb #0ff075a8
 _zh_words = read_json('translations.zh-tw.json')
 
+@checked
 def set_language(
     lang:str # `en`, or `zh-tw` for Traditional Chinese
 ):
@@ -146,16 +152,40 @@ def in_words(
     lang:str|None=None # `en` or `zh-tw`; `None`: the language of all figures
 ) -> str: # Its translation into `lang`
     "Translate a word of a figure"
-    return _zh_words.get(word, word) if figure_lang(lang) == 'zh-tw' else word
+    return _zh_words.get(check_text('word', word), word) if figure_lang(lang) == 'zh-tw' else word
 
 # %% ../nbs/030_plot.ipynb #97a10bef
+def _labels(labels):
+    return [_shorten_label(label) for label in labels]
+
+def _axis_texts(*texts):
+    return [in_words(check_text('a title or label', text)) for text in texts]
+
+def _checked_matrix(values, row_labels, col_labels, annot):
+    "Return a matrix as an array; it must have a label for each row and column, and a text for each cell"
+    values = check_array('values', values, 2, nan=True)
+    for name, labels, n in (('row_labels', row_labels, values.shape[0]), ('col_labels', col_labels, values.shape[1])):
+        if len(check_each(name, labels, lambda _, label: label)) != n:
+            raise FastaiTLError(f'`{name}` must have {n} labels', f'{len(list(labels))}')
+    if not values.size or annot is not None and np.shape(annot) != values.shape:
+        raise FastaiTLError('A heatmap needs cells, and `annot` a text for each', f'shape {values.shape}')
+    return values
+
+def _pairs(name, pairs):
+    "Return a list of pairs"
+    pairs = check_each(name, pairs, check_type, (tuple, list), 'a pair')
+    if any(len(pair) != 2 for pair in pairs):
+        raise FastaiTLError(f'`{name}` must be pairs', describe(pairs))
+    return pairs
+
 def _text_width(text):
     "Return the width of a text in columns; Chinese characters take two"
     return sum(2 if has_cjk(c) else 1 for c in text)
 
+# %% ../nbs/030_plot.ipynb #2eb45c0c
 def _shorten_label(label, max_width=36):
     "Cut a label to at most `max_width` columns"
-    label = str(label)
+    label = str(label)[:max_width+1] # each character takes at least one column
     if _text_width(label) <= max_width:
         return label
     while _text_width(label) >= max_width:
@@ -197,20 +227,20 @@ def plot_heatmap(
     font:str|None=None # Font family; `None`: chosen by the texts
 ):
     "Draw a matrix as a heatmap and return the Figure"
-    title, xlabel, ylabel = map(in_words, (title, xlabel, ylabel))
-    rows, cols = ([_shorten_label(o) for o in labels] for labels in (row_labels, col_labels))
-    values = np.asarray(values)
+    title, xlabel, ylabel = _axis_texts(title, xlabel, ylabel)
+    values = _checked_matrix(values, row_labels, col_labels, annot)
+    rows, cols = _labels(row_labels), _labels(col_labels)
     n = max(values.shape)
     label_width = max(map(_text_width, [*rows, *cols, '']))
     rotate = label_width > 4 or n > 12
     figsize, font_size = _heatmap_sizes(n, label_width, rotate)
-    annot = annot if annot is not None and n <= 25 else False
-    line_width = .5 if n <= 25 else 0
     with figure_style(rows, cols, title, xlabel, ylabel, font=font) as plt:
         import seaborn as sns
+        check_option('cmap', cmap, plt.colormaps())
         fig, ax = plt.subplots(figsize=figsize)
-        sns.heatmap(values, annot=annot, fmt='', cmap=cmap, square=True, linewidths=line_width, linecolor='white',
-                    xticklabels=cols, yticklabels=rows, annot_kws={'size': font_size}, cbar_kws={'shrink': .7}, ax=ax)
+        sns.heatmap(values, annot=annot if n <= 25 else None, fmt='', cmap=cmap, square=True, linecolor='white',
+                    linewidths=.5*(n <= 25), xticklabels=cols, yticklabels=rows, annot_kws={'size': font_size},
+                    cbar_kws={'shrink': .7}, ax=ax)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         _set_tick_labels(ax, font_size, rotate)
     plt.close(fig)
@@ -232,6 +262,32 @@ def _draw_curve(ax, name, curve, i):
     x, y = _xy(curve)
     style = dict(color=PALETTE[i % len(PALETTE)], marker='o' if len(x) <= 12 else None, markersize=3.5, linewidth=1.6)
     return ax.plot(x, y, label=name, **style)[0]
+
+# %% ../nbs/030_plot.ipynb #fe36ff69
+def check_figsize(
+    figsize # Width and height in inches
+) -> list: # The same as two numbers
+    "Raise an error if the size of a figure is not two numbers between 0 and 300"
+    size = check_each('figsize', figsize, check_number, above=0, high=300)
+    if len(size) != 2:
+        raise FastaiTLError('`figsize` must be a width and a height in inches', describe(figsize))
+    return size
+
+def _checked_curves(curves):
+    check_type('curves', curves, dict, 'a dictionary of named curves')
+    for name in curves:
+        check_text('curves', name)
+    return curves
+
+def _checked_curve(name, curve):
+    "Return `(x, y)` as numbers, or `y`"
+    if not (isinstance(curve, tuple) and len(curve) == 2):
+        return check_array(f'curves[{name!r}]', curve, 1, nan=True)
+    x, y = curve
+    x = x if isinstance(x, range) else np.asarray(x)
+    if len(x) != len(check_array(f'curves[{name!r}]', y, 1, nan=True)):
+        raise FastaiTLError(f'The curve {name!r} needs a y for each x', f'{len(x)} and {len(y)}')
+    return x, y
 
 # %% ../nbs/030_plot.ipynb #078f5f28
 def draw_legend(
@@ -270,6 +326,7 @@ def log_scale(
     ax.yaxis.set_minor_formatter(PlainNumbers())
 
 # %% ../nbs/030_plot.ipynb #20530141
+@checked
 def plot_curves(
     curves:dict, # Maps the name of each curve to `(x, y)`, or to `y` alone
     title:str='', # Title of the figure
@@ -280,8 +337,9 @@ def plot_curves(
     ax=None # Axes to draw on; `None`: those of a new figure
 ):
     "Draw named curves and return the Figure"
-    curves = {in_words(name): curve for name, curve in curves.items()}
-    title, xlabel, ylabel = map(in_words, (title, xlabel, ylabel))
+    curves = {in_words(name): _checked_curve(name, curve) for name, curve in _checked_curves(curves).items()}
+    title, xlabel, ylabel = _axis_texts(title, xlabel, ylabel)
+    figsize, log = check_figsize(figsize), check_flag('log', log)
     with figure_style(list(curves), title, xlabel, ylabel) as plt:
         fig, ax = plt.subplots(figsize=figsize) if ax is None else (ax.figure, ax)
         lines = {str(name): _draw_curve(ax, name, curve, i) for i, (name, curve) in enumerate(curves.items())}
@@ -297,6 +355,7 @@ def plot_curves(
     return fig
 
 # %% ../nbs/030_plot.ipynb #7defe1ee
+@checked
 def plot_panels(
     panels:dict, # Maps the title of each panel to its curves, see `plot_curves`
     xlabel:str='', # Name of the horizontal axes
@@ -304,7 +363,12 @@ def plot_panels(
     figsize=(9,3.2) # Width and height in inches
 ):
     "Draw several sets of curves next to each other and return the Figure"
-    names = [name for curves in panels.values() for name in curves]
+    check_type('panels', panels, dict, 'a dictionary of panels')
+    names = [name for curves in panels.values() for name in _checked_curves(curves)]
+    ylabels = check_each('ylabels', ylabels, check_text)
+    figsize = check_figsize(figsize)
+    if not panels:
+        raise FastaiTLError('`panels` must have at least one panel', 'none')
     texts = [*panels, xlabel, *ylabels, *names]
     ylabels = [*ylabels, *['']*len(panels)]
     with figure_style(texts, [in_words(o) for o in texts]) as plt:
@@ -347,8 +411,14 @@ def plot_stages(
     figsize=(9,3.2) # Width and height in inches
 ):
     "Draw the learning rate of each layer group and the losses over the steps of a run; return the Figure"
-    rates = np.asarray(rates, dtype=float).reshape(len(rates), -1)
-    starts, names = [first for first, _ in stages], [name for _, name in stages]
+    rates = check_array('rates', rates, nan=True)
+    rates = rates.reshape(len(rates) if rates.ndim else 1, -1)
+    losses = check_array('losses', losses, 1, nan=True)
+    valid, stages = _pairs('valid', valid), _pairs('stages', stages)
+    starts = check_array('stages', [first for first, _ in stages], 1).tolist()
+    names, figsize = check_each('stages', [name for _, name in stages], check_text), check_figsize(figsize)
+    if not rates.shape[1]:
+        raise FastaiTLError('`rates` must have the rate of at least one layer group', 'none')
     with figure_style(names, in_words('step')) as plt:
         fig, (rate_ax, loss_ax) = plt.subplots(1, 2, figsize=figsize)
         _draw_rates(rate_ax, rates, plt.cm.viridis(np.linspace(0, .88, rates.shape[1])))
