@@ -15,9 +15,12 @@ from fastcore.all import L, chunked
 from fasttransform import DisplayedTransform
 from fastai.data.core import DataLoaders
 from fastai.text.data import Numericalize
+from fastai_tl.arguments import (
+    check_callable, check_each, check_flag, check_number, check_text, check_type, check_whole, checked
+)
 from ..core import FastaiTLError, VocabError, derive_seed
 from ..callbacks import evaluating
-from .hf_tokenizer import HFTokenize
+from .hf_tokenizer import HFTokenize, encode
 from .tagging import CJK, HFTokenizeWords
 
 # %% ../../nbs/147_data.augmentation.ipynb #3c7a6fc8
@@ -42,10 +45,14 @@ def _join_words(parts, rest, like):
     return ''.join(before+word for before, word in parts).lstrip() + rest
 
 # %% ../../nbs/147_data.augmentation.ipynb #e07ecc85
+@checked
 @dataclass
 class DropWords:
     "Drop words at random"
     p:float=.1 # Probability of dropping a word
+    def __post_init__(self):
+        self.p = check_number('p', self.p, low=0, high=1)
+
     def __call__(self,
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
@@ -55,10 +62,14 @@ class DropWords:
         return _join_words(kept or parts, rest, x)
 
 # %% ../../nbs/147_data.augmentation.ipynb #b205b15a
+@checked
 @dataclass
 class SwapWords:
     "Swap words with the next word at random"
     p:float=.1 # Expected fraction of words that are moved
+    def __post_init__(self):
+        self.p = check_number('p', self.p, low=0, high=1)
+
     def __call__(self,
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
@@ -70,26 +81,37 @@ class SwapWords:
         return _join_words([(before, word) for (before, _), word in zip(parts, words)], rest, x)
 
 # %% ../../nbs/147_data.augmentation.ipynb #27e2d3ac
+@checked
 @dataclass
 class MaskSpans:
     "Replace spans of words with mask tokens"
     mask:str='[MASK]' # Replaces each word of a span: the tokenizer's mask token or unknown token
     p:float=.15 # Expected fraction of words that are masked
     length:float=3. # Mean length of a span in words (geometric distribution, as in SpanBERT)
+    def __post_init__(self):
+        check_text('mask', self.mask)
+        self.p = check_number('p', self.p, low=0, high=1)
+        self.length = check_number('length', self.length, low=1)
+
     def __call__(self,
         x, # A text, or a list of tokens
         rng # A NumPy `Generator`
     ):
         parts, rest = _split_words(x)
-        n = len(parts)
-        hidden = set()
-        n_hidden = min(int(self.p*n+rng.random()), n-1)
-        while len(hidden) < n_hidden:
-            start = rng.integers(n)
-            stop = min(start+rng.geometric(1/self.length), n, start+n_hidden-len(hidden))
-            hidden |= set(range(start, stop))
+        hidden = self._hidden(len(parts), rng)
         masked = [(before, self.mask if i in hidden else word) for i, (before, word) in enumerate(parts)]
         return _join_words(masked, rest, x)
+
+    def _hidden(self, n, rng):
+        "Return the positions of the masked words among `n`; each span begins at a word that is not masked yet"
+        n_hidden = min(int(self.p*n+rng.random()), n-1)
+        hidden = set()
+        for start, length in zip(rng.permutation(n).tolist(), rng.geometric(1/self.length, n).tolist()):
+            if len(hidden) >= n_hidden:
+                break
+            if start not in hidden:
+                hidden.update(range(start, min(start+length, n, start+n_hidden-len(hidden))))
+        return hidden
 
 # %% ../../nbs/147_data.augmentation.ipynb #f6cd96f4
 def _sampled(logits, k, rng):
@@ -101,6 +123,7 @@ def _sampled(logits, k, rng):
     return tokens.gather(1, chosen)[:, 0]
 
 # %% ../../nbs/147_data.augmentation.ipynb #7ff38be4
+@checked
 @dataclass
 class ReplaceWords:
     "Replace some words with predictions of a masked language model"
@@ -112,6 +135,13 @@ class ReplaceWords:
     bs:int=32 # Batch size
     max_length:int=128 # Maximum number of tokens; variants of longer texts are truncated
     made:dict=field(default_factory=dict, repr=False) # Variants that were already made, by text
+    def __post_init__(self):
+        self.p = check_number('p', self.p, low=0, high=1)
+        check_type('made', self.made, dict)
+        check_type('model', self.model, torch.nn.Module)
+        for name in ('top_k', 'variants', 'bs', 'max_length'):
+            setattr(self, name, check_whole(name, getattr(self, name)))
+
     def __call__(self,
         x, # A text
         rng # A NumPy `Generator`
@@ -135,8 +165,8 @@ class ReplaceWords:
 
     def _replaced(self, texts, rng):
         "Return token ids of texts, with some tokens replaced"
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True,
-                                 return_special_tokens_mask=True, return_tensors='pt')
+        encoded = encode(self.tokenizer, texts, truncation=True, max_length=self.max_length, padding=True,
+                         return_special_tokens_mask=True, return_tensors='pt')
         special = encoded.pop('special_tokens_mask').bool()
         hidden = torch.as_tensor(rng.random(special.shape) < self.p) & ~special
         ids = encoded['input_ids'].clone()
@@ -156,16 +186,17 @@ class RandTransform(DisplayedTransform):
 # %% ../../nbs/147_data.augmentation.ipynb #db36cca8
 class AugmentText(RandTransform):
     "Change some of the training texts, each with one of several augmentations"
+    @checked
     def __init__(self,
         how:list, # Callables `(text, rng)` such as `DropWords()`
         share:float=.5, # Probability of changing a text each time it is used
         seed:int|None=None, # Random seed; `None`: NumPy's global generator
         pairs:bool=True # Whether a list is a pair of texts; otherwise it is a list of tokens
     ):
-        self.how = list(how)
-        self.share = share
-        self.pairs = pairs
-        self.seed = seed
+        self.how = check_each('how', how, check_callable)
+        self.share = check_number('share', share, low=0, high=1)
+        self.pairs = check_flag('pairs', pairs)
+        self.seed = check_whole('seed', seed, 0, or_none=True)
         self.rng = None if seed is None else np.random.default_rng(seed)
         super().__init__()
     def start_epoch(self,
@@ -200,6 +231,7 @@ def _train_texts(dls):
     return list(dict.fromkeys(text for of_item in texts for text in of_item))
 
 # %% ../../nbs/147_data.augmentation.ipynb #e2a27ac7
+@checked
 def augment_texts(
     dls:DataLoaders, # DataLoaders of texts for a Hugging Face model or an AWD_LSTM
     *how, # `DropWords()`, `SwapWords()`, `MaskSpans()`, `ReplaceWords(…)` or functions `(text, rng)`; none: off
@@ -207,6 +239,9 @@ def augment_texts(
     seed:int|None=None # Random seed; `None`: NumPy's global generator
 ) -> DataLoaders: # The same DataLoaders
     "Change training texts at random each time they are used, but not texts for validation and prediction"
+    check_each('how', how, check_callable)
+    check_number('share', share, low=0, high=1)
+    check_whole('seed', seed, 0, or_none=True)
     tfms = [tfm for tfm in dls.train_ds.tls[0].tfms.fs if not isinstance(tfm, AugmentText)]
     at = _tokenizing_step(dls, tfms)
     reads_texts = isinstance(tfms[at], HFTokenize)

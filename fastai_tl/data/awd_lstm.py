@@ -18,6 +18,7 @@ from fastai.text.core import Tokenizer
 from fastai.text.data import LMDataLoader, LMTensorText, Numericalize, Pad_Chunk, SortedDL, TensorText
 from fastai.text.data import make_vocab, reverse_text
 from fastai.torch_core import default_device
+from ..arguments import check_each, check_flag, check_number, check_whole, checked
 from ..core import DataError, derive_seed
 from .chinese import ChineseTokenizer
 from .labels import label_tfms, n_values_of
@@ -28,6 +29,7 @@ from .splits import check_split
 from .tokenizers import TextTokenizer, TokenizedTexts, WordLevelTokenizer, tokenizer_settings
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #f8ab6faa
+@checked
 def texts_vocab(
     texts:TokenizedTexts, # Tokenized texts
     min_freq:int=3, # Minimum frequency of a token; rarer tokens become unknown
@@ -35,16 +37,21 @@ def texts_vocab(
     idxs=None # Indexes of the texts to count; `None`: all
 ) -> list: # The token of each id, special tokens first
     "Make a vocabulary from tokenized texts"
+    check_whole('min_freq', min_freq, 0)
+    check_whole('max_vocab', max_vocab)
     return make_vocab(texts.counter(idxs), min_freq=min_freq, max_vocab=max_vocab)
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #64924e9a
+@checked
 def split_stream(
     lens, # Number of tokens of each text
     valid_pct:float=.1, # Validation fraction
     seed:int=42 # Seed for the random split
 ) -> tuple: # Lists of `(text, first token, end)` for training and for validation
     "Hold out whole texts for validation, or the end of each text if there are fewer than ten"
+    lens = check_each('lens', lens, check_whole, 0)
     n = len(lens)
+    valid_pct = check_number('valid_pct', valid_pct, low=0, below=1)
     rng = np.random.default_rng(derive_seed(seed, 'valid'))
     whole = [(i, 0, int(length)) for i, length in enumerate(lens)]
     if n < 10:
@@ -62,7 +69,7 @@ def _fitting_bs(bs, n_tokens, what):
 # %% ../../nbs/127_data.awd_lstm.ipynb #ca7f9666
 def text_tfms(reader, vocab, backwards=False):
     "Return the transforms of a text: tokenize, numericalize, and reverse for a backwards model"
-    return [reader, Numericalize(list(vocab)), *([reverse_text] if backwards else [])]
+    return [reader, Numericalize(list(vocab)), *([reverse_text] if check_flag('backwards', backwards) else [])]
 
 def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
     "Return the spec of texts that are tokenized by fastai"
@@ -74,6 +81,7 @@ def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
                     truncation=False, seq_len=seq_len, backwards=backwards, columns=columns)
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #d093736f
+@checked
 def language_model_dls(
     texts:TokenizedTexts, # Tokenized texts
     vocab:list, # The token of each id
@@ -87,6 +95,8 @@ def language_model_dls(
     path='.' # Stored as `dls.path`, where a Learner saves its files
 ) -> SpecDataLoaders:
     "Make DataLoaders for a language model"
+    check_whole('bs', bs)
+    check_whole('seq_len', seq_len)
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][start:end] for part in parts for i, start, end in part]
     reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
@@ -107,18 +117,26 @@ class ReadingOptions:
     "Further options of the DataLoaders for a classifier"
     backwards:bool=False # Reverse the texts, for a backwards model
     path:str|Path='.' # Stored as `dls.path`, where a Learner saves its files
-    classes:list|None=None # All classes in the order of the outputs; `None`: those of the training texts, sorted
+    classes:list|dict|None=None # All classes in the order of the outputs; `None`: those of the training texts, sorted
+
+class RowsDL(SortedDL):
+    "A `SortedDL` that knows the order of its rows, so that an error can name the rows of a batch"
+    def get_idxs(self):
+        return list(super().get_idxs())
 
 def _sorted_loaders(dsets, lens, bs, seq_len):
-    "Return one `SortedDL` for training and one for validation"
+    "Return one `RowsDL` for training and one for validation"
+    check_whole('bs', bs)
+    check_whole('seq_len', seq_len)
     n = len(dsets.train)
     bs = min(bs, n) if n else bs
     options = dict(before_batch=Pad_Chunk(seq_len=seq_len), num_workers=0)
-    train = SortedDL(dsets.train, res=lens[0], bs=bs, shuffle=True, drop_last=n%bs == 1 and n > 1, **options)
-    return train, SortedDL(dsets.valid, res=lens[1], bs=bs*2, **options)
+    train = RowsDL(dsets.train, res=lens[0], bs=bs, shuffle=True, drop_last=n%bs == 1 and n > 1, **options)
+    return train, RowsDL(dsets.valid, res=lens[1], bs=bs*2, **options)
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #694afda4
 @delegates(ReadingOptions)
+@checked
 def classifier_dls(
     texts:TokenizedTexts, # Tokenized texts
     labels:list, # One label per text, as returned by `check_labels`
@@ -142,13 +160,14 @@ def classifier_dls(
     tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)],
             [itemgetter(1), *label_tfms(task, classes, n_values)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]
-    dsets = Datasets(items, tfms, splits=splits, dl_type=SortedDL, n_inp=1)
+    dsets = Datasets(items, tfms, splits=splits, dl_type=RowsDL, n_inp=1)
     loaders = _sorted_loaders(dsets, [texts.lens[train].tolist(), texts.lens[valid].tolist()], bs, seq_len)
     dls = SpecDataLoaders(*loaders, path=options.path, device=default_device())
     spec = awd_lstm_spec(task, reader, seq_len, options.backwards, classes).replace(n_values=n_values)
     return dls.with_spec(spec, reader, reader.rules)
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #1a57e605
+@checked
 def empty_dls(
     spec:TextSpec, # The spec of the training data
     vocab:list, # The token of each id

@@ -14,17 +14,19 @@ from collections import Counter
 from functools import cache
 import numpy as np
 from fastai.text.core import BOS, TK_REP, defaults
-from ..core import DataError, VocabError, lang_code, optional, shorten, unknown_option
+from ..arguments import check_callable, check_each, check_flag, check_option, check_text, check_type, checked
+from ..arguments import check_whole
+from ..core import DataError, FastaiTLError, VocabError, describe, lang_code, optional, shorten
 from .chinese_rules import (CHINESE_RULES, VARIANTS, ToTraditional, normalize_chinese, squeeze_spaces,
                                           widen_punctuation)
 from .decoding import HAN, LETTER, TK_GLUE, TK_SPACE, is_letter, join_marked, undo_rules
-from .tables import check_is_list, list_of
-from .tokenizers import WordLevelTokenizer
+from .tables import text_list
+from .tokenizers import WordLevelTokenizer, check_rules
 from ..files import digest
 
 # %% ../../nbs/121_data.chinese.ipynb #7fa7fcf9
 _SPECIAL_TOKENS = {*defaults.text_spec_tok, TK_SPACE, TK_GLUE, 'xxfake'}
-_NUMBER = rf'[0-9]+(?:[.,:/][0-9]+)+(?!{LETTER})'
+_NUMBER = rf'[0-9]{{1,40}}(?:[.,:/][0-9]{{1,40}})+(?!{LETTER})' # bounded, so that the time is linear
 _WORD = rf"{LETTER}{{1,40}}(?:['’]{LETTER}{{1,40}}){{0,3}}"
 _characters = re.compile(rf'[\u2e80-\u9fff]|{_NUMBER}|{_WORD}|.', re.S)
 _latin_words = re.compile(f'{_NUMBER}|{_WORD}')
@@ -169,10 +171,10 @@ class ChineseTokenizer:
         cut='chars', # `chars`, `jieba`, `mapped`, or a function from runs to lists of pieces (`train_subwords`)
         bos:bool=True # Whether each text begins with `xxbos`, as with fastai's rules
     ):
-        if isinstance(cut, str) and cut not in CUTS:
-            raise unknown_option('cut', cut, CUTS)
-        self.cut = CUTS[cut]() if isinstance(cut, str) else cut
-        self.bos = bos
+        if isinstance(cut, str):
+            check_option('cut', cut, CUTS)
+        self.cut = CUTS[cut]() if isinstance(cut, str) else check_callable('cut', cut)
+        self.bos = check_flag('bos', bos)
 
     def __repr__(self): return f'ChineseTokenizer({getattr(self.cut, "name", self.cut)!r})'
 
@@ -182,10 +184,12 @@ class ChineseTokenizer:
 
     def __call__(self, items): return iter(self.tokenize(list(items)))
 
+    @checked
     def tokenize(self,
         texts:list # Normalized strings
     ) -> list: # A list of tokens for each text
         "Return the tokens of texts; the words of all texts are cut in one call"
+        texts = text_list(texts)
         begin = [BOS] if self.bos else []
         if isinstance(self.cut, _CharCutter):
             return [begin + marked_tokens(text, _characters.findall) for text in texts]
@@ -218,6 +222,7 @@ class ChineseTokenizer:
             raise DataError('Cutting must keep all runs', f'{len(cuts)} of {len(runs)}')
         return dict(zip(runs, cuts))
 
+    @checked
     def decode(self,
         tokens:list # Tokens, including special tokens
     ) -> str:
@@ -231,8 +236,15 @@ class SubwordCut:
         model # A `tokenizers.Tokenizer`, or its JSON
     ):
         from tokenizers import Tokenizer as Model
-        self.model = Model.from_str(model) if isinstance(model, str) else model
+        self.model = self._read(model) if isinstance(model, str) else check_type('model', model, Model)
         self.name = f'subwords {digest(self.model.to_str())}'
+
+    def _read(self, text):
+        from tokenizers import Tokenizer as Model
+        try:
+            return Model.from_str(text)
+        except Exception as error: # `tokenizers` has no class of its own
+            raise FastaiTLError('`model` must be the JSON of a tokenizer', describe(text)) from error
 
     def __getstate__(self): return self.model.to_str()
 
@@ -251,16 +263,20 @@ def train_subwords(
 ) -> SubwordCut: # For `ChineseTokenizer`
     "Learn Chinese subwords from texts"
     from tokenizers import Tokenizer as Model, models, trainers
-    if isinstance(texts, str):
-        raise DataError('Texts to learn from are a list', 'one string', 'Put it into a list')
-    check_is_list(texts)
+    check_whole('vocab_size', vocab_size)
+    check_whole('max_length', max_length, high=1000)
+    texts = text_list(texts)
     runs = [run for text in texts for run in _runs_of_han.findall(normalize_chinese(text, rules))]
     if not runs:
         raise DataError('Texts to learn from must have runs of Chinese characters', 'none')
     trainer = trainers.UnigramTrainer(vocab_size=vocab_size, unk_token='<unk>', special_tokens=['<unk>'],
                                       max_piece_length=max_length, show_progress=False)
     model = Model(models.Unigram())
-    model.train_from_iterator(runs, trainer)
+    try:
+        model.train_from_iterator(runs, trainer)
+    except Exception as error: # which has no class of its own
+        expected = '`vocab_size` must have room for every character of the texts'
+        raise FastaiTLError(expected, describe(vocab_size)) from error
     return SubwordCut(model)
 
 # %% ../../nbs/121_data.chinese.ipynb #42253f78
@@ -277,9 +293,10 @@ def train_chinese_tokenizer(
     "Train a character tokenizer for a model like BERT"
     from tokenizers import Tokenizer as Model, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    if isinstance(texts, str):
-        raise DataError('Texts to learn from are a list', 'one string', 'Put it into a list')
-    check_is_list(texts)
+    check_whole('vocab_size', vocab_size, len(_BERT_TOKENS))
+    check_whole('min_freq', min_freq, 0)
+    check_whole('max_length', max_length)
+    texts = text_list(texts)
     normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     cutter = pre_tokenizers.BertPreTokenizer()
     clean = (normalizer.normalize_str(normalize_chinese(text, rules)) for text in texts)
@@ -325,7 +342,7 @@ def char_shares(
 ) -> dict: # Number of texts, number of characters, and the share of each kind of character
     "Count kinds of characters in texts; with `vocab`, also the Chinese characters that are not in it"
     counts = Counter()
-    texts = list_of(texts)
+    texts = text_list(texts)
     for text in texts:
         counts.update(text)
     n_chars = sum(count for char, count in counts.items() if not char.isspace())
@@ -336,7 +353,7 @@ def char_shares(
                   private=share(lambda c: unicodedata.category(c) == 'Co', n_chars),
                   broken=share(lambda c: '\ud800' <= c <= '\udfff' or c == '�', n_chars))
     if vocab is not None:
-        known = set(''.join(token for token in vocab if not token.startswith('xx')))
+        known = set(''.join(token for token in check_each('vocab', vocab, check_text) if not token.startswith('xx')))
         shares['unknown'] = share(lambda c: bool(_han.match(c)) and c not in known, n_han)
     return shares
 
@@ -366,6 +383,7 @@ def chinese_report(
     return pd.Series({**shares, 'advice': '; '.join(advice)}, dtype=object)
 
 # %% ../../nbs/121_data.chinese.ipynb #34eec2ae
+@checked
 def language_tools(
     lang:str='en', # `en`, or `zh-tw` for Traditional Chinese
     tok=None, # Tokenizer to use instead of the default; for Chinese, it can also be a name in `CUTS`
@@ -373,10 +391,11 @@ def language_tools(
 ) -> tuple: # Tokenizer and rules
     "Return the tokenizer and the rules of a language"
     if lang_code(lang) == 'en':
-        return tok or WordLevelTokenizer(), list(defaults.text_proc_rules if rules is None else rules)
+        tok = WordLevelTokenizer() if tok is None else check_callable('tok', tok)
+        return tok, check_rules(defaults.text_proc_rules if rules is None else rules)
     if tok is None or isinstance(tok, str):
-        tok = ChineseTokenizer(tok or 'chars')
-    return tok, list(CHINESE_RULES if rules is None else rules)
+        tok = ChineseTokenizer('chars' if tok is None else tok)
+    return check_callable('tok', tok), check_rules(CHINESE_RULES if rules is None else rules)
 
 # %% ../../nbs/121_data.chinese.ipynb #2f9f75ce
 def tools_from_settings(

@@ -11,8 +11,9 @@ __all__ = ['VARIANTS', 'CHINESE_RULES', 'strip_invisible', 'narrow_letters', 'un
 # %% ../../nbs/120_data.chinese_rules.ipynb #fbf36bd4
 import re, unicodedata
 from functools import reduce
+from ..arguments import check_callable, check_each, check_text
 from ..core import optional
-from .decoding import HAN
+from .decoding import HAN, normalize_unicode
 from ..resources import read_json
 
 # %% ../../nbs/120_data.chinese_rules.ipynb #ae9056de
@@ -39,6 +40,7 @@ def strip_invisible(
     text:str # Any string
 ) -> str:
     "Remove control, zero-width and direction characters; replace lone surrogates with `�`"
+    check_text('text', text)
     text = _invisible.sub('', text)
     if '\u200d' in text:
         text = _stray_joiner.sub('', text)
@@ -61,9 +63,10 @@ def narrow_letters(
     text:str # Any string
 ) -> str:
     "Make letters and digits half-width and kana full-width, and combine accents with their letters"
+    check_text('text', text)
     text = _may_be_wide.sub(lambda m: _narrow.get(m[0], m[0]), text)
     needs_nfc = not text.isascii() and _may_be_composed.search(text)
-    return unicodedata.normalize('NFC', text) if needs_nfc else text
+    return normalize_unicode('NFC', text) if needs_nfc else text
 
 # %% ../../nbs/120_data.chinese_rules.ipynb #15e5b708
 VARIANTS = dict(_tables['variants'])
@@ -76,6 +79,7 @@ def unify_variants(
     text:str # Any string
 ) -> str:
     "Replace each variant of a character with the form that is used in Taiwan, see `VARIANTS`"
+    check_text('text', text)
     text = _variant.sub(lambda m: VARIANTS[m[0]], text)
     return _variant_of_plane_2.sub(lambda m: VARIANTS.get(m[0], m[0]), text)
 
@@ -84,6 +88,7 @@ def squeeze_spaces(
     text:str # Any string
 ) -> str:
     "Replace each run of white space, including line breaks, with one space, and strip both ends"
+    check_text('text', text)
     return ' '.join(text.split())
 
 # %% ../../nbs/120_data.chinese_rules.ipynb #ced5ab08
@@ -94,20 +99,19 @@ def normalize_chinese(
     rules=None # Functions from string to string, applied in order; `None`: `CHINESE_RULES`
 ) -> str: # The normalized text, which is tokenized and which decoding returns
     "Apply all rules to a text"
-    return reduce(lambda text, rule: rule(text), CHINESE_RULES if rules is None else rules, text)
+    rules = CHINESE_RULES if rules is None else check_each('rules', rules, check_callable)
+    return reduce(lambda text, rule: rule(text), rules, check_text('text', text))
 
 # %% ../../nbs/120_data.chinese_rules.ipynb #6d62dd1d
-_narrow_mark = re.compile(rf'(?<=[{HAN}，。！？：；）」])(?:[,!?:;](?![,!?:;])|\.(?![\w.]))')
+_narrow_marks = re.compile(rf'(?<=[{HAN}，。！？：；）」])(?:[,!?:;](?![,!?:;])|\.(?![\w.]))+')
 
 def widen_punctuation(
     text:str # Any string
 ) -> str:
     "Make `,` and similar marks full-width (`，`) after a Chinese character"
-    before = None
-    while text != before: # a full-width mark counts as a Chinese character for the mark after it
-        before = text
-        text = _narrow_mark.sub(lambda m: _tables['wide_marks'][m[0]], text)
-    return text
+    check_text('text', text)
+    # several marks, because a full-width mark counts as a Chinese character for the mark after it
+    return _narrow_marks.sub(lambda m: ''.join(_tables['wide_marks'][mark] for mark in m[0]), text)
 
 # %% ../../nbs/120_data.chinese_rules.ipynb #efd01b07
 class ToTraditional:
@@ -115,7 +119,7 @@ class ToTraditional:
     def __init__(self,
         config:str='s2twp' # OpenCC's configuration: `s2twp` converts words too, `s2tw` characters only
     ):
-        self.config = config
+        self.config = check_text('config', config)
         self._converter = None
 
     @property

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from numbers import Number
 import numpy as np, pandas as pd
-from ..core import DataError, did_you_mean, shorten
+from ..arguments import check_each, check_text
+from ..core import DataError, describe, did_you_mean, shorten
 
 # %% ../../nbs/102_data.class_names.ipynb #2f62a089
 def _as_number(o):
@@ -31,6 +32,12 @@ def _numbered(keys, names):
     return [name for _, name in sorted(zip(numbers, names), key=lambda pair: pair[0])]
 
 # %% ../../nbs/102_data.class_names.ipynb #ad54d44b
+def _listed(name, values):
+    "Return names as a list, or raise an error for what is no list"
+    if isinstance(values, str): # a name for each character
+        return list(values)
+    return check_each(name, values.tolist() if hasattr(values, 'tolist') else values)
+
 def class_list(
     classes # Class names in order, or a dictionary such as `id2label` or `label2id` of a transformers config
 ) -> list: # Class names, in the order of the outputs
@@ -38,7 +45,7 @@ def class_list(
     if isinstance(classes, pd.Series) and not isinstance(classes.index, pd.RangeIndex):
         classes = classes.to_dict()
     if not isinstance(classes, Mapping):
-        return list(classes)
+        return _listed('classes', classes)
     keys, values = list(classes.keys()), list(classes.values())
     names = _numbered(keys, values)
     if names is None:
@@ -54,6 +61,7 @@ def match_names(
     classes # Classes of the data
 ) -> list|None: # For each class, the position of its name; `None` unless each class has one and no name is left over
     "Find the position of each class in a list of names"
+    names, classes = _listed('names', names), _listed('classes', classes)
     for form in (str, lambda o: str(o).casefold()):
         position = {form(name): i for i, name in enumerate(names)}
         wanted = [form(c) for c in classes]
@@ -66,8 +74,8 @@ def shared_names(
     classes # Names to compare with
 ) -> list: # Members of `classes`
     "Return the classes that are also in `names`; case is ignored"
-    known = {str(name).casefold() for name in names}
-    return [c for c in classes if str(c).casefold() in known]
+    known = {str(name).casefold() for name in _listed('names', names)}
+    return [c for c in _listed('classes', classes) if str(c).casefold() in known]
 
 # %% ../../nbs/102_data.class_names.ipynb #1c7160cd
 def _named_values(values):
@@ -76,14 +84,14 @@ def _named_values(values):
         return list(values.keys()), list(values.values())
     if isinstance(values, pd.Series):
         return list(values.index), values.tolist()
-    return None, values.tolist() if hasattr(values, 'tolist') else list(values)
+    return None, _listed('values', values)
 
 def _numbers(values, what):
     "Return numbers as an array, or raise an error for another shape, a text or a missing number"
     try:
         numbers = np.asarray(values, dtype=float)
-    except (TypeError, ValueError):
-        raise DataError(f'{what} must be numbers', shorten(values)) from None
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f'{what} must be numbers', shorten(map(describe, values))) from None
     if numbers.ndim != 1 or np.isnan(numbers).any():
         got = f'shape {numbers.shape}' if numbers.ndim != 1 else 'a missing number'
         raise DataError(f'{what} must be one for each class', got)
@@ -112,7 +120,7 @@ def class_values(
     what:str='Values' # What error messages call the values
 ) -> np.ndarray: # One number for each class, in the order of the classes
     "Match numbers to classes: by name if they have names, else by position"
-    classes = list(classes)
+    classes, what = _listed('classes', classes), check_text('what', what)
     if isinstance(values, (bool, np.bool_)):
         raise DataError(f'{what} must be numbers', str(values))
     if isinstance(values, Number) or getattr(values, 'ndim', None) == 0:

@@ -16,7 +16,8 @@ import pandas as pd
 from fastcore.all import delegates
 from fastai.data.core import Datasets
 from fastai.torch_core import default_device
-from ..core import DataError, FastaiTLError, shorten
+from ..arguments import check_flag, check_whole, checked
+from ..core import DataError, FastaiTLError, check_arguments, shorten
 from .hf_datasets import dataset_table, two_splits
 from .hf_tokenizer import HFTokenize, PadTokens, TensorTokens, TokensDL, hf_tokenize
 from .indicators import as_rows, is_several, label_column, plain_names
@@ -34,6 +35,7 @@ from .windows import HFTokenizeWindows, LongText, hf_tokenize_windows
 class HFTableDataLoaders(SpecDataLoaders):
     "Base class that adds `from_csv` to DataLoaders with a `from_df`"
     @classmethod
+    @checked
     def from_csv(cls,
         path:str|Path, # A `.csv`, `.tsv`, `.parquet` or `.jsonl` file
         tokenizer, # A name, a folder, or a transformers tokenizer
@@ -49,6 +51,8 @@ class LabelledText(UserList): # a tuple would be transformed member by member, a
 
 def loaders_of(cls, dsets, side, bs, val_bs=None, path='.', weights=None):
     "Return `cls` DataLoaders that pad tokens on `side`"
+    check_whole('bs', bs)
+    check_whole('val_bs', val_bs, or_none=True)
     n = len(dsets.train)
     bs = min(bs, n) if n else bs
     options = dict(before_batch=[PadTokens(side)], num_workers=0)
@@ -75,17 +79,19 @@ def draw_weights(labels, task):
 class SamplingOptions:
     "Further options of DataLoaders for classification"
     weighted:bool=False # Sample training texts so that all classes are drawn equally often
-    vocab:list|None=None # All classes in the order of the model's outputs; `None`: those of the training texts, sorted
+    vocab:list|dict|None=None # All classes in the order of the outputs; `None`: those of the training texts, sorted
     path:str|Path='.' # Stored as `dls.path`, where a Learner saves its files
 
 def _pop_options(kwargs):
-    "Take the sampling options out of keyword arguments"
+    "Take the sampling options out of keyword arguments; raise an error for a name that no function knows"
+    check_arguments(HFTextDataLoaders.from_df, kwargs)
     names = [f.name for f in fields(SamplingOptions)]
     return SamplingOptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
 
 # %% ../../nbs/130_data.classification.ipynb #70dbf28d
 @delegates(SamplingOptions, keep=True)
 @delegates(hf_tokenize, keep=True)
+@checked
 def hf_classifier_dls(
     texts:list, # Texts, or pairs of texts (lists of two strings)
     labels:list, # One label per text, as returned by `check_labels`
@@ -99,6 +105,8 @@ def hf_classifier_dls(
 ): # `HFTextDataLoaders`
     "Make DataLoaders for classification or regression from checked texts and labels"
     options = _pop_options(kwargs)
+    check_whole('bs', bs)
+    check_whole('val_bs', val_bs, or_none=True)
     tok = hf_tokenize(tokenizer, **kwargs)
     lang = kwargs.get('lang', 'en')
     return _dls_of_texts(texts, labels, task, (train, valid), tok, lang, options, bs=bs, val_bs=val_bs)
@@ -111,7 +119,8 @@ def _dls_of_texts(texts, labels, task, splits, tok, lang, options, bs=32, val_bs
     n_values = n_values_of(labels, task)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
     tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(task, classes, n_values)]]
-    weights = draw_weights([labels[i] for i in train], task) if options.weighted else None
+    is_weighted = check_flag('weighted', options.weighted)
+    weights = draw_weights([labels[i] for i in train], task) if is_weighted else None
     side = tok.tokenizer.padding_side
     dls = tokens_dls(HFTextDataLoaders, items, len(train), tfms, side, bs, val_bs, options.path, weights)
     spec = TextSpec(task, classes=classes, lang=lang, rules=rule_names(tok.rules),
@@ -287,6 +296,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
         return cls.from_df(df, tokenizer, label_col=label_col, valid_col='split_', **kwargs)
 
     @classmethod
+    @checked
     def from_spec(cls,
         spec:TextSpec, # The spec of the training data
         tokenizer, # A name, a folder, or a transformers tokenizer
@@ -294,10 +304,8 @@ class HFTextDataLoaders(HFTableDataLoaders):
     ): # `HFTextDataLoaders`
         "Make empty DataLoaders, for a model that predicts new texts"
         options = dict(truncation=spec.truncation, verbose=False, rules=text_rules(spec.rules))
-        if spec.windows is None:
-            tok = HFTokenize(tokenizer, spec.max_length, **options)
-        else:
-            tok = HFTokenizeWindows(tokenizer, spec.windows, spec.max_length, **options)
+        windows = () if spec.windows is None else (spec.windows,)
+        tok = (HFTokenizeWindows if windows else HFTokenize)(tokenizer, *windows, spec.max_length, **options)
         tfms = [[itemgetter(0), tok], [itemgetter(1), *label_tfms(spec.task, spec.classes, spec.n_values)]]
         types = [[LabelledText, list if spec.pairs else str, TensorTokens], [LabelledText]]
         dls = loaders_of(cls, empty_datasets(tfms, types), tok.tokenizer.padding_side, bs)

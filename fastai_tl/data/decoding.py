@@ -8,8 +8,10 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.decoding.html.md"""
 __all__ = ['TK_SPACE', 'TK_GLUE', 'GLUE', 'WIDE', 'HAN', 'LETTER', 'undo_rules', 'join_words']
 
 # %% ../../nbs/103_data.decoding.ipynb #61d188eb
-import re
+import re, unicodedata
+from functools import cache
 from fastai.text.core import BOS, EOS, FLD, PAD, TK_MAJ, TK_REP, TK_UP, TK_WREP
+from ..arguments import check_each, check_text
 
 # %% ../../nbs/103_data.decoding.ipynb #ab745dfe
 TK_SPACE = 'xxsp' # a space where the rule of `join_marked` has none
@@ -23,6 +25,7 @@ def undo_rules(
     space:str='▁' # Character that means a space inside a token; empty if there is none
 ) -> list: # `(word, indexes of its tokens)` pairs; the word is empty if its tokens have no text
     "Turn fastai's special tokens and the tokens that follow them into words"
+    tokens, space = check_each('tokens', tokens, check_text), check_text('space', space)
     words = []
     indexes = [] # indexes of the tokens of the current word
     rule = count = None
@@ -31,7 +34,7 @@ def undo_rules(
         if token in (TK_MAJ, TK_UP, TK_REP, TK_WREP):
             rule, count = token, None
         elif rule in (TK_REP, TK_WREP) and count is None and token.isdecimal():
-            count = min(int(token), 1000) # a model can generate any number
+            count = min(int(token[-1000:]), 1000) # a model can generate any number
         else:
             word = _TEXT_OF_MARK.get(token, token.replace(space, ' ') if space else token)
             words.append((_apply_rule(rule, count, word), indexes))
@@ -39,6 +42,7 @@ def undo_rules(
             rule = count = None
     return [*words, ('', indexes)] if indexes else words
 
+# %% ../../nbs/103_data.decoding.ipynb #c72fcf60
 def _apply_rule(rule, count, word):
     if rule == TK_MAJ:
         return word[:1].upper() + word[1:]
@@ -67,7 +71,7 @@ def join_words(
     text = ''
     joins_next = True # no space before the next word
     in_quotes = False
-    for word in words:
+    for word in check_each('words', words, check_text):
         if not word:
             continue
         if word == GLUE:
@@ -110,3 +114,28 @@ def join_marked(
             parts.append(' '+word if needs_space else word)
             glued = False
     return ''.join(parts)
+
+# %% ../../nbs/103_data.decoding.ipynb #33b59947
+_MAX_MARKS = 30
+
+@cache
+def _long_marks():
+    "Return an expression for runs of more than 30 combining marks"
+    marks = [c for c in map(chr, range(0x300, 0x1f000)) if unicodedata.combining(c)]
+    return re.compile(f'[{"".join(marks)}]{{{_MAX_MARKS+1},}}')
+
+def normalize_unicode(
+    form:str, # `NFC`, `NFKC`, `NFD` or `NFKD`
+    text:str # Any string
+) -> str:
+    "Normalize a text; the time does not grow with the square of its length"
+    if text.isascii() or len(text) <= _MAX_MARKS:
+        return unicodedata.normalize(form, text)
+    parts, end = [], 0
+    for run in _long_marks().finditer(text):
+        first = run.start() + _MAX_MARKS
+        parts.append(unicodedata.normalize(form, text[end:first]))
+        parts += [unicodedata.normalize(form, text[i:min(i+_MAX_MARKS, run.end())])
+                  for i in range(first, run.end(), _MAX_MARKS)]
+        end = run.end()
+    return ''.join([*parts, unicodedata.normalize(form, text[end:])])

@@ -58,7 +58,7 @@ def _html_row(cells, tag):
     return '<tr>' + ''.join(f'<{tag} style="text-align:left">{cell}</{tag}>' for cell in cells) + '</tr>'
 
 def _plain_row(cells):
-    return ' | '.join(html.unescape(re.sub('<[^>]*>', ' ', cell)) for cell in cells)
+    return ' | '.join(html.unescape(re.sub('<[^<>]*>', ' ', cell)) for cell in cells)
 
 def show_html(rows, heads=None):
     "Display rows of HTML cells as a table; without IPython, print them as text"

@@ -8,9 +8,11 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.hf_datasets.html.md"""
 __all__ = ['dataset_table', 'two_splits']
 
 # %% ../../nbs/107_data.hf_datasets.ipynb #3f782d76
+from collections.abc import Mapping
 import pandas as pd
+from ..arguments import check_text, checked
 from ..core import DataError, did_you_mean, shorten
-from .tables import is_missing
+from .tables import is_missing, list_of
 
 # %% ../../nbs/107_data.hf_datasets.ipynb #e318aeb7
 def _inner(feature):
@@ -36,11 +38,15 @@ def _named(value, names):
     return None if is_missing(value) or value < 0 else names[int(value)]
 
 # %% ../../nbs/107_data.hf_datasets.ipynb #6f34f319
+@checked
 def dataset_table(
     dataset, # A Hugging Face `Dataset`
     numbers:list|tuple=() # Columns whose class numbers are kept if they have two classes, as indicators
 ) -> pd.DataFrame: # Class names instead of class numbers; `None` for a number below 0, which means no label
     "Read a Hugging Face dataset as a table"
+    if not hasattr(dataset, 'to_pandas') or not hasattr(dataset, 'features'):
+        raise DataError('A Hugging Face `Dataset` is needed', f'a {type(dataset).__name__}')
+    numbers = list_of(numbers, 'column name')
     df = dataset.to_pandas()
     for name, feature in (dataset.features or {}).items():
         names = class_names_of(feature)
@@ -50,13 +56,17 @@ def dataset_table(
     return df
 
 # %% ../../nbs/107_data.hf_datasets.ipynb #7ce50039
+@checked
 def two_splits(
     dataset, # A Hugging Face `DatasetDict`
     valid:str|None=None, # Name of the validation split; `None`: the first of `validation`, `valid`, `dev` and `test`
     numbers:list|tuple=() # Columns whose class numbers are kept, as in `dataset_table`
 ) -> pd.DataFrame: # The rows of both splits, with column `split_`
     "Join the training and validation splits of a `DatasetDict` into one table"
-    valid = valid or next((name for name in ('validation', 'valid', 'dev', 'test') if name in dataset), None)
+    if not isinstance(dataset, Mapping):
+        raise DataError('A Hugging Face `DatasetDict` is needed', f'a {type(dataset).__name__}')
+    names = ('validation', 'valid', 'dev', 'test')
+    valid = check_text('valid', valid, or_none=True) or next((name for name in names if name in dataset), None)
     if valid not in dataset or 'train' not in dataset:
         todo = 'Name the split with `valid`' if valid is None else did_you_mean(valid, dataset)
         raise DataError("The dataset must have the splits 'train' and one to validate", shorten(dataset), todo)

@@ -6,10 +6,10 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.hf_tokenizer.html.md"""
 
 # %% auto #0
 __all__ = ['TensorTokens', 'TensorTargets', 'load_tokenizer', 'model_max_length', 'train_tokenizer', 'HFTokenize', 'PadTokens',
-           'n_tokens', 'TokensDL', 'packs', 'HFTextBlock']
+           'n_tokens', 'TokensDL', 'HFTextBlock']
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #29fd9a06
-from contextlib import contextmanager
+from collections.abc import Sized
 from pathlib import Path
 import numpy as np, torch
 from fastcore.all import L
@@ -21,11 +21,18 @@ from fastai.interpret import plot_top_losses
 from fastai.text.core import TitledStr
 from fastai.text.data import SortedDL, TensorText
 from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory
-from ..core import DataError, FastaiTLError, RunError, unknown_option
+from fastai_tl.arguments import (
+    check_array, check_callable, check_each, check_flag, check_number, check_option, check_type, check_whole,
+    checked
+)
+from ..locks import exclusive
+from ..core import DataError, FastaiTLError, describe
 from .display import show_rows
 from .loaders import language_rules
-from .tables import check_is_list
-from .tokenizers import apply_rules
+from .tables import check_is_list, list_of
+from .tokenizer_calls import checked_items, hub_error, n_truncated
+from .tokenizer_calls import rust_errors, text_key, truncation_message
+from .tokenizers import apply_rules, check_rules
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #de71e77b
 class TensorTokens(TensorText):
@@ -56,20 +63,9 @@ class TensorTokens(TensorText):
         "Attention mask: 1 for a token, 0 for padding"
         return (self.ids >= 0).long()
 
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #02f33d11
 class TensorTargets(TensorBase):
     "One target per token of a text, shape (tokens,), or a batch, (texts, tokens); -100 for no target and for padding"
-
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #0c62b125
-def hub_error(what, name, error):
-    "Return the error for a name or folder that transformers cannot load"
-    reason = str(error)
-    offline = 'offline' in reason.lower() or 'connect' in reason.lower()
-    todo = 'Check the spelling on https://huggingface.co/models, or pass the path of a folder that contains it'
-    if offline:
-        todo = ('There is no network, or HF_HUB_OFFLINE is set: load it once with a network, '
-                'or pass the path of a folder that contains it')
-    return FastaiTLError(f'{what} must be a name on the Hugging Face hub or a local folder',
-                         f'{str(name)!r}, which cannot be loaded ({reason.splitlines()[0][:200]})', todo)
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #36e48b9e
 def load_tokenizer(
@@ -94,7 +90,8 @@ def model_max_length(
     default:int=512 # Result if the tokenizer has no maximum
 ) -> int: # Number of tokens
     "Return the tokenizer's maximum number of tokens, or `default` if it has none"
-    return tokenizer.model_max_length if tokenizer.model_max_length < 1e6 else default
+    own = load_tokenizer(tokenizer).model_max_length
+    return own if own < 1e6 else check_whole('default', default)
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #f023b203
 _encoder_names = dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')
@@ -115,6 +112,7 @@ def _post_processor(kind, special):
     return TemplateProcessing(single=single, pair=pair, special_tokens=ids)
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #c2b1ee7c
+@checked
 def train_tokenizer(
     texts, # Strings to train on
     vocab_size:int=8000, # Maximum size of the vocabulary, including the 256 bytes and the special tokens
@@ -126,8 +124,9 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     check_is_list(texts)
-    if kind not in SPECIAL_TOKENS:
-        raise unknown_option('kind', kind, SPECIAL_TOKENS)
+    check_option('kind', kind, SPECIAL_TOKENS)
+    check_whole('vocab_size', vocab_size)
+    check_whole('max_length', max_length)
     special = list(dict.fromkeys(SPECIAL_TOKENS[kind].values()))
     bpe = Tokenizer(models.BPE())
     if lowercase:
@@ -143,34 +142,27 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=max_length, model_input_names=inputs,
                                    **SPECIAL_TOKENS[kind])
 
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #501746dc
-def text_key(text):
-    "Return a text, or a pair of texts, as a dictionary key"
-    return text if isinstance(text, str) else tuple(text)
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #e4c0de02
+def encode(
+    tokenizer, # Transformers tokenizer
+    *texts, # What the tokenizer takes by position
+    **kwargs # What it takes by name
+): # Its output
+    "Call a tokenizer; other threads that use it wait"
+    with exclusive(tokenizer):
+        return tokenizer(*texts, **kwargs)
 
-def n_truncated(tokenizer, encoded, columns, max_length):
-    "Count the texts that were truncated; `columns` is one list of texts, or two for pairs"
-    if encoded.encodings is not None:
-        return sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    # a slow tokenizer, written in Python, does not report which texts it truncated
-    return sum(len(ids) > max_length for ids in tokenizer(*columns, verbose=False)['input_ids'])
-
-def truncation_message(n_cut, n, max_length):
-    "Say what share of `n` texts was truncated; below half a percent, say the number of texts"
-    share = f'{n_cut/n:.0%} of' if n_cut/n >= .005 else f'{n_cut:,} of {n:,}'
-    return f'{share} texts were cut at {max_length} tokens'
-
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #37564e4b
-@contextmanager
-def rust_errors():
-    "Turn an error of `tokenizers`, a bare `Exception` or a panic that is not even one, into a `RunError`"
-    try:
-        yield
-    except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != 'PanicException':
-            raise
-        raise RunError('The tokenizer must be able to read each text', f'an error for one of them: {error!s:.200}',
-                       'Leave out unusually long words, or use another tokenizer') from error
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #87a9c8de
+def _checked_length(tokenizer, truncation, max_length):
+    "Return the maximum number of tokens of a text, which must have room for one token besides the special tokens"
+    if max_length is None:
+        return model_max_length(tokenizer)
+    count = getattr(tokenizer, 'num_special_tokens_to_add', None)
+    n_special = count() if count and truncation else 0
+    if check_whole('max_length', max_length) <= n_special:
+        raise FastaiTLError(f'`max_length` must leave room for a token of the text and {n_special} special tokens',
+                            str(max_length))
+    return int(max_length)
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #4a85b851
 class HFTokenize(DisplayedTransform):
@@ -183,10 +175,10 @@ class HFTokenize(DisplayedTransform):
         rules=() # Functions from string to string, applied to each text before it is tokenized
     ):
         self.tokenizer = load_tokenizer(tokenizer)
-        self.max_length = max_length or model_max_length(self.tokenizer)
-        self.truncation = truncation
+        self.truncation = check_flag('truncation', truncation)
+        self.max_length = _checked_length(self.tokenizer, self.truncation, max_length)
         self.verbose = verbose
-        self.rules = list(rules)
+        self.rules = check_rules(rules)
         self.has_types = 'token_type_ids' in self.tokenizer.model_input_names
         self.forget()
         super().__init__()
@@ -205,7 +197,6 @@ class HFTokenize(DisplayedTransform):
         self.n_cut = 0
 
     def __getstate__(self):
-        # the texts are not saved with an exported Learner
         return {k: v for k, v in self.__dict__.items() if k not in ('_index', '_data', '_ends', '_unseen')}
 
     def __setstate__(self, state):
@@ -219,11 +210,12 @@ class HFTokenize(DisplayedTransform):
     ) -> tuple: # One array (fields, tokens) per text, and the number of truncated texts
         "Tokenize texts without storing them"
         # one list of texts, or two for pairs: the first texts and the second texts
+        texts = checked_items(texts)
         columns = [texts] if isinstance(texts[0], str) else zip(*texts)
         columns = [list(apply_rules(self.rules, column)) for column in columns]
         max_length = self.max_length if self.truncation else None
         with rust_errors():
-            encoded = self.tokenizer(*columns, truncation=self.truncation, max_length=max_length, verbose=False)
+            encoded = encode(self.tokenizer, *columns, truncation=self.truncation, max_length=max_length, verbose=False)
         fields = ['input_ids', 'token_type_ids'] if self.has_types else ['input_ids']
         arrays = [np.asarray(rows, dtype=np.int32) for rows in zip(*[encoded[field] for field in fields])]
         n_cut = n_truncated(self.tokenizer, encoded, columns, max_length) if self.truncation else 0
@@ -233,7 +225,11 @@ class HFTokenize(DisplayedTransform):
         texts # Texts, or pairs of texts
     ):
         "Tokenize the texts that are not stored yet, in batches, and store their ids"
-        new = [key for key in dict.fromkeys(map(text_key, texts)) if key not in self._index]
+        with exclusive(self):
+            return self._remember(texts)
+
+    def _remember(self, texts):
+        new = [key for key in dict.fromkeys(map(text_key, list_of(texts))) if key not in self._index]
         data = [self._data]
         lens = []
         for start in range(0, len(new), 1000):
@@ -241,9 +237,9 @@ class HFTokenize(DisplayedTransform):
             data += arrays
             lens += [array.shape[1] for array in arrays]
             self.n_cut += n_cut
-        self._index.update({key: i for i, key in enumerate(new, len(self._index))})
         self._data = np.concatenate(data, axis=1)
         self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(lens, dtype=np.int64)])
+        self._index.update({key: i for i, key in enumerate(new, len(self._index))}) # last, for readers in other threads
         return self
 
     def tokens(self,
@@ -255,20 +251,22 @@ class HFTokenize(DisplayedTransform):
             i = self._index[key]
             start, end = self._ends[i:i+2]
             return TensorTokens(torch.from_numpy(self._data[:, start:end].astype(np.int64)))
-        if key not in self._unseen:
+        found = self._unseen.get(key)
+        if found is None:
             if len(self._unseen) >= 10_000: # limits the memory; a text is stored because it is needed more than once
                 self._unseen.clear()
-            self._unseen[key] = TensorTokens(torch.from_numpy(self.tokenize([key])[0][0].astype(np.int64)))
-        if not self._unseen[key].shape[1]:
+            found = TensorTokens(torch.from_numpy(self.tokenize([key])[0][0].astype(np.int64)))
+            self._unseen[key] = found
+        if not found.shape[1]:
             raise DataError('A text must have at least one token', f'none in {text!r}', 'Leave out empty texts')
-        return self._unseen[key]
+        return found
 
     def setup(self, items=None, train_setup=False):
         "Tokenize all texts of a dataset, validation included, and print how many were truncated"
         if items is None:
             return
         n_before, n_cut_before = len(self._index), self.n_cut
-        self.remember(items[i] for i in range(len(items)))
+        self.remember([items[i] for i in range(len(items))])
         n_cut = self.n_cut - n_cut_before
         if n_cut and self.verbose:
             print(truncation_message(n_cut, len(self._index)-n_before, self.max_length))
@@ -320,9 +318,7 @@ class PadTokens(Transform):
     def __init__(self,
         side:str='right' # Where the padding goes: `right` or `left`
     ):
-        if side not in ('right', 'left'):
-            raise FastaiTLError("`side` must be 'right' or 'left'", repr(side))
-        self.side = side
+        self.side = check_option('side', side, ('right', 'left'))
         super().__init__()
     def _padded(self, column):
         if not isinstance(column[0], (TensorTokens, TensorTargets)):
@@ -335,6 +331,14 @@ class PadTokens(Transform):
         return x[:, x.ids >= 0]
     def decodes(self, x:TensorTargets):
         return x
+
+# %% ../../nbs/124_data.hf_tokenizer.ipynb #3a04db67
+def _shares(weights, n):
+    "Return weights as probabilities, or raise an error"
+    weights = check_array('weights', weights, 1, low=0)
+    if len(weights) != n or not weights.sum() > 0:
+        raise DataError(f'`weights` must have a number for each of the {n} samples, not all 0', describe(weights))
+    return weights/weights.sum()
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #82a47f55
 def n_tokens(
@@ -355,10 +359,14 @@ class TokensDL(SortedDL):
         weights=None, # Relative sampling frequency of each sample in training
         **kwargs # Passed to `TfmdDL`: `bs`, `shuffle`, …
     ):
+        check_type('dataset', dataset, Sized, 'a dataset with a length')
+        check_callable('sort_func', sort_func, or_none=True)
         if res is None:
             measure = sort_func or n_tokens
             res = [measure(dataset[i]) for i in range(len(dataset))]
-        self.weights = None if weights is None else np.asarray(weights, dtype=float)/np.sum(weights)
+        elif len(res := check_each('res', res, check_number)) != len(dataset):
+            raise DataError('`res` must have a number for each sample', f'{len(res)} for {len(dataset)}')
+        self.weights = None if weights is None else _shares(weights, len(dataset))
         super().__init__(dataset, sort_func=sort_func, res=res, **kwargs)
     def get_idxs(self):
         return list(super().get_idxs()) # not an iterator, so that a metric can find the rows of its batch
@@ -371,20 +379,6 @@ class TokensDL(SortedDL):
         batches = [order[i:i+self.bs] for i in range(0, len(order), self.bs)]
         shuffled = [batches[i] for i in np.random.permutation(len(batches)-1)]
         return iter(np.concatenate(shuffled + batches[-1:])) # the last batch may be smaller and stays last
-
-# %% ../../nbs/124_data.hf_tokenizer.ipynb #a21406ed
-def packs(
-    lens, # Number of tokens of each row
-    max_tokens:int # Maximum number of tokens in a batch, including padding
-) -> list: # Lists of row indexes, the longest row of each batch first
-    "Put each row into one batch, together with rows of similar length"
-    batches = []
-    order = np.argsort(-np.asarray(lens), kind='stable').tolist()
-    while order:
-        n = max(1, max_tokens//max(lens[order[0]], 1))
-        batches.append(order[:n])
-        order = order[n:]
-    return batches
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #ba7f795c
 @dispatch
@@ -421,6 +415,7 @@ def plot_top_losses(x:TensorTokens, y:torch.Tensor, *args, **kwargs):
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #e0a3079a
 class HFTextBlock(TransformBlock):
     "Texts for a Hugging Face model, in fastai's DataBlock API"
+    @checked
     def __init__(self,
         tokenizer, # A name, a folder, or a transformers tokenizer
         max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's own

@@ -16,8 +16,9 @@ from fractions import Fraction
 from numbers import Number
 import numpy as np, pandas as pd
 from fastcore.all import L
-from ..core import DataError, shorten
-from .tables import NAME_LISTS, column, is_missing
+from ..arguments import check_whole, checked
+from ..core import DataError, describe, shorten
+from .tables import NAME_LISTS, column, is_missing, list_of
 
 # %% ../../nbs/108_data.indicators.ipynb #d17c724f
 def is_several(
@@ -43,6 +44,7 @@ def _check_numbers(name, values):
                         'For one column of names pass its name; for several names in a string pass `label_delim`')
 
 # %% ../../nbs/108_data.indicators.ipynb #18482100
+@checked
 def label_column(
     df:pd.DataFrame, # A table
     columns # Name of the column with the labels, or a list of names
@@ -97,7 +99,8 @@ def number_rows(
     n:int|None=None # Number of columns; `None`: at least two
 ) -> bool:
     "Return whether all labels are rows of numbers with the same number of columns"
-    rows = [plain_row(label) for label in labels]
+    check_whole('n', n, 0, or_none=True)
+    rows = [plain_row(label) for label in list_of(labels, 'label')]
     if not rows or not all(isinstance(row, list) for row in rows):
         return False
     sizes = {len(row) for row in rows}
@@ -115,7 +118,7 @@ def number_strings(
     labels # One label for each text
 ): # Rows of numbers; other labels are not changed
     "Return indicators that are strings as numbers"
-    rows = [plain_row(label) for label in labels]
+    rows = [plain_row(label) for label in list_of(labels, 'label')]
     lists = [row for row in rows if isinstance(row, list)]
     if not all(isinstance(o, str) and o.strip() in _DIGITS for row in lists for o in row):
         return labels
@@ -123,6 +126,7 @@ def number_strings(
     return numbers if any(isinstance(row, list) and _repeats(row) for row in numbers) else labels
 
 # %% ../../nbs/108_data.indicators.ipynb #7adfa27a
+@checked
 def indicator_rows(
     labels, # One label for each text
     n:int|None=None # Number of classes; `None`: at least two
@@ -153,7 +157,10 @@ def of_indicators(
     classes # The class of each place
 ) -> list: # Classes
     "Return the classes that a row of indicators contains"
-    return [c for c, is_on in zip(classes, plain_row(label)) if is_on]
+    row, classes = plain_row(label), list_of(classes, 'class name')
+    if not isinstance(row, list) or len(row) != len(classes) or any(not isinstance(o, Number) for o in row):
+        raise DataError(f'A row of indicators must have 0 or 1 for each of {len(classes)} classes', describe(label))
+    return [c for c, is_on in zip(classes, row) if is_on]
 
 # %% ../../nbs/108_data.indicators.ipynb #e77ec7f8
 def _are_indicators(rows, classes, task):
@@ -177,6 +184,7 @@ def _check_sizes(labels, names):
                         f'{sizes[bad[0]]} in row {shorten(names[i] for i in bad)}',
                         'Give each row a number for each class, or pass lists of class names')
 
+# %% ../../nbs/108_data.indicators.ipynb #80b808f6
 def _check_places(rows, names, classes):
     "Raise an error that names the row and the place of a value other than 0 and 1"
     bad = [(i, k) for i, row in enumerate(rows) for k, value in enumerate(row) if value not in (0, 1)]
@@ -192,7 +200,7 @@ def check_rows(
     labels:list, # One label for each text
     names:list, # Row names for error messages
     task:str|None=None, # `multilabel`; `None`: not known yet
-    classes:list|None=None # What the places mean; `None`: not known; empty: labels are class numbers
+    classes:list|dict|None=None # What the places mean; `None`: not known; empty: labels are class numbers
 ):
     "Raise an error that names the row of a label that does not fit among rows of 0 and 1, or of values"
     labels = [plain_row(label) for label in number_strings(labels)]

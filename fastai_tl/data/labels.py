@@ -16,21 +16,27 @@ from numbers import Number
 import numpy as np
 from fastcore.all import L
 from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode, RegressionSetup
-from ..core import DataError, shorten, unknown_option
+from ..arguments import check_option, check_text, checked
+from ..core import DataError, shorten
 from .indicators import check_rows, indicator_rows, number_rows, number_strings, of_indicators
 from .indicators import plain_row, value_rows
 from .spec import CLASSIFICATION_TASKS
 from .tables import is_missing, list_of, row_names, valid_texts
 
 # %% ../../nbs/109_data.labels.ipynb #ce92109b
+@checked
 def check_labels(
     labels, # One label for each text, or a list of labels
     index=None, # Row names for error messages; `None`: rows are numbered from 0
     task:str|None=None, # `classification`, `multilabel` or `regression`; `None`: inferred from the labels
     label_delim:str|None=None, # Separator between the labels in one string
-    classes:list|None=None # What the places of rows of 0 and 1 mean; `None`: they are numbered from 0
+    classes:list|dict|None=None # What the places of rows of 0 and 1 mean; `None`: they are numbered from 0
 ) -> tuple: # The labels, split and converted, and the task
     "Check and convert labels, and return them with their task"
+    if check_text('label_delim', label_delim, or_none=True) == '':
+        raise DataError('`label_delim` must have some characters', 'an empty string')
+    check_option('task', task, (*CLASSIFICATION_TASKS, None))
+    classes = None if classes is None else list_of(classes, 'class name')
     labels = list_of(labels, 'label')
     rows = row_names(len(labels), index)
     labels = number_strings(valid_texts([_plain_label(label) for label in labels], rows, 'label'))
@@ -39,8 +45,6 @@ def check_labels(
     if task is None:
         task = _infer_task(labels, label_delim, classes)
         _warn_of_joined(labels, task)
-    if task not in CLASSIFICATION_TASKS:
-        raise unknown_option('task', task, CLASSIFICATION_TASKS)
     if task == 'multilabel' and indicator_rows(labels, None if classes is None else len(classes)):
         classes = range(len(labels[0])) if classes is None else classes
         labels = [of_indicators(label, classes) for label in labels]
@@ -76,13 +80,13 @@ def _plain_label(label):
 def _check_written_lists(labels, rows, task):
     "Raise an error for lists that a table file has written as strings, such as `[0, 1, 1]`"
     names = [label for label in labels if not is_missing(label)]
-    is_list = [isinstance(o, str) and re.fullmatch(_WRITTEN_LIST, o.strip(), re.S) is not None for o in names]
+    is_list = [isinstance(o, str) and re.fullmatch(_WRITTEN_LIST, ' '.join(o.split())) is not None for o in names]
     if task != 'classification' and names and all(is_list):
         raise DataError('Labels must be lists, not strings with brackets', f'{names[0]!r} in row {rows[0]}',
                         'Read them, for example with `df[name].map(ast.literal_eval)`; if each is the name of a class '
                         "pass `task='classification'`")
 
-_WRITTEN_LIST = r"""\[\s*(|['"].*['"]|[-+\d.,\s]+|((True|False)[,\s]*)+)\s*\]"""
+_WRITTEN_LIST = r"""\[ ?(|['"].*['"]|[-+\d., ]+|((True|False)[, ]*)+) ?\]"""
 
 def _check_lists(labels, rows, task, label_delim, classes):
     "Raise an error for rows of 0 and 1 that do not fit, for lists that are strings, and for dictionaries"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd, torch
 from fastcore.all import delegates
 from fastai.torch_core import default_device
-from ..core import DataError
+from ..arguments import check_whole, checked
+from ..core import DataError, check_arguments
 from .awd_lstm import split_stream
 from .classification import HFTableDataLoaders
 from .hf_tokenizer import PadTokens, TensorTargets, TensorTokens, TokensDL, load_tokenizer
@@ -54,6 +55,8 @@ def lm_splits(texts, ids, valid, valid_pct, seed):
 
 def lm_loaders(cls, train, valid, bs=16, val_bs=None, path='.'):
     "Return `cls` DataLoaders of blocks"
+    check_whole('bs', bs)
+    check_whole('val_bs', val_bs, or_none=True)
     bs = min(bs, len(train)) if len(train) else bs
     options = dict(before_batch=[PadTokens('right')], num_workers=0)
     train_dl = TokenTargetsDL(train, bs=bs, shuffle=True, res=train.lens, **options)
@@ -78,6 +81,7 @@ class HFLMDataLoaders(HFTableDataLoaders):
         return dls
 
     @classmethod
+    @checked
     def from_folder(cls,
         folder:str|Path, # A folder of `.txt` files; its subfolders `train` and `valid` (or `test`) set the split
         tokenizer, # A name, a folder, or a transformers tokenizer
@@ -95,6 +99,7 @@ class HFLMDataLoaders(HFTableDataLoaders):
         return cls.from_texts(df.text.tolist(), tokenizer, **kwargs)
 
     @classmethod
+    @checked
     def from_spec(cls,
         spec:TextSpec, # The spec of the training data
         tokenizer, # A name, a folder, or a transformers tokenizer
@@ -112,6 +117,7 @@ class HFLMDataLoaders(HFTableDataLoaders):
                         truncation=False, columns=dict(text='text'))
         return loaders.with_spec(spec, tokenizer, rules)
 
+    @checked
     def test_dl(self,
         test_items, # Texts, or a table with the same columns
         rm_type_tfms=None, # Part of fastai's signature; not used
@@ -119,6 +125,7 @@ class HFLMDataLoaders(HFTableDataLoaders):
         **kwargs # Passed to the DataLoader: `bs`, …
     ) -> TokenTargetsDL:
         "Make a DataLoader for new texts, prepared like the validation texts"
+        check_whole('bs', kwargs.get('bs'), or_none=True)
         if isinstance(test_items, pd.DataFrame):
             test_items = column(test_items, self.spec.columns['text'])
         return self.valid.new(self.valid_ds.of_texts(check_texts(test_items), with_labels), **kwargs)
@@ -128,6 +135,7 @@ class HFCausalLMDataLoaders(HFLMDataLoaders):
     "DataLoaders of texts packed into blocks, with the next tokens as targets"
     @classmethod
     @delegates(lm_loaders)
+    @checked
     def from_texts(cls,
         texts, # Strings
         tokenizer, # A name, a folder, or a transformers tokenizer
@@ -140,13 +148,14 @@ class HFCausalLMDataLoaders(HFLMDataLoaders):
         **kwargs # `bs`, `val_bs` and `path`
     ): # `HFCausalLMDataLoaders`
         "Make DataLoaders from a list of texts"
+        check_arguments(cls.from_texts, kwargs)
         texts, tokenizer = check_texts(texts), load_tokenizer(tokenizer)
         rules = language_rules(lang)
         ids, _ = cut_texts(texts, tokenizer, rules=rules)
         train, held = [CausalBlocks([ids[i][start:end] for i, start, end in part], tokenizer,
                                     block_length(tokenizer, max_length), rules)
                        for part in lm_splits(texts, ids, valid, valid_pct, seed)]
-        train.reshuffles = anew
+        train.reshuffles = bool(anew)
         return cls._with_lm_spec(lm_loaders(cls, train, held, **kwargs), 'causal_lm', tokenizer, lang, rules)
 
     @classmethod
@@ -158,6 +167,7 @@ class HFMaskedLMDataLoaders(HFLMDataLoaders):
     "DataLoaders of texts with masked tokens as targets"
     @classmethod
     @delegates(TokenMasker, keep=True)
+    @checked
     def from_texts(cls,
         texts, # Strings
         tokenizer, # A name, a folder, or a transformers tokenizer
@@ -172,6 +182,7 @@ class HFMaskedLMDataLoaders(HFLMDataLoaders):
         **kwargs # `path`, and options of `TokenMasker`: `prob`, `whole_words`, …
     ): # `HFMaskedLMDataLoaders`
         "Make DataLoaders from a list of texts"
+        check_arguments(cls.from_texts, kwargs.keys() - {'path'})
         path = kwargs.pop('path', '.')
         texts, tokenizer = check_texts(texts), load_tokenizer(tokenizer)
         rules = language_rules(lang)

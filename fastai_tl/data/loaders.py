@@ -15,11 +15,13 @@ from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.text.core import defaults
 from fastai.torch_core import TensorCategory, TensorMultiCategory
 from torch import Tensor
+from ..arguments import check_device, check_each, check_flag, check_path, check_text, check_type, check_whole
 from ..core import DataError, FastaiTLError, lang_code, shorten
 from .chinese import CHINESE_RULES, ToTraditional, widen_punctuation
 from .labels import check_labels
 from .spec import TextSpec
 from .tables import check_texts, column, list_of, valid_texts
+from .tokenizers import check_rules
 
 # %% ../../nbs/123_data.loaders.ipynb #70eb8676
 def language_rules(lang):
@@ -37,7 +39,9 @@ def text_rules(
     "Find text rules by their names"
     rules = [*CHINESE_RULES, widen_punctuation, *defaults.text_proc_rules, *defaults.text_postproc_rules]
     known = {rule.__name__: rule for rule in rules}
-    known |= {rule.__name__: rule for rule in map(ToTraditional, ('s2twp', 's2tw'))}
+    names = check_each('names', names, check_text)
+    if any(name.startswith(ToTraditional.__name__) for name in names):
+        known |= {rule.__name__: rule for rule in map(ToTraditional, ('s2twp', 's2tw'))}
     if unknown := [name for name in names if name not in known]:
         raise FastaiTLError('Text rules must be those of this package or of fastai to be found by name',
                             f'others: {shorten(unknown)}',
@@ -69,16 +73,33 @@ def new_items(
 # %% ../../nbs/123_data.loaders.ipynb #f51e1656
 class SpecDataLoaders(DataLoaders):
     "DataLoaders with the attributes `spec`, `tokenizer` and `rules`"
+    def __init__(self,
+        *loaders, # DataLoaders for training and for validation
+        path='.', # Where a Learner saves its files
+        device=None # Where batches go; `None`: they stay where they are
+    ):
+        check_device('device', device, or_none=True)
+        super().__init__(*loaders, path=check_path('path', path), device=device)
+
     def with_spec(self,
         spec:TextSpec, # Description of the texts and labels
         tokenizer, # A transformers tokenizer, or fastai's `Tokenizer`
         rules=None # Functions applied to each text before it is tokenized; `None`: those in `spec.rules`
     ): # The same DataLoaders
         "Set `spec`, `tokenizer` and `rules`"
-        self.spec = spec
+        self.spec = check_type('spec', spec, TextSpec)
         self.tokenizer = tokenizer
-        self.rules = text_rules(spec.rules) if rules is None else list(rules)
+        self.rules = text_rules(spec.rules) if rules is None else check_rules(rules)
         return self
+
+    def __repr__(self):
+        spec = getattr(self, 'spec', None)
+        sizes = [f'{len(dl.dataset):,} {what} rows' for dl, what in zip(self.loaders, ('training', 'validation'))
+                 if getattr(dl, 'dataset', None) is not None]
+        task = 'no spec' if spec is None else spec.task
+        classes = f', classes={shorten(spec.classes)}' if spec is not None and spec.classes else ''
+        length = f', max_length={spec.max_length}' if spec is not None and spec.max_length else ''
+        return f'{type(self).__name__}({task}, {" and ".join(sizes)}{classes}, bs={self.loaders[0].bs}{length})'
 
     def test_dl(self,
         test_items, # New texts, `[text, label]` items if `with_labels`, or a table with the columns of the spec
@@ -87,7 +108,10 @@ class SpecDataLoaders(DataLoaders):
         **kwargs # Passed to the DataLoader: `bs`, …
     ): # A DataLoader that does not shuffle
         "Make a DataLoader for new texts"
+        check_whole('rm_type_tfms', rm_type_tfms, 0, or_none=True)
+        check_whole('bs', kwargs.get('bs'), or_none=True)
         spec = getattr(self, 'spec', None)
+        with_labels = check_flag('with_labels', with_labels)
         if spec is not None and spec.family == 'fastai':
             test_items = new_items(test_items, spec, with_labels)
         return super().test_dl(test_items, rm_type_tfms=rm_type_tfms, with_labels=with_labels, **kwargs)

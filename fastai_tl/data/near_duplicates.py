@@ -12,7 +12,7 @@ import math, re, unicodedata
 from collections import Counter, defaultdict
 import numpy as np, pandas as pd
 from fastai.text.core import defaults
-from ..core import FastaiTLError
+from ..arguments import check_number, check_text, check_whole, checked
 from .tables import check_texts, list_of
 
 # %% ../../nbs/115_data.near_duplicates.ipynb #d380b9a1
@@ -131,6 +131,7 @@ def _likely_candidates(block, signatures_b, rows, others, threshold):
     for row, candidates in zip(found.tolist(), np.split(others[order], first[1:])):
         yield row, candidates[:5].tolist()
 
+# %% ../../nbs/115_data.near_duplicates.ipynb #37ad231c
 def _most_similar(ngrams, candidates, ngrams_of):
     "Return the candidate with the highest Jaccard similarity, and that similarity"
     similarity, negative = max((_jaccard(ngrams, ngrams_of(o)), -o) for o in candidates) # on a tie, the first
@@ -144,8 +145,8 @@ def near_duplicates(
     n:int|None=None # Number of characters in an n-gram; `None`: 5, or 3 for scripts without spaces
 ) -> pd.DataFrame: # Columns `row`, `other`, `similarity`, `text`, `other_text`; one row for each text with a match
     "Find the texts that have a copy or a near-duplicate in `others`, each with its most similar text"
-    if not 0 < threshold <= 1:
-        raise FastaiTLError('`threshold` must be above 0 and at most 1', str(threshold))
+    threshold = check_number('threshold', threshold, above=0, high=1)
+    check_whole('n', n, high=1000, or_none=True)
     within = others is None
     names = _row_names(texts)
     other_names = names if within else _row_names(others)
@@ -208,16 +209,19 @@ def shingles(
     n:int=3 # Number of words in a shingle
 ) -> set: # Every sequence of `n` words, in lower case and without punctuation
     "Return the set of word n-grams of `text`; a text of fewer than `n` words is one shingle"
-    words = re.findall('[a-z]+', text.lower())
+    words = re.findall('[a-z]+', check_text('text', text).lower())
+    n = check_whole('n', n)
     return {' '.join(words[i:i+n]) for i in range(max(1, len(words)-n+1))}
 
 # %% ../../nbs/115_data.near_duplicates.ipynb #cbda0dd4
+@checked
 def drop_near_duplicates(
     texts, # Passages, the preferred ones first
     threshold:float=.5, # Minimum Jaccard similarity of the shingles of two near-duplicates
     n:int=3 # Number of words in a shingle
 ) -> list: # Positions of the passages that stay
     "Keep each passage that is not a near-duplicate of a passage kept before it"
+    threshold = check_number('threshold', threshold, above=0, high=1)
     sets = [shingles(text, n) for text in list_of(texts)]
     frequency = Counter(shingle for own in sets for shingle in own)
     index = defaultdict(list) # shingle → kept passages that have it in their prefix

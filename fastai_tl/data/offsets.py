@@ -21,13 +21,20 @@ def _is_part(char):
     "Return whether a character before a token can belong to it: no space, accent, control or format character"
     return not char.isspace() and unicodedata.category(char)[0] not in 'CM'
 
-def _grown(text, begin, end, covered):
+def _after_accents(text):
+    "Return for each position the first position from there on that has no accent"
+    after = list(range(len(text)+1))
+    if not text.isascii():
+        for i in range(len(text)-1, -1, -1):
+            if _is_accent(text[i]):
+                after[i] = after[i+1]
+    return after
+
+def _grown(text, begin, end, covered, after):
     "Return the offsets of a token with the characters next to it that no token covers"
     while begin > covered and _is_part(text[begin-1]):
         begin -= 1
-    while end < len(text) and _is_accent(text[end]):
-        end += 1
-    return begin, end
+    return begin, after[end]
 
 # %% ../../nbs/126_data.offsets.ipynb #2ac513d8
 def _lost_characters(text, pairs):
@@ -58,14 +65,32 @@ def exact_offsets(
     # windows of one text can report different offsets for one token, so only tokens that end before it count
     lost = _lost_characters(text, pairs)
     ends = sorted({0, *(end for begin, end in pairs if begin < end), *(end for _, end in lost)})
+    after = _after_accents(text)
     exact = {}
     for begin, end in sorted(set(pairs)):
         covered = ends[bisect_right(ends, begin)-1]
         if (begin, end) in lost:
-            exact[begin, end] = _grown(text, begin-1, end, begin-1)
+            exact[begin, end] = _grown(text, begin-1, end, begin-1, after)
         else:
-            exact[begin, end] = _grown(text, begin, end, covered) if begin < end else (begin, end)
+            exact[begin, end] = _grown(text, begin, end, covered, after) if begin < end else (begin, end)
     return exact
+
+# %% ../../nbs/126_data.offsets.ipynb #3cf2242c
+def spans_at(
+    text:str, # A text
+    offsets, # `(begin, end)` of each of its tokens
+    room:int, # Maximum number of tokens of a window
+    stride:int # Overlap of neighbouring windows, in tokens
+) -> list: # `(start, end)` of each window, in characters
+    "Return where the windows of a text begin and end, at the offsets of its tokens"
+    offsets = [tuple(pair) for pair in offsets]
+    if not offsets:
+        return [(0, len(text))]
+    exact = exact_offsets(text, offsets)
+    offsets = [exact[pair] for pair in offsets]
+    starts = range(0, max(len(offsets)-stride, 1), room-stride)
+    ends = [min(start+room, len(offsets))-1 for start in starts]
+    return [(offsets[start][0], offsets[end][1]) for start, end in zip(starts, ends)]
 
 # %% ../../nbs/126_data.offsets.ipynb #10be1957
 def passage_offsets(
@@ -106,9 +131,10 @@ def check_offsets(
     n:int=8 # Number of texts to check
 ):
     "Raise an error if the offsets of a tokenizer do not fit its tokens"
+    from fastai_tl.data.hf_tokenizer import encode
     pairs = []
     for text in list(texts)[:n]:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = [tuple(pair) for pair in encoded['offset_mapping']]
         exact = exact_offsets(text, offsets)
         for i, pair in zip(encoded['input_ids'], offsets):

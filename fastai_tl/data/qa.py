@@ -17,11 +17,12 @@ from plum import dispatch
 from fastai.data.core import show_batch, show_results
 from fastai.interpret import plot_top_losses
 from fastai.torch_core import TensorBase
+from ..arguments import check_each, check_type, check_whole, checked
 from ..core import DataError, FastaiTLError, shorten
 from .classification import loaders_of, tokens_dls
 from .display import show_html
 from .hf_datasets import dataset_table, two_splits
-from .hf_tokenizer import TensorTokens, load_tokenizer
+from .hf_tokenizer import TensorTokens, encode, load_tokenizer
 from .offsets import check_offsets, exact_of_passages, passage_offsets, token_span
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
@@ -29,7 +30,7 @@ from .spec import TextSpec
 from .splits import need_rows, split_rows
 from .tables import check_texts, column, is_missing, list_of, question_pairs, row_names, valid_text
 from .tagging import ShownWords
-from .tokenizers import apply_rules
+from .tokenizers import apply_rules, check_rules, letter_by_letter
 
 # %% ../../nbs/136_data.qa.ipynb #7a92821d
 class TensorSpan(TensorBase):
@@ -44,6 +45,7 @@ class QAExample:
     starts:tuple=(-1,) # Start of each answer, in characters
     number:int=-1 # Index in `HFTokenizeQA.examples`; -1 if the question has no labels
 
+@checked
 @dataclass(eq=False)
 class QAWindow:
     "One window: a question and a part of its passage"
@@ -63,15 +65,6 @@ def _check_span(example, begin, end):
                         'Use a tokenizer that keeps these letters')
 
 # %% ../../nbs/136_data.qa.ipynb #011ef373
-def letter_by_letter(texts, rules):
-    "Apply `rules` to each character, and keep a character that does not become exactly one character"
-    changed = {}
-    for letter in sorted(set().union(*texts)):
-        result = next(apply_rules(rules, [letter]))
-        if len(result) == 1 and result != letter:
-            changed[ord(letter)] = result
-    return [text.translate(changed) for text in texts]
-
 def _window_data(encoded, i, has_types, cls_id, exact):
     "Return the `data` of window `i` and its no-answer token"
     ids = encoded['input_ids'][i]
@@ -96,16 +89,16 @@ class HFTokenizeQA(DisplayedTransform):
         stride:int=64, # Overlap of neighbouring windows, in tokens of the passage
         rules=() # Functions from string to string, applied to questions, and to each character of passages
     ):
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = tok = load_tokenizer(tokenizer)
         if not getattr(self.tokenizer, 'is_fast', False):
             raise FastaiTLError('Answers need a fast tokenizer, which knows the characters of each token',
                                 f'a {type(self.tokenizer).__name__}')
-        self.max_length = max_length or min(384, self.tokenizer.model_max_length)
-        self.stride = stride
-        if not 0 <= stride < self.max_length:
+        self.max_length = check_whole('max_length', max_length, or_none=True) or min(384, tok.model_max_length)
+        self.stride = check_whole('stride', stride, 0)
+        if stride >= self.max_length:
             raise FastaiTLError(f'`stride` must be smaller than the {self.max_length} tokens of a window', str(stride))
         self.has_types = 'token_type_ids' in self.tokenizer.model_input_names
-        self.rules = list(rules)
+        self.rules = check_rules(rules)
         self.may_be_none = False # whether some training passage has no answer
         self.examples = [] # labelled questions, in the order of their numbers
         super().__init__()
@@ -117,10 +110,11 @@ class HFTokenizeQA(DisplayedTransform):
         rows=None # Names of the rows, for error messages
     ) -> list: # `QAWindow` objects
         "Cut passages into windows, each with its question before it"
-        rows = range(len(examples)) if rows is None else rows
+        rows = row_names(len(examples), rows)
         check_offsets(self.tokenizer, [example.context for example in examples[:8]])
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.stride
-        questions = self.tokenizer(self._questions(examples), add_special_tokens=False, verbose=False)['input_ids']
+        questions = encode(self.tokenizer, self._questions(examples), add_special_tokens=False,
+                           verbose=False)['input_ids']
         too_long = [row for row, ids in zip(rows, questions) if len(ids) >= room]
         if too_long:
             raise DataError(f'A question must leave room for its passage: fewer than {room} tokens, with windows of '
@@ -135,9 +129,9 @@ class HFTokenizeQA(DisplayedTransform):
 
     def _windows(self, examples):
         passages = letter_by_letter([example.context for example in examples], self.rules)
-        encoded = self.tokenizer(self._questions(examples), passages, truncation='only_second',
-                                 max_length=self.max_length, stride=self.stride, return_overflowing_tokens=True,
-                                 return_offsets_mapping=True, verbose=False)
+        encoded = encode(self.tokenizer, self._questions(examples), passages, truncation='only_second',
+                         max_length=self.max_length, stride=self.stride, return_overflowing_tokens=True,
+                         return_offsets_mapping=True, verbose=False)
         exact = exact_of_passages(encoded, passages)
         for i, k in enumerate(encoded['overflow_to_sample_mapping']):
             data, none_at = _window_data(encoded, i, self.has_types, self.tokenizer.cls_token_id, exact[k])
@@ -152,7 +146,7 @@ class HFTokenizeQA(DisplayedTransform):
         examples # `QAExample` objects; those without a number get one
     ):
         "Number labelled questions, so that metrics can look up their answers"
-        for example in examples:
+        for example in check_each('examples', examples, check_type, QAExample):
             if example.number < 0:
                 example.number = len(self.examples)
                 self.examples.append(example)
@@ -197,7 +191,7 @@ def _place(answer, start, context):
         start = int(start) + len(answer) - len(answer.lstrip())
     return (bare, start) if start >= 0 and context[start:start+len(bare)] == bare else None
 
-
+# %% ../../nbs/136_data.qa.ipynb #424fdf85
 def _valid_answer(answer, start, context):
     "Replace lone surrogates in an answer, and move its start if there are surrogate pairs before it in the passage"
     answer = valid_text(answer) if isinstance(answer, str) else answer
@@ -261,6 +255,7 @@ def print_windows(windows, tok):
 
 # %% ../../nbs/136_data.qa.ipynb #af2275b5
 @delegates(hf_tokenize_qa)
+@checked
 def hf_qa_dls(
     examples:list, # `QAExample` objects, as returned by `check_answers`
     train:list, # Row indexes for training
@@ -274,6 +269,7 @@ def hf_qa_dls(
     **kwargs # `max_length`, `stride` and `lang`
 ): # `HFQADataLoaders`
     "Make DataLoaders of windows from checked questions"
+    check_each('examples', examples, check_type, QAExample)
     need_rows(train, valid)
     tok = hf_tokenize_qa(tokenizer, **kwargs)
     tok.may_be_none = any(not examples[i].answers[0] for i in train)
@@ -317,6 +313,7 @@ class HFQADataLoaders(SpecDataLoaders):
 
     @classmethod
     @delegates(hf_qa_dls, but=['rows'])
+    @checked
     def from_lists(cls,
         questions:list, # Strings
         contexts:list, # The passage of each question
@@ -370,6 +367,7 @@ class HFQADataLoaders(SpecDataLoaders):
         return cls.from_df(df, tokenizer, answer_col=answer_col, valid_col='split_', **kwargs)
 
     @classmethod
+    @checked
     def from_spec(cls,
         spec:TextSpec, # The spec of the training data
         tokenizer, # A name, a folder, or a fast transformers tokenizer

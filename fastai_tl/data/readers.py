@@ -8,10 +8,11 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.readers.html.md"""
 __all__ = ['read_table']
 
 # %% ../../nbs/105_data.readers.ipynb #7be41408
-import inspect, re, warnings
+import codecs, inspect, re, warnings
 from pathlib import Path
 import pandas as pd
-from ..core import DataError, shorten
+from ..arguments import check_path, check_text
+from ..core import DataError, describe, shorten
 
 # %% ../../nbs/105_data.readers.ipynb #7a684740
 _ENCODING_ADVICE = ("Pass the encoding of the file, such as `encoding='cp1252'` (Western Europe) or `encoding='big5'` "
@@ -21,8 +22,15 @@ def with_bom(
     encoding:str|None # Name of an encoding
 ) -> str:
     "Return the encoding that also accepts a byte order mark, for UTF-8"
+    try:
+        codecs.lookup(check_text('encoding', encoding) if encoding is not None else 'utf-8')
+    except (LookupError, ValueError) as error:
+        if isinstance(error, DataError) or not isinstance(encoding, str):
+            raise
+        raise DataError('`encoding` must be a known encoding', describe(encoding), _ENCODING_ADVICE) from None
     return 'utf-8-sig' if encoding is None or encoding.lower().replace('_', '-') in ('utf-8', 'utf8') else encoding
 
+# %% ../../nbs/105_data.readers.ipynb #46b481bb
 def encoding_error(
     data:bytes, # Content of a file that cannot be decoded
     name, # Name of the file
@@ -64,10 +72,14 @@ def decode_text(
 MISSING_WORDS = frozenset(('#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,<NA>,N/A,NA,NULL,NaN,None,'
                            'n/a,nan,null').split(','))
 
+def _has_leading_zeros(cells):
+    "Say whether a column of strings has a code such as `01`"
+    return bool(cells.str.fullmatch(r'\s*0+\d+\s*').any())
+
 def _as_numbers(cells, is_word):
     "Return a column as numbers or booleans with missing values instead of words; `None` if it has other strings"
     others = cells[~is_word].dropna()
-    if not len(others):
+    if not len(others) or _has_leading_zeros(others.astype(str)):
         return None
     booleans = others.astype(str).str.lower().map({'true': True, 'false': False})
     values = booleans if booleans.notna().all() else pd.to_numeric(others, errors='coerce')
@@ -98,11 +110,31 @@ def _keep_words(df, path, convert):
 def _with_words(words):
     return ', '.join(f'{name} ({word!r})' for name, word in words.items())
 
+# %% ../../nbs/105_data.readers.ipynb #90c2405e
+def _other_separator(path, options):
+    "Return the separator that the header of a `.csv` file seems to have instead of a comma; `None`: a comma is right"
+    if Path(path).suffix.lower() != '.csv' or {'sep', 'delimiter', 'header', 'names', 'skiprows'} & options.keys():
+        return None
+    with open(path, encoding=options.get('encoding'), errors='replace') as file:
+        header = re.sub('"[^"]*"', '', file.readline(100_000))
+    other = max(';\t', key=header.count)
+    return other if header.count(other) > header.count(',') else None
+
+def _need_commas(path, options, got):
+    "Raise an error if a table that does not fit its header seems to have another separator"
+    if other := _other_separator(path, options):
+        raise DataError(f'{path} must have commas between its columns', got,
+                        f'The header looks separated by {other!r}: pass `sep={other!r}` (on the command line '
+                        f"`--sep {other!r}`), or `sep=','` if it is one column")
+
 # %% ../../nbs/105_data.readers.ipynb #a8dc8393
 def _check_fields(df, path, options):
     "Raise an error if rows have more fields than the header, so that pandas has moved the columns"
+    if df.shape[1] == 1:
+        _need_commas(path, options, 'one column')
     if options.get('index_col') is None and len(df) and not isinstance(df.index, pd.RangeIndex):
         n_more = df.index.nlevels
+        _need_commas(path, options, f'{df.shape[1]+n_more} fields instead of {df.shape[1]} in row 0')
         raise DataError(f'{path} must have as many fields in each row as in its header',
                         f'{df.shape[1]+n_more} fields instead of {df.shape[1]} in row 0, the first after the header',
                         'Put texts that contain the separator into quotes; if the first column has only row names, '
@@ -133,18 +165,20 @@ def _own_missing(path, options):
     return dict(keep_default_na=False, na_values=of_column)
 
 # %% ../../nbs/105_data.readers.ipynb #bf419bd5
-def _warn_of_zeros(df, path, options):
-    "Warn of numbers with leading zeros, such as `01`, if the file has the same number without them"
+def _keep_zeros(df, path, options):
+    "Keep columns of codes such as `01` as text, and say so; as numbers they would lose their zeros"
     numbers = [name for name in df.columns if pd.api.types.is_numeric_dtype(df[name])]
     if not numbers:
-        return
-    as_words = pd.read_csv(path, **{**options, 'dtype': str})
-    for name in numbers:
-        words = set(as_words[name].dropna().str.strip())
-        same = sorted(word for word in words if re.fullmatch(r'0+\d+', word) and str(int(word)) in words)
-        if same:
-            warnings.warn(f'{path}: {same[0]!r} and {str(int(same[0]))!r} are read as one number in the column {name}; '
-                          f'to keep them apart pass `dtype={ {name: "str"} }`')
+        return df
+    only = {} if {'usecols', 'index_col'} & options.keys() else dict(usecols=[df.columns.get_loc(n) for n in numbers])
+    words = pd.read_csv(path, **{**options, **only, 'dtype': str})
+    codes = [name for name in numbers if _has_leading_zeros(words[name])]
+    for name in codes:
+        df[name] = words[name].str.strip()
+    if codes:
+        warnings.warn(f'{path}: numbers with leading zeros are kept as text in the columns {shorten(codes)}; '
+                      f'to read them as numbers pass `dtype={dict.fromkeys(codes, "float")}`')
+    return df
 
 # %% ../../nbs/105_data.readers.ipynb #1842e73d
 def _read_csv(path, **options):
@@ -168,7 +202,7 @@ def _read_csv(path, **options):
     if not own_missing:
         df = _keep_words(df, path, convert=is_plain)
     if is_plain:
-        _warn_of_zeros(df, path, options)
+        df = _keep_zeros(df, path, options)
     return df
 
 # %% ../../nbs/105_data.readers.ipynb #41d54232
@@ -208,7 +242,7 @@ def read_table(
     **kwargs # Passed to the pandas reader: `encoding`, `sep`, `dtype`, …
 ) -> pd.DataFrame:
     "Read a table of texts with the pandas reader for its file extension"
-    path = Path(path)
+    path = Path(check_path('path', path))
     if not path.exists():
         raise DataError(f'{path} must be a file', 'nothing there')
     kind = path.suffix.lower()
@@ -224,15 +258,16 @@ def read_table(
     except TypeError as e:
         raise DataError(f'The options must be those of the pandas reader for {kind} files', str(e)) from e
     except (ValueError, OSError) as e:
-        raise _reading_error(path, kind, e) from e
+        raise _reading_error(path, kind, e, options) from e
 
 # %% ../../nbs/105_data.readers.ipynb #35ad2aec
-def _reading_error(path, kind, error):
+def _reading_error(path, kind, error, options):
     "Return the error for a table that pandas cannot read"
     reason = str(error).splitlines()[0]
     if fields := re.search(r'Expected (\d+) fields in line (\d+), saw (\d+)', reason):
         expected, line, n_fields = fields.groups()
-        return DataError(f'{path} must have as many fields in each row as in its header',
-                         f'{n_fields} fields instead of {expected} in line {line}',
+        got = f'{n_fields} fields instead of {expected} in line {line}'
+        _need_commas(path, options, got)
+        return DataError(f'{path} must have as many fields in each row as in its header', got,
                          'Put texts that contain the separator into quotes')
     return DataError(f'{path} must be a readable {kind[1:]} file', reason)

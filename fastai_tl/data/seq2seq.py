@@ -16,9 +16,11 @@ from fastai.data.block import TransformBlock
 from fastai.data.core import Datasets
 from fastai.text.core import TitledStr
 from fastai.torch_core import default_device
+from ..arguments import check_whole, checked
 from ..core import DataError
 from .classification import HFTableDataLoaders, LabelledText
-from .hf_tokenizer import HFTokenize, PadTokens, TensorTargets, TensorTokens, load_tokenizer
+from .hf_tokenizer import (
+    HFTokenize, PadTokens, TensorTargets, TensorTokens, encode, load_tokenizer)
 from .language_modeling import TokenTargetsDL
 from .loaders import empty_datasets, language_rules, rule_names, set_batch_types, text_rules
 from .spec import TextSpec
@@ -43,6 +45,7 @@ class AsTarget:
 class TokenizeTargets(DisplayedTransform):
     "Turn target texts into `TensorTargets`; each text is tokenized once"
     task = 'seq2seq'
+    @checked
     def __init__(self,
         tokenizer, # A name, a folder, or a transformers tokenizer
         max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's own
@@ -64,7 +67,7 @@ class TokenizeTargets(DisplayedTransform):
     ) -> str: # The text that the tokens of the whole target give
         "Tokenize a target without truncation and decode it, to compare it with generated texts"
         tok = self.target_tok
-        ids = tok.tokenizer(list(apply_rules(tok.rules, [text])), verbose=False)['input_ids'][0]
+        ids = encode(tok.tokenizer, list(apply_rules(tok.rules, [text])), verbose=False)['input_ids'][0]
         return tok.tokenizer.decode(ids, skip_special_tokens=True)
     def encodes(self, x:str):
         return TensorTargets(self.target_tok.tokens(x).ids)
@@ -74,6 +77,7 @@ class TokenizeTargets(DisplayedTransform):
 # %% ../../nbs/142_data.seq2seq.ipynb #83cf7aad
 class HFTargetTextBlock(TransformBlock):
     "A block of target texts for a sequence-to-sequence model, for fastai's DataBlock API"
+    @checked
     def __init__(self,
         tokenizer, # A name, a folder, or a transformers tokenizer
         max_length:int|None=None, # Maximum number of tokens, including special tokens; `None`: the tokenizer's own
@@ -94,10 +98,13 @@ def pair_tfms(
     "Make the transforms of sources and targets"
     rules = language_rules(lang)
     source = HFTokenize(tokenizer, max_length, verbose=verbose, rules=rules)
-    return source, TokenizeTargets(tokenizer, max_target_length or max_length, verbose, rules)
+    longest = max_length if max_target_length is None else max_target_length
+    return source, TokenizeTargets(tokenizer, longest, verbose, rules)
 
 def _pair_loaders(cls, dsets, bs, val_bs=None, path='.'):
     "Return `cls` DataLoaders of sources and targets that are padded on the right"
+    check_whole('bs', bs)
+    check_whole('val_bs', val_bs, or_none=True)
     options = dict(before_batch=[PadTokens('right')], num_workers=0)
     train_bs = min(bs, len(dsets.train)) if len(dsets.train) else bs
     train = TokenTargetsDL(dsets.train, bs=train_bs, shuffle=True, **options)
@@ -116,6 +123,7 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
     "DataLoaders of source and target texts"
     @classmethod
     @delegates(pair_tfms)
+    @checked
     def from_lists(cls,
         sources, # Strings
         targets, # Strings, one for each source
@@ -162,6 +170,7 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
         return dls
 
     @classmethod
+    @checked
     def from_spec(cls,
         spec:TextSpec, # The spec of the training data
         tokenizer, # A name, a folder, or a transformers tokenizer

@@ -12,7 +12,9 @@ import math
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
-from ..core import DataError, did_you_mean, lang_code, shorten, unknown_option
+from ..arguments import check_array, check_each, check_flag, check_number, check_option, check_text, checked
+from ..arguments import check_type, check_whole
+from ..core import DataError, did_you_mean, lang_code, shorten
 from ..files import read_json, write_json
 
 # %% ../../nbs/100_data.spec.ipynb #5e5cc581
@@ -27,23 +29,26 @@ def activate(
     temperature:float=1. # Temperature to divide the logits by (Guo et al. 2017)
 ): # Probabilities of the same type and shape; for regression the unchanged logits
     "Turn the logits of a model into probabilities"
-    if task not in TASKS:
-        raise unknown_option('task', task, TASKS)
+    check_option('task', task, TASKS)
+    temperature = check_number('temperature', temperature, low=1e-6, high=1e6)
     if task == 'regression':
         return scores
     if not hasattr(scores, 'softmax'):
         import torch
-        return activate(torch.as_tensor(scores), task, temperature).numpy()
+        array = check_array('scores', scores, nan=True, dtype=None)
+        return activate(torch.as_tensor(array), task, temperature).numpy()
+    scores = scores if scores.is_floating_point() else scores.float()
     scaled = scores / temperature if temperature != 1 else scores
     return scaled.sigmoid() if task == 'multilabel' else scaled.softmax(-1)
 
 # %% ../../nbs/100_data.spec.ipynb #1a0fec20
+@checked
 @dataclass(frozen=True)
 class TextSpec:
     "Description of the texts and labels of DataLoaders"
     task:str # One of `TASKS`
     family:str='huggingface' # Library that tokenizes: `huggingface`, or `fastai` for an AWD_LSTM
-    classes:tuple|None=None # Class or tag names, in the order of the model's outputs; `None` if there are none
+    classes:tuple|dict|None=None # Class or tag names, in the order of the model's outputs; `None` if there are none
     threshold:float=.5 # Multi-label: probability above which a class is predicted
     lang:str='en' # Language of the texts: `en` or `zh-tw`
     rules:tuple=() # Names of the functions applied to each text before it is tokenized
@@ -67,10 +72,9 @@ class TextSpec:
             object.__setattr__(self, 'classes', _class_names(self.classes))
         for f in fields(self):
             object.__setattr__(self, f.name, _plain(getattr(self, f.name), f.name))
-        if self.task not in TASKS:
-            raise unknown_option('task', self.task, TASKS)
-        if self.family not in FAMILIES:
-            raise unknown_option('family', self.family, FAMILIES)
+        check_option('task', self.task, TASKS)
+        check_option('family', self.family, FAMILIES)
+        _check_numbers(self)
         if self.lang not in ('en', 'zh-tw'):
             object.__setattr__(self, 'lang', lang_code(self.lang))
 
@@ -89,6 +93,7 @@ class TextSpec:
         "Return whether the task is causal or masked language modelling"
         return self.task in LANGUAGE_MODEL_TASKS
 
+    @checked
     def activate(self,
         scores, # Logits (…, outputs), a tensor or an array
         temperature:float=1. # Temperature to divide the logits by
@@ -107,6 +112,7 @@ class TextSpec:
         content = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return dict(version=SPEC_VERSION, **content)
 
+    @checked
     def save(self,
         path:str|Path # Path of the JSON file
     ):
@@ -114,6 +120,7 @@ class TextSpec:
         write_json(path, self.to_json())
 
     @classmethod
+    @checked
     def from_json(cls,
         content:dict # A dictionary returned by `to_json`
     ) -> 'TextSpec':
@@ -121,6 +128,7 @@ class TextSpec:
         return cls(**_checked_fields(cls, content))
 
     @classmethod
+    @checked
     def load(cls,
         path:str|Path # A JSON file written by `save`
     ) -> 'TextSpec':
@@ -141,13 +149,29 @@ def _plain(value, field):
         return tuple(items) if field in TUPLE_FIELDS else items
     if value is None or isinstance(value, bool):
         return value
-    value = value.item() if hasattr(value, 'item') else value
+    value = value.item() if hasattr(value, 'item') and not getattr(value, 'ndim', 0) else value
     for kind in (bool, str, int, float):
         if isinstance(value, kind) and not (kind is float and not math.isfinite(value)):
             return kind(value)
     raise DataError(f'`{field}` of a spec must hold strings, finite numbers or booleans',
                     f'a {type(value).__name__}: {value!r}',
                     'Convert it first: labels, for example, to strings before you make the DataLoaders')
+
+# %% ../../nbs/100_data.spec.ipynb #aed46880
+def _check_numbers(spec):
+    "Raise an error if a number, a switch or a name of a spec cannot be one"
+    check_number('threshold', spec.threshold, low=0, high=1)
+    for name in ('max_length', 'seq_len', 'max_target_length'):
+        check_whole(name, getattr(spec, name), or_none=True)
+    check_whole('windows', spec.windows, 0, or_none=True)
+    check_whole('n_values', spec.n_values)
+    for name in ('truncation', 'backwards', 'pairs', 'may_be_none', 'indicators'):
+        check_flag(name, getattr(spec, name))
+    for name in ('label_delim', 'word_sep'):
+        check_text(name, getattr(spec, name), or_none=True)
+    for name in ('tokenizer', 'columns'):
+        check_type(name, getattr(spec, name), dict, 'a dictionary')
+    check_each('rules', spec.rules, check_text)
 
 def _plain_key(key, field):
     if not isinstance(key, str):
@@ -160,7 +184,8 @@ def _class_names(classes):
     if isinstance(classes, dict): # such as `id2label` of a config
         raise DataError('Class names must be a list in the order of the outputs', 'a dictionary',
                         'Pass `class_list(names)` of it')
-    classes = tuple(classes)
+    classes = list(classes) if isinstance(classes, str) else classes
+    classes = tuple(check_each('classes', classes))
     for name in classes:
         if name is None or isinstance(name, (list, tuple, dict)):
             raise DataError('Class names must be strings, numbers or booleans', f'a {type(name).__name__}: {name!r}',

@@ -10,12 +10,18 @@ __all__ = ['split_rows', 'check_split', 'Fold', 'cross_folds', 'time_folds']
 # %% ../../nbs/112_data.splits.ipynb #15925918
 import warnings
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 import numpy as np, pandas as pd
-from ..core import DataError, FastaiTLError, derive_seed, did_you_mean, shorten
+from fastcore.all import L
+from fastai_tl.arguments import (
+    check_array, check_each, check_flag, check_number, check_option, check_text, check_whole, checked
+)
+from ..core import DataError, FastaiTLError, derive_seed, describe, did_you_mean, shorten
 from .class_names import class_list
 from .indicators import label_column
 from .labels import check_labels
+from .spec import CLASSIFICATION_TASKS
 from .tables import column, is_missing, list_of
 
 # %% ../../nbs/112_data.splits.ipynb #cef83861
@@ -25,6 +31,7 @@ SPLIT_NAMES = dict(train='train', training='train', test='test',
 _ROW_NAMES = dict(classification=('Labels', 'text'), multilabel=('Labels', 'text'), tagging=('Tags', 'sentence'))
 
 # %% ../../nbs/112_data.splits.ipynb #33126e9a
+@checked
 def split_rows(
     labels:list, # One label for each text, as `check_labels` returns them, or a list of labels or tags
     task:str, # `classification`, `multilabel`, `tagging`; another task has no classes to look after
@@ -33,12 +40,12 @@ def split_rows(
     seed:int=42 # Random seed of the split
 ) -> tuple: # Indexes of the training rows and of the validation rows
     "Split rows as `valid` says, or at random with the same share of validation rows in each class"
+    check_text('task', task)
     labels = list_of(labels, 'label')
     n_rows = len(labels)
     if valid is not None:
         return _given_split(list_of(valid, 'split value'), n_rows)
-    if valid_pct >= 1:
-        raise DataError('`valid_pct` must be a share of the rows below 1', str(valid_pct), 'For 20 %, pass .2')
+    valid_pct = check_number('valid_pct', valid_pct, low=0, below=1)
     rng = np.random.default_rng(derive_seed(seed, 'rows'))
     if task in ('multilabel', 'tagging'):
         held_out = _draw_from_lists(labels, valid_pct, rng)
@@ -55,6 +62,19 @@ def _warn_of_single(label_lists, what, row):
     if single:
         warnings.warn(f'{what} with a single {row} go to training and are never validated: {shorten(single)}')
 
+# %% ../../nbs/112_data.splits.ipynb #bf9af106
+def _label_lists(labels, task):
+    "Return a list of labels for each row; raise an error for a label that cannot be one"
+    label_lists = labels if task == 'multilabel' else [[label] for label in labels]
+    bad = [i for i, o in enumerate(label_lists) if not isinstance(o, (list, tuple, L)) or not _can_be_labels(o)]
+    if bad:
+        got = f'{describe(labels[bad[0]])} in row {shorten(bad)}'
+        raise DataError('Each label must be a name or a number', got, 'Pass them through `check_labels` first')
+    return label_lists
+
+def _can_be_labels(labels):
+    return all(isinstance(label, Hashable) for label in labels)
+
 # %% ../../nbs/112_data.splits.ipynb #362de46e
 def _n_valid(n_rows, valid_pct):
     "Return the number of validation rows among `n_rows`: at least one from four or more, and never all"
@@ -64,6 +84,7 @@ def _n_valid(n_rows, valid_pct):
 def _draw_by_class(labels, valid_pct, rng):
     "Draw the same share of the rows of each class"
     groups = {}
+    _label_lists(labels, 'classification')
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
     held_out = set()
@@ -77,6 +98,7 @@ def _draw_by_class(labels, valid_pct, rng):
 # %% ../../nbs/112_data.splits.ipynb #19a2fbed
 def _draw_from_lists(label_lists, valid_pct, rng):
     "Draw a share of the rows, but never the last training row of a label"
+    _label_lists(label_lists, 'multilabel')
     order = rng.permutation(len(label_lists)).tolist()
     return set(_spared(label_lists, order)[:_n_valid(len(order), valid_pct)])
 
@@ -126,16 +148,21 @@ def need_rows(train, valid, label_lists=None):
             raise DataError(f'At least one row is needed for {what}', 'none', 'Check the split column or `valid_pct`')
 
 # %% ../../nbs/112_data.splits.ipynb #485ccff4
+@checked
 def check_split(
     labels:list, # One label for each text
     task:str, # `classification`, `multilabel` or `regression`
     train:list, # Indexes of the training rows
     valid:list, # Indexes of the validation rows
-    classes:list|None=None # All classes in their order; `None`: those of the training rows, sorted
+    classes:list|dict|None=None # All classes in their order; `None`: those of the training rows, sorted
 ) -> list|None: # The classes; `None` for a regression
     "Return the classes, or raise an error if the split is not suitable for training and validation"
-    label_lists = labels if task == 'multilabel' else [[label] for label in labels]
-    need_rows(train, valid, None if task == 'regression' else label_lists)
+    labels = list_of(labels, 'label')
+    check_option('task', task, CLASSIFICATION_TASKS)
+    train, valid = (check_each(name, rows, check_whole, 0, len(labels)-1)
+                    for name, rows in (('train', train), ('valid', valid)))
+    label_lists = None if task == 'regression' else _label_lists(labels, task)
+    need_rows(train, valid, label_lists)
     if task == 'regression':
         return None
     known, seen = ({label for i in rows for label in label_lists[i]} for rows in (train, valid))
@@ -149,6 +176,7 @@ def check_split(
         return sorted(known, key=lambda label: (str(type(label)), label))
     return _given_classes(class_list(classes), known)
 
+# %% ../../nbs/112_data.splits.ipynb #32f28b4b
 def _given_classes(classes, known):
     "Return the given classes, or raise an error if labels are not among them"
     if other := [label for label in known if label not in classes]:
@@ -166,11 +194,16 @@ class Fold:
     train:np.ndarray # Positions of the training rows
     valid:np.ndarray # Positions of the validation rows
 
+    def __post_init__(self):
+        for name in ('train', 'valid'):
+            setattr(self, name, check_array(name, getattr(self, name), 1, low=0, dtype=int))
+
     def __repr__(self):
         sizes = f'{len(self.train):,} training, {len(self.valid):,} validation rows'
         return f'Fold({self.repeat}.{self.number}: {sizes})'
 
 # %% ../../nbs/112_data.splits.ipynb #526fab46
+@checked
 def cross_folds(
     df:pd.DataFrame, # One row for each text
     label_col='label', # Column of the labels; `None`: no stratification
@@ -183,8 +216,8 @@ def cross_folds(
 ) -> list: # A `Fold` for each fold of each repeat
     "Make folds for cross-validation: stratified, grouped, repeated"
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-    if n_folds < 2:
-        raise FastaiTLError('`n_folds` must be at least 2', str(n_folds))
+    n_folds, repeats = check_whole('n_folds', n_folds, 2), check_whole('repeats', repeats)
+    check_flag('stratify', stratify, or_none=True)
     labels, task = _fold_labels(df, label_col, stratify, label_delim)
     strata = _strata(df, labels, task, stratify, n_folds)
     groups = _groups(df, group_col, n_folds)
@@ -274,6 +307,10 @@ def time_folds(
 ) -> list: # A `Fold` for each window, the earliest first
     "Make folds that train on the past and validate on the time after it"
     from sklearn.model_selection import TimeSeriesSplit
+    n_folds, valid_size = check_whole('n_folds', n_folds, 2), check_whole('valid_size', valid_size, or_none=True)
+    for name, value, low in (('gap', gap, 0), ('train_size', train_size, 1)):
+        if _as_count(value) is not None:
+            check_whole(name, value, low)
     distinct, code = np.unique(_checked_times(times), return_inverse=True)
     sizes = dict(max_train_size=_as_count(train_size), test_size=valid_size, gap=_as_count(gap) or 0)
     splitter = TimeSeriesSplit(n_folds, **sizes)
@@ -308,7 +345,8 @@ def _checked_times(times):
 # %% ../../nbs/112_data.splits.ipynb #e5187822
 def _as_count(value):
     "Return a number of distinct times, or `None` if `value` is a duration"
-    return value if isinstance(value, (int, np.integer)) else None
+    is_count = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return int(value) if is_count else None
 
 def _limit_by_duration(train, valid_start, times, gap, train_size):
     "Limit the indexes of training times by `gap` and `train_size`, if these are durations"
@@ -321,9 +359,10 @@ def _limit_by_duration(train, valid_start, times, gap, train_size):
 def _duration(value, times, what):
     try:
         duration = pd.Timedelta(value).to_timedelta64()
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         duration = None
-    if duration is None or times.dtype.kind != 'M':
+    is_duration = duration is not None and not np.isnat(duration) and duration >= np.timedelta64(0)
+    if not is_duration or times.dtype.kind != 'M':
         raise FastaiTLError(f'`{what}` must be a number of distinct times, or a duration if times are dates',
-                            repr(value), "Such as 3, or '7D'")
+                            describe(value), "Such as 3, or '7D'")
     return duration

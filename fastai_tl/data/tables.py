@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import L
+from ..arguments import check_each, check_flag, check_path, check_text, checked
 from ..core import DataError, did_you_mean, shorten
 from .readers import decode_text, read_table
 
@@ -53,6 +54,11 @@ def check_is_list(
     if not has_items or getattr(items, 'ndim', 1) == 0:
         raise DataError(expected, f'a {type(items).__name__}', 'Put it into a list')
 
+# %% ../../nbs/106_data.tables.ipynb #9dddf279
+def text_list(texts):
+    "Return strings as a list; raise an error for what is no list, and for an item that is no string"
+    return check_each('texts', list_of(texts), check_text)
+
 # %% ../../nbs/106_data.tables.ipynb #87de9109
 def row_names(
     n:int, # Number of rows
@@ -61,8 +67,10 @@ def row_names(
     "Return the name of each row for error messages"
     if index is None:
         return list(range(n))
-    names = list(index)
-    if len(set(names)) == len(names):
+    names = list_of(index, 'row name')
+    if len(names) != n:
+        raise DataError(f'`index` must have a name for each of {n} rows', f'{len(names)} names')
+    if len(set(map(str, names))) == n:
         return names
     return [f'{name} (position {i})' for i, name in enumerate(names)]
 
@@ -98,7 +106,7 @@ def check_texts(
     what:str='text' # What error messages call an item
 ) -> list: # The texts, as a list of `str`
     "Return `texts` as a list; raise an error that names the rows of missing, blank and non-string texts"
-    texts = list_of(texts, what)
+    texts = list_of(texts, check_text('what', what))
     rows = row_names(len(texts), index)
     problem = f'Each {what} must be a string'
     if missing := [row for row, text in zip(rows, texts) if is_missing(text)]:
@@ -208,6 +216,7 @@ def question_pairs(
     return pairs
 
 # %% ../../nbs/106_data.tables.ipynb #b36b21ee
+@checked
 def read_folder(
     path:str|Path, # A folder with `.txt` files, at any depth
     label_from_parent:bool=False, # Whether to use the name of a text's folder as its label
@@ -215,8 +224,10 @@ def read_folder(
     encoding:str|None=None # Encoding of the files; `None`: UTF-8
 ) -> pd.DataFrame: # Columns `text`, `file` and, with `label_from_parent`, `label`
     "Read a folder of texts, sorted by file name"
-    every = sorted(Path(path).rglob('*.txt'))
-    files = [file for file in every if not set(file.relative_to(path).parts[:-1]) & set(skip)]
+    skip = (skip,) if isinstance(skip, str) else tuple(list_of(skip, 'folder name'))
+    label_from_parent = check_flag('label_from_parent', label_from_parent)
+    every = sorted(Path(check_path('path', path)).rglob('*.txt'))
+    files = [file for file in every if not any(part in skip for part in file.relative_to(path).parts[:-1])]
     if len(files) < len(every):
         print(f'{len(every) - len(files)} files in folders named {" or ".join(skip)} are left out')
     if not files:

@@ -19,12 +19,13 @@ from plum import dispatch
 from fastai.data.core import show_batch, show_results
 from fastai.data.transforms import CategoryMap
 from fastai.interpret import plot_top_losses
-from ..core import DataError, FastaiTLError, did_you_mean, shorten
+from ..arguments import check_each, check_flag, check_text, check_type, check_whole, checked
+from ..core import DataError, FastaiTLError, describe, did_you_mean, shorten
 from .class_names import class_list
 from .classification import loaders_of, tokens_dls
 from .display import show_html
 from .hf_datasets import class_names_of, dataset_table, two_splits
-from .hf_tokenizer import HFTokenize, TensorTargets, TensorTokens
+from .hf_tokenizer import HFTokenize, TensorTargets, TensorTokens, encode
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
@@ -85,6 +86,7 @@ def first_tokens(places):
 class HFTokenizeWords(HFTokenize):
     "Turn lists of words into `TensorTokens` with the index of the word of each token; each list is tokenized once"
     n_fields = 3
+    @checked
     def __init__(self,
         tokenizer, # A name, a folder, or a fast transformers tokenizer
         sep:str=' ', # Separator of words in plain text: `' '` or `''`
@@ -97,8 +99,8 @@ class HFTokenizeWords(HFTokenize):
             raise FastaiTLError('Tags need a fast tokenizer, which knows the word of each token',
                                 f'a {type(self.tokenizer).__name__}',
                                 'Load it with `use_fast=True`, or take a model that has a fast one')
-        if sep not in ('', ' '):
-            raise FastaiTLError("`sep` must be ' ' or ''", repr(sep))
+        if not isinstance(sep, str) or sep not in ('', ' '):
+            raise FastaiTLError("`sep` must be ' ' or ''", describe(sep))
         self.sep = sep
         if sep:
             self.tokenizer = spaced(self.tokenizer)
@@ -107,13 +109,14 @@ class HFTokenizeWords(HFTokenize):
         words # The words of a sentence
     ) -> list: # Strings
         "Apply the rules to each word; a word is not changed if nothing would be left of it"
+        words = check_each('words', words, check_text)
         return [changed or word for changed, word in zip(apply_rules(self.rules, words), words)]
 
     def tokenize(self, texts):
         "Return one array (3, tokens) per sentence, and the number of truncated sentences"
-        words = [self.read(text) for text in texts]
-        encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length,
-                                 verbose=False)
+        words = [self.read(text) for text in list_of(texts, 'sentence')]
+        encoded = encode(self.tokenizer, words, is_split_into_words=True, truncation=True, max_length=self.max_length,
+                         verbose=False)
         arrays = []
         for i, ids in enumerate(encoded['input_ids']):
             types = encoded['token_type_ids'][i] if self.has_types else [-1]*len(ids)
@@ -149,9 +152,10 @@ class EncodeTags(DisplayedTransform):
         vocab:list, # All tags, in the order of their indexes
         label_all:bool=False # Give a tag to all tokens of a word
     ):
-        self.tok = tok
-        self.vocab = CategoryMap(list(vocab), sort=False)
-        self.label_all = label_all
+        self.tok = check_type('tok', tok, HFTokenizeWords)
+        vocab = check_each('vocab', vocab, check_text)
+        self.vocab = CategoryMap(vocab, sort=False)
+        self.label_all = check_flag('label_all', label_all)
         # tags for the other tokens of a word
         self.inner = torch.tensor([self.vocab.o2i[inside_tag(tag, list(vocab))] for tag in vocab])
         super().__init__()
@@ -203,7 +207,8 @@ def check_tagged(
     given = words, tags, row_names(len(words), index)
     _check_each(*given, 'Words and their tags must be lists', lambda w, t: not (_is_list(w) and _is_list(t)),
                 lambda w, t: f'a {type(t if _is_list(w) else w).__name__}',
-                'Cut the sentences into words, for Chinese into characters: `list(sentence)`')
+                'Cut the sentences into words, for Chinese into characters: `list(sentence)`. From a table with one '
+                "word a row, make lists: `df.groupby('sentence')[['tokens', 'tags']].agg(list)`")
     _check_each(*given, 'Each word needs one tag', lambda w, t: len(w) != len(t),
                 lambda w, t: f'{len(w)} words and {len(t)} tags')
     _check_each(*given, 'Each sentence must have at least one word', lambda w, t: len(w) == 0,
@@ -230,7 +235,7 @@ def _check_vocab(tags, train, valid, vocab, rows):
     if vocab is not None and len(set(known)) < len(known):
         twice = [tag for tag, n in Counter(known).items() if n > 1]
         raise DataError('Each tag must be in the vocabulary once', shorten(twice))
-    unknown = [(i, tag) for i in train+valid for tag in tags[i] if tag not in known]
+    unknown = [(i, tag) for i in [*train, *valid] for tag in tags[i] if tag not in known]
     if unknown:
         places = 'occur in training' if vocab is None else 'be in the vocabulary'
         todo = 'Move some of those rows to training, or pass all tags as `vocab`'
@@ -251,8 +256,17 @@ def words_without_tokens(tok, items):
         lost += [words[i] for i in range(max(seen)) if i not in seen]
     return lost
 
+# %% ../../nbs/133_data.tagging.ipynb #f13c2d18
+def _tagged_items(words, tags, rows, vocab):
+    "Return the words and tags of rows, or raise an error"
+    check_each('rows', rows, check_whole, 0, min(len(words), len(tags))-1)
+    if unknown := {tag for i in rows for tag in tags[i]}.difference(vocab):
+        raise DataError('`vocab` must hold all tags', f'no {shorten(sorted(map(str, unknown)))}')
+    return [TaggedWords([words[i], tags[i]]) for i in rows]
+
 # %% ../../nbs/133_data.tagging.ipynb #bfee692d
 @delegates(hf_tokenize_words)
+@checked
 def hf_tagger_dls(
     words:list, # A list of words for each sentence
     tags:list, # A list of tags for each sentence
@@ -267,8 +281,10 @@ def hf_tagger_dls(
     **kwargs # `sep`, `max_length`, `verbose` and `lang`
 ): # `HFTagDataLoaders`
     "Make DataLoaders for a tagger from checked words and tags"
+    check_whole('bs', bs)
+    check_whole('val_bs', val_bs, or_none=True)
     tok = hf_tokenize_words(tokenizer, [words[i] for i in train], **kwargs)
-    items = [TaggedWords([words[i], tags[i]]) for i in train+valid]
+    items = _tagged_items(words, tags, [*train, *valid], vocab)
     tfms = [[itemgetter(0), tok], [EncodeTags(tok, vocab, label_all)]]
     dls = tokens_dls(HFTagDataLoaders, items, len(train), tfms, tok.tokenizer.padding_side, bs, val_bs, path)
     if tok.verbose and (lost := words_without_tokens(tok, items)):
@@ -292,6 +308,7 @@ class HFTagDataLoaders(SpecDataLoaders):
     task = 'tagging'
     @classmethod
     @delegates(hf_tagger_dls)
+    @checked
     def from_lists(cls,
         words:list, # A list of words for each sentence
         tags:list, # A list of tags for each sentence
@@ -299,7 +316,7 @@ class HFTagDataLoaders(SpecDataLoaders):
         valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
         valid_pct:float=.2, # Validation fraction of a random split
         seed:int=42, # Seed for the random split
-        vocab:list|None=None, # All tags, or `label2id` of a model; `None`: the tags of the training rows
+        vocab:list|dict|None=None, # All tags, or `label2id` of a model; `None`: the tags of the training rows
         index=None, # Names of the rows, for error messages
         **kwargs # Passed to `hf_tagger_dls`: `label_all`, `sep`, `lang`, `max_length`, `bs`, …
     ): # `HFTagDataLoaders`
@@ -348,6 +365,7 @@ class HFTagDataLoaders(SpecDataLoaders):
         return cls.from_df(df, tokenizer, words_col, tags_col, **kwargs)
 
     @classmethod
+    @checked
     def from_spec(cls,
         spec:TextSpec, # The spec of the training data
         tokenizer, # A name, a folder, or a fast transformers tokenizer

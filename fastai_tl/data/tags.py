@@ -11,6 +11,7 @@ __all__ = ['TagScheme', 'tag_scheme', 'split_tag', 'tag_lists', 'tag_spans']
 import html, re
 from dataclasses import dataclass
 from functools import lru_cache
+from ..arguments import check_option, check_text, check_type, checked
 from ..core import DataError, shorten
 from .display import NO_FORMULAS
 from .tables import check_is_list, list_of
@@ -31,6 +32,7 @@ def _letter_of(match):
     "Return the letter of BIOES of a matched tag"
     return _letters[match['letter'][0].upper()]
 
+@checked
 @dataclass(frozen=True)
 class TagScheme:
     "How tags are written, and how to read them"
@@ -38,6 +40,11 @@ class TagScheme:
     outside:str='O' # The tag of words outside of entities: `O`, `o`, or another one such as `OTHER`
     name:str='IOB2' # Name of the scheme: `IOB2`, `IO`, `BIOES`, `BILOU`, `BMES`, `BMEWO` or `mixed`
     example:str='' # One of the tags
+
+    def __post_init__(self):
+        check_option('style', self.style, (*_styles, 'mixed'))
+        for name in ('outside', 'name', 'example'):
+            check_text(name, getattr(self, name))
 
     @property
     def is_usual(self):
@@ -48,7 +55,7 @@ class TagScheme:
         tag:str # A tag
     ) -> tuple: # The letter (`B`, `I`, `E`, `S` or `O`) and the type
         "Split a tag into its position in an entity and its type"
-        if tag in (self.outside, ''):
+        if check_text('tag', tag) in (self.outside, ''):
             return 'O', ''
         if self.style == 'mixed':
             letter, _, kind = tag.partition('-')
@@ -177,7 +184,8 @@ def split_tag(
     scheme:TagScheme|None=None # The scheme of all tags; `None`: found from this tag alone
 ) -> tuple: # The letter (`B`, `I`, `E`, `S` or `O`) and the type
     "Split a tag into its position in an entity and its type"
-    return (scheme or tag_scheme([tag]) or TagScheme()).split(tag)
+    check_type('scheme', scheme, TagScheme, 'a `TagScheme`', or_none=True)
+    return (scheme or tag_scheme([check_text('tag', tag)]) or TagScheme()).split(tag)
 
 def tag_lists(
     sentences # A list of tags for each sentence
@@ -197,13 +205,14 @@ def entity_scheme(tags):
     return scheme or TagScheme()
 
 # %% ../../nbs/131_data.tags.ipynb #4d94490a
+@checked
 def tag_spans(
     tags:list, # A tag for each word of a sentence
     scheme:TagScheme|None=None # The scheme of all tags of the data; `None`: found from this sentence alone
 ) -> list: # `(type, start, end)` of each entity, in words; `end` is not included
     "Find the entities in a sequence of tags, by the rules of `conlleval`"
     tags = list_of(tags, 'tag')
-    scheme = scheme or entity_scheme(tags)
+    scheme = check_type('scheme', scheme, TagScheme, 'a `TagScheme`', or_none=True) or entity_scheme(tags)
     spans = []
     start = None
     letter_before, kind_before = 'O', ''

@@ -10,26 +10,29 @@ __all__ = ['CausalBlocks']
 # %% ../../nbs/137_data.token_blocks.ipynb #662b967b
 import numpy as np, torch
 from fastai.text.core import TitledStr
-from ..core import DataError, VocabError, shorten
-from .hf_tokenizer import TensorTargets, TensorTokens
+from ..arguments import check_array, check_each, check_whole, checked
+from ..core import DataError, FastaiTLError, VocabError, describe, shorten
+from .hf_tokenizer import TensorTargets, TensorTokens, encode
 from .tokenizers import apply_rules
 
 # %% ../../nbs/137_data.token_blocks.ipynb #642f29de
 def frame(tokenizer):
     "Return the special tokens that a tokenizer puts before and after a text"
-    bare = list(tokenizer('a', add_special_tokens=False, verbose=False)['input_ids'])
-    full = list(tokenizer('a', add_special_tokens=True, verbose=False)['input_ids'])
+    bare = list(encode(tokenizer, 'a', add_special_tokens=False, verbose=False)['input_ids'])
+    full = list(encode(tokenizer, 'a', add_special_tokens=True, verbose=False)['input_ids'])
     n = len(bare)
     start = next((i for i in range(len(full)-n+1) if full[i:i+n] == bare), 0)
     return full[:start], full[start+n:]
 
 def end_of_text(tokenizer):
     "Return the id of the token that ends a text: `eos_token`, else `sep_token`; `None` if there is neither"
+    if not callable(tokenizer) or not hasattr(tokenizer, 'eos_token_id'):
+        raise FastaiTLError('`tokenizer` must be a tokenizer of transformers', describe(tokenizer))
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 def block_length(tokenizer, max_length=None):
     "Return the number of tokens per block: `max_length`, or the tokenizer's own limit, at most 512"
-    return max_length or min(tokenizer.model_max_length, 512)
+    return check_whole('max_length', max_length, or_none=True) or min(tokenizer.model_max_length, 512)
 
 # %% ../../nbs/137_data.token_blocks.ipynb #802b17bb
 def word_starts(encoded, i, tokenizer):
@@ -48,7 +51,7 @@ def cut_texts(texts, tokenizer, words=False, rules=()):
     ids, starts = [], []
     for first in range(0, len(texts), 1000):
         part = list(apply_rules(rules, texts[first:first+1000]))
-        encoded = tokenizer(part, add_special_tokens=False, verbose=False)
+        encoded = encode(tokenizer, part, add_special_tokens=False, verbose=False)
         ids += [np.asarray(o, dtype=np.int32) for o in encoded['input_ids']]
         if words:
             starts += [word_starts(encoded, i, tokenizer) for i in range(len(part))]
@@ -63,6 +66,7 @@ class CausalBlocks:
     "A dataset of blocks of equal length: `(TensorTokens, TensorTargets)`, with the next tokens as targets"
     n_inp = 1
     task = 'causal_lm'
+    @checked
     def __init__(self,
         docs:list, # Arrays of token ids, one per text, as returned by `cut_texts`
         tokenizer, # A transformers tokenizer
@@ -70,7 +74,7 @@ class CausalBlocks:
         rules=() # Functions from string to string, applied to new texts before they are tokenized
     ):
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.max_length = check_whole('max_length', max_length)
         self.rules = rules
         end = end_of_text(tokenizer)
         if end is None:
@@ -79,6 +83,7 @@ class CausalBlocks:
                              "Set `tokenizer.eos_token = '…'` to one of its tokens")
         before, after = frame(tokenizer)
         after = after if after[-1:] == [end] else after + [end]
+        docs = check_each('docs', docs, check_array, 1, low=0, dtype=np.int32)
         self.docs = [np.concatenate([before, doc, after]).astype(np.int32) for doc in docs]
         self.arrange()
 

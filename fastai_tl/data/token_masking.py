@@ -11,6 +11,7 @@ __all__ = ['TokenMasker', 'MaskedBlocks']
 import re
 import numpy as np, torch
 from fastai.text.core import TitledStr
+from ..arguments import check_array, check_each, check_flag, check_number, check_whole, checked
 from ..core import FastaiTLError, VocabError, derive_seed
 from .hf_tokenizer import TensorTargets, TensorTokens
 from .token_blocks import cut_texts, frame
@@ -28,13 +29,12 @@ class TokenMasker:
         if getattr(tokenizer, 'mask_token_id', None) is None:
             raise VocabError('A masked language model needs a mask token', 'a tokenizer without one',
                              'Use the tokenizer of a masked model (BERT, RoBERTa), or `HFCausalLMDataLoaders`')
-        if not (0 < prob <= 1 and 0 <= p_mask and 0 <= p_random and p_mask+p_random <= 1):
-            raise FastaiTLError('`prob`, `p_mask` and `p_random` must be shares, the last two at most 1 together',
-                                f'{prob}, {p_mask}, {p_random}')
-        self.prob = prob
-        self.p_mask = p_mask
-        self.p_random = p_random
-        self.whole_words = whole_words
+        self.prob = check_number('prob', prob, above=0, high=1)
+        self.p_mask = check_number('p_mask', p_mask, low=0, high=1)
+        self.p_random = check_number('p_random', p_random, low=0, high=1)
+        if p_mask + p_random > 1 + 1e-6:
+            raise FastaiTLError('`p_mask` and `p_random` must be at most 1 together', f'{p_mask} and {p_random}')
+        self.whole_words = check_flag('whole_words', whole_words)
         self.mask_id = tokenizer.mask_token_id
         self.special = np.array(sorted(tokenizer.all_special_ids))
         self.ordinary = np.setdiff1d(np.arange(len(tokenizer)), self.special)
@@ -78,8 +78,12 @@ def _framed(docs, before, after, room, dtype):
 
 def framed_blocks(ids, starts, tokenizer, max_length, pack):
     "Make blocks of at most `max_length` tokens, including special tokens, and return where words begin in them"
+    ids = check_each('docs', ids, check_array, 1, low=0, dtype=np.int32)
+    starts = check_each('starts', starts, check_array, 1, low=0, high=1, dtype=bool)
+    if [len(doc) for doc in ids] != [len(doc) for doc in starts]:
+        raise FastaiTLError('`starts` must have a value for each token of `docs`', 'another number')
     before, after = frame(tokenizer)
-    room = max_length - len(before) - len(after)
+    room = check_whole('max_length', max_length) - len(before) - len(after)
     if room < 1:
         raise FastaiTLError(f'`max_length` must leave room for a token and {len(before)+len(after)} special tokens',
                             str(max_length))
@@ -101,6 +105,7 @@ class MaskedBlocks:
     "A dataset of masked texts: `(TensorTokens, TensorTargets)`, or `(TensorTokens,)` without a `masker`"
     n_inp = 1
     task = 'masked_lm'
+    @checked
     def __init__(self,
         docs:list, # Arrays of token ids, one per text
         starts:list, # For each text, where words begin
@@ -114,7 +119,7 @@ class MaskedBlocks:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.masker = masker
-        self.pack = pack
+        self.pack = check_flag('pack', pack)
         self.seed = seed
         self.rules = rules
         self.blocks, self.starts = framed_blocks(docs, starts, tokenizer, max_length, pack)

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tokenizers.html.md"""
 __all__ = ['WordLevelTokenizer', 'tokenizer_settings', 'TokenizedTexts', 'tokenize_texts_once', 'TextTokenizer']
 
 # %% ../../nbs/118_data.tokenizers.ipynb #52dcc7a8
-import multiprocessing, os, sys
+import multiprocessing, os, sys, warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +18,10 @@ import numpy as np, torch
 from fastcore.all import L
 from fastai.text.core import SpacyTokenizer, TitledStr, TokenizeWithRules, Tokenizer, defaults
 from fastprogress import progress_bar
-from ..core import FastaiTLError
+from fastai_tl.arguments import (
+    check_array, check_callable, check_each, check_flag, check_path, check_text, check_whole, checked
+)
+from ..core import FastaiTLError, RunError
 from .tables import check_texts, valid_text
 from ..files import digest, load_tree, save_tree
 
@@ -30,7 +33,13 @@ class WordLevelTokenizer(SpacyTokenizer):
         special_toks=None, # Tokens that are never split; `None`: fastai's special tokens
         buf_sz:int=5000 # Number of texts in a batch
     ):
-        super().__init__(lang, special_toks, buf_sz)
+        check_text('lang', lang)
+        special_toks = None if special_toks is None else check_each('special_toks', special_toks, check_text)
+        try:
+            super().__init__(lang, special_toks, check_whole('buf_sz', buf_sz))
+        except ImportError as error: # spaCy's error for an unknown language
+            expected = '`lang` must be the code of a language of spaCy'
+            raise FastaiTLError(expected, repr(lang), str(error)[:200]) from None
         self.lang = lang
         self.pipe.__self__.max_length = 10**9 # spaCy's limit bounds the memory of its parser, which does not run here
 
@@ -38,18 +47,26 @@ class WordLevelTokenizer(SpacyTokenizer):
         "Return the settings that the tokens depend on"
         return dict(tokenizer='word', lang=self.lang)
 
+# %% ../../nbs/118_data.tokenizers.ipynb #9f7977e5
+def check_rules(
+    rules # What the user passed
+) -> list: # The same functions
+    "Raise an error unless rules are a list of functions"
+    return check_each('rules', rules, check_callable)
+
 # %% ../../nbs/118_data.tokenizers.ipynb #e6c25e42
 def tokenizer_settings(
     tok, # A tokenizer: an object that turns texts into lists of tokens
     rules # Functions that are applied to each text before tokenization
 ) -> dict: # Can be saved as JSON
     "Return all settings that the tokens depend on, to identify a cache or an encoder"
+    check_callable('tok', tok)
     if hasattr(tok, 'settings'):
         settings = tok.settings()
     else:
-        plain = {k: v for k, v in vars(tok).items() if isinstance(v, (str, int, float, bool))}
+        plain = {k: v for k, v in getattr(tok, '__dict__', {}).items() if isinstance(v, (str, int, float, bool))}
         settings = {'tokenizer': type(tok).__name__, **plain}
-    return dict(settings, rules=[getattr(rule, '__name__', str(rule)) for rule in rules])
+    return dict(settings, rules=[getattr(rule, '__name__', str(rule)) for rule in check_rules(rules)])
 
 # %% ../../nbs/118_data.tokenizers.ipynb #51b2292e
 def apply_rules(
@@ -62,18 +79,31 @@ def apply_rules(
             text = rule(text)
         yield valid_text(text)
 
+# %% ../../nbs/118_data.tokenizers.ipynb #0f40708b
+def letter_by_letter(texts, rules):
+    "Apply `rules` to each character, and keep a character that does not become exactly one character"
+    changed = {}
+    for letter in sorted(set().union(*texts)):
+        result = next(apply_rules(rules, [letter]))
+        if len(result) == 1 and result != letter:
+            changed[ord(letter)] = result
+    return [text.translate(changed) for text in texts]
+
 # %% ../../nbs/118_data.tokenizers.ipynb #2152cd1c
 class TokenizedTexts:
     "Tokenized texts: each text is a sequence of indexes into `words`, the list of distinct tokens"
+    @checked
     def __init__(self,
         words:list, # The distinct tokens
         ids:np.ndarray, # (tokens of all texts,) indexes into `words`, one text after another
         lens:np.ndarray, # (texts,) number of tokens of each text
         settings:dict|None=None # Settings that the tokens depend on
     ):
-        self.words = list(words)
-        self.ids = np.asarray(ids, dtype=np.int32)
-        self.lens = np.asarray(lens, dtype=np.int64)
+        self.words = check_each('words', words, check_text)
+        self.ids = check_array('ids', ids, 1, low=0, high=max(len(self.words)-1, 0), dtype=np.int32)
+        self.lens = check_array('lens', lens, 1, low=0, dtype=np.int64)
+        if self.lens.sum() != len(self.ids):
+            raise FastaiTLError('`lens` must add up to the number of tokens', f'{self.lens.sum()} and {len(self.ids)}')
         self.settings = settings or {}
         self.offsets = np.concatenate([[0], np.cumsum(self.lens)])
 
@@ -86,11 +116,13 @@ class TokenizedTexts:
 
     def _ids_of(self, i): return self.ids[self.offsets[i]:self.offsets[i+1]]
 
+    def _ids_of_all(self, idxs): return np.concatenate([self.ids[:0], *(self._ids_of(i) for i in idxs)])
+
     def counter(self,
         idxs=None # Indexes of texts; `None`: all
     ) -> Counter: # Maps each token to its count
         "Count the tokens of all texts, or of those at `idxs`"
-        ids = self.ids if idxs is None else np.concatenate([self._ids_of(i) for i in idxs])
+        ids = self.ids if idxs is None else self._ids_of_all(check_each('idxs', idxs, check_whole, 0, len(self)-1))
         counts = np.bincount(ids, minlength=len(self.words))
         return Counter({word: int(count) for word, count in zip(self.words, counts) if count})
 
@@ -99,7 +131,7 @@ class TokenizedTexts:
     ) -> list: # A tensor of token ids for each text; 0 for tokens that are not in the vocabulary
         "Return each text as a tensor of token ids, which are indexes into `vocab`"
         number_of = {}
-        for i, word in enumerate(vocab):
+        for i, word in enumerate(check_each('vocab', vocab, check_text)):
             if word != 'xxfake': # fastai pads vocabularies with it
                 number_of.setdefault(word, i)
         numbers = np.array([number_of.get(word, 0) for word in self.words], dtype=np.int64)
@@ -178,6 +210,16 @@ def _tokenize(texts, tok, rules, settings, progress, n_workers, size=1000):
         lens.append(np.array(part_lens, dtype=np.int64))
     return TokenizedTexts(list(index_of), np.concatenate(ids), np.concatenate(lens), settings)
 
+# %% ../../nbs/118_data.tokenizers.ipynb #84d9fa3e
+def _read_cached(file):
+    "Read tokens from a cache file; warn and return `None` if it is damaged"
+    try:
+        cached = load_tree(file)
+        return TokenizedTexts(cached['words'], cached['ids'].numpy(), cached['lens'].numpy(), cached['settings'])
+    except (FastaiTLError, LookupError, TypeError, AttributeError):
+        warnings.warn(f'{file} is damaged, so the texts are tokenized again')
+        return None
+
 # %% ../../nbs/118_data.tokenizers.ipynb #acb2a1f1
 def tokenize_texts_once(
     texts, # Strings, see `read_texts`
@@ -189,18 +231,23 @@ def tokenize_texts_once(
 ) -> TokenizedTexts:
     "Tokenize `texts` with fastai's rules, or read their tokens from the cache"
     texts = check_texts(texts)
-    tok = tok or WordLevelTokenizer()
-    rules = list(defaults.text_proc_rules if rules is None else rules)
+    tok = WordLevelTokenizer() if tok is None else check_callable('tok', tok)
+    rules = check_rules(defaults.text_proc_rules if rules is None else rules)
+    progress = check_flag('progress', progress)
+    check_whole('n_workers', n_workers, high=4096, or_none=True)
     settings = tokenizer_settings(tok, rules)
     if cache_dir is None:
         return _tokenize(texts, tok, rules, settings, progress and len(texts) > 1000, n_workers)
-    file = Path(cache_dir)/f'{digest(settings, *texts)}.safetensors'
-    if file.exists():
-        cached = load_tree(file)
-        return TokenizedTexts(cached['words'], cached['ids'].numpy(), cached['lens'].numpy(), cached['settings'])
+    file = Path(check_path('cache_dir', cache_dir))/f'{digest(settings, *texts)}.safetensors'
+    cached = _read_cached(file) if file.exists() else None
+    if cached is not None:
+        return cached
     res = _tokenize(texts, tok, rules, settings, progress and len(texts) > 1000, n_workers)
     ids, lens = torch.from_numpy(res.ids), torch.from_numpy(res.lens)
-    save_tree(file, dict(words=res.words, ids=ids, lens=lens, settings=settings))
+    try:
+        save_tree(file, dict(words=res.words, ids=ids, lens=lens, settings=settings))
+    except RunError as error:
+        warnings.warn(f'The tokens are not cached and will be made again next time: {error.message}')
     return res
 
 # %% ../../nbs/118_data.tokenizers.ipynb #466c418a

@@ -9,12 +9,13 @@ __all__ = ['text_windows', 'pool_windows', 'unactivate', 'pool_scores', 'LongTex
 
 # %% ../../nbs/128_data.windows.ipynb #0720d4ea
 import torch
+from ..arguments import check_array, check_option, check_text, check_whole, checked
 from ..core import FastaiTLError
-from .hf_tokenizer import HFTokenize, TensorTokens, pad_rows
+from .hf_tokenizer import HFTokenize, TensorTokens, encode, pad_rows
 from .loaders import language_rules
-from .offsets import check_offsets, exact_offsets
-from .spec import activate
-from .tables import list_of
+from .offsets import check_offsets, spans_at
+from .spec import CLASSIFICATION_TASKS, activate
+from .tables import text_list
 
 # %% ../../nbs/128_data.windows.ipynb #e9cf0693
 def _room(tok, stride):
@@ -23,23 +24,21 @@ def _room(tok, stride):
         raise FastaiTLError('Windows need a fast tokenizer, which knows the position of its tokens in the text',
                             f'a {type(tok.tokenizer).__name__}')
     room = tok.max_length - tok.tokenizer.num_special_tokens_to_add()
-    if not 0 <= stride < room:
+    if check_whole('stride', stride, 0) >= room:
         raise FastaiTLError(f'`stride` must be smaller than the {room} tokens of a window', str(stride))
     return room
 
+def _spans_of(text, tokenizer, room, stride):
+    "Return `(start, end)` of each window of one text, in characters"
+    encoded = encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return spans_at(text, encoded['offset_mapping'], room, stride)
+
 def _windows_of(text, tokenizer, room, stride):
     "Return the windows of one text as strings"
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = [tuple(pair) for pair in encoded['offset_mapping']]
-    if not offsets:
-        return [text]
-    exact = exact_offsets(text, offsets)
-    offsets = [exact[pair] for pair in offsets]
-    starts = range(0, max(len(offsets)-stride, 1), room-stride)
-    ends = [min(start+room, len(offsets))-1 for start in starts]
-    return [text[offsets[start][0]:offsets[end][1]] for start, end in zip(starts, ends)]
+    return [text[start:end] for start, end in _spans_of(text, tokenizer, room, stride)]
 
 # %% ../../nbs/128_data.windows.ipynb #7d8a3bca
+@checked
 def text_windows(
     texts:list, # Strings
     tokenizer, # A name, a folder, or a fast transformers tokenizer
@@ -49,7 +48,7 @@ def text_windows(
     "Cut texts into windows of at most `max_length` tokens"
     tok = HFTokenize(tokenizer, max_length)
     room = _room(tok, stride)
-    texts = list_of(texts)
+    texts = text_list(texts)
     check_offsets(tok.tokenizer, texts)
     windows, rows = [], []
     for i, text in enumerate(texts):
@@ -59,13 +58,22 @@ def text_windows(
     return windows, rows
 
 # %% ../../nbs/128_data.windows.ipynb #93814e78
+def _with_rows(name, values, rows):
+    "Return windows' values as a tensor of floats, and the index of the text of each window"
+    rows = torch.as_tensor(check_array('rows', rows, 1, low=0, dtype=int))
+    if not isinstance(values, torch.Tensor):
+        values = torch.as_tensor(check_array(name, values, nan=True, dtype=None))
+    if not len(rows) or not values.ndim or len(values) not in (len(rows), int(rows.max())+1):
+        raise FastaiTLError(f'`{name}` must have a row for each window, or for each text',
+                            f'shape {tuple(values.shape)} for {len(rows)} windows')
+    return values, rows.to(values.device)
+
 def pool_windows(
     preds, # Predictions, one row per window: a tensor or an array; one row per text is returned as it is
     rows # The index of the text of each window, as in `dls.window_rows`
 ): # Predictions, one row per text: the mean over its windows
     "Average the predictions of the windows of each text"
-    rows = torch.as_tensor(rows)
-    preds = torch.as_tensor(preds)
+    preds, rows = _with_rows('preds', preds, rows)
     if len(preds) == int(rows.max())+1:
         return preds
     total = preds.new_zeros(int(rows.max())+1, *preds.shape[1:]).index_add_(0, rows, preds)
@@ -78,17 +86,22 @@ def unactivate(
     task:str # `classification`, `multilabel` or `regression`
 ) -> torch.Tensor: # Logits of the same shape
     "Return scores that `activate` turns into `probs`"
+    check_option('task', task, CLASSIFICATION_TASKS)
+    if not isinstance(probs, torch.Tensor):
+        probs = torch.as_tensor(check_array('probs', probs)).float()
     if task == 'classification':
         return probs.clamp(min=1e-30).log()
     return torch.logit(probs.double(), eps=1e-12).float() if task == 'multilabel' else probs
 
+@checked
 def pool_scores(
     scores:torch.Tensor, # Logits, one row per window
     rows, # The index of the text of each window
     task:str # `classification`, `multilabel` or `regression`
 ) -> torch.Tensor: # Logits, one row per text
     "Return the scores of texts whose probabilities are the mean over the windows of each text"
-    rows = torch.as_tensor(rows, device=scores.device)
+    check_option('task', task, CLASSIFICATION_TASKS)
+    scores, rows = _with_rows('scores', scores, rows)
     return unactivate(pool_windows(activate(scores.float(), task), rows), task)
 
 # %% ../../nbs/128_data.windows.ipynb #8e5222cc
@@ -98,6 +111,7 @@ class LongText(str):
 # %% ../../nbs/128_data.windows.ipynb #8d800b75
 class HFTokenizeWindows(HFTokenize):
     "Turn a `LongText` into the `TensorTokens` of all its windows, (5, tokens); other texts as `HFTokenize` does"
+    @checked
     def __init__(self,
         tokenizer, # A name, a folder, or a fast transformers tokenizer
         stride:int, # Overlap of neighbouring windows, in tokens
@@ -114,15 +128,23 @@ class HFTokenizeWindows(HFTokenize):
     def __getstate__(self):
         return {**super().__getstate__(), 'window_texts': {}}
 
+    def spans(self,
+        text:str # A long text
+    ) -> list: # `(start, end)` of each window, in characters
+        "Return where the windows of a text are"
+        return _spans_of(text, self.tokenizer, self.room, self.stride)
+
     def pieces(self,
         text:str # A long text
     ) -> list: # Strings
         "Return the windows of a text; those of at most 10,000 texts are kept"
-        if text not in self.window_texts:
+        found = self.window_texts.get(check_text('text', text))
+        if found is None:
             if len(self.window_texts) >= 10_000:
                 self.window_texts.clear()
-            self.window_texts[text] = _windows_of(text, self.tokenizer, self.room, self.stride)
-        return self.window_texts[text]
+            found = _windows_of(text, self.tokenizer, self.room, self.stride)
+            self.window_texts[text] = found
+        return found
 
     def remember(self,
         texts # Texts; a `LongText` is cut into windows first

@@ -9,15 +9,18 @@ __all__ = ['LIBRARIES', 'LIBRARY_MASK', 'CORPUS_VERSION', 'clean_markup', 'mask_
            'label_budget', 'general_corpus']
 
 # %% ../../nbs/150_datasets.corpora.ipynb #8459b463
-import ast, gzip, hashlib, inspect, json, os, re, sys, sysconfig, warnings
+import ast, gzip, hashlib, inspect, json, os, re, sys, sysconfig, warnings, zlib
 from importlib import util as import_util
 from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Hashable
 from pathlib import Path
 import pandas as pd
-from ..core import DataError, did_you_mean
+from ..arguments import check_each, check_flag, check_option, check_path, check_text, check_whole, checked
+from ..locks import exclusive
+from ..core import DataError, RunError
 from ..data.near_duplicates import drop_near_duplicates
 from ..data.tables import column
-from ..files import atomic_path
+from ..atomic import atomic_path
 from ..resources import read_csv, read_json
 
 # %% ../../nbs/150_datasets.corpora.ipynb #db0fc563
@@ -72,7 +75,7 @@ def _docstring_of_call(node):
 # %% ../../nbs/150_datasets.corpora.ipynb #bda68439
 def _read_docstrings(path, name):
     "Return all docstrings of a file; an empty list if Python cannot parse the file"
-    with warnings.catch_warnings():
+    with exclusive(warnings), warnings.catch_warnings():
         warnings.simplefilter('ignore') # invalid escape sequences in others' code
         try:
             return list(_docstrings(ast.parse(path.read_bytes()), name))
@@ -119,8 +122,8 @@ def _starts_paragraph(text):
 _MARKUP = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r':math:`([\w ]{1,12})`', r'\1'),                                    # a short symbol is kept as a word,
     (r':math:`[^`]*`|\$[^$]*[\\^=][^$]*\$', 'formula'),                   # other formulas are not English
-    (r':[\w:+-]+:`~?(?:[^`<]*<)?(?:[^`<>]*\.)?([^`<>.]*)>?`', r'\1'),     # :func:`~lib.mod.name` becomes `name`
-    (r'`([^`<]*?)\s*<[^`>]*>`_*', r'\1'),                                 # links
+    (r':[\w:+-]{1,60}:`~?(?:[^`<]*<)?(?:[^`<>]*\.)?([^`<>.]*)>?`', r'\1'),     # :func:`~lib.mod.name` becomes `name`
+    (r'`([^`<\s]*(?:\s+[^`<\s]+)*)\s*<[^`>]*>`_*', r'\1'),                                 # links
     (r'``([^`]*)``', r'\1'),
     (r'`([^`]*)`_*', r'\1'),
     (r'\[[\w*,# -]+\]_', ''),                                             # references such as [1]_
@@ -136,6 +139,7 @@ def clean_markup(
     text:str # A paragraph in reStructuredText or Markdown
 ) -> str: # The paragraph as plain text
     "Remove references, emphasis, formulas and links, and normalize white space"
+    check_text('text', text)
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -150,7 +154,7 @@ def mask_names(
     text:str # Any text
 ) -> str: # The text with `LIBRARY_MASK` in place of each name or alias
     "Replace the names and aliases of the libraries"
-    return _library_names.sub(LIBRARY_MASK, text)
+    return _library_names.sub(LIBRARY_MASK, check_text('text', text))
 
 # %% ../../nbs/150_datasets.corpora.ipynb #895bf97a
 _ROLES = {
@@ -213,12 +217,15 @@ def _passages(docstring):
 # %% ../../nbs/150_datasets.corpora.ipynb #a21d0882
 _template = re.compile(r'%\(|\{\w*\}|__\w+__')
 
+@checked
 def is_prose(
     text:str, # A passage
     min_words:int=6, # Minimum number of words of two letters or more
     max_words:int=60 # Maximum number of words
 ) -> bool: # `True` for prose
     "Return whether a passage is prose rather than code, a table or a template"
+    check_whole('min_words', min_words, 0)
+    check_whole('max_words', max_words)
     n_letters = sum(c.isalpha() or c == ' ' for c in text)
     n_words = len(re.findall('[A-Za-z]{2,}', text))
     has_length = min_words <= n_words and len(text.split()) <= max_words
@@ -234,22 +241,30 @@ def _cache_file(kind, parts, cache_dir):
     file = f'{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl.gz'
     return Path(cache_dir or default).expanduser()/file
 
+# %% ../../nbs/150_datasets.corpora.ipynb #b083407c
+def _read_cached(path):
+    "Read a corpus, whose rows all have the same columns of strings"
+    with gzip.open(path, 'rt', encoding='utf-8') as f:
+        rows = [json.loads(line) for line in f]
+    if not rows or not all(isinstance(row, dict) and 'text' in row and row.keys() == rows[0].keys() for row in rows):
+        raise ValueError('rows with other columns')
+    return pd.DataFrame(rows)
+
 def _cached(kind, parts, make, cache_dir, refresh):
-    "Read a corpus from the cache, or make it and save it; ignore a damaged cache and errors in writing it"
+    "Read a corpus from the cache, or make it and save it; warn of a damaged cache and of errors in writing it"
     path = _cache_file(kind, parts, cache_dir)
-    try:
-        if not refresh:
-            with gzip.open(path, 'rt', encoding='utf-8') as f:
-                return pd.DataFrame(map(json.loads, f))
-    except (OSError, EOFError, ValueError):
-        pass
+    if path.exists() and not refresh:
+        try:
+            return _read_cached(path)
+        except (OSError, EOFError, ValueError, zlib.error, RecursionError):
+            warnings.warn(f'{path} is damaged, so the corpus is made again')
     df = make()
     lines = '\n'.join(json.dumps(row, ensure_ascii=False) for row in df.to_dict('records'))
     try:
         with atomic_path(path) as tmp:
             tmp.write_bytes(gzip.compress(lines.encode(), 5, mtime=0))
-    except OSError:
-        pass
+    except RunError as error:
+        warnings.warn(f'The corpus is not cached and will be made again next time: {error.message}')
     return df
 
 # %% ../../nbs/150_datasets.corpora.ipynb #9d007c75
@@ -292,8 +307,10 @@ def docstring_corpus(
     installed:bool=False # Read the installed versions instead of the corpus that comes with the package
 ) -> pd.DataFrame: # Columns `text`, `label`, `split` (`train`, `valid`, `test`), `role`, `library` and `source`
     "Return passages from the docstrings of libraries: masked, split, and without near-duplicates"
-    if label not in ('role', 'library'):
-        raise DataError("`label` must be 'role' or 'library'", repr(label), did_you_mean(label, ['role', 'library']))
+    check_option('label', label, ('role', 'library'))
+    libraries = check_each('libraries', libraries, check_text)
+    installed, refresh = check_flag('installed', installed), check_flag('refresh', refresh)
+    check_path('cache_dir', cache_dir, or_none=True)
     if installed or refresh or not set(libraries) <= set(LIBRARIES):
         df = _installed_docstrings(libraries, cache_dir, refresh)
     else:
@@ -320,6 +337,15 @@ def library_version(
         return 'unknown'
 
 # %% ../../nbs/150_datasets.corpora.ipynb #57a87df9
+def _check_names(df):
+    "Raise an error for labels and splits that are lists or dictionaries, and if there are none"
+    for name in ('label', 'split'):
+        values = column(df, name).dropna()
+        if not len(values) or not values.map(lambda value: isinstance(value, Hashable)).all():
+            got = 'others, such as lists' if len(values) else 'none'
+            raise DataError(f'The column {name!r} must have names', got)
+
+@checked
 def label_budget(
     df:pd.DataFrame, # A corpus with columns `label` and `split`
     n_per_class:int=50, # Number of labels to keep for each class in `train`
@@ -327,6 +353,10 @@ def label_budget(
     n_eval:int|None=None # Number of labels to keep for each class in each of `valid` and `test`; `None`: all
 ) -> pd.DataFrame: # The same rows; the label is `None` where it was removed
     "Keep all texts, but only the labels of `n_per_class` training passages in each class"
+    check_whole('n_per_class', n_per_class)
+    check_whole('n_eval', n_eval, or_none=True)
+    check_whole('seed', seed, 0, 2**32-1)
+    _check_names(df)
     shuffled = df[column(df, 'label').notna() & column(df, 'split').notna()].sample(frac=1, random_state=seed)
     rank = shuffled.groupby(['split', 'label']).cumcount().reindex(df.index)
     n_labels = rank[shuffled.index][shuffled.split == 'train'].groupby(shuffled.label).max() + 1
@@ -372,6 +402,7 @@ def general_corpus(
     installed:bool=False # Read the running Python instead of the corpus that comes with the package
 ) -> pd.DataFrame: # Columns `text` (paragraphs, in reading order) and `source`
     "Return paragraphs of Python's own documentation and standard library, for stage 1"
-    if installed or refresh:
+    check_path('cache_dir', cache_dir, or_none=True)
+    if check_flag('installed', installed) or check_flag('refresh', refresh):
         return _cached('general', [], make_general_corpus, cache_dir, refresh)
     return read_frozen('general')

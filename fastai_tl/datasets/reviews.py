@@ -9,7 +9,8 @@ __all__ = ['sample_reviews']
 
 # %% ../../nbs/153_datasets.reviews.ipynb #8cf93caf
 import numpy as np, pandas as pd
-from ..core import DataError, derive_seed
+from ..arguments import check_number, check_whole, checked
+from ..core import derive_seed
 from ..resources import read_json
 
 # %% ../../nbs/153_datasets.reviews.ipynb #6ca7720e
@@ -54,14 +55,14 @@ def _review(rng, good):
     return opening + '，'.join(parts) + '。' + closing
 
 # %% ../../nbs/153_datasets.reviews.ipynb #8de34f06
+@checked
 def sample_reviews(
     n:int=2000, # Number of reviews
     seed:int=42, # The same seed gives the same reviews
     noise:float=.03 # Share of wrong labels; real reviews have some, too
 ) -> pd.DataFrame: # Columns `text` and `label` (正面 or 負面)
     "Generate distinct hotel reviews in Traditional Chinese, about half of them 正面 (positive)"
-    if n < 1:
-        raise DataError('At least one review is needed', str(n))
+    n, noise = check_whole('n', n, high=10**6), check_number('noise', noise, low=0, high=1)
     rng = np.random.default_rng(derive_seed(seed, 'reviews'))
     labels = {} # text to label
     while len(labels) < n:
