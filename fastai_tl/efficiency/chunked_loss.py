@@ -19,6 +19,7 @@ from fastai.callback.core import GatherPredsCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.text.models.core import LinearDecoder
+from ..arguments import check_dtype, check_flag, check_tensor, check_type
 from ..callbacks import AroundBatch
 from ..core import FastaiTLError
 from .linear_cross_entropy import PIECE, linear_cross_entropy, product_dtype
@@ -46,7 +47,11 @@ class LazyLogits(torch.Tensor):
     "The logits of an output layer, which are computed only when they are needed"
     @staticmethod
     def __new__(cls, x, weight, bias=None, dtype=None):
-        dtype = dtype or product_dtype(x)
+        for name, tensor, ndim in (('x', x, None), ('weight', weight, 2), ('bias', bias, 1)):
+            check_tensor(name, tensor, ndim, True, or_none=name == 'bias')
+        dtype = check_dtype('dtype', dtype, or_none=True) or product_dtype(x)
+        if x.shape[-1:] != weight.shape[1:] or bias is not None and len(bias) != len(weight):
+            raise FastaiTLError('States and weights must fit together', f'{tuple(x.shape)} and {tuple(weight.shape)}')
         shape = (*x.shape[:-1], len(weight))
         res = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device, requires_grad=False)
         res.parts = (x.as_subclass(torch.Tensor), weight, bias)
@@ -166,6 +171,7 @@ def lazy_head(
     layer:nn.Linear # The output layer
 ):
     "Make an output layer return `LazyLogits`, inside the `with` block"
+    check_type('layer', layer, nn.Linear)
     layer.forward = partial(_lazy_forward, layer)
     try:
         yield True
@@ -177,6 +183,7 @@ def output_layer(
     model:nn.Module # A language model
 ) -> nn.Linear: # Its output layer
     "Find the layer that makes the logits of a language model"
+    check_type('model', model, nn.Module)
     decoder = next((m for m in model.modules() if isinstance(m, LinearDecoder)), None)
     if decoder is not None:
         return decoder.decoder
@@ -221,7 +228,7 @@ def chunked_loss(self:Learner,
 ) -> Learner: # The same Learner
     "Train and validate a language model without keeping its full logits in memory"
     self.remove_cbs(self.cbs.filter(risinstance(LazyLogitsCallback)))
-    if not on:
+    if not check_flag('on', on):
         return self
     output_layer(self.model) # raises its error now rather than during the fit
     return self.add_cb(LazyLogitsCallback())

@@ -9,10 +9,12 @@ __all__ = []
 
 # %% ../../nbs/340_efficiency.compilation.ipynb #9711ed0f
 import os, shutil, sys
+import torch
 from torch import nn
 from fastcore.all import patch
 from fastai.learner import Learner
-from ..core import FastaiTLError
+from ..arguments import check_flag, checked
+from ..core import FastaiTLError, unknown_option
 from ..models.hf import HFModel
 from .pooled_top_layer import SinglePositionTop
 from .feature_cache import CachedPrefix
@@ -22,6 +24,11 @@ def cpp_compiler():
     "Return the C++ compiler that `torch.compile` calls on a CPU, or `None`"
     default = 'clang++' if sys.platform == 'darwin' else 'g++'
     return shutil.which(os.environ.get('CXX') or default)
+
+def _check_backend(backend):
+    names = torch._dynamo.list_backends(exclude_tags=())
+    if not callable(backend) and not (isinstance(backend, str) and backend in names):
+        raise unknown_option('backend', backend, names)
 
 def _check_compilable(learn, backend):
     "Raise an error if the model of `learn` cannot be compiled"
@@ -42,6 +49,7 @@ def _check_compilable(learn, backend):
 
 # %% ../../nbs/340_efficiency.compilation.ipynb #70131b3d
 @patch
+@checked
 def compile_model(self:Learner,
     on:bool=True, # `False` uses the model without compilation again
     dynamic:bool=True, # Whether to compile once for texts of all lengths, rather than once for each length
@@ -49,6 +57,9 @@ def compile_model(self:Learner,
     **kwargs # Passed to `torch.compile`
 ) -> Learner: # The same Learner
     "Train, validate and predict with a compiled model; the first batch includes the compilation"
+    on = check_flag('on', on)
+    check_flag('dynamic', dynamic, or_none=True)
+    _check_backend(backend)
     if on:
         _check_compilable(self, backend)
     part = self.model.hf if isinstance(self.model, HFModel) else self.model

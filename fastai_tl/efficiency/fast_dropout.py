@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fastcore.all import patch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
+from ..arguments import check_flag, check_number, check_tensor
 from ..callbacks import AroundBatch, unguard_batches
 from ..core import FastaiTLError
 
@@ -50,7 +51,8 @@ def fast_mask_dropout(
     p:float # Dropout probability, rounded to 15 bits
 ) -> torch.Tensor: # Tensor with the shape and dtype of `x`
     "Apply dropout to `x` as in training mode"
-    signs, scale = random_signs(x.shape, p)
+    check_tensor('x', x, None, True)
+    signs, scale = random_signs(x.shape, check_number('p', p, low=0, below=1))
     return Masked.apply(x, signs.bitwise_right_shift_(BITS).bitwise_not_(), scale)
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #465b3c7a
@@ -75,6 +77,7 @@ def _hidden_keys(mask, q, k, causal):
     blind = blind.expand(*shape[:3], 1) if blind.any() else None
     return (mask.to(q.dtype) if is_addend else hidden).expand(shape), blind
 
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #43ffad33
 def _probabilities(q, k, hidden, blind, at):
     "Compute the attention probabilities of a block"
     scores = q[at]@k[at].transpose(-1, -2)
@@ -123,6 +126,24 @@ def _attention_gradients(q, k, v, probs, g, blocks, scaling):
     return dq.mul_(scaling), dk, dv
 
 # %% ../../nbs/310_efficiency.fast_dropout.ipynb #51fdfae8
+def _check_attention(q, k, v, attn_mask, dropout_p, is_causal, scale):
+    "Raise an error unless queries, keys, values and mask fit together; return the dropout probability"
+    for name, tensor in (('q', q), ('k', k), ('v', v)):
+        check_tensor(name, tensor, 4, True)
+    check_flag('is_causal', is_causal)
+    check_number('scale', scale, or_none=True)
+    fits = q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2]
+    wanted = (*q.shape[:3], k.shape[2])
+    if check_tensor('attn_mask', attn_mask, or_none=True) is not None:
+        pairs = zip(reversed(attn_mask.shape), reversed(wanted))
+        is_mask = attn_mask.is_floating_point() or attn_mask.dtype == torch.bool
+        fits = fits and is_mask and attn_mask.ndim <= 4 and all(n in (1, m) for n, m in pairs)
+    if not fits:
+        shapes = [tuple(o.shape) for o in (q, k, v, attn_mask) if o is not None]
+        raise FastaiTLError('Queries, keys, values and mask must fit together', f'the shapes {shapes}')
+    return check_number('dropout_p', dropout_p, low=0, below=1)
+
+# %% ../../nbs/310_efficiency.fast_dropout.ipynb #3be41130
 def fast_attention(
     q:torch.Tensor, # Queries on a CPU: (texts, heads, queries, width)
     k:torch.Tensor, # Keys: (texts, heads, keys, width)
@@ -133,6 +154,7 @@ def fast_attention(
     scale:float|None=None # Factor for the scores; the default is 1/√width
 ) -> torch.Tensor: # Output: (texts, heads, queries, width of a value)
     "Compute the same as `F.scaled_dot_product_attention` with dropout, for training"
+    dropout_p = _check_attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
     if torch.is_autocast_enabled('cpu'):
         q, k, v = (o.to(torch.get_autocast_dtype('cpu')) for o in (q, k, v))
     scale = q.shape[-1]**-.5 if scale is None else scale
@@ -205,7 +227,7 @@ def fast_dropout(self:Learner,
     on:bool=True # `False` returns to PyTorch's dropout
 ) -> Learner: # The same Learner
     "Train with dropout that is fast on a CPU: different random numbers, the same distribution"
-    if on:
+    if check_flag('on', on):
         _refuse_checkpointing(self.model) # raise the error now, not later in the fit
     self.remove_cb(FastDropoutTraining)
     unguard_batches(self)

@@ -16,14 +16,19 @@ from fastcore.all import GetAttr, chunked, store_attr
 from fasttransform import Pipeline
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
+from fastai.data.load import DataLoader
 from fastai.imports import noop
 from fastai.torch_core import to_device
+from ..arguments import check_callable, check_dtype, check_flag, check_option, check_path, check_type, checked
+from ..arguments import check_whole
 from ..callbacks import AroundBatch, evaluating, is_real_fit, unguard_batches
 from ..core import DataError, FastaiTLError, shorten
-from ..data.hf_tokenizer import TensorTargets, TensorTokens, packs, pad_rows
+from ..data.batches import packs
+from ..data.hf_tokenizer import TensorTargets, TensorTokens, pad_rows
 from ..models.layer_groups import frozen_modules
 from .pooled_top_layer import SinglePosition
-from .frozen_features import Prefix, frozen_prefix, replaced_forwards
+from .frozen_features import PooledPrefix, Prefix, frozen_prefix, replaced_forwards
+from .lstm_bf16 import autocast_lstms
 from .feature_store import StateStore
 
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #7987c63d
@@ -72,6 +77,7 @@ def check_same_each_time(dl):
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #b5b19478
 class PrefixCache:
     "Store the states that a frozen prefix computes for the texts of one DataLoader"
+    @checked
     def __init__(self,
         prefix, # A `Prefix` or a `PooledPrefix`
         dl, # A DataLoader of tokens and targets
@@ -80,6 +86,9 @@ class PrefixCache:
         where:str='auto', # Where to store: `memory`, `disk` or `auto`, see `StateStore`
         folder:str|Path='.' # Folder of the file on disk
     ):
+        check_type('prefix', prefix, (Prefix, PooledPrefix))
+        check_type('dl', dl, DataLoader)
+        check_type('one', one, SinglePosition, or_none=True)
         check_same_each_time(dl)
         self.prefix = prefix
         self.dl = dl
@@ -107,6 +116,8 @@ class PrefixCache:
         context=nullcontext # Function that returns the context manager to compute in, for example autocast
     ) -> 'PrefixCache': # The same cache
         "Compute the states of all texts"
+        check_whole('bs', bs, or_none=True)
+        check_callable('context', context)
         self.dl.before_iter()
         self.store.open()
         by_tokens = bs is None and not self.is_pooled and self.dl.device.type == 'cpu'
@@ -174,6 +185,9 @@ class CachedDL(GetAttr):
         cache:PrefixCache, # The states of its texts
         offer=noop # Called with the input and the states of each batch before the batch is returned
     ):
+        check_type('source', source, DataLoader)
+        check_type('cache', cache, PrefixCache)
+        check_callable('offer', offer)
         store_attr()
 
     def __len__(self):
@@ -268,8 +282,13 @@ class CachedPrefix(AroundBatch):
         optional:bool=False, # If nothing is frozen, train without the cache instead of raising an error
         verbose:bool=True # Print what is computed and stored
     ):
+        check_dtype('dtype', dtype, or_none=True)
+        check_option('where', where, ('auto', 'memory', 'disk'))
+        check_path('folder', folder, or_none=True)
+        check_flag('one_position', one_position, or_none=True)
+        optional, verbose = check_flag('optional', optional), check_flag('verbose', verbose)
         store_attr('dtype,where,folder,one_position,optional,verbose')
-        self.batch_size = bs
+        self.batch_size = check_whole('bs', bs, or_none=True)
         self._active = False
         self.forget()
 
@@ -343,7 +362,8 @@ class CachedPrefix(AroundBatch):
             if self.verbose and self.learn.logger is not noop:
                 print(f'Computed once for {name}: {self.prefix}; {cache.store}')
             autocast = _mixed_precision(self.learn)[0] or nullcontext()
-            self.caches[name] = cache.fill(self.batch_size, lambda: autocast)
+            with autocast_lstms(self.model): # not every processor has PyTorch's own LSTM in bfloat16
+                self.caches[name] = cache.fill(self.batch_size, lambda: autocast)
         self.learn.dl = CachedDL(dl, self.caches[name], self._offer)
         self.guard_batches()
 

@@ -8,10 +8,13 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.feature_store.html.md"""
 __all__ = ['StateStore']
 
 # %% ../../nbs/330_efficiency.feature_store.ipynb #df9a487e
-import os, shutil, tempfile, weakref
+import errno, os, shutil, weakref
 from pathlib import Path
 import numpy as np, torch
-from ..core import FastaiTLError, unknown_option
+from ..arguments import check_array, check_dtype, check_each, check_option, check_path, check_tensor
+from ..arguments import check_whole
+from ..core import FastaiTLError, RunError
+from ..atomic import remove_leftovers, size_in_words, temporary_sibling, writing
 
 # %% ../../nbs/330_efficiency.feature_store.ipynb #9200ff95
 def free_memory() -> float: # Bytes; infinity if the system does not report it
@@ -30,11 +33,32 @@ def free_memory() -> float: # Bytes; infinity if the system does not report it
 def _remove(path):
     Path(path).unlink(missing_ok=True)
 
-def size_in_words(n):
-    "Format a number of bytes in kB, MB or GB"
-    if n >= 1e9:
-        return f'{n/1e9:.1f} GB'
-    return f'{n/1e6:.1f} MB' if n >= 1e5 else f'{n/1e3:.1f} kB'
+# %% ../../nbs/330_efficiency.feature_store.ipynb #a476c1ab
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+def _fallocate(handle, n_bytes):
+    "Take the space of an open file, and return whether the file system can"
+    try:
+        os.posix_fallocate(handle, 0, n_bytes)
+    except AttributeError: # macOS, Windows
+        return False
+    except OSError as error:
+        if error.errno in _NOT_SUPPORTED:
+            return False
+        raise
+    return True
+
+def allocate_file(
+    path:Path, # Path of the new file
+    n_bytes:int # Its size
+):
+    "Create a file of zeros whose space on the disk is taken"
+    with open(path, 'xb') as file:
+        if not n_bytes or _fallocate(file.fileno(), n_bytes):
+            return
+        zeros = bytes(min(n_bytes, 1<<20))
+        for start in range(0, n_bytes, len(zeros)):
+            file.write(zeros[:n_bytes-start])
 
 # %% ../../nbs/330_efficiency.feature_store.ipynb #22f5ba64
 class StateStore:
@@ -46,15 +70,15 @@ class StateStore:
         where:str='auto', # `memory`, `disk`, or `auto`: the disk if the states need more than half of the free memory
         folder:str|Path='.' # Folder for the file, which is removed together with the store
     ):
-        if where not in ('auto', 'memory', 'disk'):
-            raise unknown_option('where', where, ('auto', 'memory', 'disk'))
+        check_option('where', where, ('auto', 'memory', 'disk'))
+        lengths = check_array('lengths', lengths, 1, low=0, high=2**40)
         self.ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self.width = width
-        self.dtype = dtype
+        self.width = check_whole('width', width, 0)
+        self.dtype = check_dtype('dtype', dtype)
         if where == 'auto':
             where = 'disk' if self.nbytes > free_memory()/2 else 'memory'
         self.where = where
-        self.folder = Path(folder)
+        self.folder = Path(check_path('folder', folder))
         self.file = None
 
     @property
@@ -80,16 +104,27 @@ class StateStore:
         return self
 
     def _open_file(self, n):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if self.nbytes > free:
-            raise FastaiTLError(f'The states of the frozen layers need {size_in_words(self.nbytes)}',
-                                f'{size_in_words(free)} in {self.folder}',
-                                'Keep them in a smaller `dtype`, give another `folder`, or train without the cache')
-        handle, self.file = tempfile.mkstemp(prefix='prefix-', suffix='.states', dir=self.folder)
-        os.close(handle)
-        self._remove_file = weakref.finalize(self, _remove, self.file) # also at the end of the process
+        with writing(self.folder, 'The model and its weights are unchanged'):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder) # of killed processes
+            self.file = str(temporary_sibling(self.folder/'prefix.states'))
+            self._remove_file = weakref.finalize(self, _remove, self.file) # also at the end of the process
+            if self.nbytes > shutil.disk_usage(self.folder).free:
+                raise self._too_large()
+            try:
+                allocate_file(Path(self.file), self.nbytes)
+            except OSError as error: # another process has filled the disk, or a quota is used up
+                self._remove_file()
+                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                raise self._too_large() if is_full else error
         return torch.from_file(self.file, shared=True, size=n, dtype=self.dtype)
+
+    def _too_large(self):
+        free = shutil.disk_usage(self.folder).free
+        return RunError(f'The states of the frozen layers need {size_in_words(self.nbytes)}',
+                        f'{size_in_words(free)} free in {self.folder}',
+                        'Keep them in a smaller `dtype`, give another `folder`, or train without the cache; '
+                        'the model and its weights are unchanged')
 
     def close(self):
         "Free the memory or remove the file"
@@ -102,6 +137,11 @@ class StateStore:
         rows:torch.Tensor # (rows, width)
     ):
         "Store the states of a text"
+        i = check_whole('i', i, 0, max(len(self)-1, 0))
+        check_tensor('rows', rows, 2)
+        if rows.shape != (self.ends[i+1]-self.ends[i], self.width):
+            raise FastaiTLError(f'Text {i} needs {self.ends[i+1]-self.ends[i]} states of {self.width} values',
+                                f'shape {tuple(rows.shape)}')
         self.data[self.ends[i]:self.ends[i+1]] = rows.to(self.dtype).cpu()
 
     def read(self,
@@ -109,7 +149,9 @@ class StateStore:
         left:bool=False # Whether to pad on the left
     ) -> torch.Tensor: # (texts, rows of the longest, width), with zeros as padding
         "Return the states of some texts"
-        idxs = np.asarray(idxs)
+        idxs = np.asarray(check_each('idxs', idxs, check_whole, 0, max(len(self)-1, 0)))
+        if not len(idxs):
+            raise FastaiTLError('`idxs` must have at least one text', 'none')
         starts = self.ends[idxs]
         lengths = self.ends[idxs+1] - starts
         n_longest = int(lengths.max())

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
+from ..arguments import check_whole, checked
 from ..core import FastaiTLError, shorten
 from ..callbacks import evaluating
 from ..data.hf_tokenizer import TensorTokens
@@ -22,6 +23,7 @@ from ..models.execution_order import dummy_inputs, hf_models
 from ..models.awd_lstm import RealTokenPooling
 
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #30679017
+@checked
 def find_blocks(
     model:nn.Module # A Hugging Face model, or a module with one in it
 ) -> list: # The layers, bottom to top
@@ -45,6 +47,7 @@ def find_blocks(
     return [block for _, block in blocks]
 
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #2acf6254
+@checked
 def frozen_layers(
     model:nn.Module # A Hugging Face model, or a module with one in it, some of its layers frozen
 ) -> int: # -1 if the embeddings are trained, too
@@ -150,16 +153,15 @@ def _refuse_hooks(blocks):
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #5d8eaf4b
 class Prefix:
     "A Hugging Face model cut above its lower `k` blocks"
+    @checked
     def __init__(self,
         model:nn.Module, # An `HFModel`, or a model of transformers
         k:int # Number of blocks below the cut; 0: only the embeddings are below it
     ):
         self.model = model
         self.blocks = find_blocks(model)
-        self.k = k
-        if not 0 <= k <= len(self.blocks):
-            raise FastaiTLError(f'`k` must be between 0 and {len(self.blocks)}, the number of layers', str(k))
-        _refuse_hooks(self.blocks[:k])
+        self.k = check_whole('k', k, 0, len(self.blocks)) # at most the number of layers
+        _refuse_hooks(self.blocks[:self.k])
         if getattr(model, 'by_length', False):
             raise FastaiTLError('A model to be cut must compute all texts of a batch together',
                                 f'a {type(hf_models(model)[0]).__name__}, in which padding changes the output',
@@ -294,6 +296,7 @@ class PooledPrefix:
             yield
 
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #dac43fa7
+@checked
 def frozen_prefix(
     model:nn.Module # A Hugging Face model or an AWD_LSTM classifier, some of its layers frozen
 ): # A `Prefix` or a `PooledPrefix`; `None` if no output of frozen layers is worth storing

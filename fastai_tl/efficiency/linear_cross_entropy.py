@@ -9,6 +9,8 @@ __all__ = ['PIECE', 'BLOCK', 'linear_cross_entropy']
 
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #ed5aefba
 import torch, torch.nn.functional as F
+from ..core import FastaiTLError
+from ..arguments import check_dtype, check_number, check_option, check_tensor, check_whole
 
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #a145ef5f
 PIECE = 2**26 # bytes of the logits of a chunk
@@ -112,6 +114,23 @@ def product_dtype(
     return x.dtype
 
 # %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #db21381c
+def _check_options(reduction, label_smoothing, dtype):
+    check_option('reduction', reduction, ('mean', 'sum', 'none'))
+    check_number('label_smoothing', label_smoothing, low=0, high=1)
+    return check_dtype('dtype', dtype, or_none=True)
+
+def _check_tensors(x, weight, bias, target):
+    "Raise an error unless states, output layer and targets fit together"
+    for name, tensor, ndim in (('x', x, None), ('weight', weight, 2)):
+        check_tensor(name, tensor, ndim, True)
+    check_tensor('bias', bias, 1, True, or_none=True)
+    check_tensor('target', target, None, False)
+    fits = x.ndim > 0 and x.shape[-1] == weight.shape[1] and x.shape[:-1] == target.shape
+    if not fits or bias is not None and len(bias) != len(weight):
+        shapes = [tuple(o.shape) for o in (x, weight, bias, target) if o is not None]
+        raise FastaiTLError('States, weights, bias and targets must fit together', f'the shapes {shapes}')
+
+# %% ../../nbs/315_efficiency.linear_cross_entropy.ipynb #7539f27f
 def linear_cross_entropy(
     x:torch.Tensor, # Hidden states (…, units)
     weight:torch.Tensor, # Weight of the output layer (vocabulary, units)
@@ -123,15 +142,18 @@ def linear_cross_entropy(
     dtype=None # Dtype of the matrix products; `None`: that of autocast, or of `x`
 ) -> torch.Tensor: # The same as `F.cross_entropy(F.linear(x, weight, bias), target)`
     "Compute the cross-entropy of an output layer without keeping its logits"
+    _check_tensors(x, weight, bias, target)
+    dtype = _check_options(reduction, label_smoothing, dtype) or product_dtype(x)
     y = target.reshape(-1)
     rows = x.reshape(-1, x.shape[-1])
-    counted = y != ignore_index
+    counted = y != check_whole('ignore_index', ignore_index, None)
     all_count = bool(counted.all())
     if not all_count:
         rows = rows[counted]
         y = y[counted]
+    if len(y) and not 0 <= y.min() <= y.max() < len(weight):
+        raise FastaiTLError(f'Targets must be from 0 to {len(weight)-1}', f'{y.min()} to {y.max()}')
     function = _Each if reduction == 'none' else _Summed
-    dtype = dtype or product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         loss = function.apply(rows, weight, bias, y, label_smoothing, dtype)
     if reduction != 'none':

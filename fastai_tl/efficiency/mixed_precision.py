@@ -15,6 +15,7 @@ from torch.amp import GradScaler, autocast, is_autocast_available
 from fastcore.all import L, patch, risinstance
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import Learner
+from ..arguments import check_device, check_flag, checked
 from ..callbacks import AroundBatch, unguard_batches
 from ..core import FastaiTLError, unknown_option
 from .lstm_bf16 import autocast_lstms
@@ -26,7 +27,7 @@ def has_bf16(
     device='cpu' # Device or device type
 ) -> bool: # `False` also if PyTorch cannot tell
     "Return whether the device has bfloat16 instructions, so that PyTorch does not emulate them"
-    kind = torch.device(device).type
+    kind = torch.device(check_device('device', device, exists=False)).type
     if kind == 'cpu':
         flags = getattr(torch.cpu, 'get_capabilities', dict)() # new in PyTorch 2.11
         return any(flags.get(name, False) for name in _CPU_BF16)
@@ -68,7 +69,7 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
         **kwargs # Passed to the `GradScaler` for float16, such as `init_scale`
     ):
         self.dtype = dtype if dtype is None else as_dtype(dtype)
-        self.force = force
+        self.force = check_flag('force', force)
         mode = AMPMode.FP16 if self.dtype == torch.float16 else AMPMode.BF16
         super().__init__(mode, **kwargs)
         self.compute_dtype = None
@@ -156,6 +157,7 @@ class AutocastPrecision(AroundBatch, MixedPrecision):
 
 # %% ../../nbs/305_efficiency.mixed_precision.ipynb #ad4f533e
 @patch
+@checked
 def to_mixed_precision(self:Learner,
     dtype=None, # `bf16`, `fp16` or a PyTorch dtype; `None` chooses the best one for the device
     force:bool=False, # Use `dtype` (bfloat16 if `None`) even if it is slow on this device

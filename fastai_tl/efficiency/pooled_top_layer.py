@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from fastcore.all import patch
 from fastai.learner import Learner
+from ..arguments import check_number, checked
 from ..callbacks import AroundBatch, evaluating
 from ..core import FastaiTLError
 from .frozen_features import (block_input, block_output, find_blocks, logits_of, probe_batch,
@@ -43,7 +44,7 @@ class HeadPositions:
     def at(self, kind, states):
         "Return the position, `first` or `last`, of each text of `states`"
         if kind == 'first':
-            return torch.zeros(len(states), dtype=torch.long, device=states.device)
+            return states.new_zeros(states.shape[0], dtype=torch.long)
         return last_tokens(self.now.ids, getattr(self.hf.config, 'pad_token_id', None))
 
     def __getstate__(self):
@@ -52,6 +53,7 @@ class HeadPositions:
         self.__dict__.update(state, now=threading.local())
 
 # %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #8513af35
+@checked
 def head_position(
     model:nn.Module # An `HFModel`, or a model of transformers with a head
 ) -> str: # `first` or `last`
@@ -129,12 +131,12 @@ def _mask_row(mask, attn, at, n, dtype):
     if mask.shape[2] == 1:
         return mask
     index = at[:, None, None, None].expand(-1, mask.shape[1], 1, mask.shape[3])
-    return mask.expand(len(at), *mask.shape[1:]).gather(2, index)
+    return mask.expand(at.shape[0], *mask.shape[1:]).gather(2, index)
 
 def _rotate(attn, q, k, at, angles):
     "Rotate query and keys by their positions"
     rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
-    cos, sin = [t.expand(len(at), -1, -1) for t in angles]
+    cos, sin = [t.expand(at.shape[0], -1, -1) for t in angles]
     def row(t): return t.gather(1, at[:, None, None].expand(-1, 1, t.shape[-1]))
     return rotate(q, q, row(cos), row(sin))[0], rotate(k, k, cos, sin)[0]
 
@@ -158,7 +160,7 @@ def _attend(attn, names, text, at, *args, **kwargs):
         q, k = _rotate(attn, q, k, at, given['position_embeddings'])
     mask = _mask_row(given.get('attention_mask'), attn, at, k.shape[2], q.dtype)
     attend = _attention_function(attn)
-    out = attend(attn, q, k, v, mask, dropout=_dropout_of(attn), scaling=attn.scaling)[0].reshape(len(q), 1, -1)
+    out = attend(attn, q, k, v, mask, dropout=_dropout_of(attn), scaling=attn.scaling)[0].reshape(q.shape[0], 1, -1)
     for name in _AFTER_ATTENTION:
         if isinstance(getattr(attn, name, None), nn.Module):
             out = getattr(attn, name)(out)
@@ -194,13 +196,15 @@ def _observe_top(model, top, attn, positions, kind):
 # %% ../../nbs/325_efficiency.pooled_top_layer.ipynb #d478247e
 class SinglePosition:
     "Let the top layer of a model compute only the position that its head reads, inside the `with` block"
+    @checked
     def __init__(self,
         model:nn.Module, # An `HFModel`, or a model of transformers with a head
         tolerance:float=1e-3 # Maximum difference from the ordinary layer, relative to the largest value of its output
     ):
         self.model = model
         self.top = find_blocks(model)[-1]
-        self.tolerance = tolerance
+        is_any = isinstance(tolerance, float) and tolerance == float('inf') # no comparison
+        self.tolerance = tolerance if is_any else check_number('tolerance', tolerance, above=0)
         self._stack = None
         self._now = threading.local()
         if any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()):

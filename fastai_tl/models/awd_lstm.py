@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from fastai.text.models.awdlstm import WeightDropout
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder, _pad_tensor
+from ..arguments import check_flag, check_number, check_type, check_whole
 from .padding import moved_places, take_places
 
 # %% ../../nbs/220_models.awd_lstm.ipynb #826870b1
@@ -66,6 +67,8 @@ def pool_real_tokens(
     back:bool=False # Restore the pooling of fastai
 ) -> nn.Module: # The same model
     "Make a classifier pool the tokens of each text independently of the other texts in the batch"
+    check_type('model', model, nn.Module)
+    back = check_flag('back', back)
     classes = {ours: theirs for theirs, ours in _CLASSES.items()} if back else _CLASSES
     for m in model.modules():
         if type(m) in classes:
@@ -81,3 +84,18 @@ def allow_zero_weight_dropout(
         if isinstance(m, WeightDropout) and m.weight_p == 0:
             m.weight_p = 1e-9
     return model
+
+# %% ../../nbs/220_models.awd_lstm.ipynb #beda700c
+_SIZES = ('emb_sz', 'n_hid', 'n_layers')
+
+def check_awd_config(
+    config # A dictionary of sizes and rates of dropout, or `None`
+) -> dict: # The same dictionary; an empty one for `None`
+    "Raise an error unless the sizes of an AWD_LSTM are whole numbers, and the other numbers are not negative"
+    config = check_type('config', config, dict, 'a dictionary', or_none=True) or {}
+    for name, value in config.items():
+        if name in _SIZES:
+            check_whole(f'config[{name!r}]', value, high=10**6)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            check_number(f'config[{name!r}]', value, low=0)
+    return config

@@ -12,20 +12,29 @@ import re
 from dataclasses import dataclass
 import torch
 from torch import nn
+from ..arguments import check_each, check_type, check_whole, checked
 from ..callbacks import evaluating
-from ..core import DataError, shorten
-from ..data.class_names import match_names, shared_names
+from ..core import DataError, FastaiTLError, describe, shorten
+from ..data.class_names import class_list, match_names, shared_names
+from .execution_order import checked_hf
 
 # %% ../../nbs/214_models.class_order.ipynb #a6d0cb05
 def _is_default(names):
     return all(re.fullmatch(r'LABEL_\d+', name) for name in names)
 
 # %% ../../nbs/214_models.class_order.ipynb #c9f3e6f4
+def _checked_config(config):
+    "Return a config of transformers; raise an error for other objects"
+    if not (hasattr(config, 'num_labels') and hasattr(config, 'id2label')):
+        raise FastaiTLError('`config` must be the config of a transformers model', describe(config))
+    return config
+
+# %% ../../nbs/214_models.class_order.ipynb #52679c0d
 def output_names(
     config # Config of a transformers model
 ) -> list|None: # Strings, in the order of the outputs; `None` if the config has only default names such as `LABEL_0`
     "Return the names of a model's outputs"
-    n = config.num_labels
+    n = _checked_config(config).num_labels
     names = [str(dict(config.id2label).get(i, f'LABEL_{i}')) for i in range(n)]
     numbers = {str(name): int(i) for name, i in (config.label2id or {}).items()}
     if _is_default(names):
@@ -43,10 +52,12 @@ def name_outputs(
     classes # Names of the classes, in the order of the outputs
 ):
     "Write class names into a config"
-    config.id2label = {i: str(c) for i, c in enumerate(classes)}
+    classes = class_list(classes)
+    _checked_config(config).id2label = {i: str(c) for i, c in enumerate(classes)}
     config.label2id = {str(c): i for i, c in enumerate(classes)}
 
 # %% ../../nbs/214_models.class_order.ipynb #ae647f71
+@checked
 @dataclass
 class HeadMatch:
     "How the outputs of a trained head fit the classes of the data"
@@ -150,10 +161,12 @@ def _makes(output, logits):
     return bool(distance.amin(1).max() < 1e-5)
 
 # %% ../../nbs/214_models.class_order.ipynb #11c0a784
+@checked
 def logits_layer(
     hf:nn.Module # A transformers model with a head for classification or tagging
 ) -> nn.Module|None: # The layer; `None` if it cannot be found
     "Find the layer that computes the logits of a model"
+    checked_hf(hf)
     outputs = {}
     def store(name):
         return lambda module, args, output: outputs.__setitem__(name, output)
@@ -186,11 +199,16 @@ def _inverse(order):
     return sorted(range(len(order)), key=order.__getitem__)
 
 # %% ../../nbs/214_models.class_order.ipynb #ec5d29be
+@checked
 def reorder_outputs(
     hf:nn.Module, # A transformers model, which is changed
     order:list # For each new output, the number of the old one
 ):
     "Change the order of a model's outputs, and of their names in the config"
+    n = checked_hf(hf).config.num_labels
+    order = check_each('order', order, check_whole, 0, n-1)
+    if sorted(order) != list(range(n)):
+        raise DataError(f'`order` must have each of the {n} outputs once', str(order))
     layer = logits_layer(hf)
     names = [hf.config.id2label[i] for i in order]
     is_done = False
@@ -208,6 +226,7 @@ def reorder_outputs(
     name_outputs(hf.config, names)
 
 # %% ../../nbs/214_models.class_order.ipynb #004b287a
+@checked
 def reset_outputs(
     hf:nn.Module # A transformers model, which is changed
 ):
@@ -247,12 +266,15 @@ def match_saved_head(config, kind, classes, n, new_head, name):
     return HeadMatch(is_new=True, keeps_names=classes is None)
 
 # %% ../../nbs/214_models.class_order.ipynb #de249943
+@checked
 def fit_head(
     hf:nn.Module, # A transformers model with a trained head, which is changed
     match:HeadMatch, # The result of `match_head`
     classes # Classes of the data
 ):
     "Put the outputs of a model into the order of the data, name them, or give it a new output layer"
+    check_type('match', match, HeadMatch)
+    checked_hf(hf)
     if match.message:
         print(match.message)
     if match.is_new:

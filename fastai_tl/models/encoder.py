@@ -15,7 +15,9 @@ import torch
 from fastai.learner import Learner
 from fastai.text.core import defaults
 from fastai.text.models.awdlstm import AWD_LSTM
-from ..core import FastaiTLError, VocabError, shorten
+from ..arguments import check_each, check_flag, check_path, check_text, check_type, checked
+from .finite import need_finite
+from ..core import FastaiTLError, VocabError, describe, shorten
 from ..files import digest, load_tree, save_tree
 
 # %% ../../nbs/210_models.encoder.ipynb #2a1ea3fa
@@ -23,6 +25,7 @@ def find_encoder(
     model # A language model or classifier
 ) -> AWD_LSTM: # The encoder
     "Find the AWD_LSTM inside `model`"
+    check_type('model', model, torch.nn.Module)
     res = next((m for m in model.modules() if isinstance(m, AWD_LSTM)), None)
     if res is None:
         raise FastaiTLError('The model must have an AWD_LSTM encoder', f'a {type(model).__name__}')
@@ -32,6 +35,8 @@ def text_vocab(
     dls # Text DataLoaders
 ) -> list: # The token of each id
     "Return the vocabulary of the texts without the labels that a classifier's `dls.vocab` also contains"
+    if not hasattr(dls, 'vocab'):
+        raise FastaiTLError('`dls` must be DataLoaders with a vocabulary', describe(dls))
     vocab = dls.vocab
     return list(vocab[0] if len(vocab) and not isinstance(vocab[0], str) else vocab)
 
@@ -69,6 +74,8 @@ def match_vocab(
     counts:dict|None=None # Number of occurrences of each token in the new texts
 ) -> tuple: # The old row of each new token (-1 if there is none), and the `EncoderMatch`
     "Find the tokens of `new` in the vocabulary `old`"
+    old, new = check_each('old', old, check_text), check_each('new', new, check_text)
+    check_type('counts', counts, dict, 'a dictionary', or_none=True)
     row_of = {token: i for i, token in reversed(list(enumerate(old))) if token != 'xxfake'}
     rows = [row_of.get(token, -1) for token in new]
     ordinary = [(w, r) for w, r in zip(new, rows) if w != 'xxfake' and w not in defaults.text_spec_tok]
@@ -146,11 +153,11 @@ class Encoder:
         backwards:bool=False, # Whether it was trained on reversed texts
         decoder_bias=None # Bias of the output layer, if it was part of a language model
     ):
-        self.weights = weights
-        self.vocab = list(vocab)
-        self.config = config
-        self.tokenizer = tokenizer or {}
-        self.backwards = backwards
+        self.weights = check_type('weights', weights, dict, 'a dictionary of tensors')
+        self.vocab = check_each('vocab', vocab, check_text)
+        self.config = check_type('config', config, dict, 'a dictionary')
+        self.tokenizer = check_type('tokenizer', tokenizer, dict, 'a dictionary', or_none=True) or {}
+        self.backwards = check_flag('backwards', backwards)
         self.decoder_bias = decoder_bias
 
     @property
@@ -171,7 +178,7 @@ class Encoder:
         backwards:bool=False # Whether it was trained on reversed texts
     ): # An `Encoder`
         "Create an `Encoder` from a model and its vocabulary"
-        encoder = find_encoder(model)
+        vocab, encoder = check_each('vocab', vocab, check_text), find_encoder(model)
         n_rows = encoder.encoder.num_embeddings
         if len(vocab) != n_rows:
             raise VocabError(f'The vocabulary must have {n_rows} tokens, as the embedding has rows', str(len(vocab)))
@@ -181,6 +188,7 @@ class Encoder:
         return cls(weights, vocab, _sizes(encoder), tokenizer, backwards, bias)
 
     @classmethod
+    @checked
     def from_learner(cls,
         learn:Learner, # A text Learner with an AWD_LSTM
         **kwargs # `tokenizer` and `backwards`, as in `from_model`
@@ -218,7 +226,10 @@ class Encoder:
         tokenizer:dict|None=None # Settings of its tokenizer, to compare them with the encoder's
     ) -> EncoderMatch:
         "Copy the weights into `model`, with the vector of each token in its row of `vocab`"
-        encoder = find_encoder(model)
+        vocab, encoder = check_each('vocab', vocab, check_text), find_encoder(model)
+        n_rows = encoder.encoder.num_embeddings
+        if len(vocab) != n_rows:
+            raise VocabError(f'`vocab` must have {n_rows} tokens, as the model', str(len(vocab)))
         _check_sizes(self.config, _sizes(encoder))
         rows, match = match_vocab(self.vocab, vocab, counts)
         if match.types and not match.found:
@@ -236,6 +247,8 @@ class Encoder:
     ) -> Path:
         "Save the encoder in one file (atomic write)"
         parts = {k: getattr(self, k) for k in _PARTS}
+        check_path('path', path)
+        need_finite(self.weights.items(), f'{path} was not written')
         save_tree(path, dict(kind='encoder', **parts))
         return Path(path)
 

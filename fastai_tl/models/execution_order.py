@@ -20,16 +20,32 @@ import numpy as np, torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
-from ..core import FastaiTLError
+from ..arguments import check_type, check_whole, checked
+from ..locks import exclusive
+from ..core import FastaiTLError, describe
 
 # %% ../../nbs/200_models.execution_order.ipynb #b103a1c1
 def hf_models(
     model:nn.Module # Any model
 ) -> list: # The outermost modules that have a `config` and `input_ids` as their main input
     "Find the Hugging Face text models inside `model`"
+    check_type('model', model, nn.Module)
     if getattr(model, 'main_input_name', None) == 'input_ids' and hasattr(model, 'config'):
         return [model]
     return [found for child in model.children() for found in hf_models(child)]
+
+# %% ../../nbs/200_models.execution_order.ipynb #ba5e0001
+def base_model(
+    hf # A `PeftModel`, a `PreTrainedModel`, or any other model
+): # The `PreTrainedModel` in a `PeftModel`; otherwise the model itself
+    "Return the model without the wrapper of PEFT"
+    return hf.get_base_model() if hasattr(hf, 'get_base_model') else hf
+
+def checked_hf(hf):
+    "Return a transformers model; raise an error for other objects"
+    if not (isinstance(hf, nn.Module) and hasattr(hf, 'config')):
+        raise FastaiTLError('`hf` must be a transformers model', describe(hf))
+    return hf
 
 # %% ../../nbs/200_models.execution_order.ipynb #840ef295
 def _special_ids(config):
@@ -66,6 +82,10 @@ def dummy_inputs(
     n:int=8 # Number of tokens
 ) -> dict: # Keyword arguments for `model`
     "Create the inputs for one short text that ends with the end-of-text token of the model"
+    check_whole('n', n, high=10**6)
+    if not hasattr(check_type('model', model, nn.Module), 'config'):
+        raise FastaiTLError('A model of transformers is needed', f'a {type(model).__name__}',
+                            'Take one of `hf_models(model)`')
     params = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
     x = dict(input_ids=torch.tensor([_token_ids(model, n)], device=device))
@@ -87,19 +107,19 @@ def _shadow(model):
 @contextmanager
 def _undisturbed(device):
     "Disable gradients and messages inside this context, and restore all random states afterwards"
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    level = logging.root.manager.disable
     devices = [device.index] if device.type == 'cuda' else []
-    logging.disable(logging.WARNING)
-    try:
-        with torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng(devices):
-            warnings.simplefilter('ignore')
+    with exclusive(warnings), torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng(devices):
+        python_state = random.getstate()
+        numpy_state = np.random.get_state()
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        warnings.simplefilter('ignore')
+        try:
             yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        logging.disable(level)
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            logging.disable(level)
 
 # %% ../../nbs/200_models.execution_order.ipynb #52a7ea5c
 # names of in-place operations
@@ -186,6 +206,7 @@ class Use:
         return bool(self.bit & other.fed_by)
 
 # %% ../../nbs/200_models.execution_order.ipynb #e8e435fe
+@checked
 def execution_order(
     model:nn.Module, # Any model
     strict:bool=False # Raise an error if a Hugging Face model inside `model` cannot be run
@@ -245,6 +266,7 @@ class Work:
         return 0 if below else self.last[t]
 
 # %% ../../nbs/200_models.execution_order.ipynb #07175e51
+@checked
 def mark_fixed(
     model:nn.Module # A new model; parameters that require no gradient now are fixed
 ) -> nn.Module: # The same model
@@ -262,6 +284,7 @@ def _fixed_by_class(model):
         return ()
     return tuple(n for n, p in fresh.named_parameters() if not p.requires_grad)
 
+@checked
 def fixed_parameters(
     model:nn.Module # Any model
 ) -> tuple: # Names in `model.named_parameters()`

@@ -14,6 +14,7 @@ import pandas as pd, torch
 from torch import nn
 from fastcore.all import patch
 from fastai.learner import Learner
+from ..arguments import check_each, check_flag, check_option, check_text, check_type, check_whole, checked
 from ..core import FastaiTLError
 from .execution_order import fixed_parameters
 from .layer_stacks import all_names, has_params, inside, is_embedding, is_stack, model_layout
@@ -36,13 +37,15 @@ def layer_range(
     groups # Neighbouring `LayerGroup`s, or their names, bottom to top; a name may itself be a range
 ) -> str: # `layer.0`, or `layer.0 – layer.3`; an empty string for none
     "Return a name for a range of layer groups, made of its lowest and its highest group"
-    names = [name for g in groups for name in getattr(g, 'name', g).split(' – ')]
+    names = check_each('groups', groups, lambda what, g: check_text(what, getattr(g, 'name', g)))
+    names = [part for name in names for part in name.split(' – ')]
     return ' – '.join(dict.fromkeys(names[:1] + names[-1:]))
 
 # %% ../../nbs/205_models.layer_groups.ipynb #2d92d825
 _ATTENTION = ('attn', 'attention')
 _STATE_SPACE = ('A_log', 'D') # parameters of Mamba models, which Mamba's authors train without weight decay
 
+@checked
 def param_kind(
     owner:nn.Module, # The module that holds the parameter
     name:str, # The parameter's full name
@@ -51,7 +54,9 @@ def param_kind(
     block:bool=False # Whether it is in a block of a stack
 ) -> str: # embedding, attention, ffn, recurrent, weight, norm, bias or head
     "Return the kind of a parameter, which depends on the module that owns it"
-    leaf = name.split('.')[-1]
+    check_type('owner', owner, nn.Module)
+    check_type('p', p, torch.Tensor)
+    leaf = check_text('name', name).split('.')[-1]
     if is_embedding(owner) and 'bias' not in leaf and p.ndim > 1:
         return 'embedding'
     if 'norm' in type(owner).__name__.lower():
@@ -72,8 +77,8 @@ def layer_groups(
     tied:str='head' # Where an output layer that shares the input embedding goes: `head`, or `embeddings`
 ) -> list: # `LayerGroup`s, bottom to top; each parameter that is not fixed is in exactly one
     "Split `model` into layer groups, by its structure and the order in which its modules run"
-    if tied not in ('head', 'embeddings'):
-        raise FastaiTLError("`tied` must be 'head' or 'embeddings'", repr(tied))
+    check_option('tied', tied, ('head', 'embeddings'))
+    check_type('model', model, nn.Module)
     layout = model_layout(model)
     groups = [LayerGroup(name) for name in layout.names]
     _fill(groups, model, layout, tied)
@@ -126,9 +131,8 @@ def merge_groups(
     n_groups:int # Number of groups to make, including the head
 ) -> list: # `n_groups` new `LayerGroup`s
     "Join neighbouring groups; the top group stays as it is"
-    if not 1 <= n_groups <= len(groups):
-        raise FastaiTLError(f'`n_groups` must be between 1 and {len(groups)}, the number of layer groups',
-                            str(n_groups))
+    groups = check_each('groups', groups, check_type, LayerGroup)
+    n_groups = check_whole('n_groups', n_groups, 1, max(len(groups), 1)) # at most the number of layer groups
     if n_groups == len(groups):
         return groups
     if n_groups == 1:
@@ -148,8 +152,9 @@ class layer_splitter:
         n_groups:int|None=None, # Merge neighbouring groups into this number of groups; no merging if `None`
         tied:str='head' # See `layer_groups`
     ):
-        self.n_groups = n_groups
-        self.tied = tied
+        self.n_groups = check_whole('n_groups', n_groups, or_none=True)
+        self.tied = check_option('tied', tied, ('head', 'embeddings'))
+    @checked
     def groups(self,
         model:nn.Module # The model to split
     ) -> list: # `LayerGroup`s
@@ -167,6 +172,7 @@ class ParamLists(list):
     def __init__(self,
         groups:list # `LayerGroup`s
     ):
+        groups = check_each('groups', groups, check_type, LayerGroup)
         super().__init__(list(g.params) for g in groups)
         self.names = [g.name for g in groups]
         self.kinds = [list(g.kinds) for g in groups]
@@ -177,7 +183,8 @@ def freeze_params(
     frozen:bool=True # Freeze the parameters if `True`, unfreeze them if `False`
 ):
     "Set `requires_grad`, and remove the gradients of frozen parameters so that no optimizer changes them"
-    for p in params:
+    frozen = check_flag('frozen', frozen)
+    for p in check_each('params', params, check_type, torch.Tensor):
         p.requires_grad_(not frozen)
         if frozen:
             p.grad = None
@@ -185,6 +192,7 @@ def freeze_params(
 # %% ../../nbs/205_models.layer_groups.ipynb #66e0914c
 class LayerFreezer:
     "Freeze and unfreeze the layer groups of `model`"
+    @checked
     def __init__(self,
         model:nn.Module, # Any model
         n_groups:int|None=None # Merge neighbouring layers into this number of groups
@@ -205,6 +213,7 @@ class LayerFreezer:
         layer_idx:int # The lowest layer that trains; a negative number counts from the top: -1 trains the head alone
     ):
         "Freeze the layers below `layer_idx` and unfreeze the rest"
+        layer_idx = check_whole('layer_idx', layer_idx, None)
         lowest = layer_idx if layer_idx >= 0 else self.num_layers+layer_idx
         if not 0 <= lowest <= self.num_layers:
             raise FastaiTLError(f'A layer index of this model must be between {-self.num_layers} and {self.num_layers}',
@@ -245,7 +254,7 @@ def frozen_modules(
     model:nn.Module # Any model in which some layers are frozen
 ) -> list: # Modules without a trainable parameter; their own submodules are not listed again
     "Return the modules to put into eval mode to switch off the dropout of frozen layers"
-    if _is_frozen(model):
+    if _is_frozen(check_type('model', model, nn.Module)):
         return [model]
     res = []
     for child in model.children():

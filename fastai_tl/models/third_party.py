@@ -22,6 +22,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from fastai.text.core import SpacyTokenizer, Tokenizer
 from fastai.text.data import LMDataLoader, Numericalize
 from fastai.text.models.core import LinearDecoder
+from ..arguments import check_type, checked
 from ..core import DataError, FastaiTLError, shorten
 from ..data.chinese import CHINESE_RULES
 from ..data.hf_tokenizer import HFTokenize
@@ -44,6 +45,7 @@ def unwrap_model(
     model:nn.Module # Any model
 ) -> nn.Module: # The innermost model; `model` itself if it is not a wrapper
     "Remove all wrappers from a model"
+    check_type('model', model, nn.Module)
     while (inner := _wrapped_model(model)) is not None:
         model = inner
     return model
@@ -242,7 +244,11 @@ def _fit_to_loss(spec, loss):
 
 # %% ../../nbs/230_models.third_party.ipynb #44b558c3
 def _dls_of(learn_or_dls):
-    return learn_or_dls if isinstance(learn_or_dls, DataLoaders) else learn_or_dls.dls
+    if isinstance(learn_or_dls, DataLoaders):
+        return learn_or_dls
+    if not hasattr(learn_or_dls, 'dls'):
+        raise FastaiTLError('A Learner or DataLoaders are needed', f'a {type(learn_or_dls).__name__}')
+    return learn_or_dls.dls
 
 def spec_of(
     learn_or_dls # A Learner, whose loss function is also checked, or DataLoaders
@@ -257,6 +263,7 @@ def spec_of(
     return spec if loss is None or not spec.is_classification else _fit_to_loss(spec, loss)
 
 # %% ../../nbs/230_models.third_party.ipynb #6a8e30f5
+@checked
 @dataclass
 class TextParts:
     "The objects that turn the texts of a Learner into token ids"
@@ -318,6 +325,7 @@ def row_texts(
     return [' '.join(map(str, tokens)) for tokens in texts]
 
 # %% ../../nbs/230_models.third_party.ipynb #b65a071a
+@checked
 @dataclass
 class ForeignParts:
     "The parts of a Learner of another library"
@@ -330,6 +338,8 @@ def foreign_parts(
     learn # A Learner
 ) -> ForeignParts|None: # `None` if it is not a Learner of a known library
     "Return the parts of a blurr Learner, of any version"
+    if not (hasattr(learn, 'dls') and isinstance(getattr(learn, 'model', None), nn.Module)):
+        raise FastaiTLError('A Learner is needed', f'a {type(learn).__name__}')
     names = {c.__name__ for m in learn.model.modules() for c in type(m).__mro__}
     owners = [*_batch_transforms(learn.dls), *getattr(learn.dls, 'loaders', ())]
     transform = first(f for f in owners if hasattr(f, 'hf_tokenizer'))
