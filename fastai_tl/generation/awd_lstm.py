@@ -12,6 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from ..arguments import check_each, check_type, check_whole, checked
 from ..core import FastaiTLError
 from ..models.encoder import find_encoder
 
@@ -22,7 +23,7 @@ class LSTMState:
         layers:list, # `(hidden, cell)` of each layer, both of shape (texts, units)
         weights=None # Weights prepared for `step`; created in the first step
     ):
-        self.layers = layers
+        self.layers = check_each('layers', layers, check_type, (tuple, list), 'a pair of hidden state and cell')
         self.weights = weights
     def take(self,
         rows # Indexes of rows; an index may occur several times
@@ -74,6 +75,7 @@ class AWDReader:
         n:int # Number of texts
     ) -> LSTMState:
         "Return the initial state"
+        check_whole('n', n)
         sizes = [w_hh.shape[1] for _, w_hh in self.cells]
         return LSTMState([(self.emb.new_zeros(n, size), self.emb.new_zeros(n, size)) for size in sizes])
 
@@ -181,6 +183,7 @@ def stateful_class() -> type:
     config = type('AWDConfig', (PreTrainedConfig,), dict(model_type='awd_lstm'))
     return type('AWDForGeneration', (_Stateful, GenerationMixin, PreTrainedModel), dict(config_class=config))
 
+@checked
 def stateful_model(
     model, # An AWD_LSTM language model
     eos_ids=(), # Ids of the tokens that end a text
@@ -192,7 +195,8 @@ def stateful_model(
     cls = stateful_class()
     reader = AWDReader(model)
     res = cls(cls.config_class(vocab_size=len(reader.emb), pad_token_id=pad_id))
-    res.generation_config = GenerationConfig(pad_token_id=pad_id, eos_token_id=list(eos_ids) or None,
-                                             suppress_tokens=list(never) or None)
+    eos_ids, never = (check_each(name, ids, check_whole, 0) for name, ids in (('eos_ids', eos_ids), ('never', never)))
+    res.generation_config = GenerationConfig(pad_token_id=pad_id, eos_token_id=eos_ids or None,
+                                             suppress_tokens=never or None)
     res.reader = reader
     return res.eval()

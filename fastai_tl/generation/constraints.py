@@ -15,7 +15,9 @@ import warnings
 from dataclasses import dataclass
 import torch
 from fastcore.all import listify
-from ..core import FastaiTLError, VocabError, did_you_mean
+from ..arguments import check_each, check_flag, check_number, check_type, check_whole, checked
+from ..core import FastaiTLError, VocabError, describe, did_you_mean
+from .tokenizer_adapter import check_adapter
 
 # %% ../../nbs/620_generation.constraints.ipynb #a0ec27f5
 @dataclass
@@ -53,31 +55,21 @@ def split_options(options):
 SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff', 'top_h')
 _AT_LEAST = dict(max_new_tokens=1, max_length=1, min_new_tokens=0, num_return_sequences=1, num_beams=1, top_k=0,
                  no_repeat_ngram_size=0)
-_POSITIVE = ('temperature', 'repetition_penalty')
-_SHARES = dict(top_p='above 0', typical_p='above 0', min_p='from 0') # up to 1
+_GREEDY = 'For the most likely token at each step: do_sample=False, and no temperature'
+# logits are divided by them; the limits keep the results within float32
+_RANGES = dict(temperature=dict(low=1e-6, high=1e6, todo=_GREEDY),
+               repetition_penalty=dict(low=1e-6, high=1e6),
+               top_p=dict(above=0, high=1), typical_p=dict(above=0, high=1), min_p=dict(low=0, high=1),
+               length_penalty=dict())
+_FLAGS = ('do_sample', 'use_cache', 'renormalize_logits', 'remove_invalid_values')
 
-def _wrong_integer(option, value):
-    "Return the allowed range of an integer option if `value` is outside it"
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < _AT_LEAST[option]:
-        return f'a whole number of at least {_AT_LEAST[option]}'
-
-def _wrong_number(option, value):
-    "Return the allowed range of a float option if `value` is outside it"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if option in _POSITIVE:
-        return None if is_number and 0 < value < float('inf') else 'above 0'
-    open_at_0 = _SHARES[option] == 'above 0'
-    if is_number and (0 < value <= 1 or (value == 0 and not open_at_0)):
-        return None
-    return f'between 0{" (not included)" if open_at_0 else ""} and 1'
-
-def _wrong_value(option, value):
-    "Return the allowed range of an option if `value` is outside it"
-    if option in _AT_LEAST:
-        return _wrong_integer(option, value)
-    if option in _POSITIVE or option in _SHARES:
-        return _wrong_number(option, value)
+def _checked(name, value):
+    "Return the value of an option as a number of Python, or raise an error that has the allowed range"
+    if name in _AT_LEAST:
+        return check_whole(name, value, _AT_LEAST[name])
+    if name in _RANGES:
+        return check_number(name, value, **_RANGES[name])
+    return check_flag(name, value) if name in _FLAGS else value
 
 # %% ../../nbs/620_generation.constraints.ipynb #6e26a46b
 @functools.cache
@@ -87,16 +79,15 @@ def known_options() -> set: # Names of options
     own = {'transformers_version', 'bad_words_ids', 'stop_strings', 'return_dict_in_generate'}
     return {name for name in vars(GenerationConfig()) if not name.startswith('_')} - own
 
-def _check_values(options):
-    for name, value in options.items():
+def _checked_values(options):
+    "Return the options that are set, each with a value that it can have"
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
         if name not in known_options():
             ours = ['bad_words', 'required_words', 'stop_strings']
             raise FastaiTLError("Options of generation are those of `generate` and of transformers' GenerationConfig",
                                 repr(name), did_you_mean(name, [*known_options(), *ours]))
-        wrong = None if value is None else _wrong_value(name, value)
-        if wrong:
-            greedy = 'For the most likely token at each step: do_sample=False, and no temperature'
-            raise FastaiTLError(f'`{name}` must be {wrong}', repr(value), greedy if name == 'temperature' else '')
+    return {name: _checked(name, value) for name, value in options.items()}
 
 # %% ../../nbs/620_generation.constraints.ipynb #5dc56b0d
 def _contradictions(options):
@@ -135,7 +126,7 @@ def _settle(config, options):
         config.do_sample = True
     try:
         config.validate()
-    except ValueError as e:
+    except (AttributeError, TypeError, ValueError) as e: # of an option that only transformers knows
         raise FastaiTLError('Options of generation must fit together', str(e)) from e
     return config
 
@@ -149,8 +140,7 @@ def make_generation_config(
     if base is not None and not isinstance(base, GenerationConfig):
         raise FastaiTLError('`generation_config` must be a GenerationConfig of transformers',
                             f'a {type(base).__name__}')
-    options = {name: value for name, value in options.items() if value is not None}
-    _check_values(options)
+    options = _checked_values(options)
     config = GenerationConfig() if base is None else copy.deepcopy(base)
     # a length in `options` replaces both kinds of length in `base`
     if 'max_new_tokens' in options and 'max_length' not in options:
@@ -174,6 +164,8 @@ def needs_equal_lengths(
     *configs # The `GenerationConfig` of the call and that of the model
 ) -> bool:
     "Return whether any option would be affected by the padding of a prompt"
+    from transformers import GenerationConfig
+    check_each('configs', configs, check_type, GenerationConfig)
     def is_on(name, value):
         off = 1. if name == 'repetition_penalty' else False # False == 0
         return value is not None and value != off
@@ -185,7 +177,7 @@ def _check_phrases(words, what):
     "Return one or more words as a list, after checking them"
     words = listify(words)
     if any(not isinstance(w, str) or not w.strip() for w in words):
-        raise FastaiTLError(f'`{what}` must be words or phrases', repr(words))
+        raise FastaiTLError(f'`{what}` must be words or phrases', describe(words))
     return words
 
 def bad_word_ids(
@@ -193,6 +185,7 @@ def bad_word_ids(
     words # A word or phrase, or a list of them
 ) -> list|None: # Value for the option `bad_words_ids` of transformers
     "Return the token ids of all forms of the given words"
+    check_adapter(adapter)
     return [ids for w in _check_phrases(words, 'bad_words') for ids in adapter.encode_word(w)] or None
 
 # %% ../../nbs/620_generation.constraints.ipynb #12b5b651
@@ -213,13 +206,14 @@ class RequiredWords:
         eos_ids=(), # Ids of the tokens that end a text
         strength:float=5. # Added to the logits of a missing word; reached when the length is used up
     ):
+        check_adapter(adapter)
         self.words = _check_phrases(words, 'required_words')
         self.ways = [adapter.encode_word(w) for w in self.words]
         unknown = [w for w, ways in zip(self.words, self.ways) if not ways]
         if unknown:
             raise VocabError('Required words must be in the vocabulary', ', '.join(map(repr, unknown)))
-        self.eos_ids = list(eos_ids)
-        self.strength = strength
+        self.eos_ids = check_each('eos_ids', eos_ids, check_whole, 0)
+        self.strength = check_number('strength', strength)
         self.start = 0 # where the generated part of a row starts
         self.max_new = None # maximum number of tokens to generate
         self.length = sum(len(ways[0]) for ways in self.ways)
@@ -265,7 +259,9 @@ class StopStrings:
         self.strings = listify(strings)
         self.start = 0 # where the generated part of a row starts
         if any(not isinstance(s, str) or not s for s in self.strings):
-            raise FastaiTLError('`stop_strings` must be strings with some characters', repr(strings))
+            raise FastaiTLError('`stop_strings` must be strings with some characters', describe(strings))
+        if not self.strings:
+            raise FastaiTLError('`stop_strings` must be strings with some characters', 'none')
         self.last = 4*max(map(len, self.strings)) + 8 # a character can take four tokens
 
     def found(self,
@@ -284,6 +280,7 @@ class StopStrings:
         return torch.tensor([self.found(end) for end in ends], device=input_ids.device)
 
 # %% ../../nbs/620_generation.constraints.ipynb #ed4ca672
+@checked
 def cut_text(
     ids:list, # Generated token ids
     eos_ids=(), # Ids of the tokens that end a text
@@ -291,6 +288,8 @@ def cut_text(
     pad_id=None # Padding id, which fills a row whose text ended before the others
 ) -> tuple: # Token ids of the text, and why it ended: `end`, `stop` or `length`
     "Cut off everything after the end of a generated text"
+    ids = check_each('ids', ids)
+    eos_ids = check_each('eos_ids', eos_ids, check_whole, 0)
     end = next((i for i, token in enumerate(ids) if token in eos_ids), None)
     why = 'length' if end is None else 'end'
     ids = ids[:end]

@@ -12,14 +12,18 @@ import contextlib
 import html
 import queue
 import threading
+from contextvars import copy_context
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
+from torch.overrides import TorchFunctionMode
 from fastcore.all import delegates, listify, patch
 from fastai.learner import Learner
+from ..arguments import check_callable, check_each, check_flag, check_text, check_type, check_whole, checked
+from ..models.finite import FiniteScores
 from ..core import DataError, FastaiTLError, shorten
-from ..callbacks import evaluating
+from ..callbacks import PausableEvaluation, evaluating
 from ..data.display import NO_FORMULAS, TextTable
 from ..data.hf_tokenizer import pad_rows
 from ..data.tables import list_of, valid_texts
@@ -30,6 +34,7 @@ from .language_model import TextModel, text_model
 from .scoring import score_ids
 
 # %% ../../nbs/625_generation.generate.ipynb #37cc5faf
+@checked
 @dataclass
 class GeneratedText:
     "A text that a model has generated"
@@ -40,6 +45,10 @@ class GeneratedText:
     finish:str='length' # Why the text ended: `end` (the model ended it), `stop` (a stop string) or `length`
     context:list = field(default_factory=list, repr=False) # Token ids of the prompt, as the model read them
     model:TextModel = field(default=None, repr=False) # The model that generated the text
+
+    def __post_init__(self):
+        self.ids = check_each('ids', self.ids, check_whole, 0)
+        self.context = check_each('context', self.context, check_whole, 0)
     def __str__(self):
         return self.text
 
@@ -48,9 +57,7 @@ class GeneratedText:
         tm = self.model
         if tm.task == 'seq2seq':
             raise FastaiTLError('A causal model or an AWD_LSTM is needed', f'a {type(tm.model).__name__}')
-        logprobs = np.zeros(0)
-        if self.ids:
-            logprobs = -score_ids(tm, [[*self.context, *self.ids]])[0][len(self.context) - 1:]
+        logprobs = -score_ids(tm, [[*self.context, *self.ids]])[0][len(self.context) - 1:] if self.ids else np.zeros(0)
         tokens = tm.adapter.to_tokens(self.ids)
         return TextTable(dict(token=tokens, logprob=logprobs, probability=np.exp(logprobs)))
 
@@ -99,6 +106,7 @@ class _Job:
     pad_id:int=0
     stop:StopStrings|None=None
     required:RequiredWords|None=None
+    finite:FiniteScores = field(default_factory=FiniteScores)
 
     def batch(self, contexts):
         "Return the token ids and the attention mask of a batch of prompts"
@@ -113,7 +121,7 @@ class _Job:
         "Generate texts for a batch of prompts; return a list of `(token ids, why the text ended)` for each prompt"
         ids, mask = self.batch(contexts)
         start = 1 if self.tm.task == 'seq2seq' else ids.shape[1]
-        options = dict(logits_processor=self.processors, stopping_criteria=self.criteria)
+        options = dict(logits_processor=[self.finite, *self.processors], stopping_criteria=self.criteria)
         options = {name: value for name, value in options.items() if value}
         if self.stop is not None:
             self.stop.start = start
@@ -137,8 +145,7 @@ def _check_prompts(prompts, prefix):
     bad = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     if bad:
         raise DataError('Prompts must be strings', f'a {type(prompts[bad[0]]).__name__} as prompt {shorten(bad)}')
-    if not isinstance(prefix, str):
-        raise DataError('`prefix` must be a string', f'a {type(prefix).__name__}')
+    check_text('prefix', prefix)
     return valid_texts(prompts, what='prompt')
 
 def _encode_prompts(tm, prompts, prefix):
@@ -183,6 +190,14 @@ def _fit_lengths(tm, contexts, config):
         _check_positions(contexts, config, limit)
     if config.max_length and not config.max_new_tokens and not is_seq2seq:
         _check_max_length(contexts, config.max_length)
+
+# %% ../../nbs/625_generation.generate.ipynb #cb0d47a8
+def _check_options(options):
+    "Raise an error if words or functions are something else"
+    for name in ('bad_words', 'required_words', 'stop_strings'):
+        check_type(name, getattr(options, name), (str, list, tuple), 'a string or a list of strings', or_none=True)
+    for name in ('logits_processor', 'stopping_criteria'):
+        check_each(name, listify(getattr(options, name)), check_callable)
 
 # %% ../../nbs/625_generation.generate.ipynb #9821195c
 def _generator(tm):
@@ -246,15 +261,27 @@ def _group_prompts(contexts, bs, same_length):
             group.append(i)
     return [sorted(group) for group in groups]
 
-@contextlib.contextmanager
+_DRAWS = {torch.multinomial, torch.Tensor.multinomial, torch.bernoulli, torch.Tensor.bernoulli}
+_LIKE = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
+
+class _OwnDraws(TorchFunctionMode):
+    "Draw random numbers from a generator of its own, in the thread that enters this context"
+    def __init__(self, seed, device):
+        super().__init__()
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _LIKE and args[0].device.type == self.generator.device.type:
+            options = dict(dtype=args[0].dtype, device=args[0].device)
+            return _LIKE[func](args[0].shape, generator=self.generator, **{**options, **kwargs})
+        if func in _DRAWS and kwargs.get('generator') is None and args[0].device.type == self.generator.device.type:
+            kwargs = dict(kwargs, generator=self.generator)
+        return func(*args, **kwargs)
+
 def _seeded(seed, device):
-    "Set the seed inside this context, if there is one, and restore the random state afterwards"
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        torch.manual_seed(seed)
-        yield
+    "Return a context with random numbers of a seed; without one, they come from PyTorch's own generator"
+    return contextlib.nullcontext() if seed is None else _OwnDraws(seed, device)
 
 # %% ../../nbs/625_generation.generate.ipynb #b3c0bf6b
 def _join(tm, prompt, context, ids):
@@ -278,6 +305,7 @@ def _generate_all(job, prompts, contexts, bs, same_length, seed):
     rows = {}
     with evaluating(job.tm.model), _seeded(seed, job.tm.device):
         for group in _group_prompts(contexts, bs, same_length):
+            job.finite.rows = group
             rows |= dict(zip(group, job.run([contexts[i] for i in group])))
     return GeneratedTexts(_generated_text(job.tm, prompts[i], contexts[i], *row)
                           for i in range(len(prompts)) for row in rows[i])
@@ -289,8 +317,9 @@ class _ReaderStopped(Exception):
 # %% ../../nbs/625_generation.generate.ipynb #b73e86cb
 class _PieceStreamer:
     "A streamer for transformers' `generate` that puts each new piece of text into a queue"
-    def __init__(self, job, prompt, context):
+    def __init__(self, job, prompt, context, turn):
         self.job = job
+        self.turn = turn
         self.prompt = prompt
         self.context = context
         self.ids = []
@@ -312,7 +341,8 @@ class _PieceStreamer:
         text, _ = _join(self.job.tm, self.prompt, self.context, ids)
         is_complete = last or not text.endswith('�')
         if is_complete and text.startswith(self.sent) and text != self.sent:
-            self.pieces.put(text[len(self.sent):])
+            with self.turn.pause():
+                self.pieces.put(text[len(self.sent):])
             self.sent = text
     def end(self):
         "Put the rest of the text into the queue"
@@ -321,11 +351,12 @@ class _PieceStreamer:
 # %% ../../nbs/625_generation.generate.ipynb #66a125fb
 def _stream_pieces(job, prompt, context, seed):
     "Generate in a thread and yield the text piece by piece"
-    streamer = _PieceStreamer(job, prompt, context)
+    turn = PausableEvaluation(job.tm.model)
+    streamer = _PieceStreamer(job, prompt, context, turn)
     errors = []
     def work():
         try:
-            with evaluating(job.tm.model), _seeded(seed, job.tm.device):
+            with turn, _seeded(seed, job.tm.device):
                 job.run([context], streamer)
         except _ReaderStopped:
             pass
@@ -333,7 +364,7 @@ def _stream_pieces(job, prompt, context, seed):
             errors.append(e)
         finally:
             streamer.pieces.put(None)
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
     thread.start()
     try:
         while (piece := streamer.pieces.get()) is not None:
@@ -360,6 +391,7 @@ def _stream(job, prompts, contexts, seed):
 
 # %% ../../nbs/625_generation.generate.ipynb #f818804a
 @delegates(GenerationOptions, keep=True)
+@checked
 def generate(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a transformers model
     prompts='', # A string or a list of strings; an empty string generates a text from its beginning
@@ -375,9 +407,10 @@ def generate(
     "Generate one or more completions for each prompt"
     tm = text_model(model_or_name, tokenizer)
     options, others = split_options(kwargs)
+    _check_options(options)
     prompts = _check_prompts(prompts, options.prefix)
-    if bs < 1:
-        raise FastaiTLError('`bs` must be at least 1', str(bs))
+    bs, stream = check_whole('bs', bs), check_flag('stream', stream)
+    check_whole('seed', seed, -2**63, 2**63-1, or_none=True)
     config = make_generation_config(options.generation_config, max_new_tokens=max_new_tokens, do_sample=do_sample,
                                     num_return_sequences=num_return_sequences, **others)
     contexts = _encode_prompts(tm, prompts, options.prefix)
@@ -399,6 +432,7 @@ def generate(self:Learner,
     return generate(self, prompts, **kwargs) # the function
 
 # %% ../../nbs/625_generation.generate.ipynb #f9836b6f
+@checked
 def generate_with_prompt(
     prompt:str, # The beginning of the text
     model_or_name, # As in `generate`

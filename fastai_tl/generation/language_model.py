@@ -14,6 +14,7 @@ import torch
 from fastai.learner import Learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
+from ..arguments import check_option, check_type, checked
 from ..core import FastaiTLError
 from .tokenizer_adapter import FastaiTokenizerAdapter, HFTokenizerAdapter
 from ..models.encoder import Encoder
@@ -22,6 +23,7 @@ from ..models.loading import load_pretrained
 from ..models.third_party import text_parts
 
 # %% ../../nbs/605_generation.language_model.ipynb #17a5fde9
+@checked
 @dataclass
 class TextModel:
     "A language model that is ready to use, with the adapter of its tokenizer and its task"
@@ -29,6 +31,12 @@ class TextModel:
     adapter:object # A `FastaiTokenizerAdapter` or an `HFTokenizerAdapter`
     task:str # `causal_lm`, `masked_lm` or `seq2seq`
     family:str='huggingface' # `huggingface`, or `fastai` for an AWD_LSTM
+
+    def __post_init__(self):
+        check_type('model', self.model, torch.nn.Module)
+        check_type('adapter', self.adapter, (FastaiTokenizerAdapter, HFTokenizerAdapter))
+        check_option('task', self.task, ('causal_lm', 'masked_lm', 'seq2seq'))
+        check_option('family', self.family, ('huggingface', 'fastai'))
 
     @property
     def is_awd_lstm(self):
@@ -83,7 +91,7 @@ def _tokenizer_and_rules(learn, tokenizer):
         parts = None
     if parts is None or not _is_hf_tokenizer(parts.tokenizer): # data of a different model
         return tokenizer, ()
-    return tokenizer or parts.tokenizer, parts.rules
+    return parts.tokenizer if tokenizer is None else tokenizer, parts.rules
 
 # %% ../../nbs/605_generation.language_model.ipynb #7edc74c4
 def _from_hf(hf, learn, tokenizer):

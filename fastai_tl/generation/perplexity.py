@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from fastcore.all import delegates, patch
 from fastai.learner import Learner, Metric
+from ..arguments import check_each, check_flag, check_type, check_whole, checked
 from ..core import DataError, FastaiTLError, shorten
 from ..data.decoding import WIDE
 from ..data.display import TextTable, without_formulas
 from ..data.readers import pop_reader_options
 from ..data.tables import need_no_options, list_of, read_texts, valid_texts
 from .language_model import text_model
-from .scoring import score_texts
+from .scoring import TokenScores, score_texts
 
 # %% ../../nbs/630_generation.perplexity.ipynb #2cc046c7
 _word = re.compile(rf'[{WIDE}]|[^\s{WIDE}]+')
@@ -48,7 +49,10 @@ class PerplexityResult:
         scores:list, # One `TokenScores` for each text
         pseudo:bool=False # Whether the scores come from a masked language model
     ):
-        self.scores = scores
+        self.scores = check_each('scores', scores, check_type, TokenScores)
+        pseudo = check_flag('pseudo', pseudo)
+        if not self.scores:
+            raise DataError('At least one text is needed', 'none')
         self.name = 'pseudo_perplexity' if pseudo else 'perplexity'
         sums = [_sums(scored) for scored in scores]
         rows = [dict(text=scored.text, **_measures(*s, self.name)) for scored, s in zip(scores, sums)]
@@ -96,6 +100,7 @@ def _check_texts(texts, text_col, reader):
     return valid_texts(texts)
 
 # %% ../../nbs/630_generation.perplexity.ipynb #dc2007fd
+@checked
 def text_perplexity(
     model_or_name, # A Learner, a `PreTrainedModel`, an `Encoder`, or the folder or name of a transformers model
     texts, # One text or a list, a DataFrame, or the path of a table or a folder; the perplexity of an empty text is NaN
@@ -126,6 +131,7 @@ def perplexity(self:Learner,
     return text_perplexity(self, texts, **kwargs)
 
 # %% ../../nbs/630_generation.perplexity.ipynb #e70c169f
+@checked
 def calculate_perplexity(
     text:str, # One text
     model_or_name, # As in `text_perplexity`
@@ -162,8 +168,8 @@ class CorpusPerplexity(Metric):
         ignore_index:int=-100, # Targets with this value are ignored
         shift:bool|None=None # Whether the targets are the unshifted inputs; `None`: detected for each batch
     ):
-        self.ignore_index = ignore_index
-        self.shift = shift
+        self.ignore_index = check_whole('ignore_index', ignore_index, None)
+        self.shift = check_flag('shift', shift, or_none=True)
         self.reset()
     def reset(self):
         "Set the totals to zero"

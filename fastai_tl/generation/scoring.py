@@ -15,9 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..arguments import check_each, check_flag, check_type, check_whole, checked
+from ..models.finite import need_numbers
 from ..core import FastaiTLError
 from ..callbacks import evaluating
 from ..data.hf_tokenizer import pad_rows
+from ..data.tables import list_of, text_list
 from ..efficiency.chunked_loss import lazy_head
 from ..efficiency.linear_cross_entropy import linear_cross_entropy
 from ..efficiency.mixed_precision import as_dtype, why_no_autocast
@@ -31,7 +34,8 @@ def window_spans(
     stride:int # Number of new tokens that each window after the first scores
 ) -> list: # `(begin, end, done)`: the model reads tokens `begin` to `end-1` and is scored on tokens `done+1` to `end`
     "List windows that score each token except the first exactly once"
-    if n < 2:
+    width, stride = check_whole('width', width), check_whole('stride', stride)
+    if check_whole('n', n, 0) < 2:
         return []
     end = min(width, n - 1)
     spans = [(0, end, 0)]
@@ -176,17 +180,16 @@ def _score_chunks(reader, rows, seqs, scores, chunk):
 def _window_size(tm, max_length, stride, bs):
     "Check the width and the stride of the windows, and return them"
     limit = tm.max_positions
-    width = (limit or 1024) if max_length is None else max_length
-    if width < 1 or (limit and width > limit):
-        allowed = f'between 1 and {limit}, the number of positions of the model' if limit else 'at least 1'
-        raise FastaiTLError(f'`max_length` must be {allowed}', str(width))
-    stride = max(width//2, 1) if stride is None else stride
-    if not 1 <= stride <= width:
-        raise FastaiTLError(f'`stride` must be between 1 and `max_length` ({width})', str(stride))
-    if bs < 1:
-        raise FastaiTLError('`bs` must be at least 1', str(bs))
+    width = check_whole('max_length', max_length, or_none=True) or limit or 1024
+    if limit and width > limit:
+        raise FastaiTLError(f'`max_length` must be at most {limit}, the number of positions of the model', str(width))
+    stride = check_whole('stride', stride, or_none=True) or max(width//2, 1)
+    if stride > width:
+        raise FastaiTLError(f'`stride` must be at most `max_length` ({width})', str(stride))
+    check_whole('bs', bs)
     return width, stride
 
+@checked
 def score_ids(
     tm:TextModel, # A causal model or an AWD_LSTM
     seqs:list, # Lists of token ids
@@ -195,7 +198,11 @@ def score_ids(
     bs:int=16 # Maximum number of rows in a batch
 ) -> list: # For each list an array with one value fewer
     "Compute the negative log-likelihood, in nats, of each token except the first, given the tokens before it"
+    check_type('tm', tm, TextModel)
     width, stride = _window_size(tm, max_length, stride, bs)
+    seqs = [check_each(f'seqs[{i}]', seq, check_whole, 0) for i, seq in enumerate(list_of(seqs, 'list of token ids'))]
+    if tm.is_awd_lstm:
+        _check_vocab(seqs, len(tm.adapter.vocab))
     with evaluating(tm.model):
         return _score_awd_lstm(tm, seqs, bs) if tm.is_awd_lstm else _score_causal(tm, seqs, width, stride, bs)
 
@@ -243,6 +250,7 @@ def _score_masked(tm, wholes, width, stride, bs):
     return scores
 
 # %% ../../nbs/615_generation.scoring.ipynb #8c506e03
+@checked
 @dataclass
 class TokenScores:
     "The tokens of a text with their negative log-likelihoods"
@@ -250,7 +258,7 @@ class TokenScores:
     ids:list # Ids of the scored tokens
     nll:np.ndarray # Negative log-likelihood of each, in nats
     read:list # Token ids that the model read, in order
-    spans:list # `(start, end)` of each scored token in the text; `None` if unknown
+    spans:list|None # `(start, end)` of each scored token in the text; `None` if unknown
     unk:int=0 # Number of scored tokens that are the unknown token
     chars:int=0 # Number of characters that the scored tokens cover
 
@@ -260,6 +268,7 @@ def _sequence(tm, text, bos):
     is_empty = not text or (tm.is_awd_lstm and not text.strip())
     ids, spans = ([], None) if is_empty else tm.adapter.encode_spans(text)
     start = tm.adapter.bos_id
+    check_flag('bos', bos, or_none=True)
     if bos is True and start is None:
         raise FastaiTLError('`bos=True` needs a token for the beginning of a text', 'a tokenizer without one')
     if bos is False or start is None or ids[:1] == [start]:
@@ -277,6 +286,7 @@ def _token_scores(tm, text, read, spans, nll):
     return TokenScores(text, ids, nll, list(read), spans and spans[1:], ids.count(tm.adapter.unk_id),
                        len(text) - first_chars)
 
+# %% ../../nbs/615_generation.scoring.ipynb #4d5861f0
 def _score_with_masked_model(tm, texts, stride, max_length, bs):
     width, stride = _window_size(tm, max_length, stride, bs)
     wholes = [tm.adapter.encode_whole(text) if text.strip() else ([], [], [], None) for text in texts]
@@ -298,6 +308,7 @@ def _autocast(tm, dtype):
     return contextlib.nullcontext()
 
 # %% ../../nbs/615_generation.scoring.ipynb #108e923d
+@checked
 def score_texts(
     tm:TextModel, # From `text_model`
     texts:list, # Strings; empty ones have no tokens
@@ -308,7 +319,8 @@ def score_texts(
     dtype=None # Dtype of the matrix products, `bf16` or `fp16`; `None`: that of the weights
 ) -> list: # A `TokenScores` for each text
     "Compute the negative log-likelihood of each token of each text"
-    if tm.task == 'seq2seq':
+    texts = text_list(texts)
+    if check_type('tm', tm, TextModel).task == 'seq2seq':
         raise FastaiTLError('Scoring needs a causal or a masked language model',
                             f'a {type(tm.model).__name__}, which is an encoder-decoder')
     if not tm.is_awd_lstm:
@@ -316,5 +328,8 @@ def score_texts(
     windows = dict(stride=stride, max_length=max_length, bs=bs)
     with _autocast(tm, dtype):
         if tm.task == 'masked_lm':
-            return _score_with_masked_model(tm, texts, **windows)
-        return _score_with_causal_model(tm, texts, bos, **windows)
+            scored = _score_with_masked_model(tm, texts, **windows)
+        else:
+            scored = _score_with_causal_model(tm, texts, bos, **windows)
+    need_numbers([o.nll.sum() for o in scored], 'The log-likelihoods of a text', only_nan=True)
+    return scored

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
+from ..arguments import check_number, check_text, checked
 from ..core import DataError
 from ..data.display import NO_FORMULAS, TextTable
 from ..data.tables import valid_texts
@@ -162,6 +163,7 @@ class Surprisal:
         "Return a table with one row for each piece"
         return TextTable(dict(piece=self.pieces, bits=self.bits))
 
+    @checked
     def plot(self,
         title:str='', # Title of the figure
         width:float=9., # Width of the figure in inches
@@ -170,6 +172,8 @@ class Surprisal:
         font:str|None=None # Font family; `None`: chosen to fit the characters of the text
     ):
         "Draw the text with a color for each surprisal, and return the Figure"
+        width, size = check_number('width', width, low=2, high=100), check_number('size', size, low=1, high=200)
+        vmax, title = check_number('vmax', vmax, above=0, or_none=True), check_text('title', title)
         points = width*72
         top = _strongest(self.bits, vmax)
         with figure_style(self.text, title, in_words('bits'), font=font) as plt:

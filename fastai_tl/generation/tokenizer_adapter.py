@@ -12,11 +12,15 @@ import re
 from fastcore.all import compose, first, listify
 from fastai.data.core import DataLoaders
 from fastai.text.core import BOS, EOS, FLD, PAD, TK_MAJ, TK_UP, UNK, defaults
+from ..arguments import check_callable, check_each, check_flag, check_text, check_type, check_whole, checked
+from ..locks import exclusive
 from ..core import DataError, FastaiTLError, VocabError
+from ..data.hf_tokenizer import encode
 from ..data.chinese import tools_from_settings
 from ..data.decoding import WIDE, join_marked, join_words, undo_rules
 from ..data.offsets import exact_offsets
-from ..data.tokenizers import apply_rules
+from ..data.tables import valid_text
+from ..data.tokenizers import apply_rules, check_rules
 from ..models.encoder import Encoder
 from ..models.third_party import text_parts
 
@@ -38,7 +42,10 @@ def _tokenize_with(tokenizer, rules):
     before = compose(*rules)
     # a tokenizer with `decode` marks spaces itself
     after = compose(*([] if hasattr(tokenizer, 'decode') else defaults.text_postproc_rules))
-    return lambda text: [after(token) for token in first(tokenizer([before(text)]))]
+    def tokenize(text):
+        with exclusive(tokenizer):
+            return [after(token) for token in first(tokenizer([before(text)]))]
+    return tokenize
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #d642c597
 class FastaiTokenizerAdapter:
@@ -49,9 +56,10 @@ class FastaiTokenizerAdapter:
         backwards:bool=False, # Whether the model reads from right to left
         marked:bool=False # Whether the tokens mark spaces, as those of `data.chinese` do
     ):
-        self.vocab = list(vocab)
-        self.tokenize = tokenize
-        self.backwards = backwards
+        self.vocab = check_each('vocab', vocab, check_text)
+        self.tokenize = check_callable('tokenize', tokenize)
+        self.backwards = check_flag('backwards', backwards)
+        marked = check_flag('marked', marked)
         self.join = join_marked if marked else join_words
         self.space = '' if marked else '▁'
         self.o2i = {w: i for i, w in reversed(list(enumerate(self.vocab)))}
@@ -68,22 +76,26 @@ class FastaiTokenizerAdapter:
     def _ids_of(self, *tokens):
         return [self.o2i[mark + t] for t in tokens for mark in ('', '▁') if mark + t in self.o2i]
 
+    def _checked(self, ids):
+        return check_each('ids', ids, check_whole, 0, len(self.vocab)-1)
+
     def numericalize(self,
         tokens # Tokens from the tokenizer
     ) -> list:
         "Return the id of each token"
-        return [self.o2i.get(t, self.unk_id) for t in tokens]
+        return [self.o2i.get(t, self.unk_id) for t in check_each('tokens', tokens, check_text)]
 
     def to_tokens(self,
         ids # Token ids
     ) -> list:
         "Return the token of each id"
-        return [self.vocab[i] for i in ids]
+        return [self.vocab[i] for i in self._checked(ids)]
 
     def encode(self,
         text:str # Any text; an empty string gives the token for the beginning of a text
     ) -> list: # Token ids in the order in which the model reads them
         "Return the token ids of a text, as the model reads them"
+        text = valid_text(check_text('text', text))
         ids = self.numericalize(self.tokenize(text) if text.strip() else [BOS])
         if not self.backwards:
             return ids
@@ -110,7 +122,8 @@ class FastaiTokenizerAdapter:
         ids # Token ids in the order in which the model reads them
     ) -> list: # Pairs of a word and indexes into `ids`, in the order of the text
         "Return the words of a text, each with the indexes of its token ids"
-        tokens = [self.vocab[int(i)] for i in (reversed(list(ids)) if self.backwards else ids)]
+        ids = self._checked(ids)
+        tokens = [self.vocab[i] for i in (reversed(ids) if self.backwards else ids)]
         parts = _merge_subwords(tokens) if self.subword else [(t, [i]) for i, t in enumerate(tokens)]
         words = undo_rules([t for t, _ in parts], self.space)
         groups = [(word, [k for j in idxs for k in parts[j][1]]) for word, idxs in words]
@@ -129,6 +142,7 @@ class FastaiTokenizerAdapter:
         ids # Token ids that the model generated
     ) -> str: # The text to put after the prompt, or before it for a backward model
         "Return the text of the completion, including any space between it and the prompt"
+        prompt_ids, ids = self._checked(prompt_ids), self._checked(ids)
         prompt = self.decode(prompt_ids)
         whole = self.decode([*prompt_ids, *ids])
         if self.backwards:
@@ -152,7 +166,7 @@ class FastaiTokenizerAdapter:
         enc:Encoder # An encoder with the settings of its tokenizer
     ) -> 'FastaiTokenizerAdapter':
         "Create the adapter for a saved encoder"
-        tokenizer, rules = tools_from_settings(enc.tokenizer)
+        tokenizer, rules = tools_from_settings(check_type('enc', enc, Encoder).tokenizer)
         return cls(enc.vocab, _tokenize_with(tokenizer, rules), enc.backwards, hasattr(tokenizer, 'decode'))
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #04bfec20
@@ -186,7 +200,7 @@ class HFTokenizerAdapter:
             raise FastaiTLError('A tokenizer of transformers is needed', f'a {type(tokenizer).__name__}',
                                 'Pass `tokenizer=`')
         self.tokenizer = tokenizer
-        self.rules = list(rules)
+        self.rules = check_rules(rules)
         self.eos_ids = list(listify(_first_given(tokenizer.eos_token_id, getattr(config, 'eos_token_id', None))))
         bos_id = getattr(config, 'bos_token_id', None)
         if bos_id is not None and bos_id >= (getattr(config, 'vocab_size', None) or float('inf')):
@@ -194,29 +208,33 @@ class HFTokenizerAdapter:
         self.bos_id = _first_given(tokenizer.bos_token_id, bos_id, tokenizer.cls_token_id)
         self.unk_id = tokenizer.unk_token_id
         self.pad_id = _first_given(tokenizer.pad_token_id, getattr(config, 'pad_token_id', None), *self.eos_ids[:1], 0)
-        ids = tokenizer('天天', add_special_tokens=False)['input_ids']
+        ids = encode(tokenizer, '天天', add_special_tokens=False)['input_ids']
         self.spaced = ' ' in tokenizer.decode(ids).strip() # BERT's tokenizer puts spaces between Chinese characters
+
+    def _checked(self, ids):
+        return check_each('ids', ids, check_whole, 0)
 
     def to_tokens(self,
         ids # Token ids
     ) -> list:
         "Return the token of each id"
-        return self.tokenizer.convert_ids_to_tokens(ids)
+        return self.tokenizer.convert_ids_to_tokens(self._checked(ids))
 
     def read(self,
         text:str # Any text
     ) -> str:
         "Apply the text rules that the model was trained with"
-        return next(apply_rules(self.rules, [text]))
+        return next(apply_rules(self.rules, [check_text('text', text)]))
 
     def encode_spans(self,
         text:str, # Any text
         whole:bool=False # Whether to keep the special tokens at the end
     ) -> tuple: # Token ids, and `(start, end)` of each token in the text, or `None` if unknown
         "Return the token ids of a text, as the model reads them, and the position of each token in the text"
+        text, whole = valid_text(check_text('text', text)), check_flag('whole', whole)
         fast = getattr(self.tokenizer, 'is_fast', False)
-        enc = self.tokenizer(text, truncation=False, return_special_tokens_mask=True, return_offsets_mapping=fast,
-                             return_attention_mask=False, verbose=False)
+        enc = encode(self.tokenizer, text, truncation=False, return_special_tokens_mask=True,
+                     return_offsets_mapping=fast, return_attention_mask=False, verbose=False)
         n = len(enc['input_ids']) if whole else _prompt_length(enc['special_tokens_mask'])
         if not fast:
             return list(enc['input_ids'][:n]), None
@@ -224,12 +242,14 @@ class HFTokenizerAdapter:
         exact = exact_offsets(text, spans)
         return list(enc['input_ids'][:n]), [exact[span] for span in spans[:n]]
 
+    @checked
     def encode_whole(self,
         text:str # Any text
     ) -> tuple: # Special tokens before the text, ids of the text, special tokens after it, positions
         "Return the token ids of a text with all special tokens, as a masked model reads them"
         ids, spans = self.encode_spans(text, whole=True)
-        enc = self.tokenizer(text, truncation=False, return_special_tokens_mask=True, verbose=False)
+        text = valid_text(text)
+        enc = encode(self.tokenizer, text, truncation=False, return_special_tokens_mask=True, verbose=False)
         plain = [i for i, special in enumerate(enc['special_tokens_mask']) if not special]
         start, end = (plain[0], plain[-1] + 1) if plain else (len(ids), len(ids))
         return ids[:start], ids[start:end], ids[end:], spans and spans[start:end]
@@ -239,23 +259,25 @@ class HFTokenizerAdapter:
         whole:bool=False # Whether to keep the special tokens at the end
     ) -> list: # Token ids
         "Return the token ids of a text, as the model reads them"
-        ids = self.encode_spans(self.read(text), whole)[0] if text else []
+        check_flag('whole', whole)
+        ids = self.encode_spans(self.read(text), whole)[0] if check_text('text', text) else []
         return ids or listify(self.bos_id)
 
+    @checked
     def encode_word(self,
         word:str # A word or a phrase
     ) -> list: # One list of token ids for each form
         "Return the token ids of a word inside a text, and at the beginning of a text"
         word = self.read(word)
         forms = [word] if _wide.match(word[:1]) else [' ' + word, word]
-        ways = [self.tokenizer(form, add_special_tokens=False)['input_ids'] for form in forms]
+        ways = [encode(self.tokenizer, form, add_special_tokens=False)['input_ids'] for form in forms]
         return [w for i, w in enumerate(ways) if w and self.unk_id not in w and w not in ways[:i]]
 
     def decode(self,
         ids # Token ids
     ) -> str:
         "Return the text of token ids, without special tokens"
-        text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        text = self.tokenizer.decode(self._checked(ids), skip_special_tokens=True)
         return re.sub(f'(?<={_wide.pattern}) (?={_wide.pattern})', '', text) if self.spaced else text
 
     def complete(self,
@@ -263,6 +285,7 @@ class HFTokenizerAdapter:
         ids # Token ids that the model generated
     ) -> str: # The text to put after the prompt
         "Return the text of the completion, including any space between it and the prompt"
+        prompt_ids, ids = self._checked(prompt_ids), self._checked(ids)
         prompt = self.decode(prompt_ids)
         whole = self.decode([*prompt_ids, *ids])
         return whole[len(prompt):] if whole.startswith(prompt) else self.decode(ids)
@@ -271,7 +294,7 @@ class HFTokenizerAdapter:
         ids # Token ids
     ) -> list: # Pairs of a piece of the text and indexes into `ids`
         "Return the pieces of a text; the tokens of one character form one piece"
-        return list(_complete_pieces(self, ids))
+        return list(_complete_pieces(self, self._checked(ids)))
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #6614d00a
 def _complete_pieces(adapter, ids):
@@ -283,3 +306,10 @@ def _complete_pieces(adapter, ids):
             continue
         yield piece, list(range(start, i + 1))
         start = i + 1
+
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #164ab913
+def check_adapter(
+    adapter # What the user passed
+): # The same
+    "Raise an error if an argument is not a tokenizer adapter"
+    return check_type('adapter', adapter, (FastaiTokenizerAdapter, HFTokenizerAdapter), 'a tokenizer adapter')

@@ -10,7 +10,9 @@ __all__ = ['LEARNERS', 'TASK_BY_CLASS', 'task_of_class', 'hf_learner']
 # %% ../../nbs/540_learners.auto.ipynb #29714f07
 from pathlib import Path
 from fastai.data.core import DataLoaders
+from ..arguments import checked
 from ..core import FastaiTLError, shorten, unknown_option
+from ..models.execution_order import base_model
 from ..models.hf import load_config
 from ..models.third_party import spec_of
 from .base import HFLearner
@@ -30,6 +32,7 @@ TASK_BY_CLASS = {
     'ForMaskedLM': 'masked_lm', 'ForConditionalGeneration': 'seq2seq', 'MTModel': 'seq2seq',
     'EncoderDecoderModel': 'seq2seq'}
 
+@checked
 def task_of_class(
     name:str # Name of a transformers class
 ) -> str|None: # A task, or `None` if the name has another ending
@@ -43,8 +46,7 @@ def _classes_of(model):
         model = load_config(model)
     if hasattr(model, 'to_diff_dict'):
         return list(model.architectures or ())
-    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    return [type(base).__name__]
+    return [type(base_model(model)).__name__]
 
 def _task_of_data(dls):
     "Return the task of DataLoaders, or `None` if it is unknown"
@@ -66,6 +68,7 @@ def _find_task(dls, model):
     return 'classification' if task in ('multilabel', 'regression') else task
 
 # %% ../../nbs/540_learners.auto.ipynb #e5f6b3d4
+@checked
 def hf_learner(
     dls:DataLoaders, # DataLoaders for one of the tasks
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)

@@ -9,19 +9,41 @@ __all__ = ['HFLearner']
 
 # %% ../../nbs/500_learners.base.ipynb #0d5e83ed
 import inspect
+from pathlib import Path
+import torch
 from fastcore.all import L, delegates
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import join_path_file
-from ..callbacks import recorder_kept
+from ..arguments import check_callable, check_flag, check_number, check_path, check_type, check_whole, checked
+from ..tune.divergence import StopOnNaN
+from ..models.finite import need_numbers
+from ..locks import exclusive
+from ..callbacks import check_callbacks, check_metrics, recorder_kept
+from ..core import DataError
 from ..data.classification import whole_texts_dl
+from ..data.tables import check_items
 from ..models.layer_groups import layer_splitter
 from ..models.hf import HFEncoder, HFModel, check_lengths, check_tokenizer, load_hf
 from ..efficiency.mixed_precision import AutocastPrecision
 from ..tune.accumulation import LargeBatchGradient
-from ..tune.learning_rates import default_lr
+from ..tune.learning_rates import check_rates, default_lr
 from ..tune.optimizer import LayerwiseOptimizer
 
 # %% ../../nbs/500_learners.base.ipynb #bbf8a75d
+def _check_fit(n_epoch, options):
+    "Raise an error for settings of `fit` that cannot be"
+    check_whole('n_epoch', n_epoch, 0)
+    check_rates('lr', options.get('lr'))
+    check_number('wd', options.get('wd'), low=0, or_none=True)
+    check_whole('start_epoch', options.get('start_epoch', 0), 0)
+    check_flag('reset_opt', options.get('reset_opt', False))
+
+def _check_dl(dls, ds_idx, dl):
+    "Raise an error unless there is a DataLoader of this number, or `dl` is one"
+    check_whole('ds_idx', ds_idx, 0, len(dls.loaders)-1)
+    check_type('dl', dl, (DataLoader, list, tuple), 'a DataLoader or a list of batches', or_none=True)
+
 class HFLearner(Learner):
     "A fastai Learner for a Hugging Face model"
     model:HFModel
@@ -31,17 +53,38 @@ class HFLearner(Learner):
         "Return the tokenizer of the DataLoaders"
         return self.dls.tokenizer
 
+    @delegates(Learner.fit)
+    @checked
+    def fit(self,
+        n_epoch:int, # Number of epochs
+        *args,
+        **kwargs
+    ):
+        "Train as `Learner.fit` does; other threads that use the model wait until the end"
+        _check_fit(n_epoch, kwargs)
+        with exclusive(self):
+            return super().fit(n_epoch, *args, **kwargs)
+
+    def __repr__(self):
+        n_params = sum(p.numel() for p in self.model.parameters())
+        model = f'{type(self.model.hf).__name__}, {n_params:,} parameters'
+        return f'{type(self).__name__}({model}, lr={self.lr:g}, {self.dls!r})'
+
+    @checked
     def validate(self,
         ds_idx:int=1, # 0 for the training rows, 1 for the validation rows
         dl=None, # DataLoader to use instead
         cbs=None # Callbacks for this pass
     ): # The loss and the metrics
         "Compute the loss and the metrics, one row per text; the Recorder keeps the record of the training"
+        check_callbacks(cbs)
+        _check_dl(self.dls, ds_idx, dl)
         dl = whole_texts_dl(self.dls, ds_idx) if dl is None else dl
-        with recorder_kept(self):
+        with exclusive(self), recorder_kept(self):
             return super().validate(ds_idx, dl, cbs)
 
     @delegates(Learner.get_preds)
+    @checked
     def get_preds(self,
         ds_idx:int=1, # Index of the DataLoader if `dl` is `None`: 0 for training, 1 for validation
         dl=None, # DataLoader to predict
@@ -49,9 +92,10 @@ class HFLearner(Learner):
         **kwargs
     ) -> tuple:
         "Predict as `Learner.get_preds` does, with one row per text; the Recorder keeps the record of the training"
+        _check_dl(self.dls, ds_idx, dl)
         if dl is None and hasattr(self.dls, 'training_texts'):
             dl = whole_texts_dl(self.dls, ds_idx)
-        with recorder_kept(self):
+        with exclusive(self), recorder_kept(self):
             return super().get_preds(ds_idx, dl, *args, **kwargs)
 
     def to_bf16(self,
@@ -66,29 +110,59 @@ class HFLearner(Learner):
         "Use float16 autocast with loss scaling"
         return self.to_fp32().add_cb(AutocastPrecision('fp16', **kwargs))
 
+    @delegates(Learner.predict)
+    def predict(self,
+        item, # A text, or what else an item of the data is
+        **kwargs
+    ) -> tuple: # Decoded prediction, the prediction as a tensor, and probabilities
+        "Predict one item; for many texts use `predict_batch`. Predictions that are not numbers raise an error"
+        if not isinstance(item, str) and not getattr(getattr(self.dls, 'spec', None), 'pairs', True):
+            raise DataError('`predict` takes one text', f'a {type(item).__name__}',
+                            'For a list of texts use `learn.predict_batch(texts)`')
+        if isinstance(item, str):
+            check_items([item])
+        res = super().predict(item, **kwargs)
+        if isinstance(res[-1], torch.Tensor):
+            need_numbers(res[-1][None], 'The predictions')
+        return res
+
     def save_encoder(self,
-        file:str # File name in the Learner's model folder, or a path; `.safetensors` is added
+        file:str|Path # File name in the Learner's model folder, or a path; `.safetensors` is added
     ):
         "Save the body of the model with its vocabulary"
+        check_path('file', file)
         encoder = HFEncoder.from_model(self.model, self.tokenizer)
         return encoder.save(join_path_file(file, self.path/self.model_dir, ext='.safetensors'))
 
+    @checked
     def load_encoder(self,
-        file:str, # File that `save_encoder` has written
+        file:str|Path, # File that `save_encoder` has written
         verbose:bool=True # Print which weights were loaded and which are new
     ) -> 'HFLearner': # The Learner itself
         "Load the body that another Learner saved"
+        check_path('file', file)
         encoder = HFEncoder.load(join_path_file(file, self.path/self.model_dir, ext='.safetensors'))
         match, new = encoder.into(self.model, self.tokenizer)
         if verbose:
             print(match, f'\nnew in this model: {", ".join(new)}' if new else '', sep='')
         return self
 
+# %% ../../nbs/500_learners.base.ipynb #e1c00001
+def check_has_tokenizer(
+    dls # DataLoaders
+):
+    "Raise an error for DataLoaders without the tokenizer of a Hugging Face model, such as those of fastai"
+    if not hasattr(getattr(dls, 'tokenizer', None), 'model_input_names'):
+        raise DataError('A Hugging Face model needs DataLoaders with its tokenizer', f'a {type(dls).__name__} without',
+                        'Make them with `HFTextDataLoaders.from_df(df, model)` or with an `HFTextBlock`; for those of '
+                        "fastai use an AWD_LSTM: fastai's `text_classifier_learner`, or `ULMFiT`")
+
 # %% ../../nbs/500_learners.base.ipynb #0bcfe976
 _SET_BY_FACTORY = ('model', 'task', 'classes', 'n_out')
 _LOADING = [name for name, p in inspect.signature(load_hf).parameters.items()
             if p.kind is p.POSITIONAL_OR_KEYWORD and name not in _SET_BY_FACTORY]
 
+# %% ../../nbs/500_learners.base.ipynb #cb30634f
 def make_learner(
     dls, # DataLoaders with a tokenizer
     model, # Any model that `load_hf` accepts
@@ -103,13 +177,19 @@ def make_learner(
     **kwargs # Passed to `load_hf` or `Learner`
 ):
     "Load `model` for `task`, check that it fits the data, and make a Learner of class `cls`"
+    check_has_tokenizer(dls)
+    cbs = check_callbacks(cbs)
+    check_callable('loss_func', kwargs.get('loss_func'), or_none=True)
+    check_callable('splitter', splitter, or_none=True)
+    check_rates('lr', lr)
+    check_metrics(kwargs.get('metrics'))
     loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
     hf = HFModel(load_hf(model, task, classes=classes, n_out=n_out, **loading, **(model_kwargs or {})))
     check_tokenizer(hf, dls.tokenizer)
     check_lengths(hf, dls)
     lr = default_lr(model, task) if lr is None else lr
     defaults = dict(opt_func=LayerwiseOptimizer, train_bn=False)
-    return cls(dls, hf, splitter=splitter or layer_splitter(), lr=lr, cbs=L(cbs) + LargeBatchGradient(),
+    return cls(dls, hf, splitter=splitter or layer_splitter(), lr=lr, cbs=cbs + LargeBatchGradient() + StopOnNaN(),
                **defaults | kwargs)
 
 # %% ../../nbs/500_learners.base.ipynb #8e67b55d

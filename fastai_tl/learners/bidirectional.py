@@ -14,8 +14,11 @@ import torch
 from fastcore.all import L
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
+from ..arguments import check_flag, check_text, check_type, check_whole, checked
+from ..locks import exclusive
 from ..callbacks import recorder_kept
 from ..core import FastaiTLError
+from ..data.tables import check_is_list
 from ..models.third_party import spec_of
 
 # %% ../../nbs/530_learners.bidirectional.ipynb #d1b27d02
@@ -23,15 +26,19 @@ def text_items(
     texts # `TokenizedTexts`
 ) -> list: # Items for the `test_dl` of a classifier
     "Make unlabelled items from tokenized texts, so that `test_dl` does not tokenize them again"
+    check_is_list(texts)
     return [[texts[i], None] for i in range(len(texts))]
 
 # %% ../../nbs/530_learners.bidirectional.ipynb #84d964c1
 class BidirectionalLearner:
     "Two classifiers, one for each direction, whose probabilities are averaged"
+    @checked
     def __init__(self,
         forward:Learner, # Learner of the classifier that reads from left to right
         backward:Learner # Learner of the classifier that reads from right to left
     ):
+        for name, learn in dict(forward=forward, backward=backward).items():
+            check_type(name, learn, Learner)
         classes = [spec_of(learn.dls).classes for learn in (forward, backward)]
         if classes[0] != classes[1]:
             raise FastaiTLError('Both classifiers must have the same classes', f'{classes[0]} and {classes[1]}')
@@ -68,13 +75,15 @@ class BidirectionalLearner:
         with_loss:bool=False # Also return the loss of each row
     ) -> tuple: # Averaged probabilities (rows, classes), targets or `None`, and losses if `with_loss`
         "Average the probabilities of both models, in the order of the rows"
+        check_whole('ds_idx', ds_idx, 0, len(self.dls.loaders)-1)
+        with_loss = check_flag('with_loss', with_loss)
         (forward, y), (backward, _) = [self._preds_of(learn, ds_idx, items) for learn in self.learners]
         probs = (forward+backward)/2
         return (probs, y, self.row_losses(probs, y)) if with_loss else (probs, y)
 
     def _preds_of(self, learn, ds_idx, items):
         dl = None if items is None else learn.dls.test_dl(items)
-        with learn.no_bar(), recorder_kept(learn):
+        with exclusive(learn), learn.no_bar(), recorder_kept(learn):
             return learn.get_preds(ds_idx=ds_idx, dl=dl)
 
     def _scores(self, probs):
@@ -89,10 +98,11 @@ class BidirectionalLearner:
         y # Targets of the rows
     ) -> torch.Tensor: # Losses, (rows,)
         "Compute the loss of each row"
-        with self.forward.loss_not_reduced():
+        with exclusive(self.forward), self.forward.loss_not_reduced():
             loss = self.forward.loss_func(self._scores(probs), y)
         return loss.reshape(len(probs), -1).mean(1)
 
+    @checked
     def validate(self,
         ds_idx:int=1 # 0 for training rows, 1 for validation rows
     ) -> L: # Loss and metrics, as `Learner.validate` returns them
@@ -111,7 +121,7 @@ class BidirectionalLearner:
         text:str # One text
     ) -> tuple: # Decoded label, its index (or indicators), probabilities
         "Predict one text, as `Learner.predict` does"
-        probs = self.get_preds(items=[text])[0][0]
+        probs = self.get_preds(items=[check_text('text', text)])[0][0]
         if self.classes is None:
             return probs.tolist(), probs, probs
         idx = self.loss_func.decodes(probs[None])[0] if isinstance(self.loss_func, BaseLoss) else probs

@@ -9,7 +9,7 @@ __all__ = ['awd_classifier_learner', 'hf_classifier_learner']
 
 # %% ../../nbs/505_learners.classification.ipynb #5074b686
 import torch
-from fastcore.all import L, merge
+from fastcore.all import merge
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
@@ -18,10 +18,13 @@ from fastai.text.learner import TextLearner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
 from sklearn.metrics import f1_score
-from ..core import DataError, FastaiTLError, shorten
+from ..arguments import check_callable, check_each, check_number, check_option, check_whole, checked
+from ..callbacks import check_callbacks, check_metrics
+from ..tune.divergence import StopOnNaN
+from ..core import DataError, FastaiTLError, describe, shorten
 from ..data.class_names import class_values
 from ..data.spec import CLASSIFICATION_TASKS
-from ..models.awd_lstm import pool_real_tokens, allow_zero_weight_dropout
+from ..models.awd_lstm import check_awd_config, pool_real_tokens, allow_zero_weight_dropout
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
 from ..models.third_party import spec_of
@@ -33,6 +36,15 @@ from .base import HFLearner, make_learner
 _LOSSES = dict(classification=CrossEntropyLossFlat, multilabel=BCEWithLogitsLossFlat, regression=MSELossFlat)
 _AWD_METRICS = dict(classification=[accuracy], multilabel=[accuracy_multi], regression=[rmse])
 
+def _check_range(y_range):
+    if y_range is None:
+        return
+    values = check_each('y_range', y_range, check_number)
+    if len(values) != 2 or values[0] >= values[1]:
+        raise FastaiTLError('`y_range` must be the lowest and the highest prediction', describe(y_range))
+
+# %% ../../nbs/505_learners.classification.ipynb #6947d8bb
+@checked
 def awd_classifier_learner(
     dls:DataLoaders, # From `classifier_dls`
     task:str, # `classification`, `multilabel` or `regression`
@@ -46,13 +58,19 @@ def awd_classifier_learner(
     **kwargs # Passed to `TextLearner`
 ) -> TextLearner:
     "Make a Learner that classifies texts with an AWD_LSTM"
-    config = merge(awd_lstm_clas_config, config)
+    check_option('task', task, CLASSIFICATION_TASKS)
+    check_whole('n_out', n_out)
+    check_whole('seq_len', seq_len)
+    drop_mult = check_number('drop_mult', drop_mult, low=0)
+    _check_range(y_range)
+    config = merge(awd_lstm_clas_config, check_awd_config(config))
     model = get_text_classifier(AWD_LSTM, len(text_vocab(dls)), n_out, seq_len=seq_len, config=config,
                                 drop_mult=drop_mult, y_range=y_range)
     model = pool_real_tokens(allow_zero_weight_dropout(model))
-    metrics = _AWD_METRICS[task] if metrics is None else metrics
+    metrics = _AWD_METRICS[task] if metrics is None else check_metrics(metrics)
     return TextLearner(dls, model, loss_func=_LOSSES[task](), opt_func=LayerwiseOptimizer, splitter=layer_splitter(),
-                       train_bn=False, metrics=metrics, cbs=L(cbs) + LargeBatchGradient(), **kwargs)
+                       train_bn=False, metrics=metrics,
+                       cbs=check_callbacks(cbs) + LargeBatchGradient() + StopOnNaN(), **kwargs)
 
 # %% ../../nbs/505_learners.classification.ipynb #3d2e846d
 def _targets(dls):
@@ -86,7 +104,7 @@ def _class_weights(dls, task, given):
         return given_weights(given, dls.vocab)
     if given != 'balanced':
         expected = "`class_weights` must be 'balanced', a list, or a dictionary or Series from class to weight"
-        raise FastaiTLError(expected, repr(given))
+        raise FastaiTLError(expected, describe(given))
     return _balanced_weights(dls, task, get_c(dls))
 
 def _loss_func(dls, task, class_weights):
@@ -102,6 +120,7 @@ def _hf_metrics(task, n_classes):
         return [accuracy, skm_to_fastai(f1_score, labels=list(range(n_classes)), average='macro', zero_division=0)]
     return [accuracy_multi, F1ScoreMulti()] if task == 'multilabel' else [rmse]
 
+@checked
 def hf_classifier_learner(
     dls:DataLoaders, # From `HFTextDataLoaders`, or from a `DataBlock` with an `HFTextBlock`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -112,13 +131,15 @@ def hf_classifier_learner(
 ) -> HFLearner:
     "Make a Learner for classification with one or several labels per text, or for regression"
     task = spec_of(dls).task
+    check_callable('loss_func', loss_func, or_none=True)
     if task not in CLASSIFICATION_TASKS:
         raise DataError('The data must be made for a classifier', f'data for {task}',
                         'Make them with `HFTextDataLoaders`')
     default_loss = _loss_func(dls, task, class_weights)
+    loss_func = default_loss if loss_func is None else loss_func
     is_regression = task == 'regression'
     learn = make_learner(dls, model, 'classification', classes=None if is_regression else list(dls.vocab),
-                         n_out=get_c(dls) if is_regression else None, loss_func=loss_func or default_loss,
+                         n_out=get_c(dls) if is_regression else None, loss_func=loss_func,
                          metrics=_hf_metrics(task, get_c(dls)) if metrics is None else metrics, **kwargs)
     learn.model.pooling = dict(task=task, left=dls.tokenizer.padding_side == 'left')
     return learn

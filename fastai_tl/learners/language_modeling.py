@@ -11,7 +11,7 @@ __all__ = ['awd_lm_learner', 'TokenLossFlat', 'TokenAccuracy', 'TokenPerplexity'
 # %% ../../nbs/510_learners.language_modeling.ipynb #20c3e5e3
 import copy
 import torch, torch.nn.functional as F
-from fastcore.all import L, merge
+from fastcore.all import merge
 from fastai.data.core import DataLoaders
 from fastai.learner import Metric
 from fastai.losses import CrossEntropyLossFlat
@@ -20,12 +20,16 @@ from fastai.text.core import TitledStr
 from fastai.text.learner import LMLearner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
+from ..arguments import check_number, check_whole, checked
+from ..tune.divergence import StopOnNaN
+from ..models.finite import need_numbers, with_finite_scores
 from ..core import DataError, FastaiTLError
-from ..callbacks import evaluating
+from ..callbacks import check_callbacks, check_metrics, evaluating
+from ..data.hf_tokenizer import encode
 from ..data.token_blocks import end_of_text, frame
 from ..data.tables import check_texts
 from ..data.tokenizers import apply_rules
-from ..models.awd_lstm import allow_zero_weight_dropout
+from ..models.awd_lstm import allow_zero_weight_dropout, check_awd_config
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
 from ..models.third_party import spec_of
@@ -34,6 +38,7 @@ from ..tune.optimizer import LayerwiseOptimizer
 from .base import HFLearner, each_row, make_learner
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #065140ac
+@checked
 def awd_lm_learner(
     dls:DataLoaders, # From `language_model_dls`
     config:dict|None=None, # Sizes: `emb_sz`, `n_hid`, `n_layers`; fastai's 400, 1152 and 3 if `None`
@@ -43,13 +48,14 @@ def awd_lm_learner(
     **kwargs # Passed to `LMLearner`
 ) -> LMLearner:
     "Make a Learner for an AWD_LSTM language model"
-    config = merge(awd_lstm_lm_config, config or {})
+    drop_mult = check_number('drop_mult', drop_mult, low=0)
+    config = merge(awd_lstm_lm_config, check_awd_config(config))
     model = get_language_model(AWD_LSTM, len(text_vocab(dls)), config=config, drop_mult=drop_mult)
     model = allow_zero_weight_dropout(model)
-    metrics = [accuracy, Perplexity()] if metrics is None else metrics
+    metrics = [accuracy, Perplexity()] if metrics is None else check_metrics(metrics)
     return LMLearner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=LayerwiseOptimizer,
                      splitter=layer_splitter(), train_bn=False, metrics=metrics,
-                     cbs=L(cbs) + LargeBatchGradient(), **kwargs)
+                     cbs=check_callbacks(cbs) + LargeBatchGradient() + StopOnNaN(), **kwargs)
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #8dca1720
 _IGNORED = -100 # target of tokens that are not predicted, as in PyTorch and transformers
@@ -59,7 +65,7 @@ class TokenLossFlat(CrossEntropyLossFlat):
     def __init__(self,
         label_smoothing:float=0. # Probability that is spread over all tokens (Szegedy et al. 2016, section 7)
     ):
-        super().__init__(label_smoothing=label_smoothing)
+        super().__init__(label_smoothing=check_number('label_smoothing', label_smoothing, low=0, high=1))
 
     def __call__(self, inp, targ, **kwargs):
         scores = inp.as_subclass(torch.Tensor).flatten(0, -2)
@@ -152,19 +158,22 @@ def token_metrics():
 # %% ../../nbs/510_learners.language_modeling.ipynb #ca035164
 class HFCausalLMLearner(HFLearner):
     "A Learner for a causal language model"
+    @checked
     def predict(self,
-        item:str, # The beginning of a text
+        item, # The beginning of a text
         max_new_tokens:int=30, # Maximum number of tokens to add
         **kwargs # Passed to `generate` of transformers
     ) -> str: # The text and its continuation
         "Continue a text"
+        check_whole('max_new_tokens', max_new_tokens)
         ids = self._prompt_ids(item)
         if self.model.limit:
             ids = ids[-max(1, self.model.limit-max_new_tokens):]
         ids = torch.tensor([ids], device=next(self.model.parameters()).device)
         with evaluating(self.model):
             out = self.model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
-                                         pad_token_id=self.model.pad_id, max_new_tokens=max_new_tokens, **kwargs)
+                                         pad_token_id=self.model.pad_id, max_new_tokens=max_new_tokens,
+                                         **with_finite_scores(kwargs))
         return item + self.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
     def _prompt_ids(self, text):
@@ -173,10 +182,11 @@ class HFCausalLMLearner(HFLearner):
             raise DataError('One text is needed', f'a {type(text).__name__}', 'For several texts use `generate`')
         before, _ = frame(self.tokenizer)
         text = next(apply_rules(self.dls.rules, [text]))
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
+        ids = encode(self.tokenizer, text, add_special_tokens=False, verbose=False)['input_ids']
         return before + ids or [end_of_text(self.tokenizer)]
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #6284769f
+@checked
 def hf_causal_lm_learner(
     dls:DataLoaders, # From `HFCausalLMDataLoaders`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -188,13 +198,14 @@ def hf_causal_lm_learner(
     check_task(dls, 'causal_lm', 'HFCausalLMDataLoaders')
     metrics = token_metrics() if metrics is None else metrics
     return make_learner(dls, with_token_ids(model, dls.tokenizer), 'causal_lm', cls=HFCausalLMLearner,
-                        loss_func=loss_func or TokenLossFlat(), metrics=metrics, **kwargs)
+                        loss_func=TokenLossFlat() if loss_func is None else loss_func, metrics=metrics, **kwargs)
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #5aa83a90
 class HFMaskedLMLearner(HFLearner):
     "A Learner for a masked language model"
+    @checked
     def predict(self,
-        item:str # A text with one or more mask tokens
+        item # A text with one or more mask tokens
     ) -> tuple: # The filled-in text, the ids of the predicted tokens, and probabilities (masks, vocabulary)
         "Fill in the mask tokens of a text"
         tokenizer = self.tokenizer
@@ -208,6 +219,7 @@ class HFMaskedLMLearner(HFLearner):
         with evaluating(self.model):
             scores = self.model(x.to(next(self.model.parameters()).device))
         probs = scores.float().softmax(-1)[0].cpu()
+        need_numbers(probs[None], 'The probabilities of the tokens')
         ids = x.ids[0].cpu()
         is_mask = ids == tokenizer.mask_token_id
         found = probs[is_mask].argmax(-1)
@@ -215,6 +227,7 @@ class HFMaskedLMLearner(HFLearner):
         return TitledStr(filled), found, probs[is_mask]
 
 # %% ../../nbs/510_learners.language_modeling.ipynb #c8d76f71
+@checked
 def hf_masked_lm_learner(
     dls:DataLoaders, # From `HFMaskedLMDataLoaders`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -226,4 +239,4 @@ def hf_masked_lm_learner(
     check_task(dls, 'masked_lm', 'HFMaskedLMDataLoaders')
     metrics = token_metrics() if metrics is None else metrics
     return make_learner(dls, with_token_ids(model, dls.tokenizer), 'masked_lm', cls=HFMaskedLMLearner,
-                        loss_func=loss_func or TokenLossFlat(), metrics=metrics, **kwargs)
+                        loss_func=TokenLossFlat() if loss_func is None else loss_func, metrics=metrics, **kwargs)

@@ -21,9 +21,13 @@ from fastcore.all import L
 from fastai.data.core import DataLoaders
 from fastai.learner import Metric
 from fastai.torch_core import TensorBase
-from ..core import FastaiTLError
+from ..arguments import check_array, check_flag, check_number, check_option, check_tensor, check_text, checked
+from ..arguments import check_type, check_whole
+from ..models.finite import need_numbers
+from ..locks import exclusive
+from ..core import DataError, FastaiTLError
 from ..data.qa import HFQADataLoaders, QAExample
-from ..data.tables import question_pairs
+from ..data.tables import list_of, question_pairs
 from ..data.tagging import CJK
 from .base import HFLearner, each_row, make_learner
 
@@ -36,7 +40,13 @@ def best_spans(
     max_tokens:int=30 # Maximum number of tokens of an answer
 ) -> list: # `(score, first, last)` of each span, with the best span first
     "Find the spans with the highest scores"
-    places = torch.as_tensor(free).nonzero().view(-1)
+    n_best, max_tokens = check_whole('n_best', n_best), check_whole('max_tokens', max_tokens)
+    start, end = check_tensor('start', start, 1), check_tensor('end', end, 1)
+    free = torch.as_tensor(check_array('free', free, 1)) > 0
+    if not len(start) == len(end) == len(free):
+        raise FastaiTLError('`start`, `end` and `free` must have a value for each token',
+                            f'{len(start)}, {len(end)} and {len(free)}')
+    places = free.nonzero().view(-1)
     n = len(places)
     if not n:
         return []
@@ -67,9 +77,9 @@ class AnswerLoss:
         none_at:int=0, # Position of the no-answer token: first (0) or last (-1)
         reduction:str='mean' # `mean`, `sum` or `none`
     ):
-        self.max_tokens = max_tokens
-        self.none_at = none_at
-        self.reduction = reduction
+        self.max_tokens = check_whole('max_tokens', max_tokens)
+        self.none_at = check_option('none_at', none_at, (0, -1))
+        self.reduction = check_option('reduction', reduction, ('mean', 'sum', 'none'))
 
     def __call__(self, preds, targ):
         targets = targ.as_subclass(torch.Tensor).T
@@ -98,7 +108,7 @@ def normalize_answer(
     text:str # An answer
 ) -> list: # Its words; each CJK character is a word
     "Return the normalized words of an answer, as in SQuAD's script"
-    has_cjk = re.search(f'[{CJK}]', text)
+    has_cjk = re.search(f'[{CJK}]', check_text('text', text))
     def is_punctuation(c): return c in string.punctuation or (has_cjk and unicodedata.category(c)[0] == 'P')
     text = ''.join(c for c in text.lower() if not is_punctuation(c))
     text = re.sub(r'\b(a|an|the)\b', ' ', text)
@@ -113,15 +123,19 @@ def _score(pred, target):
     n_common = sum((Counter(pred) & Counter(target)).values())
     return is_same, 2*n_common/(len(pred) + len(target))
 
+@checked
 def answer_scores(
     pred:str, # The predicted answer; '' for no answer
     answers # The accepted answers
 ) -> tuple: # Exact match and F1, 0 to 1
     "Score an answer against the accepted answer that matches best"
+    if not (answers := list_of(answers, 'accepted answer')):
+        raise DataError('At least one accepted answer is needed', 'none', "'' says that there is no answer")
     scores = [_score(normalize_answer(pred), normalize_answer(answer)) for answer in answers]
     return tuple(max(values) for values in zip(*scores))
 
 # %% ../../nbs/520_learners.qa.ipynb #0eb6e6ae
+@checked
 @dataclass
 class Answer:
     "A part of a passage, or no answer"
@@ -169,9 +183,9 @@ class AnswerExact(Metric):
         max_tokens:int=30, # Maximum number of tokens of an answer
         none_threshold:float=0. # Added to the score of no answer
     ):
-        self.share = share
-        self.max_tokens = max_tokens
-        self.none_threshold = none_threshold
+        self.share = check_type('share', share, AnswerExact, 'a metric of answers', or_none=True)
+        self.max_tokens = check_whole('max_tokens', max_tokens)
+        self.none_threshold = check_number('none_threshold', none_threshold)
         self.reset()
     def reset(self):
         self.found = {}
@@ -211,6 +225,7 @@ class AnswerF1(AnswerExact):
 # %% ../../nbs/520_learners.qa.ipynb #c8ecfab4
 class HFAnswerer(HFLearner):
     "A Learner that answers questions about passages"
+    @checked
     def answers(self,
         questions:list, # `(question, passage)` pairs, dictionaries with both, or a table
         n_best:int=1, # Number of answers to each question
@@ -220,7 +235,13 @@ class HFAnswerer(HFLearner):
         bs:int|None=None # Batch size, in windows; that of validation if `None`
     ) -> L: # An `Answer` for each question, or a list of them if `n_best>1`
         "Answer questions about passages of any length"
+        for name, value in dict(max_tokens=max_tokens, bs=bs).items():
+            check_whole(name, value, or_none=True)
+        n_best, none_threshold = check_whole('n_best', n_best), check_number('none_threshold', none_threshold)
+        check_flag('may_be_none', may_be_none, or_none=True)
         examples = [QAExample(*pair) for pair in question_pairs(questions, self.dls.spec.columns)]
+        if not examples:
+            raise DataError('At least one question is needed', 'none')
         found = self._candidates(examples, n_best, max_tokens or getattr(self.loss_func, 'max_tokens', 30), bs)
         may_be_none = self.dls.tok.may_be_none if may_be_none is None else may_be_none
         res = [best_answers(e.context, found[id(e)], n_best, may_be_none, none_threshold) for e in examples]
@@ -232,18 +253,21 @@ class HFAnswerer(HFLearner):
         dl = self.dls.test_dl(windows, **({} if bs is None else dict(bs=bs)))
         xs, (starts, ends), *_ = self.get_preds(dl=dl, with_input=True, act=lambda o: o)
         found = {}
+        numbers = {id(example): i for i, example in enumerate(examples)}
         for window, x, start, end in zip(windows, xs, starts, ends):
+            need_numbers(torch.stack([start, end])[None], 'The scores of the answers', [numbers[id(window.example)]])
             candidates = window_candidates(x, start, end, n_best, max_tokens)
             found.setdefault(id(window.example), []).append(candidates)
         return found
 
+    @checked
     def answer(self,
         question:str, # The question
         context:str, # The passage
         **kwargs # Passed to `answers`: `n_best`, `may_be_none`, …
     ) -> Answer: # An `Answer`, or a list of them if `n_best>1`
         "Answer one question"
-        with self.no_bar(), self.no_logging():
+        with exclusive(self), self.no_bar(), self.no_logging():
             return self.answers([(question, context)], **kwargs)[0]
 
     def predict(self,
@@ -259,6 +283,7 @@ def _no_answer_at(tokenizer):
     ids = tokenizer('a', 'b')['input_ids']
     return -1 if ids[-1] == tokenizer.cls_token_id != ids[0] else 0
 
+@checked
 def hf_qa_learner(
     dls:DataLoaders, # From `HFQADataLoaders`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -272,7 +297,7 @@ def hf_qa_learner(
         raise FastaiTLError('Question answering needs `HFQADataLoaders`', f'{type(dls).__name__}',
                             'Make them with HFQADataLoaders.from_df, .from_lists or .from_dataset')
     if metrics is None:
-        exact = AnswerExact(max_tokens=max_tokens)
+        exact = AnswerExact(max_tokens=check_whole('max_tokens', max_tokens))
         metrics = [exact, AnswerF1(share=exact)]
     if loss_func is None:
         loss_func = AnswerLoss(max_tokens, _no_answer_at(dls.tokenizer))

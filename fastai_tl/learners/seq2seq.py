@@ -12,9 +12,15 @@ import numpy as np
 import torch
 from fastcore.all import L
 from fastai.callback.core import Callback
+from fastai.data.load import DataLoader
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Metric
-from ..core import FastaiTLError, VocabError, derive_seed, optional, unknown_option
+from fastai_tl.arguments import (
+    check_callable, check_flag, check_number, check_option, check_tensor, check_text, checked
+)
+from ..arguments import check_type, check_whole
+from ..models.finite import with_finite_scores
+from ..core import FastaiTLError, VocabError, derive_seed, optional
 from ..callbacks import batch_items, evaluating
 from ..data.hf_tokenizer import TensorTokens
 from ..data.seq2seq import TokenizeTargets
@@ -31,7 +37,8 @@ def decoder_inputs(
     labels:torch.Tensor # Targets, (texts, tokens); -100 for padding on one side
 ) -> TensorTokens: # (texts, 1, tokens)
     "Shift the targets by one token, following the rule of the model"
-    hf = model.inner[0]
+    hf = check_type('model', model, HFModel).inner[0]
+    check_tensor('labels', labels, 2, False)
     labels = labels.as_subclass(torch.Tensor)
     places = moved_places(labels != -100)
     targets = take_places(labels, places)
@@ -63,9 +70,10 @@ def generate_from(learn, x, max_new_tokens=None, **kwargs):
     "Generate a text for each source of a batch, or a list of texts with `num_return_sequences`"
     model = learn.model
     x = x.as_subclass(TensorTokens).to(next(model.parameters()).device)
-    max_new_tokens = max_new_tokens or spec_of(learn).max_target_length
+    max_new_tokens = check_whole('max_new_tokens', max_new_tokens, or_none=True) or spec_of(learn).max_target_length
     with evaluating(model):
-        out = model.hf.generate(**model.named_inputs(x), max_new_tokens=max_new_tokens, **kwargs)
+        out = model.hf.generate(**model.named_inputs(x), max_new_tokens=max_new_tokens,
+                                **with_finite_scores(kwargs))
     texts = [learn.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.cpu()]
     n = kwargs.get('num_return_sequences', 1)
     return texts if n == 1 else [texts[i:i + n] for i in range(0, len(texts), n)]
@@ -122,9 +130,9 @@ class GeneratedMetric(Metric):
         func, # Function from lists of predictions and references to a number
         made # A `SharedGeneration` with the texts, shared with other metrics
     ):
-        self.score = score
-        self.func = func
-        self.made = made
+        self.score = check_text('score', score)
+        self.func = check_callable('func', func)
+        self.made = check_type('made', made, SharedGeneration)
     def reset(self):
         self.made.clear()
     def accumulate(self, learn):
@@ -164,9 +172,10 @@ def generation_metrics(
     **kwargs # Passed to `generate` of transformers: `num_beams`, `max_new_tokens`, …
 ) -> list: # Metrics, for `metrics=`
     "Make metrics that score the same generated texts"
+    n, seed = check_whole('n', n), check_whole('seed', seed, None, None)
+    check_text('tokenize', tokenize, or_none=True)
     for score in scores:
-        if score not in SCORES:
-            raise unknown_option('scores', score, SCORES)
+        check_option('scores', score, SCORES)
         _import_scorer(score)
     made = SharedGeneration(n, seed, kwargs)
     return [GeneratedMetric(score, _scorer(score, tokenize), made) for score in scores]
@@ -180,16 +189,17 @@ class HFSeq2SeqLearner(HFLearner):
         **kwargs # Passed to `generate` of transformers: `num_beams`, `max_new_tokens`, `forced_bos_token_id`, …
     ) -> list: # A text for each source; a list of texts for each with `num_return_sequences`
         "Generate a text for each source"
+        check_whole('bs', bs, or_none=True)
         dl = self.dls.test_dl(texts, **({} if bs is None else {'bs': bs}))
         made = [text for batch in dl for text in generate_from(self, batch[0], **kwargs)]
         return [text for _, text in sorted(zip(dl.get_idxs(), made), key=lambda pair: pair[0])]
 
     def predict(self,
-        item:str, # Source text
+        item, # Source text
         **kwargs # Passed to `generate` of transformers
     ) -> str: # The generated text
         "Generate the text for one source"
-        return self.generate_texts([item], **kwargs)[0]
+        return self.generate_texts([check_text('item', item)], **kwargs)[0]
 
     def show_results(self,
         ds_idx:int=1, # Index of the DataLoader: 0 for training, 1 for validation
@@ -200,7 +210,10 @@ class HFSeq2SeqLearner(HFLearner):
         **kwargs # Passed to `generate` of transformers
     ):
         "Show sources, targets, and the texts that the model generates"
-        dl = dl or self.dls[ds_idx].new(shuffle=shuffle)
+        check_whole('ds_idx', ds_idx, 0, len(self.dls.loaders)-1)
+        max_n, trunc_at = check_whole('max_n', max_n), check_whole('trunc_at', trunc_at)
+        check_type('dl', dl, DataLoader, 'a DataLoader', or_none=True)
+        dl = self.dls[ds_idx].new(shuffle=check_flag('shuffle', shuffle)) if dl is None else dl
         batch = dl.one_batch()
         pairs = dl.show_batch(batch, max_n=max_n, show=False)[2]
         generated = generate_from(self, batch[0][:max_n], **kwargs)
@@ -219,6 +232,7 @@ def _check_special_tokens(hf, tokenizer):
                              f'Use the tokenizer of the model, or set `model.config.{name}_token_id`')
 
 # %% ../../nbs/525_learners.seq2seq.ipynb #873af8cd
+@checked
 def hf_seq2seq_learner(
     dls:DataLoaders, # From `HFSeq2SeqDataLoaders`, or from a `DataBlock` with an `HFTargetTextBlock`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)
@@ -230,9 +244,10 @@ def hf_seq2seq_learner(
 ) -> HFSeq2SeqLearner:
     "Make a Learner for a model that turns texts into texts, such as T5, BART or Marian"
     check_task(dls, 'seq2seq', 'HFSeq2SeqDataLoaders')
+    label_smoothing = check_number('label_smoothing', label_smoothing, low=0, high=1)
     model = with_token_ids(model, dls.tokenizer)
     metrics = token_metrics() if metrics is None else metrics
     learn = make_learner(dls, model, 'seq2seq', cls=HFSeq2SeqLearner, cbs=L(cbs) + DecoderInputs(), metrics=metrics,
-                         loss_func=loss_func or TokenLossFlat(label_smoothing), **kwargs)
+                         loss_func=TokenLossFlat(label_smoothing) if loss_func is None else loss_func, **kwargs)
     _check_special_tokens(learn.model, dls.tokenizer)
     return learn

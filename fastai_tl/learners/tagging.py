@@ -20,13 +20,16 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Metric
 from fastai.losses import CrossEntropyLossFlat
 from torch.nn.parallel import DistributedDataParallel
+from ..arguments import check_array, check_each, check_option, check_text, check_type, check_whole, checked
+from ..models.finite import need_numbers
+from ..locks import exclusive
 from ..callbacks import batch_items
-from ..core import DataError, FastaiTLError, unknown_option
+from ..core import DataError, FastaiTLError
 from ..data.tables import column, list_of, valid_text, valid_texts
 from ..data.tagging import HFTagDataLoaders, TaggedWords, cut_words, first_tokens
 from ..data.tags import TagScheme, entity_scheme, has_entities, outside_tag
 from ..data.tags import tag_lists, tag_scheme, tag_spans, tags_html
-from ..data.hf_tokenizer import TensorTokens
+from ..data.hf_tokenizer import TensorTokens, encode
 from .base import HFLearner, each_row, make_learner
 from .classification import given_weights
 
@@ -61,6 +64,9 @@ def entity_counts(
 ) -> dict: # Dictionary from type to `[right, predicted, true]`
     "Count correct, predicted and true entities of each type"
     preds, targets = tag_lists(preds), tag_lists(targets)
+    check_type('scheme', scheme, TagScheme, 'a `TagScheme`', or_none=True)
+    if len(preds) != len(targets):
+        raise DataError('Prediction and truth must have the same sentences', f'{len(preds)} and {len(targets)}')
     scheme = scheme or entity_scheme(tag for tags in [*preds, *targets] for tag in tags)
     counts = {}
     for pred, true in zip(preds, targets, strict=True):
@@ -77,13 +83,13 @@ def entity_counts(
 _AVERAGES = ('micro', 'macro')
 
 def _check_average(average):
-    if average not in _AVERAGES:
-        raise unknown_option('average', average, _AVERAGES)
+    check_option('average', average, _AVERAGES)
 
 def _ratio(a, b):
     "Return `a/b`, or 0 where `b` is 0"
     return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
+@checked
 def entity_scores(
     preds, # Predicted tags, a list for each sentence
     targets, # True tags, a list for each sentence
@@ -138,8 +144,8 @@ def context_around(begin, end, n_words):
 # %% ../../nbs/515_learners.tagging.ipynb #b6a5778e
 def _word_sizes(tok, sentences):
     "Count the tokens of each word"
-    enc = tok.tokenizer([tok.read(s) for s in sentences], is_split_into_words=True, add_special_tokens=False,
-                        verbose=False)
+    enc = encode(tok.tokenizer, [tok.read(s) for s in sentences], is_split_into_words=True, add_special_tokens=False,
+                 verbose=False)
     words = [[w for w in enc.word_ids(i) if w is not None] for i in range(len(sentences))]
     return [np.bincount(ws, minlength=len(s)).tolist() for ws, s in zip(words, sentences)]
 
@@ -169,6 +175,7 @@ def _merge_windows(sentences, windows, xs, preds, n_tags):
     return probs
 
 # %% ../../nbs/515_learners.tagging.ipynb #8c501383
+@checked
 @dataclass
 class Entity:
     "An entity: words `start` to `end` (exclusive) of a sentence"
@@ -194,6 +201,9 @@ def tag_words(
     vocab # Names of the tags
 ) -> tuple: # A tag for each word, and its probability
     "Return the most likely tag of each word, or the tag outside of entities if the word has no token"
+    probs, vocab = check_array('probs', probs, 2, low=0), check_each('vocab', vocab, check_text)
+    if probs.shape[1] != len(vocab) or not vocab:
+        raise DataError('`probs` must have a column for each tag', f'{probs.shape[1]} columns and {len(vocab)} tags')
     best = probs.argmax(-1)
     no_token = outside_tag(vocab)
     tags = [vocab[i] if p.any() else no_token for i, p in zip(best, probs)]
@@ -210,6 +220,10 @@ def _cut_sentence(sentence, i, sep):
         raise DataError('Each sentence must have at least one word', f'none in sentence {i}',
                         'Leave out empty sentences')
     return words
+
+def _valid_words(words, i):
+    words = list_of(words, 'word')
+    return valid_texts(words, [i]*len(words), 'word')
 
 def _tagged_sentence(sentence, cut, probs, vocab, sep):
     "Make a `TaggedSentence` from the words and probabilities of one sentence"
@@ -310,13 +324,14 @@ class TagAccuracy(TagMetric):
 
 class EntityF1(TagMetric):
     "F1 of entities, computed as in CoNLL's `conlleval`"
+    @checked
     def __init__(self,
         average:str='micro', # `micro`: over all entities; `macro`: mean over the entity types
-        vocab:list|None=None # Names of the tags; those of the data if `None`
+        vocab:list|dict|None=None # Names of the tags; those of the data if `None`
     ):
         _check_average(average)
         self.average = average
-        self.vocab = vocab
+        self.vocab = None if vocab is None else check_each('vocab', vocab, check_text)
         super().__init__()
     def accumulate(self, learn):
         self.scheme = tag_scheme(self.vocab or learn.dls.vocab)
@@ -331,16 +346,25 @@ class EntityF1(TagMetric):
 # %% ../../nbs/515_learners.tagging.ipynb #c99f6014
 class HFTagger(HFLearner):
     "A Learner that gives each word of a sentence a tag"
+    @checked
     def word_probs(self,
         sentences:list, # Sentences, as lists of words
         stride:int=32, # Maximum number of tokens that two windows of a long sentence share
         bs:int|None=None # Batch size; that of validation if `None`
     ) -> list: # An array (words, tags) for each sentence; a word without a token has a row of zeros
         "Return the tag probabilities of each word"
+        check_whole('stride', stride, 0)
+        check_whole('bs', bs, or_none=True)
+        sentences = [check_each(f'sentences[{i}]', s, check_text) for i, s in enumerate(list_of(sentences, 'sentence'))]
+        if not sentences or not all(sentences):
+            raise DataError('Each sentence must have at least one word', 'none')
         windows, dl = _windows_dl(self.dls, sentences, stride, bs)
         xs, preds, *_ = self.get_preds(dl=dl, with_input=True)
+        for (sentence, *_), probs in zip(windows, preds):
+            need_numbers(probs[None], 'The probabilities of the tags', [sentence])
         return _merge_windows(sentences, windows, xs, preds, len(self.dls.spec.classes))
 
+    @checked
     def tag(self,
         sentences:list, # Sentences, as lists of words or strings, or a table with the columns of the training data
         stride:int=32, # Maximum number of tokens that two windows of a long sentence share
@@ -352,7 +376,7 @@ class HFTagger(HFLearner):
         spec = self.dls.spec
         if isinstance(sentences, pd.DataFrame):
             sentences = column(sentences, spec.columns['words'])
-        sentences = [valid_text(s) if isinstance(s, str) else valid_texts(list_of(s, 'word'), [i]*len(s), 'word')
+        sentences = [valid_text(s) if isinstance(s, str) else _valid_words(s, i)
                      for i, s in enumerate(list_of(sentences, 'sentence'))]
         cuts = [_cut_sentence(s, i, spec.word_sep) for i, s in enumerate(sentences)]
         probs = self.word_probs([[word for word, *_ in cut] for cut in cuts], stride, bs)
@@ -363,7 +387,7 @@ class HFTagger(HFLearner):
         **kwargs # Passed to `tag`
     ) -> TaggedSentence:
         "Tag one sentence"
-        with self.no_bar(), self.no_logging():
+        with exclusive(self), self.no_bar(), self.no_logging():
             return self.tag([item], **kwargs)[0]
 
 # %% ../../nbs/515_learners.tagging.ipynb #92b9e6a2
@@ -376,6 +400,7 @@ def _loss_func(tags, loss_func, class_weights):
     return TaggingLoss(weight=given_weights(class_weights, tags))
 
 # %% ../../nbs/515_learners.tagging.ipynb #7ec3c782
+@checked
 def hf_tagger_learner(
     dls:DataLoaders, # From `HFTagDataLoaders`
     model, # A model name on the Hugging Face Hub, a folder, a `PreTrainedModel`, or a config (random weights)

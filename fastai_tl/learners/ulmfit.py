@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 import pandas as pd
 from fastcore.all import delegates
 from fastai.data.core import DataLoaders
+from ..arguments import check_number, check_text, check_whole, checked
 from ..core import DataError, RunError
 from ..data.readers import pop_reader_options
 from ..data.tables import need_no_options
@@ -29,6 +30,12 @@ def _pop_fields(options_class, kwargs):
     "Remove the fields of a dataclass from `kwargs`, and return them"
     return {f.name: kwargs.pop(f.name) for f in fields(options_class) if f.name in kwargs}
 
+def _check_fit(epochs, lr, head_epochs, head_lr):
+    check_whole('epochs', epochs)
+    check_whole('head_epochs', head_epochs, 0)
+    check_number('lr', lr, above=0, or_none=True)
+    check_number('head_lr', head_lr, above=0)
+
 def _train_classifier(run, stage, encoder, *args):
     "Train the classifier of one direction on the chosen encoder"
     start = start_encoder(run, stage.direction, encoder, ('general', 'domain'))
@@ -45,10 +52,11 @@ def _one_or_both(learners):
 class ULMFiT(ULMFiTRun):
     "Transfer learning in three stages: `pretrain`, `finetune_lm` and `classifier`, saved in one folder"
     @delegates(LMOptions)
+    @checked
     def pretrain(self,
         source=None, # Texts as a DataFrame, a table file, a folder or an iterator of strings; or DataLoaders
         weights=None, # Weights to use instead of texts: `'wikitext103'` (published), an `Encoder`, or its file
-        text_col='text', # Column of the texts, if the source is a table
+        text_col:str|int='text', # Column of the texts, if the source is a table
         epochs:int=10, # Number of epochs
         lr:float=5e-3, # Maximum learning rate
         cbs=None, # Additional Callbacks
@@ -60,6 +68,8 @@ class ULMFiT(ULMFiTRun):
         stages = self.stages('general')
         if weights is not None:
             return _one_or_tuple([take_over(self, stage, weights) for stage in stages])
+        check_whole('epochs', epochs)
+        check_number('lr', lr, above=0)
         reader = pop_reader_options(kwargs)
         settings = dict(epochs=epochs, lr=lr, **asdict(LMOptions(**kwargs)))
         source = self.read(source, text_col, **reader)
@@ -67,10 +77,11 @@ class ULMFiT(ULMFiTRun):
         return _one_or_tuple(trained)
 
     @delegates(LMOptions)
+    @checked
     def finetune_lm(self,
         source, # Texts of the domain, labelled or not, in the formats of `pretrain`
         encoder='auto', # Encoder to start from: `auto` (stage 1, if done), an `Encoder`, or `None` (random weights)
-        text_col='text', # Column of the texts, if the source is a table
+        text_col:str|int='text', # Column of the texts, if the source is a table
         epochs:int=10, # Number of epochs in which all layers are trained
         lr:float|None=None, # Maximum learning rate; if `None`, 2e-3 with an encoder and 5e-3 with random weights
         head_epochs:int=1, # Number of epochs before that, in which only the top group is trained
@@ -79,6 +90,7 @@ class ULMFiT(ULMFiTRun):
         **kwargs # Passed to `LMOptions`, or to the reader of a file: `encoding`, `sep`, …
     ): # A language model Learner; a tuple for two directions
         "Fine-tune the language model on texts of the domain (stage 2)"
+        _check_fit(epochs, lr, head_epochs, head_lr)
         reader = pop_reader_options(kwargs)
         options = asdict(LMOptions(**kwargs))
         source = self.read(source, text_col, **reader)
@@ -93,9 +105,10 @@ class ULMFiT(ULMFiTRun):
 
     @delegates(ClassifierOptions)
     @delegates(TableOptions, keep=True)
+    @checked
     def classifier(self,
         source, # A DataFrame, a table file, a folder with a subfolder for each class, or DataLoaders
-        text_col='text', # Column of the texts
+        text_col:str|int='text', # Column of the texts
         label_col='label', # Column of the labels
         encoder='auto', # `auto` (last finished stage), `general`, `domain`, an `Encoder`, or `None` (random weights)
         metrics=None, # fastai metrics; accuracy, or root mean squared error for a regression, if `None`
@@ -104,6 +117,9 @@ class ULMFiT(ULMFiTRun):
         **kwargs # Passed to `TableOptions`, `ClassifierOptions`, or the reader of a file: `encoding`, `sep`, …
     ): # A trained `TextLearner`, or a `BidirectionalLearner`
         "Train a classifier on the encoder by gradual unfreezing with discriminative learning rates (stage 3)"
+        if check_text('name', name) in ('general', 'domain'):
+            raise RunError('`name` must be that of a classifier', f'{name!r}, a language model', 'Choose another name')
+        stages = self.stages(name)
         reader = pop_reader_options(kwargs)
         table = TableOptions(text_col, label_col, **_pop_fields(TableOptions, kwargs))
         options = ClassifierOptions(**kwargs)
@@ -113,14 +129,16 @@ class ULMFiT(ULMFiTRun):
             source = table.read(source, self.seed, **reader)
             source = source._replace(texts=self.tokenize(source.texts))
         args = encoder, source, table, options, metrics, cbs
-        return _one_or_both([_train_classifier(self, stage, *args) for stage in self.stages(name)])
+        return _one_or_both([_train_classifier(self, stage, *args) for stage in stages])
 
+    @checked
     def load_classifier(self,
         name:str='classifier' # Name of the stage
     ): # A `TextLearner` or `BidirectionalLearner` without data, for `predict` and `get_preds`
         "Load a trained classifier, without its texts"
         return _one_or_both([read_classifier(self, stage) for stage in self.stages(name)])
 
+    @checked
     def encoder(self,
         stage:str='domain', # `general` or `domain`
         direction:str='forward' # `forward` or `backward`
@@ -128,6 +146,7 @@ class ULMFiT(ULMFiTRun):
         "Load the encoder of a finished stage"
         return self.stage(direction, stage).encoder()
 
+    @checked
     def history(self,
         stage:str='classifier', # `general`, `domain`, or a classifier's name
         direction:str='forward' # `forward` or `backward`

@@ -15,16 +15,20 @@ import pandas as pd
 from fastcore.all import delegates, merge
 from fastai.data.core import DataLoaders
 from fastai.text.models.awdlstm import awd_lstm_lm_config
-from ..core import RunError, lang_code, unknown_option
+from ..arguments import check_flag, check_option, check_path, check_type, check_whole, checked
+from ..atomic import check_name
+from ..core import RunError, lang_code
 from ..data.awd_lstm import texts_vocab
 from ..data.chinese import chinese_report, language_tools
 from ..data.tables import need_no_options, read_texts
 from ..data.tokenizers import TokenizedTexts, tokenize_texts_once, tokenizer_settings
 from ..files import digest
+from ..models.awd_lstm import check_awd_config
 from ..models.encoder import Encoder
 from ..tune.resume import RunStage
 
 # %% ../../nbs/532_learners.ulmfit_run.ipynb #16c9c925
+@checked
 @dataclass
 class TextOptions:
     "Options for tokenizing the texts of a run and for making its vocabulary"
@@ -35,6 +39,8 @@ class TextOptions:
     min_freq:int=3 # Minimum count of a token; rarer tokens become unknown
 
     def __post_init__(self):
+        check_whole('max_vocab', self.max_vocab)
+        check_whole('min_freq', self.min_freq, 0)
         self.lang = lang_code(self.lang)
         self.tok, self.rules = language_tools(self.lang, self.tok, self.rules)
 
@@ -48,6 +54,7 @@ class TextOptions:
         idxs=None # Indexes of the texts to count; all if `None`
     ) -> list: # Tokens, in the order of their ids
         "Make a vocabulary from tokenized texts"
+        check_type('texts', texts, TokenizedTexts)
         return texts_vocab(texts, self.min_freq, self.max_vocab, idxs)
 
 # %% ../../nbs/532_learners.ulmfit_run.ipynb #f1824dda
@@ -103,6 +110,7 @@ class ULMFiTStage(RunStage):
 class ULMFiTRun:
     "The folder of a ULMFiT run, with the settings and methods that all its stages share"
     @delegates(TextOptions)
+    @checked
     def __init__(self,
         run_dir:str|Path, # Folder of the run; stages that are done there are not trained again
         config:dict|None=None, # Sizes of the AWD_LSTM: `emb_sz`, `n_hid` and `n_layers`; fastai's defaults if `None`
@@ -112,12 +120,13 @@ class ULMFiTRun:
         progress:bool=True, # Show progress bars, losses and tables
         **kwargs # Passed to `TextOptions`
     ):
-        self.path = Path(run_dir)
-        self.config = {size: merge(awd_lstm_lm_config, config or {})[size] for size in ('emb_sz', 'n_hid', 'n_layers')}
-        self.directions = DIRECTIONS if bidirectional else DIRECTIONS[:1]
-        self.seed = seed
-        self.seq_len = seq_len
-        self.progress = progress
+        self.path = Path(check_path('run_dir', run_dir))
+        sizes = merge(awd_lstm_lm_config, check_awd_config(config))
+        self.config = {size: sizes[size] for size in ('emb_sz', 'n_hid', 'n_layers')}
+        self.directions = DIRECTIONS if check_flag('bidirectional', bidirectional) else DIRECTIONS[:1]
+        self.seed = check_whole('seed', seed, None, None)
+        self.seq_len = check_whole('seq_len', seq_len)
+        self.progress = check_flag('progress', progress)
         self.texts = TextOptions(**kwargs)
 
     def __repr__(self):
@@ -174,7 +183,8 @@ class ULMFiTRun:
         name:str # `general`, `domain`, or the name of a classifier
     ) -> ULMFiTStage:
         "Return a stage of the run"
-        return ULMFiTStage(self.path/direction/name)
+        check_option('direction', direction, DIRECTIONS)
+        return ULMFiTStage(self.path/direction/check_name(name))
 
     def stages(self,
         name:str # `general`, `domain`, or the name of a classifier
@@ -219,9 +229,7 @@ def start_encoder(
     "Find the encoder that a stage starts from"
     if encoder is None or isinstance(encoder, Encoder):
         return encoder
-    if encoder != 'auto':
-        if encoder not in ('general', 'domain'):
-            raise unknown_option('encoder', encoder, ('auto', 'general', 'domain', 'None'))
+    if check_option('encoder', encoder, ('auto', 'general', 'domain', None)) != 'auto':
         return run.stage(direction, encoder).encoder()
     stages = [run.stage(direction, name) for name in earlier]
     unfinished = [stage.name for stage in stages if stage.begun and not stage.done]

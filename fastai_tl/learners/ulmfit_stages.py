@@ -12,12 +12,14 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import pandas as pd
-from fastcore.all import L
 from fastai.data.core import DataLoaders
-from ..core import DataError, RunError, seed_everything, unknown_option
+from ..arguments import check_each, check_number, check_option, check_text, check_whole, checked
+from ..tune.divergence import with_stop_on_nan
+from ..core import DataError, RunError, seed_everything
 from ..data.awd_lstm import awd_lstm_spec, classifier_dls, empty_dls, language_model_dls
 from ..data.indicators import is_several, label_column
 from ..data.labels import check_labels, indicator_classes
+from ..data.spec import CLASSIFICATION_TASKS
 from ..data.splits import SPLIT_NAMES, split_rows
 from ..data.tables import column, need_no_options, read_files, read_texts
 from ..data.tokenizers import TextTokenizer
@@ -25,13 +27,14 @@ from ..files import digest, load_tree, save_tree
 from ..models.encoder import Encoder, text_vocab
 from ..models.third_party import spec_of
 from ..tune.gradual import STAGE_SCHEDULES
-from ..tune.resume import ResumableFit, StopOnNaN
+from ..tune.resume import ResumableFit
 from ..tune.unfreezing import GradualUnfreezing
 from .classification import awd_classifier_learner
 from .language_modeling import awd_lm_learner
 from .ulmfit_run import read_task
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #6c148a59
+@checked
 @dataclass
 class LMOptions:
     "Settings shared by both language model stages"
@@ -40,15 +43,21 @@ class LMOptions:
     bs:int=64 # Batch size
     valid_pct:float=.1 # Fraction of the texts held out for validation
 
+    def __post_init__(self):
+        check_number('wd', self.wd, low=0)
+        check_number('drop_mult', self.drop_mult, low=0)
+        check_whole('bs', self.bs)
+        check_number('valid_pct', self.valid_pct, low=0, below=1)
+
 def _need_one_direction(stage):
     "Raise an error if the user passed DataLoaders and the direction is backward"
     if stage.backwards:
         raise DataError('Two directions need texts', 'DataLoaders',
                         'Pass texts, or run each direction as a ULMFiT of its own')
 
-def _fit_callbacks(run, stage, cbs):
+def _fit_callbacks(run, stage, learn, cbs):
     resumable = ResumableFit(stage.checkpoint, seed=run.seed, settings=dict(stage=f'{stage.direction}/{stage.name}'))
-    return L(cbs) + [StopOnNaN(), resumable]
+    return with_stop_on_nan(learn, cbs) + [resumable]
 
 def _lm_data(run, stage, source, text_col, options):
     "Return DataLoaders, a digest of the texts, and token counts (`None` if the user passed DataLoaders)"
@@ -62,7 +71,7 @@ def _lm_data(run, stage, source, text_col, options):
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #d5b3b0d1
 def _fit_lm(run, stage, learn, options, has_encoder, cbs):
-    cbs = _fit_callbacks(run, stage, cbs)
+    cbs = _fit_callbacks(run, stage, learn, cbs)
     epochs = options['epochs']
     head_epochs = options.get('head_epochs', 0) if has_encoder else 0
     with run.quiet(learn):
@@ -90,14 +99,15 @@ def train_language_model(
     vocab = text_vocab(dls)
     seed_everything(run.seed, stage.direction, stage.name, 'weights')
     learn = awd_lm_learner(dls, run.config, options['drop_mult'], wd=options['wd'], path=stage.folder)
-    if run.begin(stage, **options, data=data, start=start and start.digest):
-        stage.encoder().into(learn.model, vocab)
-        return learn
-    if start is not None:
-        run.say(f'{stage.direction}: {start.into(learn.model, vocab, counts, run.texts.settings)}')
-    _fit_lm(run, stage, learn, options, start is not None, cbs)
-    Encoder.from_model(learn.model, vocab, run.texts.settings, stage.backwards).save(stage.encoder_file)
-    stage.close(learn.recorder)
+    with stage.lock():
+        if run.begin(stage, **options, data=data, start=start and start.digest):
+            stage.encoder().into(learn.model, vocab)
+            return learn
+        if start is not None:
+            run.say(f'{stage.direction}: {start.into(learn.model, vocab, counts, run.texts.settings)}')
+        _fit_lm(run, stage, learn, options, start is not None, cbs)
+        Encoder.from_model(learn.model, vocab, run.texts.settings, stage.backwards).save(stage.encoder_file)
+        stage.close(learn.recorder)
     return learn
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #054387f0
@@ -117,23 +127,30 @@ def take_over(
         raise RunError(f'The {stage.direction} model needs {stage.direction} weights', 'weights of the other direction',
                        'Pass a pair (forward, backward)')
     run.use_config(weights)
-    if not run.begin(stage, weights=weights.digest):
-        weights.save(stage.encoder_file)
-        stage.close()
+    with stage.lock():
+        if not run.begin(stage, weights=weights.digest):
+            weights.save(stage.encoder_file)
+            stage.close()
     return weights
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #90467f49
 _LabelledRows = namedtuple('LabelledRows', 'texts labels task train valid classes')
 
+@checked
 @dataclass
 class TableOptions:
     "Columns of a table that a classifier reads, and how it interprets them"
-    text_col:str='text' # Column of the texts
-    label_col:str='label' # Column of the labels, or a list of columns with 0 and 1, or with several values
-    valid_col:str|None=None # Column with the split: booleans, or `train`, `valid`, `test`; test rows are left out
+    text_col:str|int='text' # Column of the texts
+    label_col:str|int|list='label' # Column of the labels, or a list of columns with 0 and 1, or with several values
+    valid_col:str|int|None=None # Column with the split: booleans, or `train`, `valid`, `test`; test rows are left out
     valid_pct:float=.2 # Fraction of the rows used for validation if there is no `valid_col`
     task:str|None=None # `classification`, `multilabel` or `regression`; inferred from the labels if `None`
     label_delim:str|None=None # Separator between several labels in a string
+
+    def __post_init__(self):
+        check_number('valid_pct', self.valid_pct, low=0, below=1)
+        check_option('task', self.task, (*CLASSIFICATION_TASKS, None))
+        check_text('label_delim', self.label_delim, or_none=True)
 
     def columns(self) -> dict:
         "Return the columns in the form of a data spec"
@@ -169,10 +186,11 @@ def _as_table(source, reader):
     return source
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #b07a0169
+@checked
 @dataclass
 class ClassifierOptions:
     "Settings of the classifier; the first six are parameters of `learn.fit_gradual`"
-    epochs:list|None=None # Number of epochs in each unfreezing stage
+    epochs:int|list|None=None # Number of epochs in each unfreezing stage
     lr:float|None=None # Learning rate of the top group in the first unfreezing stage
     lrs:list|None=None # Learning rate of the top group in each unfreezing stage, instead of `lr`
     groups:list|None=None # Number of layer groups trained in each unfreezing stage
@@ -184,8 +202,15 @@ class ClassifierOptions:
     y_range:tuple|None=None # Lowest and highest prediction of a regression model
 
     def __post_init__(self):
-        if self.schedule not in STAGE_SCHEDULES:
-            raise unknown_option('schedule', self.schedule, STAGE_SCHEDULES)
+        check_option('schedule', self.schedule, STAGE_SCHEDULES)
+        for name in ('wd', 'drop_mult'):
+            check_number(name, getattr(self, name), low=0)
+        check_number('spread', self.spread, above=0)
+        check_number('lr', self.lr, above=0, or_none=True)
+        check_whole('bs', self.bs)
+        for name, check in dict(epochs=check_whole, groups=check_whole, lrs=check_number).items():
+            if getattr(self, name) is not None:
+                check_each(name, getattr(self, name), check, 0)
 
     def fit(self,
         learn, # The classifier
@@ -225,15 +250,16 @@ def train_classifier(
     seed_everything(run.seed, stage.direction, stage.name, 'weights')
     learn = awd_classifier_learner(dls, spec.task, spec.n_out, run.config, run.seq_len, options.drop_mult,
                                    options.y_range, metrics, path=stage.folder)
-    if run.begin(stage, **asdict(options), task=spec.task, data=data, start=start and start.digest):
-        learn.model.load_state_dict(load_tree(stage.model_file)['model'])
-        return learn
-    if start is not None:
-        run.say(f'{stage.direction}: {start.into(learn.model, text_vocab(dls))}')
-    with run.quiet(learn):
-        learn.unfreezing = options.fit(learn, _fit_callbacks(run, stage, cbs))
-    _save_classifier(run, stage, learn, spec, options)
-    stage.close(learn.recorder)
+    with stage.lock():
+        if run.begin(stage, **asdict(options), task=spec.task, data=data, start=start and start.digest):
+            learn.model.load_state_dict(load_tree(stage.model_file)['model'])
+            return learn
+        if start is not None:
+            run.say(f'{stage.direction}: {start.into(learn.model, text_vocab(dls))}')
+        with run.quiet(learn):
+            learn.unfreezing = options.fit(learn, _fit_callbacks(run, stage, learn, cbs))
+        _save_classifier(run, stage, learn, spec, options)
+        stage.close(learn.recorder)
     return learn
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #827c6d78

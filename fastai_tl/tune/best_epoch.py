@@ -10,6 +10,8 @@ __all__ = ['BestEpoch']
 # %% ../../nbs/420_tune.best_epoch.ipynb #329c0373
 import math
 from fastai.callback.core import Callback
+from ..arguments import check_device
+from ..models.finite import not_finite
 from ..callbacks import is_real_fit
 from .unfreezing import recorded_values
 
@@ -21,7 +23,7 @@ class BestEpoch(Callback):
     def __init__(self,
         device='cpu' # Device where the best weights are kept
     ):
-        self.where = device
+        self.where = check_device('device', device)
         self._forget()
 
     def _forget(self):
@@ -42,7 +44,8 @@ class BestEpoch(Callback):
     def after_epoch(self):
         "Keep the weights if the loss is the lowest so far"
         loss = recorded_values(self.recorder).get('valid_loss') # `None` if there is no validation
-        if self._trained and loss is not None and loss < self.best_loss:
+        is_better = self._trained and loss is not None and loss < self.best_loss
+        if is_better and not not_finite(self.model.state_dict().items()):
             self.best_loss = float(loss)
             self.best_at = self.epoch
             self._kept = {name: w.detach().to(self.where, copy=True) for name, w in self.model.state_dict().items()}

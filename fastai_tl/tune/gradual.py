@@ -14,16 +14,19 @@ from fastcore.all import L, delegates, patch
 from fastai.learner import Learner
 from fastai.torch_core import trainable_params
 from fastai.callback.schedule import *
-from ..core import FastaiTLError, unknown_option
+from ..arguments import check_each, check_number, check_option, check_whole, checked
+from .divergence import with_stop_on_nan
+from ..core import FastaiTLError
 from ..models.third_party import coarse_splitter
 from ..models.layer_groups import layer_splitter
 from .learning_rates import default_lr, discriminative_lrs
 from .schedules import SchedSTLR
-from .unfreezing import GradualUnfreezing, stage_groups
+from .unfreezing import GradualUnfreezing, other_stages, stage_groups
 
 # %% ../../nbs/435_tune.gradual.ipynb #e6ebfa42
 _RECIPE_RATES = (1., .5, .25, .05) # relative to the first stage: 2e-2, 1e-2, 5e-3, 1e-3
 
+@checked
 def recipe_stages(
     n:int, # Number of layer groups
     block:int|None=None # Number of groups added at each stage; `None` adds a third of the groups below the head
@@ -31,7 +34,7 @@ def recipe_stages(
     "Return four stages for a model of any depth: the head, one block more, two blocks more, all groups"
     if block is not None:
         return stage_groups(n, block)
-    if n <= 3:
+    if check_whole('n', n) <= 3:
         return list(range(1, n+1))
     third = (n-1)//3
     return [1, 1+third, 1+2*third, n]
@@ -41,6 +44,7 @@ def recipe_lrs(
     n_stages:int # Number of stages
 ) -> np.ndarray: # Learning rate of the top group in each stage
     "Compute the learning rate of each stage: ULMFiT's four, or values interpolated between them on a log scale"
+    lr, n_stages = check_number('lr', lr, above=0), check_whole('n_stages', n_stages, high=100_000)
     last = len(_RECIPE_RATES) - 1
     points = np.linspace(0, last, n_stages) if n_stages > 1 else [0]
     return lr * np.exp(np.interp(points, range(last+1), np.log(_RECIPE_RATES)))
@@ -66,15 +70,16 @@ def ensure_layer_groups(learn):
         learn.create_opt()
 
 # %% ../../nbs/435_tune.gradual.ipynb #c4a01482
-def _stage_lrs(learn, lr, lrs, n_stages):
+def _stage_lrs(learn, lr, lrs, n_stages, n_groups):
     "Return the learning rate of the top group in each stage, and check their number"
     if lrs is None:
         if lr is None:
             lr = default_lr(learn.model, fit='fit_gradual') or learn.lr
         lrs = recipe_lrs(lr, n_stages)
-    lrs = np.asarray(lrs, dtype=float)
+    lrs = np.asarray(check_each('lrs', lrs, check_number, above=0), dtype=float)
     if len(lrs) != n_stages:
-        raise FastaiTLError(f'`lrs` needs one rate for each of the {n_stages} stages', f'{len(lrs)} rates')
+        raise FastaiTLError(f'`lrs` needs one rate for each of the {n_stages} stages', f'{len(lrs)} rates',
+                            other_stages(n_groups))
     return lrs
 
 # %% ../../nbs/435_tune.gradual.ipynb #7a5e3711
@@ -82,6 +87,7 @@ _SET_BY_FIT_GRADUAL = 'every when epochs groups block factor patience min_delta 
 
 @patch
 @delegates(GradualUnfreezing, but=_SET_BY_FIT_GRADUAL)
+@checked
 def fit_gradual(self:Learner,
     epochs:list|None=None, # Number of epochs of each stage; the default is 2 for the last stage and 1 for the others
     lr:float|None=None, # Top group's rate in the first stage; default 2e-2 for AWD_LSTM, otherwise the Learner's `lr`
@@ -95,14 +101,14 @@ def fit_gradual(self:Learner,
     **kwargs # `frozen_eval` and `cache`, passed to `GradualUnfreezing`
 ) -> GradualUnfreezing: # The Callback that ran; it has the methods `table()` and `plot()`
     "Train the head first, then more groups at each stage, then all groups (gradual unfreezing, ULMFiT section 3.3)"
-    if schedule not in STAGE_SCHEDULES:
-        raise unknown_option('schedule', schedule, STAGE_SCHEDULES)
+    check_option('schedule', schedule, STAGE_SCHEDULES)
+    wd = check_number('wd', wd, low=0, or_none=True)
     ensure_layer_groups(self)
     n = len(self.opt.param_lists)
-    groups = recipe_stages(n, block) if groups is None else list(groups)
-    epochs = [1]*(len(groups)-1) + [2] if epochs is None else list(epochs)
-    lrs = _stage_lrs(self, lr, lrs, len(groups))
+    groups = recipe_stages(n, block) if groups is None else check_each('groups', groups, check_whole)
+    epochs = [1]*(len(groups)-1) + [2] if epochs is None else check_each('epochs', epochs, check_whole, 0)
+    lrs = _stage_lrs(self, lr, lrs, len(groups), n)
     unfreezing = GradualUnfreezing(groups=groups, epochs=epochs, factor=list(lrs/lrs[0]), restart=True, **kwargs)
     fit = getattr(self, STAGE_SCHEDULES[schedule].fit)
-    fit(sum(epochs), discriminative_lrs(lrs[0], n, spread=spread), wd=wd, cbs=L(unfreezing)+L(cbs))
+    fit(sum(epochs), discriminative_lrs(lrs[0], n, spread=spread), wd=wd, cbs=L(unfreezing)+with_stop_on_nan(self, cbs))
     return unfreezing

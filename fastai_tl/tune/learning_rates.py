@@ -8,11 +8,11 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.learning_rates.html.md"""
 __all__ = ['discriminative_lrs', 'default_lr', 'create_discriminative_optimizer']
 
 # %% ../../nbs/405_tune.learning_rates.ipynb #83a607fe
-import math
 import numpy as np, torch
 from torch import nn
 from fastai.text.models.awdlstm import AWD_LSTM
-from ..core import FastaiTLError, unknown_option
+from ..arguments import check_each, check_number, check_option, check_whole, checked
+from ..core import FastaiTLError
 from ..data.spec import LANGUAGE_MODEL_TASKS, TASKS
 from ..models.execution_order import hf_models
 from ..models.layer_groups import layer_splitter
@@ -25,16 +25,31 @@ def discriminative_lrs(
     spread:float=2.6**4 # Ratio of the highest to the lowest learning rate, used if `decay` is `None`
 ) -> np.ndarray: # `n` learning rates, from bottom to top
     "Compute one learning rate per layer group: `lr / decay**k` for the k-th group below the top (ULMFiT 3.2)"
-    if n < 1:
-        raise FastaiTLError('At least one layer group is needed', f'n={n}')
+    lr, n = check_number('lr', lr, above=0), check_whole('n', n, high=100_000)
     if decay is None:
-        decay = _positive('spread', spread)**(1/max(n-1, 1))
-    return _positive('lr', lr) / _positive('decay', decay)**np.arange(n-1, -1, -1.)
+        decay = check_number('spread', spread, above=0)**(1/max(n-1, 1))
+    with np.errstate(over='ignore', under='ignore', divide='ignore'):
+        rates = lr / np.float64(check_number('decay', decay, above=0))**np.arange(n-1, -1, -1.)
+    if not np.isfinite(rates).all():
+        raise FastaiTLError('Each learning rate must be finite', f'{rates.max()} with a factor of {decay}',
+                            'Pass a larger `decay` or `spread`')
+    return rates
 
-def _positive(name, value):
-    if not (isinstance(value, (int, float, np.number)) and math.isfinite(value) and value > 0):
-        raise FastaiTLError(f'`{name}` must be a number above 0', repr(value))
-    return value
+# %% ../../nbs/405_tune.learning_rates.ipynb #c8d10902
+def check_rates(
+    name:str, # Name of the argument
+    lr, # A number, a slice, a list with a rate for each layer group, or `None`
+): # The value
+    "Raise an error if an argument is not a learning rate of at least 0, or several"
+    if isinstance(lr, slice):
+        check_number(name, lr.stop, low=0)
+        check_number(name, lr.start, low=0, or_none=True)
+    elif np.ndim(lr) and not isinstance(lr, str):
+        if not check_each(name, lr, check_number, low=0):
+            raise FastaiTLError(f'`{name}` must have a rate for each layer group', 'none')
+    else:
+        check_number(name, lr, low=0, or_none=True)
+    return lr
 
 # %% ../../nbs/405_tune.learning_rates.ipynb #bdb2d17e
 _PRETRAINED_LR = 5e-5
@@ -57,10 +72,8 @@ def default_lr(
     fit:str='fit_one_cycle' # The fit method: `fit_one_cycle`, `fit_gradual` or `fit_transfer`
 ) -> float|None: # Learning rate of the top layer group, or `None` to use the Learner's
     "Return the default learning rate for a model, a task and a fit method"
-    if task not in TASKS:
-        raise unknown_option('task', task, TASKS)
-    if fit not in _FITS:
-        raise unknown_option('fit', fit, _FITS)
+    check_option('task', task, TASKS)
+    check_option('fit', fit, _FITS)
     if _is_awd_lstm(model):
         return _awd_lstm_lr(task, fit)
     if fit == 'fit_transfer':
@@ -88,6 +101,7 @@ def _transfer_lr(model, task):
     return measured * min(1, _MEASURED_HIDDEN_SIZE/hidden_size)
 
 # %% ../../nbs/405_tune.learning_rates.ipynb #42cd5aa8
+@checked
 def create_discriminative_optimizer(
     model:nn.Module, # Any PyTorch model
     base_lr:float=1e-3, # Learning rate of the top layer group
@@ -98,6 +112,7 @@ def create_discriminative_optimizer(
     **kwargs # Passed to `torch.optim.AdamW`
 ) -> torch.optim.AdamW:
     "Create an AdamW with one learning rate per layer group, highest at the top"
+    weight_decay = check_number('weight_decay', weight_decay, low=0)
     layers = layer_splitter(n_groups).groups(model)
     rates = discriminative_lrs(base_lr, len(layers), decay=decay_factor)
     param_groups = []

@@ -9,9 +9,11 @@ __all__ = ['PARAM_KINDS', 'LayerwiseOptimizer']
 
 # %% ../../nbs/400_tune.optimizer.ipynb #597be050
 from collections import defaultdict
+from collections.abc import Iterable
 import torch
 from fastai.optimizer import _BaseOptimizer
-from ..core import FastaiTLError, shorten
+from ..arguments import check_each, check_number, check_type, checked
+from ..core import FastaiTLError, describe, shorten
 from ..models.layer_groups import freeze_params
 
 # %% ../../nbs/400_tune.optimizer.ipynb #54adce1c
@@ -20,26 +22,45 @@ _NO_DECAY = dict(norm=0, bias=0)
 
 def _param_lists(params):
     "Return one list of parameters per layer group, from a splitter's result or from plain parameters"
-    params = list(params)
+    params = list(check_type('params', params, Iterable, 'lists of parameters'))
     if params and isinstance(params[0], torch.Tensor):
         params = [params]
-    return [list(group) for group in params]
+    param_lists = [list(check_type('params', group, Iterable, 'lists of parameters')) for group in params]
+    if not param_lists or not all(isinstance(p, torch.Tensor) for group in param_lists for p in group):
+        raise FastaiTLError('`params` must be lists of parameters, one for each layer group', describe(params))
+    return param_lists
 
 def _kinds_by_shape(param_lists):
     return [['bias' if p.ndim < 2 else 'weight' for p in group] for group in param_lists]
 
 # %% ../../nbs/400_tune.optimizer.ipynb #8f7eb609
 def _check_kinds(mults, name):
+    check_type(name, mults, dict, 'a dictionary')
     if unknown := set(mults) - set(PARAM_KINDS):
-        raise FastaiTLError(f'`{name}` takes kinds of parameter: {shorten(PARAM_KINDS, 9)}', shorten(sorted(unknown)))
-    return dict(mults)
+        got = shorten(sorted(map(str, unknown)))
+        raise FastaiTLError(f'`{name}` takes kinds of parameter: {shorten(PARAM_KINDS, 9)}', got)
+    return {kind: check_number(f'{name}[{kind!r}]', value, low=0) for kind, value in mults.items()}
 
 def _check_group_mults(mults, n_groups):
-    mults = [1.]*n_groups if mults is None else list(mults)
+    mults = [1.]*n_groups if mults is None else check_each('group_wd_mults', mults, check_number, low=0)
     if len(mults) != n_groups:
         expected = f'`group_wd_mults` needs one number a layer group, {n_groups} here'
         raise FastaiTLError(expected, f'{len(mults)} numbers')
     return mults
+
+def _numbers_of(hyper):
+    "The numbers of a setting as fastai takes them: one number, one a layer group, or a `slice`"
+    if isinstance(hyper, slice):
+        return [hyper.stop] if hyper.start is None else [hyper.start, hyper.stop]
+    return hyper if isinstance(hyper, (list, tuple)) else [hyper]
+
+def _check_hypers(opt, sizes, shares):
+    if not (isinstance(opt, type) and issubclass(opt, torch.optim.Optimizer)):
+        raise FastaiTLError('`opt` must be the class of an optimizer of PyTorch', describe(opt))
+    for name, value in (sizes | shares).items():
+        limits = dict(low=0, below=1) if name in shares else dict(low=0)
+        for one in _numbers_of(value):
+            check_number(name, one, **limits)
 
 # %% ../../nbs/400_tune.optimizer.ipynb #c949e1e5
 def _torch_optimizer(cls, groups, eps, kwargs):
@@ -56,14 +77,15 @@ def _torch_optimizer(cls, groups, eps, kwargs):
 # %% ../../nbs/400_tune.optimizer.ipynb #6f2f3716
 class LayerwiseOptimizer(_BaseOptimizer):
     "A PyTorch optimizer with learning rates and weight decays by layer group and by kind of parameter"
+    @checked
     def __init__(self,
         params, # Result of a splitter: one list of parameters per layer group, from bottom to top
         opt=torch.optim.AdamW, # PyTorch optimizer class
-        lr:float=1e-3, # Learning rate, or a list with one per layer group
+        lr:float|slice|list=1e-3, # Learning rate, a `slice`, or a list with one per layer group
         mom:float=.9, # Momentum (β1)
         sqr_mom:float=.99, # Decay of the average of squared gradients (β2), if the optimizer uses it
         eps:float=1e-5, # Added to the denominator in Adam and AdamW
-        wd:float=.01, # Decoupled weight decay, or a list with one per layer group
+        wd:float|list=.01, # Decoupled weight decay, or a list with one per layer group
         lr_mults:dict|None=None, # Learning rate multiplier for each kind of parameter, such as `{'embedding': .5}`
         wd_mults:dict|None=None, # Weight decay multiplier for each kind; the default is `{'norm': 0, 'bias': 0}`
         group_wd_mults:list|None=None, # Weight decay multiplier of each layer group, from bottom to top
@@ -74,6 +96,7 @@ class LayerwiseOptimizer(_BaseOptimizer):
         self.lr_mults = _check_kinds(lr_mults or {}, 'lr_mults')
         self.wd_mults = _check_kinds(_NO_DECAY if wd_mults is None else wd_mults, 'wd_mults')
         self.group_wd_mults = _check_group_mults(group_wd_mults, len(self.param_lists))
+        _check_hypers(opt, dict(lr=lr, wd=wd, eps=eps), dict(mom=mom, sqr_mom=sqr_mom))
         self.state = defaultdict(dict)
         self.frozen_idx = 0
         self.hypers = [{} for _ in self.param_lists]

@@ -8,9 +8,11 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.pytorch_loop.html.md"""
 __all__ = ['train_epoch', 'validate_epoch', 'gradual_unfreezing_training']
 
 # %% ../../nbs/445_tune.pytorch_loop.ipynb #ae6537dd
+from collections.abc import Iterable
 import numpy as np, pandas as pd, torch
 from torch import nn
-from ..core import FastaiTLError, TrainingError
+from ..arguments import check_callable, check_number, check_type, check_whole, checked
+from ..core import DataError, FastaiTLError, TrainingError, describe
 from ..models.layer_groups import LayerFreezer, layer_range
 from .learning_rates import create_discriminative_optimizer
 
@@ -26,10 +28,13 @@ def _batch_loss(model, batch, loss_func):
     if loss_func is None:
         raise FastaiTLError('Batches must be dicts for a model that returns a loss, or come with a `loss_func`',
                             f'a {type(batch).__name__} without one')
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+        raise FastaiTLError('A batch must be a dict, or a pair of inputs and targets', describe(batch))
     x, y = batch
     return loss_func(model(_to(x, device)), _to(y, device))
 
 # %% ../../nbs/445_tune.pytorch_loop.ipynb #84922765
+@checked
 def train_epoch(
     model:nn.Module, # Model, trained in place
     loader, # Training batches
@@ -37,6 +42,8 @@ def train_epoch(
     loss_func=None # Loss function for `(x, y)` batches
 ) -> float: # Mean training loss
     "Train a model for one epoch"
+    _check_loop(model, loader, loss_func)
+    check_type('optimizer', optimizer, torch.optim.Optimizer)
     model.train()
     losses = []
     for i, batch in enumerate(loader):
@@ -48,21 +55,34 @@ def train_epoch(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    return _mean_loss(losses)
+
+def _check_loop(model, loader, loss_func):
+    check_type('model', model, nn.Module)
+    check_type('loader', loader, Iterable, 'an iterable of batches')
+    check_callable('loss_func', loss_func, or_none=True)
+
+# %% ../../nbs/445_tune.pytorch_loop.ipynb #845a7ecb
+def _mean_loss(losses):
+    if not losses:
+        raise DataError('The loader must have at least one batch', 'none')
     return float(np.mean(losses))
 
 # %% ../../nbs/445_tune.pytorch_loop.ipynb #46aac2a6
 @torch.no_grad()
+@checked
 def validate_epoch(
     model:nn.Module, # Model to evaluate
     loader, # Validation batches
     loss_func=None # Loss function for `(x, y)` batches
 ) -> float: # Mean validation loss
     "Compute the mean loss over a loader in evaluation mode, then restore the model's mode"
+    _check_loop(model, loader, loss_func)
     was_training = model.training
     model.eval()
     losses = [_batch_loss(model, batch, loss_func).item() for batch in loader]
     model.train(was_training)
-    return float(np.mean(losses))
+    return _mean_loss(losses)
 
 # %% ../../nbs/445_tune.pytorch_loop.ipynb #546c472c
 def _run_stage(freezer, train_loader, val_loader, opt, epochs, loss_func):
@@ -79,6 +99,10 @@ def _run_stage(freezer, train_loader, val_loader, opt, epochs, loss_func):
 
 def _plan_stages(n, num_stages, epochs_per_stage, base_lr, final_lr):
     "Return the number of groups, the top group's learning rate and the epochs of each stage"
+    check_number('base_lr', base_lr, above=0)
+    check_number('final_lr', final_lr, above=0)
+    check_whole('num_stages', num_stages, 1, n) # at most the number of layer groups
+    check_whole('epochs_per_stage', epochs_per_stage)
     stages = [(1 + stage*(n//num_stages), base_lr/2**stage, epochs_per_stage) for stage in range(num_stages)]
     return stages + [(n, final_lr, 2*epochs_per_stage)]
 
@@ -96,13 +120,14 @@ def gradual_unfreezing_training(
     loss_func=None # Loss function for `(x, y)` batches
 ) -> pd.DataFrame: # stage | layers | trainable | lr | epochs | train_loss | valid_loss
     "Train a plain PyTorch model by gradual unfreezing with discriminative learning rates"
+    for loader in (train_loader, val_loader):
+        _check_loop(model, loader, loss_func)
     freezer = LayerFreezer(model)
     n = freezer.num_layers
-    if not 1 <= num_stages <= n:
-        raise FastaiTLError(f'`num_stages` must be between 1 and {n}, the number of layer groups', str(num_stages))
-    opt = create_discriminative_optimizer(model, 1., spread**(1/max(n-1, 1)), weight_decay, verbose=False)
-    relative_lrs = [group['lr'] for group in opt.param_groups]
     stages = _plan_stages(n, num_stages, epochs_per_stage, base_lr, final_lr)
+    decay = check_number('spread', spread, above=0)**(1/max(n-1, 1))
+    opt = create_discriminative_optimizer(model, 1., decay, weight_decay, verbose=False)
+    relative_lrs = [group['lr'] for group in opt.param_groups]
     rows = []
     for stage, (n_trained, lr, epochs) in enumerate(stages, 1):
         for group, relative_lr in zip(opt.param_groups, relative_lrs):

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier
+from ..arguments import check_option, check_type, check_whole, checked
+from torch import nn
 from ..resources import read_csv
 from ..models.execution_order import hf_models
 from .gradual import recipe_lrs, recipe_stages
 
 # %% ../../nbs/440_tune.recipes.ipynb #86b7ff02
+@checked
 @dataclass(frozen=True)
 class Recipe:
     "A fine-tuning recipe: the stages of unfreezing and their learning rates"
@@ -30,6 +33,7 @@ class Recipe:
         n:int # Number of layer groups
     ) -> tuple: # Number of groups that train in each stage, and each stage's rate relative to the last
         "Return the stages for a model with `n` layer groups, without duplicate stages"
+        n = check_whole('n', n)
         if not self.stages:
             groups = recipe_stages(n)
             rates = recipe_lrs(1., len(groups))
@@ -81,6 +85,7 @@ def model_family(
     model # Any PyTorch model
 ) -> str: # `AWD_LSTM`, `encoder`, `decoder`, `encoder-decoder` or `other`
     "Return the model family that the choice of recipe depends on"
+    check_type('model', model, nn.Module)
     if any(isinstance(m, AWD_LSTM) for m in model.modules()):
         return 'AWD_LSTM'
     found = hf_models(model)
@@ -117,6 +122,7 @@ def _is_norm(module):
 # %% ../../nbs/440_tune.recipes.ipynb #8a903791
 _FEW_STEPS = 128
 
+@checked
 def choose_recipe(
     family:str, # Model family, from `model_family`
     n:int, # Number of layer groups
@@ -125,7 +131,9 @@ def choose_recipe(
     trained:bool|None=None # Whether the layers below the head have been trained, see `is_trained`
 ) -> tuple: # Name of the recipe, and the reason for choosing it
     "Choose the recipe for a model"
-    if n < 3:
+    check_option('family', family, ('AWD_LSTM', *TRANSFORMER_FAMILIES, 'other'))
+    check_whole('steps', steps, 0, or_none=True)
+    if check_whole('n', n) < 3:
         return 'full', f'{n} layer group{"s" if n > 1 else ""}: there is nothing to unfreeze step by step'
     if family == 'other':
         return 'full', 'nothing was measured for models of this kind'

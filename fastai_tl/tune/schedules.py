@@ -9,10 +9,13 @@ __all__ = ['SchedSTLR']
 
 # %% ../../nbs/410_tune.schedules.ipynb #37e595de
 import numpy as np
-from fastcore.all import L, patch
+from fastcore.all import patch
 from fastai.learner import Learner
 from fastai.callback.schedule import ParamScheduler
-from ..core import FastaiTLError
+from ..arguments import check_each, check_number, check_whole, checked
+from ..core import FastaiTLError, describe
+from .divergence import with_stop_on_nan
+from .learning_rates import check_rates
 
 # %% ../../nbs/410_tune.schedules.ipynb #2a3804e2
 class SchedSTLR:
@@ -22,13 +25,9 @@ class SchedSTLR:
         cut_frac:float=.1, # Fraction of the iterations during which the learning rate rises
         ratio:float=32 # Maximum learning rate divided by the minimum
     ):
-        if not 0 < cut_frac < 1:
-            raise FastaiTLError('`cut_frac` must lie between 0 and 1', repr(cut_frac))
-        if ratio < 1:
-            raise FastaiTLError('`ratio` must be at least 1', repr(ratio))
-        self.lr_max = lr_max
-        self.cut_frac = cut_frac
-        self.ratio = ratio
+        self.lr_max = check_rates('lr_max', lr_max)
+        self.cut_frac = check_number('cut_frac', cut_frac, above=0, below=1)
+        self.ratio = check_number('ratio', ratio, low=1)
 
     def __call__(self, pct):
         is_rising = pct < self.cut_frac
@@ -44,12 +43,15 @@ class _SchedMom:
     "Momentum that falls while the learning rate rises"
     def __init__(self, moms, cut_frac):
         self.pcts = (0., cut_frac, 1.)
-        self.moms = tuple(moms)
+        self.moms = tuple(check_each('moms', moms, check_number, low=0, below=1))
+        if len(self.moms) != 3:
+            raise FastaiTLError('`moms` needs three numbers', describe(moms))
     def __call__(self, pct):
         return float(np.interp(pct, self.pcts, self.moms))
 
 # %% ../../nbs/410_tune.schedules.ipynb #12aed788
 @patch
+@checked
 def fit_stlr(self:Learner,
     n_epoch:int, # Number of epochs
     lr_max=None, # Maximum learning rate; a slice or array sets one per group; default is the Learner's `lr`
@@ -62,6 +64,9 @@ def fit_stlr(self:Learner,
     start_epoch:int=0 # First epoch to run; earlier ones are skipped
 ):
     "Fit with slanted triangular learning rates (ULMFiT, equation 3)"
+    n_epoch, wd = check_whole('n_epoch', n_epoch, 0), check_number('wd', wd, low=0, or_none=True)
+    check_rates('lr_max', lr_max)
+    check_whole('start_epoch', start_epoch, 0)
     if self.opt is None:
         self.create_opt()
     self.opt.set_hyper('lr', self.lr if lr_max is None else lr_max)
@@ -69,4 +74,5 @@ def fit_stlr(self:Learner,
     scheds = {'lr': SchedSTLR(rates, cut_frac, ratio)}
     if moms is not None:
         scheds['mom'] = _SchedMom(moms, cut_frac)
-    self.fit(n_epoch, cbs=ParamScheduler(scheds)+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
+    cbs = ParamScheduler(scheds) + with_stop_on_nan(self, cbs)
+    self.fit(n_epoch, cbs=cbs, reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)

@@ -18,12 +18,16 @@ from fastai.learner import Learner
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
-from ..core import FastaiTLError, unknown_option
+from ..arguments import check_each, check_flag, check_number, check_option, check_whole, checked
+from ..callbacks import check_callbacks
+from .divergence import with_stop_on_nan
+from ..core import FastaiTLError
 from ..models.layer_groups import LayerGroup, group_names, layer_range, layer_splitter
 from ..models.third_party import spec_of
+from ..efficiency.allocator import reuse_memory
 from ..efficiency.pooled_top_layer import SinglePosition, SinglePositionTop
 from ..efficiency.frozen_features import Prefix, frozen_prefix, is_pooled
-from ..efficiency.feature_cache import check_same_each_time
+from ..efficiency.feature_cache import CachedPrefix, check_same_each_time
 from ..efficiency.mixed_precision import AutocastPrecision, has_bf16
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #c2a18aff
@@ -44,16 +48,16 @@ def _default_epochs(n_stages, family):
 
 def _stage_epochs(epochs, n_stages, family, min_steps, n_batches):
     "Return the epochs of each stage; if there are fewer epochs than stages, only the last stages run"
+    check_whole('min_steps', min_steps, 0, or_none=True)
     if epochs is not None and np.ndim(epochs):
         if len(epochs) != n_stages:
             raise FastaiTLError(f'`epochs` needs one number for each of the {n_stages} stages', f'{list(epochs)}',
                                 'Or pass the number of all epochs')
-        planned = [int(e) for e in epochs]
-        if planned != list(epochs) or min(planned) < 0 or sum(planned) < 1:
-            raise FastaiTLError('`epochs` must be whole numbers, not negative and not all 0', f'{list(epochs)}')
+        planned = check_each('epochs', epochs, check_whole, 0)
+        if sum(planned) < 1:
+            raise FastaiTLError('`epochs` must not be all 0', f'{list(epochs)}')
         return planned
-    if epochs is not None and (epochs < 1 or epochs != int(epochs)):
-        raise FastaiTLError('`epochs` must be a whole number and at least 1', repr(epochs))
+    check_whole('epochs', epochs, or_none=True)
     if min_steps is None:
         min_steps = _MIN_STEPS if epochs is None and family in TRANSFORMER_FAMILIES else 0
     total = max(int(epochs or _default_epochs(n_stages, family)), math.ceil(min_steps/max(n_batches, 1)))
@@ -65,12 +69,9 @@ def _schedule(family, schedule, warmup):
     "Return the schedule and warm-up within each stage: the requested ones, or the defaults of the model family"
     if schedule == 'auto':
         schedule = 'stlr' if family in TRANSFORMER_FAMILIES else 'one_cycle'
-    if schedule not in STAGE_SCHEDULES:
-        raise unknown_option('schedule', schedule, ['auto', *STAGE_SCHEDULES])
+    check_option('schedule', schedule, ['auto', *STAGE_SCHEDULES])
     warmup = STAGE_SCHEDULES[schedule].warmup if warmup is None else warmup
-    if not 0 < warmup < 1:
-        raise FastaiTLError('`warmup` must lie between 0 and 1', repr(warmup))
-    return dict(schedule=schedule, warmup=warmup)
+    return dict(schedule=schedule, warmup=check_number('warmup', warmup, above=0, below=1))
 
 def _clips(cbs):
     "Return whether `cbs` contains a `GradientClip`"
@@ -78,13 +79,10 @@ def _clips(cbs):
 
 def _clip(learn, family, task, clip):
     "Return the maximum gradient norm: the requested one, or the default of the model family and task"
-    if clip == 'auto':
+    if isinstance(clip, str) and clip == 'auto':
         needs_clip = family in TRANSFORMER_FAMILIES and task == 'tagging'
         clip = 1. if needs_clip and not _clips(learn.cbs) else None
-    is_norm = isinstance(clip, (int, float)) and clip > 0
-    if clip is not None and not is_norm:
-        raise FastaiTLError("`clip` must be 'auto', a norm above 0, or `None`", repr(clip))
-    return clip
+    return check_number('clip', clip, above=0, or_none=True, todo="Or 'auto'")
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #f8fcedac
 def _layers_in_words(plan, groups):
@@ -161,6 +159,9 @@ class TransferPlan:
     unfreezing = None # The fit's `GradualUnfreezing` Callback
     best = None # The fit's `BestEpoch` Callback
 
+    def __repr__(self):
+        return f'TransferPlan({self.recipe}: {stages_in_words(self)}; lr={self.lrs[-1]:.3g})'
+
     def table(self) -> pd.DataFrame: # stage | layers | groups | params | epochs | steps | lr | lowest_lr | frozen
         "Return a table with one row per stage"
         rows = [self._row(*stage) for stage in zip(self.groups, self.epochs, self.lrs, self.is_cached)]
@@ -194,12 +195,14 @@ class TransferPlan:
         print(self.explain())
         show_table(self.table())
 
+    @checked
     def fit(self,
         learn:Learner, # Learner that the plan was made for
         wd:float|None=None, # Weight decay
         cbs=None # Callbacks for this fit
     ) -> 'TransferPlan': # The plan itself, with `unfreezing` set
         "Run the plan on `learn`"
+        wd = check_number('wd', wd, low=0, or_none=True)
         ensure_layer_groups(learn)
         n = len(self.layers)
         if n < 2:
@@ -209,11 +212,11 @@ class TransferPlan:
             self.unfreezing = GradualUnfreezing(groups=self.groups, epochs=self.epochs, factor=factor, restart=True,
                                                 cache=self.cache)
         if self.clip:
-            cbs = L(cbs) + L(GradientClip(self.clip))
+            cbs = check_callbacks(cbs) + L(GradientClip(self.clip))
         schedule = STAGE_SCHEDULES[self.schedule]
         fit = getattr(learn, schedule.fit)
         fit(sum(self.epochs), discriminative_lrs(self.lrs[0], n, spread=self.spread), wd=wd,
-            cbs=L(cbs) + L(self.unfreezing), **{schedule.warmup_name: self.warmup})
+            cbs=with_stop_on_nan(learn, cbs) + L(self.unfreezing), **{schedule.warmup_name: self.warmup})
         return self
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #06b59268
@@ -264,11 +267,9 @@ def _deciding_steps(epochs, groups, task, family, min_steps, n_batches):
 
 def _name_recipe(learn, recipe, family, n, steps, groups):
     "Return the name of the recipe and the reason for choosing it"
-    if recipe == 'auto':
+    if check_option('recipe', recipe, ['auto', *TRANSFER_RECIPES]) == 'auto':
         name, why = choose_recipe(family, n, predicts_tokens(learn.model), steps, is_trained(learn.model))
         return name, why if groups is None else f'`groups` as asked; the learning rates are those of {name}'
-    if recipe not in TRANSFER_RECIPES:
-        raise unknown_option('recipe', recipe, ['auto', *TRANSFER_RECIPES])
     return recipe, 'as asked'
 
 def _last_stage_lr(learn, task):
@@ -282,7 +283,7 @@ def _plan_stages(recipe, groups, n):
     recipe_groups, rates = recipe.stages_for(n)
     if groups is None:
         return recipe_groups, rates
-    groups = list(groups)
+    groups = check_each('groups', groups, check_whole)
     if not groups or groups != sorted(groups) or not 1 <= groups[0] <= groups[-1] <= n:
         expected = f'`groups` must rise from at least 1 to at most {n}, the number of layer groups'
         raise FastaiTLError(expected, str(groups))
@@ -303,7 +304,9 @@ def _plan_epochs(epochs, n_stages, family, min_steps, n_batches):
 
 def _plan_cache(learn, cache, recipe, has_frozen):
     "Return whether the output of frozen layers is computed only once per stage"
-    return recipe.cache and has_frozen and _can_cache(learn) if cache == 'auto' else cache
+    if isinstance(cache, str) and cache == 'auto':
+        return recipe.cache and has_frozen and _can_cache(learn)
+    return cache if isinstance(cache, CachedPrefix) else check_flag('cache', cache)
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #50be9857
 def _cached_stages(model, layers, groups):
@@ -336,6 +339,9 @@ def _kept_stages(groups, rates, epochs):
     kept = [i for i, n_epochs in enumerate(epochs, n_left_out) if n_epochs > 0]
     return groups[:n_left_out], [groups[i] for i in kept], rates[kept], [e for e in epochs if e > 0]
 
+def _given(spread, default):
+    return default if spread is None else check_number('spread', spread, above=0)
+
 def _is_measured(learn, family, layers, groups):
     "Return whether the benchmark measured the recipes for such a model; it measured no other stages than theirs"
     has_head = family in ('encoder', 'AWD_LSTM') and not predicts_tokens(learn.model)
@@ -366,9 +372,9 @@ def transfer_plan(self:Learner,
     stages, rates = _plan_stages(recipe, groups, len(layers))
     epochs, remark = _plan_epochs(epochs, len(stages), family, min_steps, n_batches)
     left_out, stages, rates, epochs = _kept_stages(stages, rates, epochs)
-    lrs = rates*lr if lr is not None else rates*recipe.lr*_last_stage_lr(self, task)
+    lrs = rates*check_number('lr', recipe.lr*_last_stage_lr(self, task) if lr is None else lr, above=0)
     cache = _plan_cache(self, cache, recipe, stages[0] < len(layers))
-    return TransferPlan(name, why + remark, family, stages, epochs, lrs, recipe.spread if spread is None else spread,
+    return TransferPlan(name, why + remark, family, stages, epochs, lrs, _given(spread, recipe.spread),
                         cache, layers, n_batches, left_out=left_out, clip=_clip(self, family, task, clip),
                         cached=_cached_stages(self.model, layers, stages) if cache else None,
                         measured=_is_measured(self, family, layers, groups), **_schedule(family, schedule, warmup))
@@ -376,13 +382,14 @@ def transfer_plan(self:Learner,
 # %% ../../nbs/442_tune.transfer_plan.ipynb #41ad1045
 def _precision_cbs(learn, family, mixed_precision):
     "Return a Callback for bfloat16, unless the Learner already has one for mixed precision"
-    if mixed_precision == 'auto':
+    if check_option('mixed_precision', mixed_precision, ('auto', True, False)) == 'auto':
         mixed_precision = family != 'other' and has_bf16(learn.dls.device or 'cpu')
     has_own = any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
     return [AutocastPrecision()] if mixed_precision and not has_own else []
 
 def _one_position_cbs(learn, one_position):
     "Return a Callback that computes only one position in the top layer, if that gives the exact result"
+    check_option('one_position', one_position, ('auto', True, False))
     if one_position is False or any(isinstance(cb, SinglePositionTop) for cb in learn.cbs):
         return []
     try:
@@ -396,6 +403,7 @@ def _one_position_cbs(learn, one_position):
 # %% ../../nbs/442_tune.transfer_plan.ipynb #96c11561
 @patch
 @delegates(Learner.transfer_plan)
+@checked
 def fit_transfer(self:Learner,
     epochs=None, # Total number of epochs, or a list with the epochs of each stage; the default depends on the model
     recipe:str='auto', # Key of `TRANSFER_RECIPES`; `auto` chooses one for the model and data
@@ -411,8 +419,8 @@ def fit_transfer(self:Learner,
     if _clips(cbs):
         kwargs.setdefault('clip', None)
     plan = self.transfer_plan(epochs, recipe, **kwargs)
-    plan.reinit = reinit
-    plan.best = BestEpoch() if best else None
+    plan.reinit = check_whole('reinit', reinit, 0)
+    plan.best = BestEpoch() if check_flag('best', best) else None
     if self.logger is not noop:
         plan.show()
     if reinit:
@@ -420,4 +428,6 @@ def fit_transfer(self:Learner,
     cbs = L(cbs) + _precision_cbs(self, plan.family, mixed_precision) + _one_position_cbs(self, one_position)
     if best:
         cbs = cbs + L(plan.best)
-    return plan.fit(self, wd, cbs)
+    is_on_cpu = next(self.model.parameters()).device.type == 'cpu'
+    with reuse_memory(is_on_cpu):
+        return plan.fit(self, wd, cbs)

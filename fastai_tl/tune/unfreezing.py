@@ -15,25 +15,32 @@ from fastcore.all import IN_NOTEBOOK, delegates, store_attr
 from fastai.imports import noop
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
+from fastai_tl.arguments import (
+    check_each, check_flag, check_number, check_option, check_text, check_type, check_whole, checked
+)
 from ..callbacks import is_real_fit
-from ..core import FastaiTLError, shorten, unknown_option
+from ..core import FastaiTLError, describe, unknown_option
 from ..models.layer_groups import freeze_params, frozen_modules, group_names
 from ..plot import plot_stages
 from ..efficiency.feature_cache import CachedPrefix
 from .trackers import hold_patience, warn_if_rate_is_scheduled, warn_if_untrained
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #862a79b9
+@checked
 def freeze_groups(
     opt, # A Learner's optimizer, of any class
     n_trainable:int # Number of groups that train, counted from the top
 ):
     "Freeze all groups but the top `n_trainable`, with their norms; the optimizer keeps all moments"
+    if not hasattr(opt, 'param_lists'):
+        raise FastaiTLError('`opt` must be an optimizer of fastai', describe(opt))
     n_frozen = len(opt.param_lists) - n_trainable
     opt.freeze_to(n_frozen)
     for params in list(opt.param_lists)[:n_frozen]:
         freeze_params(params)
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #a649d335
+@checked
 def show_table(
     df:pd.DataFrame # Any table
 ):
@@ -50,8 +57,7 @@ def stage_groups(
     block:int=1 # Number of groups that each stage adds
 ) -> list: # Number of groups that train in each stage, counted from the top
     "Return the stages: first the head, then `block` more groups in each stage, until all groups train"
-    if block < 1:
-        raise FastaiTLError('`block` must be at least 1', str(block))
+    n, block = check_whole('n', n, high=100_000), check_whole('block', block)
     return list(range(1, n, block)) + [n]
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #d6498e88
@@ -90,24 +96,39 @@ class StagePlan:
             last_stage = f'stage {self.stage_at(n_epoch-1)+1} of {len(self)}'
             warnings.warn(f'{n_epoch} epochs end at {last_stage}: the lowest groups stay frozen.')
 
+# %% ../../nbs/415_tune.unfreezing.ipynb #60e30e75
+def other_stages(
+    n_groups:int # Number of parameter groups of the model
+) -> str: # For an error message
+    "Return how to choose another number of stages"
+    return (f'For another number of stages pass `groups`, such as `groups=[1, {n_groups}]` for two, '
+            'or `block`, the number of groups that each stage adds')
+
 # %% ../../nbs/415_tune.unfreezing.ipynb #b2fd65c6
 def stage_plan(n_groups, groups=None, block=1, epochs=None, every=1, factor=1.):
     "Make the `StagePlan` for a model with `n_groups` parameter groups, from the arguments of `GradualUnfreezing`"
     if n_groups < 2:
         todo = 'Give the Learner `splitter=layer_splitter()`'
         raise FastaiTLError('Gradual unfreezing needs at least two parameter groups', str(n_groups), todo)
-    groups = stage_groups(n_groups, block) if groups is None else list(groups)
+    groups = stage_groups(n_groups, block) if groups is None else check_each('groups', groups, check_whole)
     if not groups or groups != sorted(groups) or groups[0] < 1 or groups[-1] > n_groups:
         expected = f'`groups` must rise and be at least 1 and at most {n_groups}, the number of parameter groups'
         raise FastaiTLError(expected, str(groups))
     n_stages = len(groups)
-    lengths = [every]*n_stages if epochs is None else list(epochs)
+    lengths = [every]*n_stages if epochs is None else check_each('epochs', epochs, check_whole, 0)
     if len(lengths) != n_stages:
-        raise FastaiTLError(f'`epochs` needs one number for each of the {n_stages} stages', str(lengths))
-    factors = list(factor) if np.ndim(factor) else [factor**i for i in range(n_stages)]
+        raise FastaiTLError(f'`epochs` needs one number for each of the {n_stages} stages', str(lengths),
+                            other_stages(n_groups))
+    factors = _checked_factors(factor) if np.ndim(factor) else [factor**i for i in range(n_stages)]
     if len(factors) < n_stages:
         raise FastaiTLError(f'`factor` needs one number for each of the {n_stages} stages', str(factor))
     return StagePlan(groups, lengths, factors)
+
+def _checked_factors(factor):
+    "Return factors of the learning rates, a number or a list of numbers"
+    if np.ndim(factor):
+        return check_each('factor', factor, check_number, above=0, high=1000)
+    return check_number('factor', factor, above=0, high=1000)
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #58f650f3
 def lower_is_better(name):
@@ -126,11 +147,9 @@ class PlateauDetector:
         min_delta:float=0., # Smallest change that counts as an improvement
         monitor:str='valid_loss' # Name of the value; losses and errors should fall, others should rise
     ):
-        if patience < 1:
-            raise FastaiTLError('`patience` must be at least 1', str(patience))
-        self.patience = patience
-        self.min_delta = min_delta
-        self.monitor = monitor
+        self.patience = check_whole('patience', patience)
+        self.min_delta = check_number('min_delta', min_delta, low=0)
+        self.monitor = check_text('monitor', monitor)
         self.reset()
 
     def reset(self):
@@ -143,7 +162,7 @@ class PlateauDetector:
     ):
         "Compare the value of an epoch with the best so far"
         if self.monitor not in values:
-            raise FastaiTLError(f'`monitor` must be one of {shorten(values, 9)}', repr(self.monitor))
+            raise unknown_option('monitor', self.monitor, values)
         value = values[self.monitor]
         if not lower_is_better(self.monitor):
             value = -value
@@ -278,14 +297,31 @@ class _WithCompanion(Callback):
         self._learn = learn
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #a1d8438c
-def _check_options(every, when, restart):
-    if when not in ('epoch', 'plateau'):
-        raise unknown_option('when', when, ('epoch', 'plateau'))
-    if restart and when == 'plateau':
+def _check_options(every, when, restart, block, factor, frozen_eval, cache, groups, epochs):
+    "Raise an error for a setting that cannot be; return the factor, or the list of factors"
+    check_whole('block', block)
+    check_flag('frozen_eval', frozen_eval)
+    check_type('cache', cache, (bool, CachedPrefix), 'True, False or a `CachedPrefix`', or_none=True)
+    check_option('when', when, ('epoch', 'plateau'))
+    if check_flag('restart', restart) and when == 'plateau':
         todo = "Use when='epoch', or a constant rate"
         raise FastaiTLError('`restart` needs stages of known length', "when='plateau'", todo)
-    if every < 1:
-        raise FastaiTLError('`every` must be at least 1', str(every))
+    check_whole('every', every)
+    if groups is not None:
+        check_each('groups', groups, check_whole)
+    if epochs is not None:
+        check_each('epochs', epochs, check_whole, 0)
+    return _checked_factors(factor)
+
+# %% ../../nbs/415_tune.unfreezing.ipynb #e1c00002
+def check_fit(
+    unfreezing # A `GradualUnfreezing` at the beginning of a fit
+):
+    "Raise an error if `monitor` is not recorded, and warn of `ReduceLROnPlateau` in a fit with a schedule"
+    warn_if_rate_is_scheduled(unfreezing.learn.cbs)
+    names = [name for name in unfreezing.recorder.metric_names if name not in ('epoch', 'time')]
+    if unfreezing.when == 'plateau' and unfreezing.plateau.monitor not in names:
+        raise unknown_option('monitor', unfreezing.plateau.monitor, names)
 
 # %% ../../nbs/415_tune.unfreezing.ipynb #97a8ba0a
 class GradualUnfreezing(_WithCompanion):
@@ -304,7 +340,7 @@ class GradualUnfreezing(_WithCompanion):
         cache=False, # Compute frozen layers once per stage, without dropout: `True`, or a `CachedPrefix`
         **kwargs
     ):
-        _check_options(every, when, restart)
+        factor = _check_options(every, when, restart, block, factor, frozen_eval, cache, groups, epochs)
         store_attr('every,when,epochs,groups,block,factor,restart,frozen_eval,cache')
         self.plateau = PlateauDetector(**kwargs)
         self._companion = CachedPrefix(optional=True) if cache is True else cache or None
@@ -325,10 +361,10 @@ class GradualUnfreezing(_WithCompanion):
             n_groups = len(self.opt.param_lists)
             self.plan = stage_plan(n_groups, self.groups, self.block, self.epochs, self.every, self.factor)
             self._is_new = True
-            warn_if_rate_is_scheduled(self.learn.cbs)
     def before_train(self):
         "Freeze and unfreeze the groups for the stage of this epoch"
         if self._is_new:
+            check_fit(self) # the Recorder has the names of its columns now
             self._begin()
             self._is_new = False
             if self.when == 'epoch':
