@@ -12,11 +12,12 @@ import warnings
 from html import escape
 import numpy as np
 import pandas as pd
+from ..arguments import check_flag, check_number, check_option, check_type, check_whole, checked
 from ..core import DataError, FastaiTLError, did_you_mean
 from .report import ScoreTable
 from fastai_tl.evaluation.scores import (ScoredRows, bin_sums, brier, calibration_error, ratio, row_losses,
     wilson_interval)
-from ..plot import PALETTE, draw_legend, figure_style, in_words
+from ..plot import PALETTE, check_figsize, draw_legend, figure_style, in_words
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #624f1127
 def decisions(ev, label=None):
@@ -36,6 +37,7 @@ def decisions(ev, label=None):
     return np.where(predicted, p, 1-p), predicted == (ev.targets.reshape(-1) > 0)
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #51e84242
+@checked
 def reliability_table(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n_bins:int=10, # Number of bins
@@ -44,6 +46,7 @@ def reliability_table(
     level:float=.95 # Level of the interval: .95 for a 95 % interval
 ) -> ScoreTable: # from | to | confidence | accuracy | low | high | count; empty bins are left out
     "Return mean confidence and accuracy of each bin"
+    n_bins, mass = check_whole('n_bins', n_bins, high=10**6), check_flag('mass', mass)
     conf, right = decisions(ev, label)
     if not len(conf):
         raise DataError('A reliability table needs at least one row', 'none')
@@ -54,11 +57,13 @@ def reliability_table(
     return ScoreTable(df[df['count'] > 0].reset_index(drop=True))
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #80ef6e60
+@checked
 def calibration_scores(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n_bins:int=15 # Number of bins of ECE and MCE
 ) -> dict: # `ece`, `ece_mass`, `mce`, `brier`, `nll`, `confidence`, `accuracy`
     "Return calibration errors, Brier score, NLL, mean confidence and accuracy"
+    n_bins = check_whole('n_bins', n_bins, high=10**6)
     conf, right = decisions(ev)
     if not len(conf):
         raise DataError('Calibration needs at least one row', 'none')
@@ -99,6 +104,7 @@ def draw_bin_accuracy(ax, table, words):
     ax.legend(frameon=False, loc='best')
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #64e99489
+@checked
 def plot_confidence_panels(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n_bins:int=10, # Number of bins of the right panel; the left one has four times as many
@@ -110,7 +116,7 @@ def plot_confidence_panels(
     table = reliability_table(ev, n_bins)
     words = lambda o: in_words(o, lang)
     with figure_style(words('Confidence')) as plt:
-        fig, (left_ax, right_ax) = plt.subplots(1, 2, figsize=figsize)
+        fig, (left_ax, right_ax) = plt.subplots(1, 2, figsize=check_figsize(figsize))
         draw_confidences(left_ax, conf, right, n_bins, words)
         draw_bin_accuracy(right_ax, table, words)
     plt.close(fig)
@@ -137,6 +143,7 @@ def reliability_figure(tables, words, title='', xlabel='Confidence', ylabel='Acc
     return fig
 
 # %% ../../nbs/708_evaluation.calibration.ipynb #327e3afa
+@checked
 def plot_reliability_diagram(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n_bins:int=10, # Number of bins
@@ -194,6 +201,7 @@ def why_not_identified(probs, z, y, task):
         return 'all probabilities are 0 or 1'
     return '' if gain.mean() > 0 else 'the predictions are no better than chance'
 
+# %% ../../nbs/708_evaluation.calibration.ipynb #33ec34c1
 def best_temperature(ev):
     "Return the temperature with the highest likelihood, and why it is not identified; it is 1 in that case"
     from scipy.optimize import minimize_scalar
@@ -216,8 +224,8 @@ class TemperatureScaling:
         temperature:float=1., # A temperature above 1 lowers the confidence
         task:str='classification' # `classification` or `multilabel`
     ):
-        self.temperature = float(temperature)
-        self.task = task
+        self.temperature = float(check_number('temperature', temperature, low=1e-6, high=1e6))
+        self.task = check_option('task', task, ('classification', 'multilabel'))
         self.reason = '' # why the rows of `fit` do not determine a temperature
     @property
     def identified(self) -> bool:
@@ -237,11 +245,13 @@ class TemperatureScaling:
         ev:ScoredRows # An `Evaluation` of the same model, on any rows
     ) -> ScoredRows: # With the same predictions
         "Return the same rows with the probabilities at this temperature"
+        check_type('ev', ev, ScoredRows, 'an `Evaluation`')
         return ev.with_probs(self(ev.probs), ev.preds)
     def fit(self,
         ev:ScoredRows # An `Evaluation` on rows that the model was not trained on
     ):
         "Find the temperature with the highest likelihood, between 0.02 and 50; warn and keep 1 if there is none"
+        check_type('ev', ev, ScoredRows, 'an `Evaluation`')
         if ev.task == 'regression' or not len(ev):
             got = 'a regression' if ev.task == 'regression' else 'no rows'
             raise FastaiTLError('A temperature needs rows with classes', got)
@@ -267,11 +277,13 @@ def probs_across_folds(ev, n_folds, seed=0):
 # %% ../../nbs/708_evaluation.calibration.ipynb #5db55a86
 class Calibrated:
     "A fitted temperature, with the evaluations before and after scaling and a cross-validated one"
+    @checked
     def __init__(self,
         ev:ScoredRows, # An `Evaluation` on rows that the model was not trained on
         n_folds:int=5, # Number of folds of the cross-validated estimate; no estimate if less than 2
         seed:int=0 # Seed of the split into folds
     ):
+        n_folds, seed = check_whole('n_folds', n_folds, 0), check_whole('seed', seed, 0)
         self.scaling = TemperatureScaling().fit(ev)
         self.before = ev
         self.after = self.scaling.apply(ev)
@@ -292,11 +304,13 @@ class Calibrated:
     def _shown_temperature(self):
         reason = '' if self.identified else f', not identified: {self.scaling.reason}'
         return f'temperature {self.temperature:.4g}{reason}'
+    @checked
     def apply(self,
         ev:ScoredRows # An `Evaluation` of the same model, on other rows
     ) -> ScoredRows: # With the same predictions
         "Return the same rows with the probabilities at the fitted temperature"
         return self.scaling.apply(ev)
+    @checked
     def table(self,
         n_bins:int=15 # Number of bins of ECE and MCE
     ) -> ScoreTable: # before | after | across folds
@@ -305,6 +319,7 @@ class Calibrated:
         if self.folds is not None:
             columns['across folds'] = self.folds
         return ScoreTable({name: calibration_scores(ev, n_bins) for name, ev in columns.items()})
+    @checked
     def plot(self,
         n_bins:int=10, # Number of bins
         mass:bool=False, # Bins with the same number of rows each

@@ -15,13 +15,15 @@ from fastcore.all import L
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Recorder, ValueMetric
+from ..arguments import check_callable, check_option, check_path, check_whole, checked
 from ..callbacks import is_real_fit
-from ..core import unknown_option
+from ..core import RunError
 from .evaluation import Evaluation
 from .predictions import PassCallback, in_order, rows_of_pass
 from .report import ScoreTable
 from .scores import several_values
 from ..models.third_party import spec_of
+from ..plot import figure_lang
 
 # %% ../../nbs/740_evaluation.callback.ipynb #967ada6c
 AVERAGES = tuple(f'{average}_{score}' for average in ('macro', 'weighted', 'micro', 'samples')
@@ -50,27 +52,41 @@ def scores_by_name(ev, wanted):
     return {score_name(score): float(score(ev)) if callable(score) else known.get(score, float('nan'))
             for score in wanted}
 
+# %% ../../nbs/740_evaluation.callback.ipynb #28f3fa65
+def save_or_warn(ev, folder, options):
+    "Write a report; if it cannot be written, say so, since the training goes on"
+    try:
+        ev.save(folder, **options)
+    except RunError as error:
+        warnings.warn(f'The report is not written: {error.message} The evaluation is kept in the attribute `last` '
+                      'of the callback: save it with `last.save(folder)`')
+
 # %% ../../nbs/740_evaluation.callback.ipynb #f203bf59
 class EvaluationCallback(Callback):
     "Evaluate each validation pass, add scores to the training table and write a report into a folder"
     remove_on_fetch = True
+    @checked
     def __init__(self,
         path=None, # Folder for the report; nothing is written if `None`
         every:str='fit', # Write at the end of the `fit`, or after each `epoch` into a separate folder
         scores=None, # Names from `WATCHED` or functions of an `Evaluation`; default scores of the task if `None`
         figures=None, # Names from `FIGURES`; all figures of the task if `None`
         lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
-        dpi:int=150 # Dots per inch of the figures in the folder
+        dpi:int=150, # Dots per inch of the figures in the folder
+        attributions=None # Explains the worst errors on the page: `learn.attribute`; nothing is explained if `None`
     ):
-        if every not in ('fit', 'epoch'):
-            raise unknown_option('every', every, ('fit', 'epoch'))
+        check_option('every', every, ('fit', 'epoch'))
         for score in L(scores):
-            if not callable(score) and score not in WATCHED:
-                raise unknown_option('scores', score, WATCHED)
+            if not callable(score):
+                check_option('scores', score, WATCHED)
+        check_path('path', path, or_none=True)
+        check_whole('dpi', dpi, high=5000)
+        check_callable('attributions', attributions, or_none=True)
+        figure_lang(lang)
         self.folder = None if path is None else Path(path)
         self.every = every
         self.wanted = scores
-        self.page = dict(figures=figures, lang=lang, dpi=dpi)
+        self.page = dict(figures=figures, lang=lang, dpi=dpi, attributions=attributions)
         self.last = None
         self.rows = []
         self._late = False
@@ -142,7 +158,7 @@ class EvaluationCallback(Callback):
         if self._is_best():
             self.best = self.last
         if self.folder is not None and self.every == 'epoch':
-            self.last.save(self.folder/f'epoch_{self.epoch:02d}', **self.page)
+            save_or_warn(self.last, self.folder/f'epoch_{self.epoch:02d}', self.page)
     def after_fit(self):
         "Write the evaluation of the model that is loaded at the end of the fit"
         self._remove_metrics()
@@ -154,7 +170,7 @@ class EvaluationCallback(Callback):
             return
         self.last = self.best
         if self.folder is not None and self.every == 'fit':
-            self.last.save(self.folder, **self.page)
+            save_or_warn(self.last, self.folder, self.page)
     def _default_scores(self):
         return ('r2', 'spearman') if self._spec.task == 'regression' else ('macro_f1', 'ece')
     def _is_best(self):

@@ -12,6 +12,7 @@ import re
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_dtype
+from ..arguments import check_array, check_callable, check_each, check_number, check_whole, checked
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.display import TextTable
 from ..data.near_duplicates import UNSPACED, near_duplicates, without_specials
@@ -71,7 +72,7 @@ def named_columns(ev, by):
         return {name: table_column(by, name) for name in by}
     if isinstance(by, np.ndarray):
         return {'column': by}
-    several = [by] if isinstance(by, str) or callable(by) else by
+    several = [by] if isinstance(by, str) or callable(by) else check_each('by', by)
     return {getattr(o, '__name__', str(o)): o for o in several}
 
 def slice_columns(ev, by):
@@ -79,7 +80,8 @@ def slice_columns(ev, by):
     def column(o):
         if isinstance(o, str):
             return named_slice(ev, o)
-        return [o(t) for t in texts_of(ev)] if callable(o) else o
+        values = [o(t) for t in texts_of(ev)] if callable(o) else o
+        return values if hasattr(values, '__len__') else check_each('by', values)
     columns = {str(name): column(o) for name, o in named_columns(ev, by).items()}
     bad = [f'{name}: {len(values)}' for name, values in columns.items() if len(values) != len(ev)]
     if not columns or bad:
@@ -131,6 +133,7 @@ def rows_by_value(values, min_rows):
     pooled = np.unique(np.concatenate([groups[v] for v in rare]))
     return {v: rows for v, rows in groups.items() if v not in rare} | {f'{len(rare)} rare values': pooled}
 
+@checked
 def slice_errors(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     by=None, # `length`, `class`, `predicted`, a function of a text, a list of these, or a Series, DataFrame or dict
@@ -140,6 +143,9 @@ def slice_errors(
 ) -> pd.DataFrame: # slice | value | rows | errors | error | low | high | worse | p
     "Return the error rate by slice, the worst first; for a regression, the mean absolute error"
     from scipy.stats import false_discovery_control
+    check_whole('bins', bins, high=10**6)
+    check_whole('min_rows', min_rows, 0)
+    check_number('level', level, above=0, below=1)
     errors = row_errors(ev)
     of_slice = mean_of_slice if ev.task == 'regression' else rate_of_slice
     table = TextTable([dict(slice=name, value=value, **of_slice(errors, rows, level))
@@ -180,6 +186,7 @@ def plot_intervals(
     return fig
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #14530560
+@checked
 def plot_slice_errors(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     by=None, # What to slice by; see `error_slices`
@@ -189,7 +196,7 @@ def plot_slice_errors(
     level:float=.95 # Confidence level of the intervals
 ):
     "Plot the error of each slice with its interval, the worst first"
-    table = slice_errors(ev, by, bins, min_rows, level).head(n)
+    table = slice_errors(ev, by, bins, min_rows, level).head(check_whole('n', n))
     names = [f'{row.slice}: {row.value}' for row in table.itertuples()]
     labels = [name if len(name) <= 40 else name[:39]+'…' for name in names]
     if ev.task == 'regression':
@@ -206,6 +213,7 @@ UNSPACED_RUN = re.compile(f'[{UNSPACED}]+')
 SPACED_CHARACTERS = re.compile(f'(?<![{UNSPACED}])[{UNSPACED}](?: [{UNSPACED}](?![{UNSPACED}]))+')
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #8cd12b5b
+@checked
 def text_words(
     text:str # A text, or its tokens joined by spaces
 ) -> list: # Words in lower case; characters and pairs of characters for scripts without spaces
@@ -226,8 +234,12 @@ def overused_words(
 ) -> pd.DataFrame: # word | texts | marked | share | odds_ratio | p
     "Return words that occur in the marked texts more often than by chance, the most significant first"
     from sklearn.feature_extraction.text import CountVectorizer
+    check_whole('n', n, 0, or_none=True)
+    check_whole('min_texts', min_texts, 0)
+    check_number('alpha', alpha, low=0, high=1)
+    check_callable('words', words, or_none=True)
     texts = check_texts(texts)
-    marked = np.asarray(marked, dtype=bool)
+    marked = check_array('marked', marked, 1, low=0, high=1).astype(bool)
     if len(marked) != len(texts):
         raise DataError('Texts and marks must have the same number of rows', f'{len(texts)} and {len(marked)}')
     vectorizer = CountVectorizer(analyzer=lambda t: set((words or text_words)(t)), dtype=np.int32)
@@ -256,6 +268,7 @@ def association_table(names, in_texts, in_marked, n_marked, n_texts):
     return TextTable(dict(**counts, share=in_marked/in_texts, odds_ratio=odds, p=p))
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #863521ac
+@checked
 def overused_error_words(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n:int|None=20, # Maximum number of words; all if `None`
@@ -267,7 +280,10 @@ def overused_error_words(
     if wrong is None and ev.task == 'regression':
         raise FastaiTLError('Right and wrong need classes', 'a regression',
                             'Say what is wrong, such as `wrong=abs(ev.preds-ev.targets)>1`')
-    wrong = np.asarray(row_errors(ev) if wrong is None else wrong, dtype=bool)
+    wrong = row_errors(ev) if wrong is None else check_array('wrong', wrong, 1, low=0, high=1)
+    if len(wrong) != len(ev):
+        raise DataError(f'`wrong` must have a value for each of {len(ev)} rows', f'{len(wrong)} values')
+    wrong = wrong.astype(bool)
     texts = texts_of(ev)
     if of is not None:
         classes = ev.classes if ev.task == 'classification' else ()
@@ -295,6 +311,7 @@ def suspects(probs, labels):
     return clearest_first, guess[clearest_first]
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #c49c080a
+@checked
 def label_noise_table(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
 ) -> pd.DataFrame: # Rows are given labels, columns are estimated true labels
@@ -319,11 +336,13 @@ def label_problems(ev):
     columns = zip(ev.probs.T, ev.targets.T, ev.classes)
     return [(np.stack([1-p, p], 1), y.astype(int), [f'not {name}', name]) for p, y, name in columns]
 
+@checked
 def suspected_labels(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n:int|None=None # Maximum number of rows; all suspected rows if `None`
 ) -> pd.DataFrame: # row | label | suggested | p_label | p_suggested | text
     "Return rows whose label is probably wrong according to confident learning, the clearest first"
+    check_whole('n', n, 0, or_none=True)
     if ev.task == 'regression':
         raise FastaiTLError('Confident learning needs classes', 'a regression',
                             'See `error_slices()` and the largest `abs(ev.preds-ev.targets)`')
@@ -338,6 +357,7 @@ def suspected_labels(
     return table
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #ea9cf4dc
+@checked
 def find_leaked_rows(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     train_texts, # Training texts

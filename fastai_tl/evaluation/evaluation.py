@@ -10,6 +10,7 @@ __all__ = ['Evaluation']
 # %% ../../nbs/732_evaluation.evaluation.ipynb #e685e086
 from fastcore.all import patch
 from fastai.learner import Learner
+from ..arguments import checked
 from .calibration import (Calibrated, calibration_scores, plot_confidence_panels,
     plot_reliability_diagram, reliability_table)
 from .error_analysis import (find_leaked_rows, label_noise_table, overused_error_words,
@@ -22,7 +23,7 @@ from .report import (accuracy_of, confused_pairs, confusion_matrix, plot_confusi
 from .scores import ScoredRows
 from .tagging import TagEvaluation
 from .thresholds import (abstention_threshold, best_thresholds, decide_by_thresholds,
-    plot_risk_coverage_curve, risk_coverage_area, risk_coverage_table)
+    plot_risk_coverage_curve, risk_coverage_area, risk_coverage_table, scores_at_thresholds)
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import spec_of
 
@@ -30,6 +31,7 @@ from ..models.third_party import spec_of
 class Evaluation(ScoredRows):
     "Hold probabilities, targets and losses of a set of rows, with methods for reports, figures and error analysis"
     @classmethod
+    @checked
     def from_learner(cls,
         learn, # A Learner or a `BidirectionalLearner`
         ds_idx:int=1, # 0 for the training rows, 1 for the validation rows
@@ -42,6 +44,7 @@ class Evaluation(ScoredRows):
         "Evaluate a Learner in one pass over its own rows or over new rows"
         return rows_of_learner(cls, learn, ds_idx, dl, classes, texts, data, labels)
     @classmethod
+    @checked
     def from_model(cls,
         model, # A PyTorch model; its train or eval mode is restored afterwards
         loader, # Iterable of batches, each a dictionary or `(inputs, labels)`
@@ -76,6 +79,7 @@ class Evaluation(ScoredRows):
     plot_risk_coverage = plot_risk_coverage_curve
     thresholds = best_thresholds
     with_thresholds = decide_by_thresholds
+    at_thresholds = scores_at_thresholds
 
     # error analysis
     error_slices = slice_errors
@@ -107,6 +111,7 @@ def evaluated(learn, data=None, labels=None, ds_idx=1, dl=None):
 
 # %% ../../nbs/732_evaluation.evaluation.ipynb #c5f4edde
 @patch
+@checked
 def evaluate(self:Learner,
     data=None, # New rows as a DataFrame or list of texts, or a `ds_idx` number; the Learner's own rows if `None`
     labels=None, # Labels of the texts, if `data` is a list of texts
@@ -128,6 +133,7 @@ def evaluate(self:BidirectionalLearner, # patched here because the evaluation mo
 
 # %% ../../nbs/732_evaluation.evaluation.ipynb #b396d588
 @patch
+@checked
 def calibrate(self:Learner,
     data=None, # New rows as a DataFrame or list of texts, or a `ds_idx` number; the Learner's own rows if `None`
     labels=None, # Labels of the texts, if `data` is a list of texts

@@ -13,9 +13,11 @@ import io
 from html import escape
 from pathlib import Path
 from string import Template
+from matplotlib.figure import Figure
 import numpy as np
 import pandas as pd
-from ..core import FastaiTLError
+from ..arguments import check_each, check_path, check_text, check_type, check_whole, checked
+from ..core import DataError, FastaiTLError, describe
 from fastai_tl.evaluation.calibration import (calibration_scores, decisions, plot_confidence_panels,
     plot_reliability_diagram)
 from .report import (ScoreTable, confused_pairs, confusion_matrix, plot_confusion_matrix,
@@ -23,7 +25,8 @@ from .report import (ScoreTable, confused_pairs, confusion_matrix, plot_confusio
 from .scores import ScoredRows
 from .thresholds import plot_risk_coverage_curve
 from ..data.display import NO_FORMULAS, TextTable
-from ..files import atomic_folder, atomic_path, write_csv, write_json
+from ..atomic import atomic_folder, atomic_path
+from ..files import write_csv, write_json
 from ..plot import figure_lang, figure_style, in_words, keep_going
 from ..resources import read_text
 
@@ -45,6 +48,7 @@ def prediction_columns(ev):
     return names | dict(wrong=(p != y).sum(1))
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #d035c071
+@checked
 def prediction_table(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     errors:bool=False # Return only wrong rows, with the highest loss first
@@ -77,13 +81,15 @@ def draw_figure(ev, name, lang=None):
         return plot_confusion_matrix(ev, title=in_words('Confusion matrix', lang), lang=lang)
     return DRAW[name](ev, lang=lang)
 
+@checked
 def draw_figures(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     names=None, # Names from `FIGURES`; all figures of the task if `None`
     lang:str|None=None # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
 ) -> dict: # Figures by name
     "Draw the figures of the task"
-    bad = [name for name in names or () if name not in FIGURES]
+    names = None if names is None else check_each('names', names)
+    bad = [name for name in names or () if not (isinstance(name, str) and name in FIGURES)]
     if bad:
         raise FastaiTLError(f'Figures are {", ".join(FIGURES)}', ', '.join(map(str, bad)))
     of_task = FIGURES_OF_TASK[ev.task]
@@ -98,6 +104,7 @@ def draw_figures(
 CALIBRATION_NAMES = dict(ece='ECE', ece_mass='ECE, equal mass', mce='MCE', brier='Brier score', nll='NLL',
                          confidence='mean confidence')
 
+@checked
 def page_tables(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n:int=20 # Maximum number of wrong rows
@@ -151,12 +158,15 @@ def png_bytes(
     return buffer.getvalue()
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #f68725f3
+@checked
 def save_png(
     fig, # A Matplotlib figure
     path, # Path of the PNG file
     dpi:int=300 # Dots per inch
 ):
     "Write a figure as a PNG file atomically"
+    check_type('fig', fig, Figure)
+    check_whole('dpi', dpi, high=10_000)
     data = png_bytes(fig, dpi)
     with atomic_path(path) as p:
         p.write_bytes(data)
@@ -168,6 +178,41 @@ def image_html(name, fig):
     width = f'{fig.get_size_inches()[0]*92:.0f}px'
     data = base64.b64encode(png_bytes(fig, dpi)).decode()
     return f'<img alt="{escape(name)}" style="width:{width}" src="data:image/png;base64,{data}">'
+
+# %% ../../nbs/728_evaluation.html_report.ipynb #e7a1c0d5
+def _explanations(ev, attributions, rows):
+    "Return an object with HTML for each of the rows, for the class that was predicted"
+    if not callable(attributions):
+        attributions = check_each('attributions', attributions)
+        if len(attributions) != len(ev):
+            raise DataError(f'An attribution is needed for each of the {len(ev)} rows', f'{len(attributions)}',
+                            'Pass `attributions=learn.attribute`, which explains the worst errors only')
+        return [attributions[i] for i in rows]
+    texts = [ev.texts[i] for i in rows]
+    target = [ev.classes[int(ev.preds[i])] for i in rows] if ev.task == 'classification' else None
+    found = attributions(texts, target=target)
+    if not hasattr(found, '__iter__'):
+        raise FastaiTLError('`attributions` must be a function as `learn.attribute`, which returns an object with '
+                            'HTML for each text', describe(found))
+    return list(found)
+
+# %% ../../nbs/728_evaluation.html_report.ipynb #f987341e
+def explained_errors(ev, attributions, n=20, lang=None):
+    "Return the parts of the page that explain the rows with the highest loss"
+    if attributions is None:
+        return []
+    if ev.texts is None:
+        raise FastaiTLError('Explanations need the texts of the rows', 'an Evaluation without them',
+                            'Pass `texts` to `Evaluation`')
+    worst = prediction_table(ev, errors=True).head(n)
+    if not len(worst):
+        return []
+    words = lambda o: escape(in_words(o, lang))
+    parts = [f"<h2>{words('What the errors depend on')}</h2>"]
+    for row, o in zip(worst.itertuples(), _explanations(ev, attributions, list(worst['row']))):
+        names = f'{words("true")} <b>{escaped(row.true)}</b>, {words("predicted")} <b>{escaped(row.predicted)}</b>'
+        parts.append(f'<div><div>{words("row")} {row.row}: {names}</div>{o._repr_html_()}</div>')
+    return parts
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #6ee855d7
 def headline_scores(ev):
@@ -188,16 +233,19 @@ def page_head(ev, title, words):
     return f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>\n<div class="tiles">{tiles}</div>'
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #cb6b135e
+@checked
 def html_page(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     title:str='', # Title of the page
     lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
     n:int=20, # Maximum number of wrong rows
-    figures:dict|None=None # Figures by name; drawn by this function if `None`
+    figures:dict|None=None, # Figures by name; drawn by this function if `None`
+    attributions=None # Explains the worst errors: `learn.attribute`, or an object of each row of `ev`
 ) -> str: # HTML of the whole page
     "Return the evaluation as a self-contained HTML page"
     words = lambda o: in_words(o, lang)
-    title = title or words('Evaluation')
+    title, n = check_text('title', title) or words('Evaluation'), check_whole('n', n, 0)
+    check_type('figures', figures, dict, 'a dictionary of figures', or_none=True)
     figures = draw_figures(ev, lang=lang) if figures is None else figures
     parts = [page_head(ev, title, words)]
     tables = page_tables(ev, n)
@@ -211,6 +259,7 @@ def html_page(
             parts.append(image_html(name, fig))
     if worst is not None:
         parts.append(f"<h2>{escape(words('Rows with the highest loss'))}</h2>{table_html(worst, lang)}")
+    parts += explained_errors(ev, attributions, n, lang)
     html_lang = 'zh-Hant' if figure_lang(lang) == 'zh-tw' else 'en'
     return Template(read_text('report.html')).substitute(lang=html_lang, title=escape(title),
         css=read_text('report.css'), body='\n'.join(parts), no_formulas=NO_FORMULAS)
@@ -236,6 +285,7 @@ def report_contents(ev):
     return tables, {name: None if np.isnan(v) else v for name, v in scores.items()}
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #7e0f2c9e
+@checked
 def save_report(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     path, # Folder, created if it does not exist; an older report there is replaced
@@ -243,18 +293,24 @@ def save_report(
     lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
     figures=None, # Names from `FIGURES`; all figures of the task if `None`
     n:int=20, # Maximum number of wrong rows on the page; the CSV file has all of them
-    dpi:int=300 # Dots per inch of the figures in the folder
+    dpi:int=300, # Dots per inch of the figures in the folder
+    attributions=None # Explains the worst errors: `learn.attribute`, or an object of each row of `ev`
 ) -> Path: # Path of the page
     "Write a page, figures, tables and predictions into a folder"
+    check_path('path', path)
+    dpi = check_whole('dpi', dpi, high=5000)
     drawn = draw_figures(ev, figures, lang)
+    images = {}
     tables, scores = report_contents(ev)
-    page = html_page(ev, title, lang, n, drawn)
+    page = html_page(ev, title, lang, n, drawn, attributions)
     with atomic_folder(path, report_files) as folder:
         for name, df in tables.items():
             write_csv(df, folder/f'{name}.csv')
         for name, fig in drawn.items():
             with keep_going(name):
-                save_png(fig, folder/f'{name}.png', dpi)
+                images[name] = png_bytes(fig, dpi)
+        for name, image in images.items():
+            (folder/f'{name}.png').write_bytes(image)
         write_json(folder/'scores.json', scores)
         (folder/'index.html').write_text(page, encoding='utf-8')
     return Path(path)/'index.html'

@@ -10,6 +10,7 @@ __all__ = ['ModelEvaluator']
 # %% ../../nbs/736_evaluation.model_evaluator.ipynb #8f7aee9e
 from pathlib import Path
 import pandas as pd
+from ..arguments import check_path, checked
 from ..core import lang_code
 from ..data.class_names import class_list
 from .calibration import decisions
@@ -21,6 +22,7 @@ from ..resources import read_json
 # %% ../../nbs/736_evaluation.model_evaluator.ipynb #2fd1748c
 class ModelEvaluator:
     "Evaluate a plain PyTorch model with a printed report, two figures and the most frequent errors"
+    @checked
     def __init__(self,
         model, # A PyTorch model that returns logits
         test_loader, # Iterable of batches, each a dictionary with `labels` or `(inputs, labels)`
@@ -31,7 +33,7 @@ class ModelEvaluator:
         self.model = model
         self.test_loader = test_loader
         self.class_names = class_list(class_names)
-        self.folder = Path(folder)
+        self.folder = Path(check_path('folder', folder))
         self.lang = lang or ('zh' if has_cjk(self.class_names) else 'en')
         self.evaluation = None
     def evaluate(self) -> tuple: # Predicted classes (rows,), true classes (rows,), probabilities (rows, classes)

@@ -8,15 +8,20 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.predictions.html.md"""
 __all__ = ['PassCallback']
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #ac17a1e8
+from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.all import noop
 from fastai.callback.core import Callback, GatherPredsCallback
-from fastai.learner import _ConstantFunc
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, _ConstantFunc
+from ..arguments import check_option, check_type, check_whole
+from ..models.finite import need_numbers
+from ..locks import exclusive
 from ..callbacks import evaluating, recorder_kept
-from ..core import DataError, shorten, unknown_option
+from ..core import DataError, FastaiTLError, describe, shorten
 from ..data.classification import HFTextDataLoaders, LabelledText, whole_texts_dl
 from ..data.indicators import as_rows, label_column, table_of_dicts
 from ..data.labels import labels_for
@@ -54,12 +59,13 @@ class PassCallback(Callback):
 # %% ../../nbs/730_evaluation.predictions.ipynb #1c0d7b1d
 def in_order(parts, idxs=None):
     "Join batches and put their rows at the positions `idxs`; each batch is freed after it is copied"
+    if not parts:
+        raise DataError('An evaluation needs at least one batch', 'none')
     n_rows = sum(map(len, parts))
     joined = np.empty((n_rows, *parts[0].shape[1:]), dtype=parts[0].dtype)
     start = 0
     for i in range(len(parts)):
-        batch = parts[i]
-        parts[i] = None
+        batch, parts[i] = parts[i], None
         end = start+len(batch)
         joined[slice(start, end) if idxs is None else idxs[start:end]] = batch
         start = end
@@ -74,20 +80,24 @@ def pass_over(learn, dl, spec):
         dl = dl.new(get_idxs=_ConstantFunc(read)) # called only once, because the order may be random
         idxs = np.argsort(np.argsort(read)) # position of each row among the rows that are read
     gather = PassCallback(spec.activate)
-    with row_losses_of(learn), recorder_kept(learn):
+    with exclusive(learn), row_losses_of(learn), recorder_kept(learn):
         *_, losses = learn.get_preds(dl=dl, with_preds=False, with_targs=False, with_loss=True, act=noop,
                                      reorder=False, cbs=gather)
-    return in_order(gather.parts, idxs), in_order(gather.ys, idxs), in_order([losses.float().numpy()], idxs)
+    probs, targets = in_order(gather.parts, idxs), in_order(gather.ys, idxs)
+    need_numbers(probs, 'The predictions of an evaluation')
+    need_numbers(targets, 'The targets of an evaluation')
+    return probs, targets, in_order([losses.float().numpy()], idxs)
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #9517a1a8
 def pass_of_pair(pair, ds_idx, dl, spec):
     "Return averaged probabilities, targets and losses of a `BidirectionalLearner`, from one pass of each Learner"
     loaders = [learn.dls[ds_idx] for learn in pair.learners]
     if dl is not None:
+        check_type('dl', dl, DataLoader)
         loaders = [dl, pair.backward.dls.test_dl(list(dl.items), with_labels=True)]
     probs = []
     for learn, loader in zip(pair.learners, loaders):
-        with learn.no_bar():
+        with exclusive(learn), learn.no_bar():
             p, targets, _ = pass_over(learn, loader, spec)
         probs.append(p)
     mean = sum(probs)/2
@@ -169,6 +179,9 @@ def labelled_dl(dls, texts, labels):
 # %% ../../nbs/730_evaluation.predictions.ipynb #8906d69b
 def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, data=None, labels=None):
     "Create a `cls` object with one pass of a Learner or `BidirectionalLearner` over its own rows or new rows"
+    check_type('learn', learn, (Learner, BidirectionalLearner))
+    check_type('dl', dl, (DataLoader, list, tuple), 'a DataLoader or a list of batches', or_none=True)
+    check_whole('ds_idx', ds_idx, 0)
     spec = spec_of(learn)
     if data is not None:
         of_labels = spec_of(learn.dls) # without the loss function, which could change the task to multi-label
@@ -194,6 +207,8 @@ def logits_of(output):
 def forward_batch(model, batch, label):
     "Return logits and labels of one batch, which is a dictionary or `(inputs, labels)`"
     if not hasattr(batch, 'keys'):
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise DataError('A batch must be a dictionary, or `(inputs, labels)`', describe(batch))
         *inputs, labels = batch
         return logits_of(model(*inputs)), labels
     if label not in batch:
@@ -230,14 +245,21 @@ def on_device(batch, device):
         return {name: move(o) for name, o in batch.items()}
     return [move(o) for o in batch]
 
+# %% ../../nbs/730_evaluation.predictions.ipynb #361a5c60
+def _check_loop(model, loader):
+    check_type('model', model, torch.nn.Module)
+    is_iterable = hasattr(loader, '__iter__') and getattr(loader, 'ndim', 1)
+    if isinstance(loader, (str, bytes, Mapping)) or not is_iterable:
+        raise FastaiTLError('`loader` must be batches', describe(loader))
+
 # %% ../../nbs/730_evaluation.predictions.ipynb #c6aa6b92
 @torch.inference_mode()
 def model_pass(model, loader, task=None, label='labels'):
     "Return task, probabilities, targets and losses of one pass of a PyTorch model, in the order of the loader"
-    if task not in (None, *CLASSIFICATION_TASKS):
-        raise unknown_option('task', task, CLASSIFICATION_TASKS)
-    device = next((p.device for p in model.parameters()), 'cpu')
-    parts = ([], [], [])
+    if task is not None:
+        check_option('task', task, CLASSIFICATION_TASKS)
+    _check_loop(model, loader)
+    device, parts = next((p.device for p in model.parameters()), 'cpu'), ([], [], [])
     with evaluating(model):
         for batch in loader:
             scores, targets = forward_batch(model, on_device(batch, device), label)
@@ -248,7 +270,10 @@ def model_pass(model, loader, task=None, label='labels'):
                 part.append(result.cpu().numpy())
     if not parts[0]:
         raise DataError('An evaluation needs at least one batch', 'none')
-    return task, *map(in_order, parts)
+    probs, targets, losses = map(in_order, parts)
+    need_numbers(probs, 'The predictions of an evaluation')
+    need_numbers(targets, 'The targets of an evaluation')
+    return task, probs, targets, losses
 
 def rows_of_model(cls, model, loader, classes=None, texts=None, task=None, label='labels'):
     "Create a `cls` object with one pass of a PyTorch model over a loader"

@@ -10,13 +10,15 @@ __all__ = ['AnswerEvaluation']
 # %% ../../nbs/724_evaluation.qa.ipynb #86bb1b46
 import numpy as np
 import pandas as pd
+from ..arguments import check_each, check_number, check_text, check_type, check_whole, checked
+from ..locks import exclusive
 from ..core import DataError, shorten
 from ..data.display import TextTable
 from ..data.qa import check_answers
 from ..data.tables import column, question_pairs
 from .intervals import corrected_resamples, interval_ends
 from .report import ScoreTable
-from ..learners.qa import answer_scores, normalize_answer
+from ..learners.qa import HFAnswerer, answer_scores, normalize_answer
 
 # %% ../../nbs/724_evaluation.qa.ipynb #3ec36959
 def length_groups(lengths, starts):
@@ -54,6 +56,11 @@ def table_examples(df, columns):
     starts = part('start') if 'start' in columns else None
     return check_answers(part('question'), part('context'), part('answer'), starts, df.index)
 
+# %% ../../nbs/724_evaluation.qa.ipynb #0fef1d90
+def _accepted(target):
+    "Return the accepted answers of a question"
+    return [target] if isinstance(target, str) else check_each('targets', target, check_text) or ['']
+
 # %% ../../nbs/724_evaluation.qa.ipynb #9b963c1e
 class AnswerEvaluation:
     "Evaluate predicted answers against accepted answers"
@@ -62,9 +69,9 @@ class AnswerEvaluation:
         targets, # Accepted answers: a string or a list of strings for each question
         questions=None # Questions, shown with the errors
     ):
-        self.preds = list(map(str, check_strings(preds)))
-        self.targets = [[t] if isinstance(t, str) else (list(t) or ['']) for t in targets]
-        self.questions = questions
+        self.preds = list(map(str, check_strings(check_each('preds', preds))))
+        self.targets = [_accepted(t) for t in check_each('targets', targets)]
+        self.questions = None if questions is None else check_each('questions', questions)
         if len(self.preds) != len(self.targets):
             raise DataError('Predictions and targets must have the same number of rows',
                             f'{len(self.preds)} and {len(self.targets)}')
@@ -76,6 +83,7 @@ class AnswerEvaluation:
         shortest = lambda accepted: min((len(normalize_answer(t)) for t in accepted), default=0)
         self.lengths = np.array([shortest(accepted) for accepted in self.targets])
     @classmethod
+    @checked
     def from_learner(cls,
         learn, # A Learner made by `hf_qa_learner`
         data=None, # DataFrame with the columns of the training data, or (question, passage) pairs; own rows if `None`
@@ -83,6 +91,8 @@ class AnswerEvaluation:
         ds_idx:int=1 # 0 for the training rows, 1 for the validation rows
     ):
         "Evaluate the answers of a Learner; long passages are read in windows, and each question counts once"
+        check_type('learn', learn, HFAnswerer)
+        check_whole('ds_idx', ds_idx, 0, 1)
         if data is None:
             windows = learn.dls[ds_idx].dataset.items
             examples = list({id(w.example): w.example for w in windows}.values())
@@ -91,7 +101,7 @@ class AnswerEvaluation:
         else:
             pairs = question_pairs(data, learn.dls.spec.columns)
             examples = check_answers(*map(list, zip(*pairs)), labels)
-        with learn.no_bar(), learn.no_logging():
+        with exclusive(learn), learn.no_bar(), learn.no_logging():
             found = learn.answers([(e.question, e.context) for e in examples])
         return cls([a.text for a in found], [e.answers for e in examples], [e.question for e in examples])
     def __len__(self):
@@ -105,6 +115,10 @@ class AnswerEvaluation:
         seed:int=0 # Random seed of the bootstrap
     ) -> ScoreTable: # exact | f1 | low | high | interval of | support, by length and for all
         "Return exact match and F1 by the length of the answer, with intervals of F1"
+        lengths = check_each('lengths', lengths, check_whole)
+        check_number('level', level, above=0, below=1, or_none=True)
+        check_whole('n_boot', n_boot, high=10**7)
+        check_whole('seed', seed, 0)
         if not len(self):
             raise DataError('A report needs at least one row', 'none')
         rows = {}
@@ -122,6 +136,7 @@ class AnswerEvaluation:
         n:int=10 # Maximum number of rows
     ) -> pd.DataFrame: # row | question | true | predicted | exact | f1
         "Return the answers with the lowest F1"
+        check_whole('n', n, 0)
         rows = np.argsort(self.f1, kind='stable')[:n]
         df = TextTable(dict(row=rows, true=[' | '.join(self.targets[i]) for i in rows],
             predicted=[self.preds[i] for i in rows], exact=self.exact[rows], f1=self.f1[rows]))

@@ -10,13 +10,14 @@ __all__ = ['ScoreTable']
 # %% ../../nbs/704_evaluation.report.ipynb #99d4a143
 import numpy as np
 import pandas as pd
-from ..core import DataError, FastaiTLError, unknown_option
+from ..arguments import check_flag, check_number, check_option, check_whole, checked
+from ..core import DataError, FastaiTLError
 from ..data.display import TextTable
 from fastai_tl.evaluation.intervals import (corrected_resamples, f1_interval, interval_ends, ranking_intervals,
     share_interval)
 from .scores import (ScoredRows, agreement_scores, averages, bootstrap_rows, class_scores,
     mean_ranking, ratio, regression_scores, row_losses)
-from ..plot import PALETTE, figure_style, in_words, plot_heatmap
+from ..plot import PALETTE, check_figsize, figure_style, in_words, plot_heatmap
 
 # %% ../../nbs/704_evaluation.report.ipynb #11269c5d
 class ScoreTable(TextTable):
@@ -94,6 +95,7 @@ def probability_scores(ev, weight=None):
     log_loss = losses.mean() if weight is None else (losses*weight).sum()/weight.sum()
     return dict(log_loss=float(log_loss), **mean_ranking(ev.indicators, ev.probs, weight))
 
+@checked
 def total_scores(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     probs:bool=True # Include log loss, ROC-AUC and average precision, which take longer
@@ -210,6 +212,7 @@ def regression_report(ev, level, n_boot, ranking, seed):
         df = pd.concat([df, pd.DataFrame(ends, index=['low', 'high'])])
     return ScoreTable(df.assign(rows=len(ev)))
 
+@checked
 def score_report(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     level:float|None=.95, # Confidence level of the intervals; no intervals if `None`
@@ -219,11 +222,16 @@ def score_report(
     seed:int=0 # Random seed of the bootstrap
 ) -> ScoreTable: # precision | recall | f1 | score | low | high | interval of | support, by class, average and score
     "Return class scores, their averages and overall scores with intervals; for a regression, its scores"
+    check_number('level', level, above=0, below=1, or_none=True)
+    check_whole('n_boot', n_boot, high=10**7)
+    check_whole('seed', seed, 0)
+    ranking, wide = check_flag('ranking', ranking), check_flag('wide', wide)
     if ev.task == 'regression':
         return regression_report(ev, level, n_boot, ranking, seed)
     return classes_report(ev, level, n_boot, ranking, wide, seed)
 
 # %% ../../nbs/704_evaluation.report.ipynb #cf45b6e2
+@checked
 def confusion_matrix(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
 ) -> pd.DataFrame: # Rows are true classes, columns are predicted classes
@@ -244,6 +252,7 @@ def percentages(shares, of_all):
     return np.array([[f'{100*v:.{digits}f}{sign}' for v in row] for row in shares])
 
 # %% ../../nbs/704_evaluation.report.ipynb #f9c895f2
+@checked
 def plot_confusion_matrix(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     title:str='', # Title of the figure
@@ -253,8 +262,7 @@ def plot_confusion_matrix(
     lang:str|None=None # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
 ):
     "Plot the confusion matrix with counts or percentages as text and shares as colors"
-    if normalize is not None and normalize not in SHARES_ALONG:
-        raise unknown_option('normalize', normalize, [*SHARES_ALONG, None])
+    check_option('normalize', normalize, [*SHARES_ALONG, None])
     counts = confusion_matrix(ev).to_numpy()
     shares = ratio(counts, counts.sum(SHARES_ALONG[normalize or 'true'], keepdims=True))
     annot = counts if normalize is None else percentages(shares, normalize == 'all')
@@ -263,11 +271,13 @@ def plot_confusion_matrix(
     return plot_heatmap(shares, ev.classes, ev.classes, annot=annot, title=title, xlabel=xlabel, ylabel=ylabel)
 
 # %% ../../nbs/704_evaluation.report.ipynb #d11ac76f
+@checked
 def confused_pairs(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n:int=10 # Maximum number of pairs
 ) -> pd.DataFrame: # true | predicted | count | share
     "Return the pairs of classes that are confused most often"
+    check_whole('n', n, 0)
     m = confusion_matrix(ev)
     pairs = m.rename_axis('true').stack().rename_axis(['true', 'predicted']).rename('count').reset_index()
     pairs['share'] = ratio(m.to_numpy(), m.to_numpy().sum(1, keepdims=True)).reshape(-1)
@@ -276,6 +286,7 @@ def confused_pairs(
     return ScoreTable(pairs.sort_values('count', ascending=False, kind='stable').head(n).reset_index(drop=True))
 
 # %% ../../nbs/704_evaluation.report.ipynb #4a0c54cd
+@checked
 def worst_rows(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n:int=10 # Number of rows
@@ -283,6 +294,7 @@ def worst_rows(
     "Return the rows with the highest loss"
     if ev.task != 'classification' or ev.losses is None:
         raise FastaiTLError('The worst rows need one class a text and losses', f'a {ev.task} task')
+    check_whole('n', n, 0)
     losses = np.asarray(ev.losses)
     rows = np.argsort(-losses, kind='stable')[:n]
     df = TextTable(dict(row=rows, true=[ev.classes[int(t)] for t in ev.targets[rows]],
@@ -292,6 +304,7 @@ def worst_rows(
     return df
 
 # %% ../../nbs/704_evaluation.report.ipynb #4d8665d9
+@checked
 def plot_residual_panels(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     lang:str|None=None, # Language of titles and labels: `en` or `zh-tw`; that of `set_language` if `None`
@@ -307,7 +320,7 @@ def plot_residual_panels(
     line = dict(color='0.45', linestyle='--', linewidth=1)
     ends = [min(y.min(), p.min()), max(y.max(), p.max())]
     with figure_style(words('Residual')) as plt:
-        fig, (left, right) = plt.subplots(1, 2, figsize=figsize)
+        fig, (left, right) = plt.subplots(1, 2, figsize=check_figsize(figsize))
         left.plot(ends, ends, **line)
         left.scatter(y, p, **dots)
         left.set(xlabel=words('True value'), ylabel=words('Predicted value'))

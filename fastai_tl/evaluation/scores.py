@@ -11,6 +11,7 @@ __all__ = ['ScoredRows', 'wilson_interval']
 from collections import Counter
 import numpy as np
 import pandas as pd
+from ..arguments import check_array, check_each, check_number, checked
 from ..core import DataError, shorten
 from ..data.class_names import class_list, class_values, match_names
 from ..data.spec import activate
@@ -54,6 +55,8 @@ def several_values(n_values):
 
 def check_shapes(probs, targets, classes, task):
     "Raise an error unless each target has one prediction, or one prediction for each class"
+    if not probs.ndim or not targets.ndim:
+        raise DataError('Predictions and targets must have a value for each row', 'a single value')
     n = len(targets)
     if len(probs) != n:
         raise DataError('Predictions and targets must have the same number of rows', f'{len(probs)} and {n}')
@@ -115,7 +118,7 @@ def check_targets(targets, n_classes, task):
 # %% ../../nbs/700_evaluation.scores.ipynb #b6851da0
 def target_numbers(targets, classes):
     "Turn class names into class numbers and lists of names into 0/1 indicators; return numbers unchanged"
-    targets = targets.tolist() if hasattr(targets, 'tolist') else list(targets)
+    targets = targets.tolist() if hasattr(targets, 'tolist') else check_each('targets', targets)
     lists = (list, tuple, set)
     first = next((t for t in targets if not (isinstance(t, lists) and not len(t))), None)
     several = isinstance(first, lists)
@@ -156,12 +159,11 @@ class ScoredRows:
         texts=None, # Text of each row
         threshold=.5 # In a multi-label task, a class is predicted above it: a number, or one for each class, by name
     ):
-        probs, targets = (np.asarray(columns_of_classes(o, classes)) for o in (probs, targets))
-        self.probs = probs if probs.dtype in (np.float32, np.float64) else probs.astype(float)
-        self.targets = targets
+        self.probs = check_array('probs', columns_of_classes(probs, classes), nan=True, dtype=None)
+        self.targets = np.asarray(columns_of_classes(targets, classes))
         self.classes = None if classes is None else class_list(classes)
-        self.losses = None if losses is None else np.asarray(losses)
-        self.texts = texts if texts is None or isinstance(texts, (str, list)) else list(texts)
+        self.losses = None if losses is None else check_array('losses', losses, 1, nan=True, dtype=None)
+        self.texts = texts if texts is None or isinstance(texts, (str, list)) else check_each('texts', texts)
         self.task = self._task()
         self.threshold = self._thresholds(threshold)
         check_shapes(self.probs, self.targets, self.classes, self.task)
@@ -170,6 +172,7 @@ class ScoredRows:
         check_lists(len(self.targets), self.losses, self.texts)
         self.preds = self._decided(self.threshold)
     @classmethod
+    @checked
     def from_preds(cls,
         probs, # Probabilities (rows, classes), or predicted values (rows,) of a regression
         targets, # Class numbers or names, 0/1 indicators or lists of names, or values of a regression
@@ -183,7 +186,7 @@ class ScoredRows:
         y = target_numbers(columns_of_classes(targets, classes), classes)
         probs = columns_of_classes(probs, classes)
         if logits:
-            probs = activate(np.asarray(probs, dtype=float), 'multilabel' if y.ndim == 2 else 'classification')
+            probs = activate(check_array('probs', probs, nan=True), 'multilabel' if y.ndim == 2 else 'classification')
         rows = cls(probs, y, classes, losses, texts)
         if rows.losses is None:
             rows.losses = row_losses(rows.probs, rows.targets, rows.task)
@@ -295,8 +298,10 @@ def wilson_interval(
 ) -> tuple: # Lower and upper end of the interval
     "Return Wilson's interval of the share `k/n`, or 0 to 1 where `n` is 0"
     from scipy.stats import norm
-    k = np.asarray(k, dtype=float)
-    n = np.asarray(n, dtype=float)
+    level = check_number('level', level, above=0, below=1)
+    k, n = check_array('k', k, low=0), check_array('n', n, low=0)
+    if (k > n).any():
+        raise DataError('There can be no more successes than trials', f'{k.max():g} of {n.min():g}')
     z = norm.ppf((1+level)/2)
     center = (k + z*z/2)/(n + z*z)
     half = z*np.sqrt(ratio(k*(n-k), n) + z*z/4)/(n + z*z)

@@ -11,6 +11,9 @@ __all__ = ['TagEvaluation']
 import re
 import numpy as np
 import pandas as pd
+from ..arguments import check_number, check_type, check_whole, checked
+from ..learners.tagging import HFTagger
+from ..locks import exclusive
 from ..core import DataError, shorten
 from ..data.display import TextTable
 from ..data.tables import check_is_list, column
@@ -31,7 +34,7 @@ def check_tags(preds, targets, scheme=None):
         raise DataError('Each sentence needs as many predicted tags as true ones', f'others in row {shorten(bad)}',
                         'Leave out the tags of special tokens and of word pieces')
     if scheme is not None:
-        return scheme
+        return check_type('scheme', scheme, TagScheme, 'a `TagScheme`')
     known = {str(tag) for tags in preds+targets for tag in tags}
     scheme = tag_scheme(known) or TagScheme()
     odd = {tag for tag in known if not re.fullmatch(r'[Oo]|[BIESLUMW]-.+', tag)}
@@ -93,6 +96,7 @@ def match_entity(entity, found):
 # %% ../../nbs/720_evaluation.tagging.ipynb #408a5c53
 class TagEvaluation:
     "Evaluate predicted tags of sentences against their true tags"
+    @checked
     def __init__(self,
         preds, # Lists of predicted tags such as `B-PER` and `O`, one list for each sentence
         targets, # Lists of true tags, of the same lengths
@@ -108,6 +112,7 @@ class TagEvaluation:
         self.true = entities(self.targets, self.scheme)
         self.types = sorted({kind for sentence in self.found+self.true for kind, _, _ in sentence})
     @classmethod
+    @checked
     def from_learner(cls,
         learn, # A tagger made by `hf_tagger_learner`
         data=None, # DataFrame with the columns of the training data, or lists of words; the Learner's rows if `None`
@@ -115,6 +120,8 @@ class TagEvaluation:
         ds_idx:int=1 # 0 for the training rows, 1 for the validation rows
     ):
         "Tag sentences and compare with the true tags; long sentences are read in windows, and each word counts once"
+        check_type('learn', learn, HFTagger)
+        check_whole('ds_idx', ds_idx, 0, 1)
         if data is None:
             items = learn.dls[ds_idx].dataset.items
             words, tags = [words for words, _ in items], [tags for _, tags in items]
@@ -123,7 +130,7 @@ class TagEvaluation:
             words, tags = check_tagged(column(data, columns['words']), column(data, columns['tags']), data.index)
         else:
             words, tags = check_tagged(data, labels)
-        with learn.no_bar(), learn.no_logging():
+        with exclusive(learn), learn.no_bar(), learn.no_logging():
             found = learn.tag([list(sentence) for sentence in words])
         known = {*learn.dls.spec.classes, *(tag for sentence in tags for tag in sentence)}
         return cls([sentence.tags for sentence in found], tags, words, tag_scheme(known))
@@ -143,6 +150,9 @@ class TagEvaluation:
         seed:int=0 # Random seed of the bootstrap
     ) -> ScoreTable: # precision | recall | f1 | low | high | interval of | support, for each type and average
         "Return precision, recall and F1 of the entities, with intervals of F1"
+        check_number('level', level, above=0, below=1, or_none=True)
+        check_whole('n_boot', n_boot, high=10**7)
+        check_whole('seed', seed, 0)
         if not len(self) or not self.types:
             raise DataError('A report needs at least one entity', f'{len(self)} sentences without')
         right = [found & true for found, true in zip(self.found, self.true)]

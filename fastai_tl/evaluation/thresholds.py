@@ -11,14 +11,16 @@ __all__ = []
 import warnings
 import numpy as np
 import pandas as pd
+from ..arguments import check_each, check_flag, check_number, checked
 from ..core import DataError, FastaiTLError, shorten
 from ..data.class_names import class_values
 from .calibration import decisions
 from .report import ScoreTable
 from .scores import ScoredRows, curve, ratio, wilson_interval
-from ..plot import PALETTE, figure_style, in_words
+from ..plot import PALETTE, check_figsize, figure_style, in_words
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #6f3957fb
+@checked
 def risk_coverage_table(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
 ) -> ScoreTable: # threshold | coverage | risk | count, from the most confident rows to all
@@ -37,12 +39,14 @@ def risk_coverage_area(
     return float((table.risk*np.diff(np.r_[0, table.coverage])).sum())
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #fbb288af
+@checked
 def abstention_threshold(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     accuracy:float, # Minimum accuracy of the decided rows
     sure:bool=False # Require that the lower end of the 95 % interval reaches `accuracy`
 ) -> dict: # `threshold` (minimum confidence), `coverage`, `accuracy` from `low` to `high`, `count`, `identified`
     "Find the confidence threshold that decides the most rows with a given accuracy"
+    accuracy, sure = check_number('accuracy', accuracy, low=0, high=1), check_flag('sure', sure)
     table = risk_coverage_table(ev)
     reached = 1-table.risk
     low, high = wilson_interval(np.rint(reached*table['count']), table['count'])
@@ -75,6 +79,7 @@ def draw_risk(ax, table, words):
     ax.set(xlabel=words('Coverage'), ylabel=words('Error'), xlim=(0, 1), ylim=(0, top))
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #a4fb4c54
+@checked
 def plot_risk_coverage_curve(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     accuracy:float|None=None, # Mark the threshold for this accuracy
@@ -86,7 +91,7 @@ def plot_risk_coverage_curve(
     chosen = None if accuracy is None else abstention_threshold(ev, accuracy)
     words = lambda o: in_words(o, lang)
     with figure_style(words('Risk and coverage')) as plt:
-        fig, ax = plt.subplots(figsize=figsize)
+        fig, ax = plt.subplots(figsize=check_figsize(figsize))
         draw_risk(ax, table, words)
         if chosen:
             label = f"{words('chosen')}: ≥ {chosen['threshold']:.3f} ({chosen['coverage']:.0%})"
@@ -127,6 +132,7 @@ def threshold_of_class(y, p, want, value):
                 predicted=int(n[i]), support=int(support), identified=True)
 
 # %% ../../nbs/712_evaluation.thresholds.ipynb #2f02bdcc
+@checked
 def best_thresholds(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     recall:float|None=None, # Minimum recall, with which the best precision is found
@@ -140,6 +146,7 @@ def best_thresholds(
     if len(asked) > 1:
         raise FastaiTLError('Ask for one of recall, precision and cost', shorten(asked))
     want, value = next(iter(asked.items()), ('f1', None))
+    _check_wanted(want, value)
     y = ev.indicators.astype(int)
     p = ev.probs.astype(float)
     single = ev.task == 'classification'
@@ -156,16 +163,44 @@ def best_thresholds(
                       f'the class is wrong, or it has no rows. It stays {stays}', stacklevel=2)
     return table
 
+# %% ../../nbs/712_evaluation.thresholds.ipynb #e1c21f80
+def _check_wanted(want, value):
+    if want == 'cost' and len(check_each('cost', value, check_number, low=0)) != 2:
+        raise FastaiTLError('`cost` needs the costs of a false positive and of a false negative', f'{value}')
+    if want in ('recall', 'precision'):
+        check_number(want, value, low=0, high=1)
+
 # %% ../../nbs/712_evaluation.thresholds.ipynb #c566bca7
+def _threshold_values(ev, thresholds):
+    "Return an array with the threshold of each class"
+    if ev.task == 'regression':
+        raise FastaiTLError('Thresholds need classes', 'a regression')
+    t = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
+    return class_values(t, ev.classes, 'Thresholds')
+
+@checked
 def decide_by_thresholds(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     thresholds # One for each class: a list, a dictionary or Series with class names, or the table of `thresholds()`
 ): # The same rows and probabilities with new `preds`
     "Predict labels that reach their thresholds; in single-label tasks, the class with maximal `probs/thresholds`"
-    if ev.task == 'regression':
-        raise FastaiTLError('Thresholds need classes', 'a regression')
-    t = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
-    t = class_values(t, ev.classes, 'Thresholds')
+    t = _threshold_values(ev, thresholds)
     if ev.task == 'multilabel':
         return ev.with_probs(ev.probs, (ev.probs >= t).astype(int))
     return ev.with_probs(ev.probs, (ev.probs/np.maximum(t, 1e-12)).argmax(1))
+
+# %% ../../nbs/712_evaluation.thresholds.ipynb #b3d0f1a2
+@checked
+def scores_at_thresholds(
+    ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
+    thresholds # One for each class: a list, a dictionary or Series with class names, or the table of `thresholds()`
+) -> ScoreTable: # threshold | precision | recall | f1 | predicted | support, one row per class
+    "Return precision, recall and F1 of each class, one-vs-rest, where a row has the class from its threshold on"
+    t = _threshold_values(ev, thresholds)
+    y = ev.indicators > 0
+    predicted = ev.probs.astype(float) >= t
+    hits = (predicted & y).sum(0)
+    n, support = predicted.sum(0), y.sum(0)
+    table = dict(threshold=t, precision=ratio(hits, n), recall=ratio(hits, support), f1=ratio(2*hits, n+support),
+                 predicted=n, support=support)
+    return ScoreTable(pd.DataFrame(table, index=list(map(str, ev.classes))))
