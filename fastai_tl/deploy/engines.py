@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.engines.html.md"""
 __all__ = ['AWDEngine', 'HFEngine', 'EngineRows', 'AveragedEngine', 'engine_of']
 
 # %% ../../nbs/805_deploy.engines.ipynb #f56f806f
-import copy, threading
+import copy
 from functools import cached_property
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
@@ -16,6 +16,8 @@ from fastcore.all import maps
 from fastai.learner import Learner
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
+from ..arguments import check_callable, check_each, check_flag, check_text, check_type, checked
+from ..locks import exclusive
 from ..core import FastaiTLError
 from ..callbacks import evaluating
 from ..data.hf_tokenizer import HFTokenize, TensorTokens, pad_rows
@@ -132,12 +134,12 @@ class AWDEngine(Engine):
         share:bool=False, # Use the Learner's own weights, not a copy; evaluation mode is set during each call
         own:bool=False # `True` if nothing else uses the model, so no copy is needed
     ):
-        self.spec = spec
-        self.vocab = list(vocab)
-        self.tokenizer = tokenizer
-        self.rules = list(rules)
-        self.share = share
-        self.lock = threading.Lock()
+        self.spec = check_type('spec', spec, TextSpec)
+        self.vocab = check_each('vocab', vocab, check_text)
+        self.tokenizer = check_callable('tokenizer', tokenizer)
+        self.rules = check_each('rules', rules, check_callable)
+        self.share, own = check_flag('share', share), check_flag('own', own)
+        self.whole = model if share else None # the lock of a Learner's model belongs to the whole model
         self.o2i = {token: i for i, token in enumerate(self.vocab) if token != 'xxfake'}
         self._take_weights(*classifier_parts(model), copied=not (share or own))
 
@@ -170,7 +172,7 @@ class AWDEngine(Engine):
         texts # List of strings
     ) -> list: # One array of token ids for each text
         "Turn texts into token ids, as the DataLoaders do"
-        with self.lock:
+        with exclusive(self.tokenizer):
             tokens = [list(o) for o in self.tokenizer(maps(*self.rules, texts))]
         rows = [np.array([self.o2i.get(t, 0) for t in o], dtype=np.int64) for o in tokens]
         return [row[::-1].copy() for row in rows] if self.backwards else rows
@@ -212,7 +214,7 @@ class AWDEngine(Engine):
     def _apply_head(self, x):
         if not self.share:
             return self.head(x)
-        with evaluating(self.head):
+        with exclusive(self.whole), evaluating(self.head):
             return self.head(x)
 
     def to_precision(self,
@@ -252,14 +254,13 @@ class HFEngine(Engine):
         own:bool=False, # `True` if nothing else uses the model, so no copy is needed
         run=None # Function from `TensorTokens` to scores; `None`: the model
     ):
+        self.share, own = check_flag('share', share), check_flag('own', own)
+        check_type('model', model, nn.Module)
         self.model = model if share or own else frozen_copy(model)
-        self.spec = spec
-        self.tokenizer = tokenizer
-        self.rules = list(rules)
-        self.share = share
-        self.run = run
-        self.lock = threading.Lock()
-        self._prepare_lock = threading.Lock()
+        self.spec = check_type('spec', spec, TextSpec)
+        self.tokenizer = check_callable('tokenizer', tokenizer)
+        self.rules = check_each('rules', rules, check_callable)
+        self.run = check_callable('run', run, or_none=True)
         self._one = None
         self._is_prepared = False
 
@@ -292,7 +293,7 @@ class HFEngine(Engine):
 
     def _prepare(self, tolerance=1e-3):
         "Wrap the model in an `HFModel` and, if possible, let its top layer compute only one position"
-        with self._prepare_lock:
+        with exclusive(self):
             if self._is_prepared:
                 return self
             if not isinstance(self.model, HFModel):
@@ -313,15 +314,13 @@ class HFEngine(Engine):
     ) -> list: # One array of shape (fields, tokens) for each text or pair
         "Turn texts into token ids, as the DataLoaders do"
         texts = list(texts)
-        with self.lock: # a fast tokenizer raises an error if two threads use it with different settings
-            return self.tok.tokenize(texts)[0] if texts else []
+        return self.tok.tokenize(texts)[0] if texts else []
 
     def pieces(self,
         texts # List of strings
     ) -> tuple: # The windows, and the index of the text of each window
         "Cut long texts into windows"
-        with self.lock:
-            return text_windows(texts, self.tokenizer, self.tok.max_length, self.windows)
+        return text_windows(texts, self.tokenizer, self.tok.max_length, self.windows)
 
     def __call__(self,
         rows # Arrays of shape (fields, tokens)
@@ -337,6 +336,7 @@ class HFEngine(Engine):
         with evaluating(self.model):
             return run(x).float()
 
+    @checked
     def to_precision(self,
         precision:str # A key of `PRECISIONS`
     ): # A new `HFEngine`
@@ -373,7 +373,9 @@ class AveragedEngine(Engine):
     def __init__(self,
         engines # The engine of the forward model and that of the backward model
     ):
-        self.engines = list(engines)
+        self.engines = check_each('engines', engines, check_type, Engine)
+        if not self.engines:
+            raise FastaiTLError('At least one engine is needed', 'none')
         self.spec = self.engines[0].spec
         self.precision = self.engines[0].precision
 
@@ -418,6 +420,7 @@ def engine_of(
     share:bool=False # Use the Learner's own weights instead of a copy
 ) -> Engine: # An `AWDEngine`, an `HFEngine` or an `AveragedEngine`
     "Make the engine of a Learner"
+    share = check_flag('share', share)
     if isinstance(learn, BidirectionalLearner):
         return AveragedEngine([engine_of(part, share) for part in learn.learners])
     if not isinstance(learn, Learner):

@@ -11,7 +11,9 @@ __all__ = ['PRECISIONS', 'usable_precision', 'Int8Linear', 'int8_linears']
 import warnings
 import torch
 from torch import nn
-from ..core import FastaiTLError, unknown_option
+from ..arguments import check_device, check_option, check_tensor, checked
+from ..locks import exclusive
+from ..core import FastaiTLError
 from ..models.layer_groups import layer_groups
 from ..efficiency.mixed_precision import has_bf16
 
@@ -23,9 +25,8 @@ def usable_precision(
     device='cpu' # Device on which the model predicts
 ) -> str: # `precision`, or `fp32`
     "Return the precision, or `fp32` with a warning if the device would have to emulate it"
-    device_type = torch.device(device).type
-    if precision not in PRECISIONS:
-        raise unknown_option('precision', precision, PRECISIONS)
+    device_type = torch.device(check_device('device', device)).type
+    check_option('precision', precision, PRECISIONS)
     if precision == 'int8' and device_type != 'cpu':
         raise FastaiTLError('int8 is for models on a CPU', f'a model on {device_type!r}', "Use 'bf16' or 'fp16' there")
     if precision == 'int8' and torch.backends.quantized.engine == 'none':
@@ -42,7 +43,7 @@ def _pack(weight, bias=None):
     weight = weight.detach().float()
     scales = weight.abs().amax(1).clamp(min=1e-12).double() / 127
     zero_points = torch.zeros(len(weight), dtype=torch.long)
-    with warnings.catch_warnings():
+    with exclusive(warnings), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.quantize_per_tensor', UserWarning) # deprecated since PyTorch 2.14
         quantized = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
     return torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.detach().float())
@@ -60,6 +61,9 @@ class Int8Linear(nn.Module):
         weight:torch.Tensor, # Weights, of shape (outputs, inputs)
         bias:torch.Tensor|None=None # Bias, of shape (outputs,)
     ):
+        check_tensor('weight', weight, 2, True)
+        if check_tensor('bias', bias, 1, True, or_none=True) is not None and len(bias) != len(weight):
+            raise FastaiTLError('`bias` must have a value for each output', f'{len(bias)} and {len(weight)} outputs')
         super().__init__()
         self.packed = _pack(weight, bias)
         self.reduce_range = _reduce_range()
@@ -74,6 +78,7 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.reduce_range)
 
 # %% ../../nbs/800_deploy.quantization.ipynb #81ab5e48
+@checked
 def int8_linears(
     model:nn.Module # Model; it is changed in place
 ) -> nn.Module: # The same model

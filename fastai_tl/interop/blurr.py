@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd, torch
 from torch import nn
 from fastai.learner import Learner
+from ..arguments import checked
 from ..core import DataError, FastaiTLError, shorten
 from ..data.classification import HFTextDataLoaders, LabelledText, tokens_dls
 from ..data.hf_tokenizer import HFTokenize
@@ -46,6 +47,7 @@ def _need_blurr():
         raise ImportError('blurr 1.0.5 is not installed. Its requirements (torch<2) are outdated, '
                           f'so install it without them: {_INSTALL}')
 
+@checked
 def enable_blurr(
     mend:bool=True # Also fix the bugs in blurr; this imports blurr
 ) -> pd.DataFrame: # Columns: what, why
@@ -282,6 +284,7 @@ _MAKERS = dict(
     causal_lm=_language_modeling(HFCausalLMDataLoaders, 'causal_lm'),
     masked_lm=_language_modeling(HFMaskedLMDataLoaders, 'masked_lm'))
 
+@checked
 def from_blurr(
     learn:Learner, # Learner made with any version of blurr, trained or not
     **kwargs # Arguments of the Learner function of the task: `metrics`, `lr`, `cbs`, …
@@ -332,7 +335,7 @@ def _load_export(path):
     wanted = 'A file that `learn.export` wrote is needed'
     try:
         learn = torch.load(path, map_location='cpu', pickle_module=_OLD_PICKLE, weights_only=False)
-    except (pickle.UnpicklingError, EOFError, OSError) as e:
+    except (pickle.UnpicklingError, EOFError, OSError, UnicodeError) as e:
         raise FastaiTLError(wanted, f'{path} ({str(e).splitlines()[0]})') from e
     if not hasattr(learn, 'dls') or not isinstance(getattr(learn, 'model', None), nn.Module):
         raise FastaiTLError(wanted, f'{path} with a {type(learn).__name__}')
@@ -351,6 +354,7 @@ def _make_again(hf):
     return model.eval()
 
 # %% ../../nbs/905_interop.blurr.ipynb #d86193de
+@checked
 def from_blurr_export(
     path:str|Path, # File written by `learn.export`
     trust:bool=False, # Set to `True` if you trust the file; it is a pickle, and loading it can run any code
