@@ -1,4 +1,4 @@
-"""Base class of the quickstarts: it times and resumes the steps, evaluates the baselines, and writes a table and a summary
+"""Base class of the quickstarts: it evaluates the baselines, chooses the best model, and writes a table, a summary, a report and a bundle
 
 Docs: https://fastai-tl.github.io/fastai_tl/quickstart.base.html.md"""
 
@@ -7,25 +7,32 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickstart.base.html.md"""
 # %% auto #0
 __all__ = ['Quickstart']
 
-# %% ../../nbs/955_quickstart.base.ipynb #97fed7a0
-import platform, time
-from contextlib import contextmanager
+# %% ../../nbs/955_quickstart.base.ipynb #a026a4bb
+import os, platform, sys
+from collections import namedtuple
 from importlib.metadata import version
 from pathlib import Path
 import pandas as pd
+import torch
+from fastcore.imports import IN_NOTEBOOK
 from .. import __version__
+from ..arguments import checked
 from ..callbacks import recorder_kept
-from ..core import lang_code
+from ..atomic import check_name
+from ..core import FastaiTLError, RunError, lang_code
 from ..evaluation.evaluation import Evaluation
-from ..evaluation.scores import wilson_interval
+from ..evaluation.intervals import share_interval
 from ..data.labels import check_labels
+from ..deploy.bundle import load_bundle
 from ..evaluation.html_report import save_png
-from ..files import read_json, write_csv, write_json
+from ..files import read_record, write_csv, write_json
+from ..models.loading import quiet_transformers
 from ..plot import in_words, keep_going
 from ..datasets.quickstart import QuickData, bag_of_words_accuracy, majority_accuracy
+from .steps import Steps, in_minutes
 from ..tune.unfreezing import show_table
 
-# %% ../../nbs/955_quickstart.base.ipynb #f43ab026
+# %% ../../nbs/955_quickstart.base.ipynb #14eee6ad
 def save_figure(
     fig, # Matplotlib figure
     path # Path of the PNG file
@@ -38,7 +45,17 @@ def versions():
     names = ('fastai', 'torch', 'transformers', 'scikit-learn', 'numpy')
     return dict(fastai_tl=__version__, python=platform.python_version(), **{name: version(name) for name in names})
 
-# %% ../../nbs/955_quickstart.base.ipynb #601838b7
+def processor() -> str: # For example `2 cores, AVX512`
+    "Return the number of cores and the newest instructions that PyTorch uses on them, on which the times depend"
+    return f'{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}'
+
+def shows_bars() -> bool:
+    "Return whether the output is a terminal or a notebook, where a progress bar can be redrawn"
+    return IN_NOTEBOOK or sys.stdout.isatty()
+
+# %% ../../nbs/955_quickstart.base.ipynb #6aaa03ac
+Trained = namedtuple('Trained', 'learn evaluation chosen') # a model, its test scores, and its learning rate
+
 def validation_scores(
     learn # Learner of a classifier whose first metric is the accuracy
 ) -> dict: # `valid_accuracy` and `valid_loss`
@@ -54,7 +71,7 @@ def best_validated(
     def rank(name): return candidates[name]['valid_accuracy'], -candidates[name]['valid_loss']
     return max(candidates, key=rank)
 
-# %% ../../nbs/955_quickstart.base.ipynb #77cc47b6
+# %% ../../nbs/955_quickstart.base.ipynb #372d918c
 def _candidates(summary):
     "Return the models that were compared, by name, and the name of the chosen one"
     if summary.get('kind') != 'transformer':
@@ -78,7 +95,7 @@ def _reason(candidates, best):
         return f'Of the models with the highest accuracy on the validation set, it has the lowest loss: {listed}.'
     return f'It has the highest accuracy on the validation set: {listed}.'
 
-# %% ../../nbs/955_quickstart.base.ipynb #86d4ca06
+# %% ../../nbs/955_quickstart.base.ipynb #336fcf1b
 def explain_choice(
     summary:dict # Content of `summary.json`
 ) -> str:
@@ -86,56 +103,88 @@ def explain_choice(
     candidates, best = _candidates(summary)
     name = best if best.startswith('learning rate') else f"{best}, learning rate {candidates[best]['lr']:g}"
     text = f'Model: {name}. {_reason(candidates, best)}'
-    if summary['baseline_accuracy'] > summary['accuracy']:
+    if summary.get('baseline_accuracy', 0) > summary['accuracy']:
         text += (f" On the test set, a bag of words is more accurate: {summary['baseline_accuracy']:.1%}, "
                  f"this model {summary['accuracy']:.1%}.")
     return text
 
-# %% ../../nbs/955_quickstart.base.ipynb #bd34b9b4
+# %% ../../nbs/955_quickstart.base.ipynb #ac5452f8
+def _check_paths(summary):
+    "Raise an error if the paths of a summary lead out of its folder"
+    for path in filter(None, (summary.get('model'), summary.get('run'))):
+        for part in path.split('/'):
+            check_name(part, 'model')
+    if summary.get('kind') != 'transformer':
+        for model in summary['chosen'].values():
+            check_name(model['name'])
+
+def read_summary(
+    folder # Folder of a quickstart
+) -> dict|None: # Content of its `summary.json`; `None` if the quickstart is not finished
+    "Read and check the summary of a quickstart"
+    file = Path(folder)/'summary.json'
+    if not file.exists():
+        return None
+    summary = read_record(file, ('accuracy', 'chosen', 'stages', 'size', 'model'))
+    try:
+        explain_choice(summary)
+        _check_paths(summary)
+    except (FastaiTLError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f'{file} must be the summary of a quickstart', f'a damaged one ({error!r:.100})',
+                       'Run the quickstart again: what was trained is kept') from None
+    return summary
+
+# %% ../../nbs/955_quickstart.base.ipynb #eda40087
+_FILES = {'report': 'report/index.html: scores, figures and wrong predictions of the best model on the test set',
+          'model': 'model: the best model, as a bundle', 'table.csv': 'table.csv: the table above',
+          'summary.json': 'summary.json: results, settings and versions',
+          'confusion_matrix.png': 'figures: *.png', 'runs': 'runs: all models, to continue or to compare'}
+
+def closing_lines(
+    out:Path, # Output folder
+    seconds:float, # Duration of the run
+    compared:bool=True, # Whether models were compared
+    peak_mib:float=0. # Highest memory of the run, in MiB; not shown if it is unknown
+) -> list:
+    "List the files of a run and the next commands"
+    files = [text for name, text in _FILES.items() if (out/name).exists()]
+    folder = f"'{out}'" if ' ' in str(out) else out
+    file = f'fastai-tl predict {folder} new.csv --out predicted.csv'
+    third = 'fastai-tl quickstart --data mine.csv' if compared else f'fastai-tl evaluate {folder} labelled.csv'
+    memory = f', at most {peak_mib/1024:.1f} GiB of memory' if peak_mib else ''
+    return [f'{in_minutes(seconds)}{memory}. In the folder {out}:', *[f'  {text}' for text in files], 'Next:',
+            f'  {file}', f'  open {folder}/report/index.html in a browser', f'  {third}']
+
+# %% ../../nbs/955_quickstart.base.ipynb #c07d2e63
 class Quickstart:
     "Base class of the quickstarts, which times the steps and writes the results"
+    @checked
     def __init__(self,
-        out, # Output folder
+        out:str|Path, # Output folder
         data:QuickData, # Texts and labels
         size:dict, # Settings: one of the presets, or a changed copy
         seed:int=42, # Random seed
-        progress:bool=True, # Show progress bars and tables
-        lang:str='en' # Language of the texts: `en` or `zh-tw`
+        progress:bool=True, # Print what is done, with progress bars in a terminal or a notebook
+        lang:str='en', # Language of the texts: `en` or `zh-tw`
+        compare:bool=True, # Also evaluate the baselines
+        steps:Steps|None=None # Steps of the run that this one is a part of
     ):
         self.out = Path(out)
         self.data = data
         self.size = size
         self.seed = seed
         self.progress = progress
+        self.bars = progress and shows_bars()
         self.lang = lang_code(lang)
-        self.file = self.out/'progress.json'
-        self.steps = read_json(self.file) if self.file.exists() else {}
+        self.compare = compare
+        self.steps = Steps(self.out/'progress.json', progress) if steps is None else steps
         is_test = data.labelled.split == 'test'
         self.test = data.labelled[is_test]
         self.rows = data.labelled[~is_test].reset_index(drop=True)
 
-    @contextmanager
-    def step(self,
-        name:str # Name of the step, which is printed and written to `progress.json`
-    ):
-        "Time the code inside the `with` block"
-        if self.progress:
-            print(f'\n{name}', flush=True)
-        old = self.steps.get(name, {'seconds': 0., 'done': False})
-        start = time.perf_counter()
-        done = False
-        try:
-            yield
-            done = True
-        finally:
-            if not old['done']:
-                old = dict(seconds=old['seconds']+time.perf_counter()-start, done=done)
-            self.steps[name] = old
-            write_json(self.file, self.steps)
-
     def baselines(self) -> dict: # Maps the name of each baseline to its accuracy on the test set
         "Return the accuracies of predicting the majority class and of a linear bag-of-words model"
-        with self.step('Baselines'):
+        with self.steps.step('Baselines'):
             delim = self.data.label_delim
             return {'majority class': majority_accuracy(self.data.labelled, delim),
                     'bag of words': bag_of_words_accuracy(self.data.labelled, self.lang, delim)}
@@ -153,7 +202,7 @@ class Quickstart:
         "Return a table of the accuracies with their 95% confidence intervals"
         rows = []
         for model, accuracy in accuracies.items():
-            low, high = wilson_interval(accuracy*len(self.test), len(self.test))
+            low, high = share_interval(accuracy*len(self.test), len(self.test))
             rows.append(dict(model=model, accuracy=accuracy, low=float(low), high=float(high)))
         return pd.DataFrame(rows).set_index('model').round(4)
 
@@ -161,37 +210,85 @@ class Quickstart:
         table:pd.DataFrame # Table returned by the method `table`
     ) -> dict:
         "Return the common part of all summaries: seconds, table, data, settings and versions"
-        stages = [dict(stage=name, **step) for name, step in self.steps.items()]
-        labelled = self.data.labelled
-        delim = self.data.label_delim
+        stages = [dict(stage=name, **step) for name, step in self.steps.done.items()]
+        labelled, delim = self.data.labelled, self.data.label_delim
         labels = check_labels(labelled.label, label_delim=delim)[0] if delim else [[o] for o in labelled.label]
         classes = sorted({label for names in labels for label in names})
-        return dict(seconds=sum(stage['seconds'] for stage in stages), stages=stages,
+        return dict(seconds=sum(stage['seconds'] for stage in stages), stages=stages, peak_mib=self.steps.peak_mib,
                     table=table.reset_index().to_dict('records'), data=self.data.name,
                     rows=labelled.split.value_counts().to_dict(), classes=classes, label_delim=delim,
-                    seed=self.seed, size=self.size, lang=self.lang, versions=versions())
+                    seed=self.seed, size=self.size, lang=self.lang, versions=versions(), processor=processor())
 
-    def save_confusion(self,
-        evaluation:Evaluation # Evaluation on the test set
-    ):
-        "Save the confusion matrix of the test set as PNG; several labels for each text have none"
-        if evaluation.task != 'classification':
-            return
-        title = f"{in_words('Test rows')}, {in_words('accuracy')} {evaluation.accuracy:.1%}"
-        with keep_going('confusion_matrix'):
-            save_figure(evaluation.plot_confusion(title=title), self.out/'confusion_matrix.png')
-
-    def finish(self,
-        table:pd.DataFrame, # Table returned by the method `table`
-        summary:dict, # Content of `summary.json`
-        conclusion:str='' # Sentence about the result, to print
-    ) -> dict: # The summary
-        "Write table and summary to the output folder, and print the table"
+    def run(self) -> dict: # The summary
+        "Run all steps and write the table, the figures, the report, the best model and `summary.json`"
+        own = self.expected()
+        self.steps.plan({**({'Baselines': 5} if self.compare else {}), **own, 'The report': 15})
+        accuracies = self.baselines() if self.compare else {}
+        trained = self.train()
+        accuracies |= {name: one.evaluation.accuracy for name, one in trained.items()}
+        best = best_validated({name: one.chosen for name, one in trained.items()})
+        with self.steps.step('The report'):
+            self.figures(best, trained[best])
+            save_results(self, trained[best], f'{self.data.name}: {best}')
+        table = self.table(accuracies)
+        summary = dict(accuracy=accuracies[best], **self.summary(best, trained), **self.facts(table))
+        if self.compare:
+            summary |= dict(baseline_accuracy=accuracies['bag of words'],
+                            majority_accuracy=accuracies['majority class'])
         write_csv(table, self.out/'table.csv', encoding='utf-8')
         write_json(self.out/'summary.json', summary)
         if self.progress:
-            print(f'\n{self.data.name}; {len(self.test):,} test rows')
-            show_table(table)
-            seconds = f"{summary['seconds']:.0f} seconds; results in {self.out}/"
-            print('\n' + '\n'.join(filter(None, [conclusion, explain_choice(summary), seconds])))
+            self.show(table, summary)
         return summary
+
+    def show(self,
+        table:pd.DataFrame, # Table returned by the method `table`
+        summary:dict # Content of `summary.json`
+    ):
+        "Print the results, the files and the next steps"
+        print(f'\n{self.data.name}; {len(self.test):,} test rows')
+        show_table(table)
+        lines = [self.conclusion(summary), explain_choice(summary)]
+        print('\n'.join([line for line in lines if line] + self.closing(summary)))
+
+    def closing(self,
+        summary:dict # Content of `summary.json`
+    ) -> list:
+        "List the files of this run and the next commands"
+        return closing_lines(self.out, summary['seconds'], self.compare, summary['peak_mib'])
+
+    def conclusion(self,
+        summary:dict # Content of `summary.json`
+    ) -> str: # Empty if there is nothing to say
+        "Return a sentence about the results"
+        return ''
+
+# %% ../../nbs/955_quickstart.base.ipynb #8c4b972f
+def save_confusion(
+    evaluation:Evaluation, # Evaluation on the test set
+    out:Path # Output folder
+):
+    "Save the confusion matrix of the test set as PNG; several labels for each text have none"
+    if evaluation.task != 'classification':
+        return
+    title = f"{in_words('Test rows')}, {in_words('accuracy')} {evaluation.accuracy:.1%}"
+    with keep_going('confusion_matrix'):
+        save_figure(evaluation.plot_confusion(title=title), out/'confusion_matrix.png')
+
+def save_results(
+    quickstart:Quickstart, # The run
+    trained:Trained, # The best model
+    title:str # Title of the report
+):
+    "Save the confusion matrix, the report and the bundle of the best model, which reads the columns of the user's file"
+    out = quickstart.out
+    save_confusion(trained.evaluation, out)
+    with keep_going('report'):
+        trained.evaluation.save(out/'report', title=title, lang=quickstart.lang, dpi=150)
+    for learn in getattr(trained.learn, 'learners', [trained.learn]):
+        learn.dls.spec = learn.dls.spec.replace(columns=quickstart.data.columns)
+    try:
+        with quiet_transformers():
+            load_bundle(trained.learn.save_bundle(out/'model'), verbose=False) # it can be read
+    except FastaiTLError as error: # a tokenizer that no bundle can hold
+        print(f'No bundle was written: {error.message}', file=sys.stderr)

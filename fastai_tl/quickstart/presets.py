@@ -21,7 +21,10 @@ FULL = _PRESETS['full']
 TRANSFORMER = _PRESETS['transformer']
 
 # %% ../../nbs/950_quickstart.presets.ipynb #22522613
-def changed_preset(preset, changes):
+def changed_preset(
+    preset:dict, # A preset
+    changes:dict # New values of some settings
+) -> dict:
     "Return a preset with some settings changed"
     if unknown := set(changes)-set(preset):
         raise FastaiTLError(f'Sizes of a quickstart are {shorten(preset, 20)}', shorten(unknown))
@@ -41,3 +44,24 @@ def take_tokens(
     order = np.random.default_rng(derive_seed(seed, 'sample')).permutation(len(texts))
     n_texts = int(np.searchsorted(np.cumsum(n_words[order]), n))+1
     return [texts[i] for i in sorted(order[:n_texts].tolist())]
+
+# %% ../../nbs/950_quickstart.presets.ipynb #e1a0c002
+_SECONDS = 180e-12 # of two CPU cores without special instructions, for a word and a weight, forwards and backwards
+
+def lstm_weights(
+    size:dict # A preset of ULMFiT
+) -> int:
+    "Return the number of weights of an AWD_LSTM, without its embedding"
+    config = size['config']
+    inner = [config['n_hid']]*(config['n_layers']-1)
+    sizes = [config['emb_sz'], *inner, config['emb_sz']]
+    return sum(4*(n_in + n_out)*n_out for n_in, n_out in zip(sizes, sizes[1:])) + config['emb_sz']*size['max_vocab']
+
+def expected_seconds(
+    texts, # Texts to train on
+    epochs:int, # Number of epochs
+    weights:int # Number of weights of the model
+) -> float:
+    "Estimate how long two CPU cores train, with the overhead of each epoch"
+    n_words = sum(map(len, texts))/5
+    return 2 + epochs*(.5 + _SECONDS*n_words*weights)

