@@ -17,7 +17,11 @@ sys.path[:0] = [
 
 import yaml
 
+import docs_head
+import docs_search
+import docs_zh
 import readme
+import where_is
 from docs_api import Reference
 from docs_crawl import crawl
 from docs_page import ROOT, MarkdownPage, Page, PageError, Site
@@ -35,6 +39,7 @@ FOLDERS = dict(
     deploy='Deployment',
     interop='Other libraries',
     quickstart='Quickstart and command line',
+    commands='Quickstart and command line',
     cli='Quickstart and command line',
 )
 # Modules whose page is not named by their own words
@@ -47,6 +52,7 @@ TITLES = {
     'hf_tokenizer': 'Hugging Face tokenizers',
     'html_report': 'HTML report',
     'lstm_bf16': 'LSTM in bfloat16',
+    'openapi': 'OpenAPI',
     'pytorch_loop': 'PyTorch loop',
     'qa': 'Question answering',
     'seq2seq': 'Sequence to sequence',
@@ -62,6 +68,9 @@ TITLES = {
     'ulmfit_run': 'ULMFiT: run folder',
     'ulmfit_stages': 'ULMFiT: stages',
 }
+
+
+WHERE_LEAD = 'The function or class for each thing, and the module that it is in'
 
 
 def project():
@@ -100,7 +109,15 @@ def make_pages(files, git_url):
     ref = Reference([(PurePosixPath(o), nb) for o, nb in nbs.items()])
     site = Site(files, ref, git_url)
     pages = {o: Page(o, site, nbs[o]) if o in nbs else MarkdownPage(o, site) for o in files}
+    pages['reference'] = WherePage('reference', site)
     return pages, {o: p.text() for o, p in pages.items()}
+
+
+class WherePage(Page):
+    "The first page of the reference: what people look for, the name that does it, and its module"
+
+    def text(self):
+        return self.markdown(f'# What is where\n\n> {WHERE_LEAD}\n\n{where_is.table()}') + '\n'
 
 
 def module_title(page):
@@ -110,13 +127,13 @@ def module_title(page):
 
 
 def reference_nav(pages):
-    "The modules by folder, in the order of their numbers"
+    "What is where, then the modules by folder, in the order of their numbers"
     res = {}
     for p in pages.values():
         if p.module:
             folder = FOLDERS.get(p.module.split('.')[0], 'Core')
             res.setdefault(folder, []).append({module_title(p): p.out})
-    return [{k: v} for k, v in res.items()]
+    return [{pages['reference'].title: pages['reference'].out}, *({k: v} for k, v in res.items())]
 
 
 def nav(outline, pages):
@@ -165,46 +182,71 @@ def llms(cfg, side, pages, url):
 
 
 def build(out):
-    "Write the pages, let zensical make the site of them, check its links; what is wrong, as lines"
-    proj, cfg = project(), config()
-    url = proj['urls']['Documentation'].rstrip('/')
-    pages, texts = make_pages(sources(), proj['urls']['Repository'])
-    side = nav(cfg['nav'], pages)
-    cfg |= dict(
+    "Write the pages, let zensical make both sites of them, check their links; what is wrong, as lines"
+    pages, texts = make_pages(sources(), project()['urls']['Repository'])
+    chinese, chinese_texts = docs_zh.make_pages(next(iter(pages.values())).site)
+    side = nav(config()['nav'], pages)
+    cfg = settings(side)
+    url = cfg['site_url'].rstrip('/')
+    with tempfile.TemporaryDirectory() as tmp:
+        site, zh_site = Path(tmp) / 'site', Path(tmp) / 'zh' / 'site'
+        if wrong := make_site(site, cfg, pages, texts) + make_site(
+            zh_site, docs_zh.config(cfg, chinese), chinese, chinese_texts, docs_zh.BUTTONS
+        ):
+            return wrong
+        docs_search.rewrite(site, {p.module for p in pages.values() if p.module} | {'reference'})
+        docs_search.rewrite_chinese(zh_site)
+        docs_head.add_social_tags(site, pages.values(), url)
+        docs_head.add_social_tags(zh_site, chinese.values(), f'{url}/{docs_zh.FOLDER}')
+        docs_zh.set_lang(zh_site)
+        docs_head.stop_requests(site)
+        docs_head.stop_requests(zh_site)
+        (site / 'llms.txt').write_text(llms(cfg, side, pages, url), encoding='utf-8')
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(site, out)
+        shutil.copytree(zh_site, out / docs_zh.FOLDER)
+    return crawl(out, url)
+
+
+def settings(side):
+    "The settings of the site for zensical; `side` is its sidebar"
+    proj = project()
+    repo = proj['urls']['Repository']
+    return config() | dict(
         site_name=proj['name'],
         site_description=proj['description'],
-        site_url=url + '/',
+        site_url=proj['urls']['Documentation'].rstrip('/') + '/',
         docs_dir='pages',
         site_dir='site',
         nav=side,
+        copyright=f'{proj["name"]} {docs_head.version()}',
+        repo_url=repo,
+        repo_name=f'{proj["name"]} {docs_head.version()}',
         extra=dict(
             generator=False,
-            social=[dict(icon='fontawesome/brands/github', link=proj['urls']['Repository'], name='Source on GitHub')],
+            social=[dict(icon='fontawesome/brands/github', link=repo, name='Source on GitHub')],
+            alternate=docs_zh.switch(''),
         ),
     )
-    with tempfile.TemporaryDirectory() as tmp:
-        work = Path(tmp)
-        shutil.copytree(ROOT / 'tools' / 'assets', work / 'pages' / 'assets')
-        for o, p in pages.items():
-            write(work / 'pages' / p.out, texts[o].encode())
-            for name, data in p.figures.items():
-                write(work / 'pages' / name, data)
-        (work / 'mkdocs.yml').write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True), encoding='utf-8')
-        res = subprocess.run(
-            [sys.executable, '-m', 'zensical', 'build', '--strict', '-f', 'mkdocs.yml'],
-            cwd=work,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        if res.returncode:
-            return [res.stdout]
-        for o, p in pages.items():
-            write(work / 'site' / p.out, texts[o].encode())
-        (work / 'site' / 'llms.txt').write_text(llms(cfg, side, pages, url), encoding='utf-8')
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(work / 'site', out)
-    return crawl(out, url)
+
+
+def make_site(site, cfg, pages, texts, buttons=docs_head.BUTTONS):
+    "Let zensical build a site from its pages; what it printed, if that failed"
+    work = site.parent
+    shutil.copytree(ROOT / 'tools' / 'assets', work / 'pages' / 'assets')
+    for o, p in pages.items():
+        page = docs_head.front_matter(p) + docs_head.with_buttons(p, texts[o], buttons)
+        write(work / 'pages' / p.out, page.encode())
+        for name, data in (p.figures | p.pictures).items():
+            write(work / 'pages' / name, data)
+    (work / 'mkdocs.yml').write_text(yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True), encoding='utf-8')
+    command = [sys.executable, '-m', 'zensical', 'build', '--strict', '-f', 'mkdocs.yml']
+    res = subprocess.run(command, cwd=work, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if res.returncode:
+        return [res.stdout]
+    for o, p in pages.items():
+        write(site / p.out, texts[o].encode())
+    return []
 
 
 def write(path, data):

@@ -249,6 +249,8 @@ def named(o, kind):
         return ''
     if isinstance(o, str) and kind == 'type':
         return o
+    if isinstance(o, float):
+        return f'{o:.8g}' + ('.' if o.is_integer() and abs(o) < 1e8 else '')
     name = getattr(o, '__qualname__', None) or getattr(o, '__name__', None)
     if name and (isinstance(o, type) or callable(o)):
         return name
@@ -298,9 +300,10 @@ def dataclass_docs(cls):
 
 
 def its_class(f):
-    "The dataclass whose `__init__` is `f`; `f` itself if it is no dataclass's"
-    cls = getattr(f, '__globals__', {}).get(f.__qualname__.split('.')[0])
-    return cls if dataclasses.is_dataclass(cls) and cls.__init__ is f else f
+    "The dataclass whose `__init__` is `f`, which may check its arguments first; `f` itself if it is no dataclass's"
+    init = inspect.unwrap(f)
+    cls = getattr(init, '__globals__', {}).get(init.__qualname__.split('.')[0])
+    return cls if dataclasses.is_dataclass(cls) and inspect.unwrap(cls.__init__) is init else f
 
 
 def parameter_docs(obj):

@@ -13,6 +13,7 @@ _fence = re.compile(r'^\s*(```|~~~)')
 _link = re.compile(r'(?<=\]\()(?![a-z][a-z+.-]*:|#|/)([^)\s#]+)(#[^)\s]*)?')
 _code = re.compile(r'(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)')
 _math = re.compile(r'\$\$(.+?)\$\$|(?<![\\$\w])\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?![\w$])', re.S)
+_attributes = re.compile(r' *\{[^}]*\}$')
 _heading = re.compile(r'^#{1,6} ')
 
 
@@ -25,6 +26,8 @@ def page_name(path, home='nbs/home.ipynb'):
     path = PurePosixPath(path)
     if str(path) == home:
         return 'index.md'
+    if str(path) == 'reference':
+        return 'reference.md'
     if path.suffix == '.ipynb' and path.parts[0] == 'nbs':
         return str(PurePosixPath(*path.parts[1:-1], (module_name(path) or path.stem) + '.md'))
     if path.suffix == '.md' and path.parts[0] in ('benchmarks', 'CHANGELOG.md', 'CONTRIBUTING.md'):
@@ -83,6 +86,40 @@ def mathml(s, display):
     return convert(' '.join(s.split()), display='block' if display else 'inline').replace('\n', '')
 
 
+def is_wide(png):
+    "Whether a picture is more than twice as wide as high; sizes are at a fixed place in a PNG file"
+    width, height = (int.from_bytes(png[i : i + 4], 'big') for i in (16, 20))
+    return png[:4] == b'\x89PNG' and width > 2 * height
+
+
+_cells = re.compile(r'<(t[dh])([^>]*)>(.*?)</\1>', re.S)
+_figure = re.compile(r'[-+−]?[\d.,:]+( ?%|e[-+]\d+)?|nan|NaN|inf|-|—|')
+
+
+def aligned(body):
+    "The tables in a piece of HTML with columns of numbers marked, which are aligned to the right"
+    return re.sub(r'<table.*?</table>', lambda m: _aligned_table(m[0]), body, flags=re.S)
+
+
+def _aligned_table(table):
+    rows = re.findall(r'<tr.*?</tr>', table, re.S)
+    cells = [[html.unescape(re.sub('<.*?>', '', c[2])).strip() for c in _cells.findall(r)] for r in rows]
+    data = [texts for row, texts in zip(rows, cells) if '<td' in row]
+    n = min((len(texts) for texts in data), default=0)
+    numbers = {k for k in range(1, n + 1) if all(_figure.fullmatch(t[-k]) for t in data) and any(t[-k] for t in data)}
+
+    def mark(row):
+        count = len(_cells.findall(row))
+        places = iter(range(count, 0, -1))
+
+        def cell(m):
+            return f'<{m[1]}{m[2]} class="num">{m[3]}</{m[1]}>' if next(places) in numbers else m[0]
+
+        return _cells.sub(cell, row) if 'class=' not in row and 'colspan' not in row else row
+
+    return re.sub(r'<tr.*?</tr>', lambda m: mark(m[0]), table, flags=re.S)
+
+
 class Site:
     "What the pages link to: the files that are pages, and the entries of the reference"
 
@@ -113,12 +150,12 @@ class Page:
     "One page: its Markdown, and the figures that belong to it"
 
     def __init__(self, src, site, nb=None):
-        self.src = src
+        self.src = self.edit = src
         self.site = site
         self.nb = nb
         self.out, self.module = page_name(src), module_name(PurePosixPath(src))
         self.title = self.lead = self.heading = ''
-        self.figures = {}
+        self.figures, self.pictures = {}, {}  # drawn by the cells, and files that the prose shows
         self.has_h2 = False
 
     def prose(self, txt):
@@ -131,8 +168,17 @@ class Page:
         return outside_fences(txt, text)
 
     def links_and_maths(self, s):
-        s = _link.sub(lambda m: self.site.file_href(self.out, self.src, m[1], m[2] or ''), s)
+        s = _link.sub(lambda m: self.link(m[1], m[2] or ''), s)
         return _math.sub(lambda m: mathml(m[1] or m[2], bool(m[1])), s)
+
+    def link(self, link, anchor):
+        "A link for the site; a picture that the prose shows is copied to the files of the page"
+        path = ROOT / os.path.normpath(PurePosixPath(self.src).parent / link)
+        if path.suffix not in ('.png', '.svg') or not path.exists():
+            return self.site.file_href(self.out, self.src, link, anchor)
+        name = f'{PurePosixPath(self.out).stem}_files/{path.name}'
+        self.pictures[str(PurePosixPath(self.out).parent / name)] = path.read_bytes()
+        return name
 
     def names(self, line):
         "One line with its backticked names linked, unless they are links already"
@@ -170,14 +216,15 @@ class Page:
             return self.opening(txt)
         for line in txt.split('\n'):
             if _heading.match(line):
-                self.heading = line.lstrip('# ')
+                self.heading = _attributes.sub('', line.lstrip('# '))
                 self.has_h2 = True
         return self.prose(txt)
 
     def figure(self, data, key):
         name = f'{PurePosixPath(self.out).stem}_files/{key}.png'
         self.figures[str(PurePosixPath(self.out).parent / name)] = base64.b64decode(data)
-        return f'![{html.escape(self.heading or self.title)}]({name}){{ .figure loading=lazy }}'
+        wide = ' .wide' if is_wide(base64.b64decode(data)) else ''
+        return f'![{html.escape(self.heading or self.title)}]({name}){{ .figure{wide} loading=lazy }}'
 
     def output(self, o, key):
         if o['output_type'] == 'stream':
@@ -190,7 +237,7 @@ class Page:
         if 'text/html' in data:
             body = re.sub(r'<style.*?</style>', '', data['text/html'], flags=re.S)
             body = '\n'.join(l for l in body.split('\n') if l.strip())
-            return f'<div class="output">\n{body}\n</div>' if body else ''
+            return f'<div class="output">\n{aligned(body)}\n</div>' if body else ''
         txt = plain(data.get('text/plain', ''))
         return '' if re.match(r'<(IPython|Figure|matplotlib)', txt) else block(txt, 'text { .out }')
 
@@ -240,7 +287,8 @@ class Page:
         rows = [*params, *([returns] if returns else [])]
 
         def meaning(p):
-            return self.prose(outside_code(p.meaning.replace('\n', ' '), lambda s: s.replace('|', '&#124;')))
+            text = p.meaning.replace('\n', ' ') + (self.hidden_names(p.meaning) if p.name.startswith('**') else '')
+            return self.prose(outside_code(text, lambda s: s.replace('|', '&#124;')))
 
         cols = [
             ('Parameter', lambda p: f'`{p.name}`' if p.name else '*returns*'),
@@ -253,6 +301,14 @@ class Page:
             ['| ' + ' | '.join(h for h, _ in cols) + ' |', '|' + '---|' * len(cols)]
             + ['| ' + ' | '.join(f(p) for _, f in cols) + ' |' for p in rows]
         )
+
+    def hidden_names(self, meaning):
+        "The parameters of what `**kwargs` are passed to, if its description names it and none of them"
+        if ':' in meaning:
+            return ''
+        found = [e for m in _code.finditer(meaning) if (e := self.site.ref.find(m[2].strip()))]
+        names = list(dict.fromkeys(p.name for e in found for p in parameters(e)[0] if p.name[0] != '*' and p.default))
+        return ': ' + ', '.join(f'`{name}`' for name in names) if names else ''
 
     def text(self):
         "The whole page"
