@@ -10,13 +10,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GROUPS = {
-    'Accuracy': 'transfer_gain trec6_minilm recipes layer_rates hotel_reviews chinese_ner'.split(),
+    'Accuracy': 'transfer_gain trec6_minilm recipes layer_rates hotel_reviews chinese_ner probing'.split(),
     'Speed and memory': (
-        'training mixed_precision feature_cache compilation prediction generation evaluation '
+        'training allocator mixed_precision feature_cache compilation prediction serving generation evaluation '
         'chinese_tokenizers chinese_million import_time gpu'
     ).split(),
     'Coverage': 'architectures blurr_flows'.split(),
-    'Trust': ['trust'],
+    'Trust': ['attributions', 'trust'],
 }
 INTRO = '''# Benchmarks
 

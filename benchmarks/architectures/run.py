@@ -419,11 +419,12 @@ def check(cfg_class, cls):
 
 
 def in_child(f, *args):
-    "`f(*args)` in a process of its own, with a limit on time and memory"
+    "`f(*args)` in a process of its own, with a limit on time and on the memory that it adds"
     r, w = os.pipe()
     pid = os.fork()
     if not pid:
-        resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+        held = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (held + LIMIT_BYTES, held + LIMIT_BYTES))
         signal.alarm(LIMIT_S)
         t = time.perf_counter()
         try:

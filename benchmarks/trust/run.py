@@ -326,7 +326,31 @@ def hostile(args):
     )
 
 
-TRIALS = dict(hostile=hostile)
+def in_threads(args):
+    "Share Learners between threads, and the folder of a run between processes"
+    from threads import threads
+
+    threads(args)
+
+
+def saved_trial(module, args):
+    "Run a trial that is a module of its own, and write its figures"
+    import importlib
+
+    found = importlib.import_module(module).trial(args)
+    print(json.dumps(found['summary'], indent=1))
+    if args.json:
+        write_json(args.json, found)
+
+
+TRIALS = dict(
+    hostile=hostile,
+    threads=in_threads,
+    kill=lambda args: saved_trial('kill', args),
+    disk=lambda args: saved_trial('disk', args),
+    fuzz=lambda args: saved_trial('fuzz', args),
+    time=lambda args: saved_trial('times', args),
+)
 
 if __name__ == '__main__':
     offline()
@@ -335,6 +359,14 @@ if __name__ == '__main__':
     ap.add_argument('--only', default='', help='regular expression that the names of kinds must match')
     ap.add_argument('--every', type=int, default=1, help='try each n-th kind only')
     ap.add_argument('--minutes', type=float, default=60, help='stop after so many minutes')
+    ap.add_argument('--repeats', type=int, default=25, help='how often each call is made in threads')
+    ap.add_argument('--kills', type=int, default=50, help='runs that are killed')
+    ap.add_argument('--quickstarts', type=int, default=3, help='quickstarts that are killed')
+    ap.add_argument('--calls', type=int, default=20_000, help='calls with wrong arguments')
+    ap.add_argument('--jobs', type=int, default=2, help='processes that make calls')
+    ap.add_argument('--seed', type=int, default=0, help='seed of the wrong arguments')
+    ap.add_argument('--valid', action='store_true', help='only make the valid calls')
+    ap.add_argument('--resume', type=Path, help='folder of outcomes; only the calls that it lacks are made')
     ap.add_argument('--verbose', action='store_true', help='print the outcome of each kind')
     args = ap.parse_args()
     TRIALS[args.trial](args)
