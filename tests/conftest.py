@@ -18,8 +18,20 @@ def pytest_addoption(parser):
     parser.addoption('--all', action='store_true', help='run every test, those marked `slow` included')
 
 
+# These take longest, so they start first: the last files are short, and all processes end at about the same time
+LONGEST = ('test_notebooks', 'test_tutorials', 'test_deploy', 'test_readme', 'test_killed')
+
+
+def place(item):
+    "Where a test's file stands in `LONGEST`"
+    name = item.path.stem
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests marked `slow`, unless `--all` is given or the test is named on the command line."""
+    """Put the longest files first. Leave out tests marked `slow`, unless `--all` is given or the test is named on the
+    command line."""
+    items.sort(key=place)
     named = any('::' in arg for arg in config.args)
     if config.getoption('--all') or named:
         return
@@ -27,6 +39,13 @@ def pytest_collection_modifyitems(config, items):
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if 'slow' not in item.keywords]
+
+
+def pytest_runtest_teardown():
+    "Figures and reports are in English again after a test that has set another language"
+    plot = sys.modules.get('fastai_tl.plot')
+    if plot is not None:
+        plot.set_language('en')
 
 
 @pytest.fixture(scope='session', autouse=True)

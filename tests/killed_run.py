@@ -8,7 +8,6 @@ import signal
 import sys
 from pathlib import Path
 
-import fastai_tl.files as files
 from fastai.text.all import *
 from fastai_tl.all import *
 from fastai_tl.files import digest
@@ -54,7 +53,7 @@ def kill_before_rename(n):
                 os.kill(os.getpid(), signal.SIGKILL)
         return replace(src, dst)
 
-    files.os.replace = dies
+    os.replace = dies
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ import random
 
 import pandas as pd
 import torch
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from transformers import BartConfig, BertConfig, GPT2Config, T5Config
 
 from fastai_tl.all import *
@@ -33,6 +33,15 @@ def classifier(toks, labels=LABELS, **kwargs):
     data = dict(multi=dict(task='multilabel'), value=dict(task='regression')).get(kwargs.pop('data', None), {})
     dls = HFTextDataLoaders.from_lists(TEXTS, labels, toks['encoder'], valid=VALID, bs=4, verbose=False, **data)
     return hf_classifier_learner(dls, bert(toks['encoder']), metrics=[], **kwargs)
+
+
+def with_one_output(learn):
+    "The Learner of a classifier of two classes with a single output, for the second class"
+    hf = learn.model.hf
+    hf.config.num_labels = 1
+    hf.num_labels = 1
+    hf.classifier = torch.nn.Linear(hf.classifier.in_features, 1)
+    return HFLearner(learn.dls, HFModel(hf), loss_func=BCEWithLogitsLossFlat())
 
 
 def tagger(toks, **kwargs):

@@ -63,6 +63,13 @@ def public_objects(nb):
             yield f'{cls}.{method}', inspect.getattr_static(names[cls], method)
 
 
+def wrappers(f):
+    "A function, and what decorators have put around it"
+    while f is not None:
+        yield f
+        f = getattr(f, '__wrapped__', None)
+
+
 def undocumented(o):
     "The parameters of `o` without a comment; `self`, names with `_`, and what `@delegates` brings are not asked for"
     if isinstance(o, type):
@@ -74,7 +81,7 @@ def undocumented(o):
     if not isinstance(f, types.FunctionType):
         return []
     own = list(f.__code__.co_varnames[: f.__code__.co_argcount + f.__code__.co_kwonlyargcount])
-    if not hasattr(f, '__delwrap__'):
+    if not any(hasattr(g, '__delwrap__') for g in wrappers(o.__init__ if isinstance(o, type) else o)):
         own += [p.name for p in inspect.signature(f).parameters.values() if p.kind is p.VAR_KEYWORD]
     docs = parameter_docs(o if isinstance(o, type) else f)
     shown = [n for n in own if n not in ('self', 'cls') and not n.startswith('_')]

@@ -1,9 +1,13 @@
 """Bad input: a clear error or a documented behaviour, nothing dropped silently, nothing half-written."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from fastai.callback.all import Callback
+from small_learners import LABELS, TEXTS, causal_lm, classifier
 
 from fastai_tl.all import *
 from fastai_tl.cli import main
@@ -198,3 +202,92 @@ def test_two_directions_need_texts(df, tmp_path, ulm):
         ULMFiT(tmp_path/'b', bidirectional=True, **SIZE).pretrain(dls, epochs=1)
     learn = ULMFiT(tmp_path/'own', **SIZE).pretrain(dls, epochs=1)
     assert learn.recorder.values, 'DataLoaders of the user are used in one direction'
+
+
+# --- arguments ---
+
+NAN, TINY = float('nan'), 1e-320
+
+
+@pytest.fixture(scope='module')
+def made(small_tokenizers):
+    "A tokenizer, DataLoaders, a Learner and an evaluation, as a namespace"
+    toks = small_tokenizers
+    learn = classifier(toks)
+    lm = causal_lm(toks)
+    return SimpleNamespace(toks=toks, tok=toks['encoder'], dls=learn.dls, learn=learn, lm=lm, ev=learn.evaluate())
+
+
+def from_lists(m, **kwargs): return HFTextDataLoaders.from_lists(TEXTS, LABELS, m.tok, verbose=False, **kwargs)
+def words_of(m, **kwargs): return HFTagDataLoaders.from_lists([['a', 'b']]*9, [['O', 'X']]*9, m.tok, **kwargs)
+def blocks_of(m, **kwargs): return HFCausalLMDataLoaders.from_texts(TEXTS, m.toks['decoder'], **kwargs)
+def scored(m, **kwargs): return text_perplexity(m.lm, TEXTS[:2], **kwargs)
+def generated(m, **kwargs): return m.lm.generate('the film', max_new_tokens=2, **kwargs)
+
+
+# an argument, a wrong value, and the calls that must refuse it
+WRONG = [
+    ('valid_pct', -1, [from_lists, words_of, blocks_of]),
+    ('valid_pct', 20, [from_lists, words_of]),
+    ('valid_pct', NAN, [from_lists, blocks_of]),
+    ('valid_pct', True, [from_lists]),
+    ('bs', 0, [from_lists, words_of, blocks_of, scored]),
+    ('bs', -1, [scored]),
+    ('bs', 2.5, [from_lists, blocks_of]),
+    ('bs', '8', [from_lists, scored]),
+    ('max_length', 0, [from_lists, words_of, blocks_of]),
+    ('seed', 'x', [from_lists, blocks_of, lambda m, seed: split_rows(LABELS, 'classification', seed=seed)]),
+    ('factor', NAN, [lambda m, factor: GradualUnfreezing(factor=factor)]),
+    ('groups', 3, [lambda m, groups: GradualUnfreezing(groups=groups)]),
+    ('decay', 1, [lambda m, decay: EMA(decay)]),
+    ('alpha', NAN, [lambda m, alpha: L2SP(alpha)]),
+    ('temperature', TINY, [generated, lambda m, temperature: activate([[1., 2.]], 'classification', temperature)]),
+    ('top_p', 1.5, [generated]),
+    ('num_beams', 0, [generated]),
+    ('n', 0, [lambda m, n: near_duplicates(TEXTS, n=n)]),
+    ('threshold', 80, [lambda m, threshold: near_duplicates(TEXTS, threshold=threshold)]),
+    ('n_folds', 1, [lambda m, n_folds: cross_folds(pd.DataFrame(dict(label=LABELS)), n_folds=n_folds)]),
+    ('p', 1.5, [lambda m, p: DropWords(p), lambda m, p: SwapWords(p), lambda m, p: MaskSpans(p=p)]),
+    ('p', NAN, [lambda m, p: DropWords(p)]),
+    # another type than the annotation
+    ('model', 3, [lambda m, model: layer_groups(model), lambda m, model: mark_fixed(model),
+                  lambda m, model: Evaluation.from_model(model, [])]),
+    ('spec', 'x', [lambda m, spec: HFTextDataLoaders.from_spec(spec, m.tok)]),
+    ('dls', [], [lambda m, dls: augment_texts(dls, DropWords()), lambda m, dls: start_epoch_from_seed(dls, 1)]),
+    ('learn', None, [lambda m, learn: Evaluation.from_learner(learn), lambda m, learn: Encoder.from_learner(learn)]),
+    ('df', 'x', [lambda m, df: show_table(df)]),
+    ('lang', 3, [lambda m, lang: TextSpec('classification', classes=('a', 'b'), lang=lang)]),
+    ('example', None, [lambda m, example: QAWindow(example, np.zeros((4, 3)))]),
+    # Callbacks, metrics, batches, figures, paths
+    ('cbs', 'x', [lambda m, cbs: m.learn.validate(cbs=cbs), lambda m, cbs: m.learn.fit_stlr(1, cbs=cbs)]),
+    ('metrics', ['a'], [lambda m, metrics: hf_classifier_learner(m.dls, m.learn.model.hf.config, metrics=metrics)]),
+    ('loader', {'a': 1}, [lambda m, loader: Evaluation.from_model(torch.nn.Linear(1, 1), loader)]),
+    ('dl', 3, [lambda m, dl: m.learn.evaluate(dl=dl)]),
+    ('bs', 1j, [lambda m, bs: m.dls.test_dl(TEXTS[:2], bs=bs)]),
+    ('figsize', 'ab', [lambda m, figsize: m.ev.plot_confidence(figsize=figsize)]),
+    ('fig', 3, [lambda m, fig: save_png(fig, 'a.png')]),
+    ('path', 'a\ud83d', [lambda m, path: read_json(path), lambda m, path: load_bundle(path)]),
+    ('how', 3, [lambda m, how: AugmentText(how)]),
+]
+CALLS = [(name, value, call) for name, value, calls in WRONG for call in calls]
+# numbers of NumPy, edges of ranges, and values that look unusual
+GOOD = [
+    lambda m: from_lists(m, valid_pct=np.float32(.25), bs=np.int64(4), max_length=np.int32(16), seed=np.int64(1)),
+    lambda m: from_lists(m, valid_pct=.5, seed=0, bs=1),
+    lambda m: scored(m, bs=torch.tensor(4)),
+    lambda m: GradualUnfreezing(groups=(1, 2), factor=[1, .5]),
+    lambda m: EMA(0), lambda m: L2SP(0), lambda m: DropWords(0), lambda m: near_duplicates(TEXTS, threshold=1),
+    lambda m: class_values(.3, ['a', 'b']),
+    lambda m: generated(m, temperature=np.float32(.7), top_p=1),
+]
+
+
+@pytest.mark.parametrize('name, value, call', CALLS, ids=[f'{name}={value}' for name, value, _ in CALLS])
+def test_wrong_arguments(made, name, value, call):
+    "An error of the package says which argument is wrong, and what came"
+    with pytest.raises(FastaiTLError, match=f'`{name}`.*Got '):
+        call(made, **{name: value})
+
+
+@pytest.mark.parametrize('call', GOOD)
+def test_right_arguments(made, call): call(made)

@@ -349,14 +349,14 @@ def test_disk(tokz, tmp_path, monkeypatch, capsys):
 
     class Look(Callback):
         def before_batch(self):
-            files.append(sorted(p.name for p in (tmp_path / 'cache').glob('*.states')))
+            files.append(sorted(p.name for p in (tmp_path / 'cache').glob('.prefix.states.*')))
 
     learn = learner('bert', tokz, tmp_path)
     capsys.readouterr()
     b = stage(learn, 2, [CachedPrefix(), Look()])[0]
     out = capsys.readouterr().out
     assert 'on disk' in out and '1 of 3 layers' in out and 'MB' in out
-    assert len(files[0]) == 1 and len(files[-1]) == 2 and not list((tmp_path / 'cache').glob('*.states'))
+    assert len(files[0]) == 1 and len(files[-1]) == 2 and not list((tmp_path / 'cache').glob('.prefix.states.*'))
     assert np.array_equal(a, b)
     monkeypatch.setattr(states_module.shutil, 'disk_usage', lambda p: type('U', (), dict(free=10)))
     with pytest.raises(FastaiTLError, match='need .* MB.*Got 0.0 kB'):

@@ -425,6 +425,22 @@ def test_rules_of_training_are_used_later(kind, tmp_path):
         assert str(outputs(again)) == str(before)
 
 
+@pytest.mark.parametrize('cut', ['chars', 'jieba'])
+def test_bundle_of_an_awd_lstm(cut, tmp_path):
+    "The tokenizer and the rules are made again from their names"
+    seed_everything(0)
+    tok, rules = language_tools('zh-tw', cut)
+    texts = [WIDE, *TEXTS[:23]]
+    tokens = tokenize_texts_once(texts, tok=tok, rules=rules, progress=False)
+    vocab = texts_vocab(tokens, min_freq=1)
+    dls = classifier_dls(tokens, [*'ab']*12, 'classification', list(range(16)), list(range(16, 24)), vocab, bs=4)
+    learn = awd_classifier_learner(dls, 'classification', 2, dict(emb_sz=16, n_hid=24, n_layers=2))
+    with quiet(learn):
+        learn.fit(1, 1e-2)
+    loaded = load_bundle(learn.save_bundle(tmp_path/'b'), verbose=False)
+    np.testing.assert_allclose(loaded.predict(texts).probs, learn.predict_batch(texts).probs, atol=1e-6)
+
+
 def test_generation_and_perplexity_follow_the_rules():
     seed_everything(0)
     learn, _ = chinese_causal_lm()

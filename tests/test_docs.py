@@ -131,6 +131,21 @@ def test_figures_become_files(docs):
     assert '![Why &quot;so&quot;](x.y_files/1_0.png)' in p.text() and p.figures == {'x.y_files/1_0.png': b'hi'}
 
 
+def test_pictures_of_the_prose_become_files(docs):
+    "A picture in a notebook's folder goes with the page, one that does not exist is an error"
+    picture = 'figures/gallery_topics.svg'
+    p = page(docs, md('# T'), md(f'[![six topics]({picture})](#topics)'), src='nbs/tutorials/x.ipynb')
+    assert '[![six topics](x_files/gallery_topics.svg)](#topics)' in p.text()
+    assert p.figures == {} and list(p.pictures) == ['tutorials/x_files/gallery_topics.svg']
+    with pytest.raises(docs.PageError, match='does not exist'):
+        page(docs, md('![a](figures/none.svg)'), src='nbs/tutorials/x.ipynb').text()
+
+
+def test_anchor_of_a_heading_is_no_part_of_its_name(docs):
+    p = page(docs, md('## 主題 { #topics }'), code('f', shown(image_png='aGk=', text_plain='<Figure>')))
+    assert '## 主題 { #topics }' in p.text() and '![主題](' in p.text()
+
+
 def test_crawler_finds_what_is_broken(docs, tmp_path):
     from docs_crawl import crawl
 
@@ -244,6 +259,92 @@ def test_a_broken_anchor_fails(docs, site, tmp_path):
         '#gradualunfreezing names no anchor' in o
         for o in crawl(tmp_path / 'site', docs.project()['urls']['Documentation'])
     )
+
+
+@zensical
+@pytest.mark.skipif(shutil.which('node') is None, reason='node')
+def test_searches_find_the_page(site):
+    "Words that people use, in the search of the site itself: a page that answers them is among the first three"
+    wanted = json.loads((ROOT / 'tests' / 'data' / 'searches.json').read_text(encoding='utf-8'))
+    res = subprocess.run(['node', ROOT / 'tools' / 'search.js', site], input='\n'.join(wanted), text=True,
+                         capture_output=True, timeout=120)
+    assert res.returncode == 0, res.stderr
+    found = dict(zip(wanted, map(json.loads, res.stdout.splitlines()), strict=True))
+    first = {query: [o.removesuffix('.html') for o in pages[:3]] for query, pages in found.items()}
+    assert not {query: first[query] for query, pages in wanted.items() if not set(pages) & set(first[query])}
+
+
+CHINESE_SEARCHES = {
+    '校準': 'howto/threshold',
+    '門檻': 'howto/threshold',
+    '漸進式解凍': 'tutorials/transformer',
+    '斷詞': 'tutorials/chinese_transformer',
+    '混淆矩陣': 'tutorials/evaluation',
+    '語言模型': 'tutorials/ulmfit',
+    '多個標註': 'howto/csv',
+    '停電': 'howto/resume',
+    '歸因': 'tutorials/attributions',
+    '稀少': 'howto/rare_classes',
+    '上線': 'tutorials/shipping',
+}
+
+
+@zensical
+def test_chinese_pages(site):
+    "Their language, their interface, a way to English and back, and links that lead to the reference one folder up"
+    pages = [p for p in (site / 'zh-tw').rglob('*.html') if p.name != '404.html']
+    assert len(pages) >= 30
+    for path in pages:
+        text = path.read_text(encoding='utf-8')
+        assert '<html lang="zh-Hant-TW"' in text and '搜尋' in text and '目錄' in text, path
+        assert len(re.findall('[\u4e00-\u9fff]', text)) > 300, path
+        assert 'hreflang="en"' in text and 'hreflang="zh-Hant-TW"' in text
+    assert re.search(r'href="(\./)?zh-tw/index.html"', (site / 'index.html').read_text(encoding='utf-8'))
+    evaluation = (site / 'zh-tw' / 'tutorials' / 'evaluation.html').read_text(encoding='utf-8')
+    assert '../benchmarks.html' in (site / 'zh-tw' / 'index.html').read_text(encoding='utf-8')
+    assert '../../evaluation.report.html' in evaluation or '../../evaluation.evaluation.html' in evaluation
+
+
+def test_translations(docs):
+    "Every prose cell of a translated page has Chinese text, and Chinese sentences have full-width punctuation"
+    import docs_zh
+
+    files = [o for names in docs_zh.NAV.values() for o in names]
+    assert not [line for o in files for line in docs_zh.faults(o)]
+    for src in set(files) - docs_zh.CHINESE:
+        for name, text in docs_zh.translation(src).items():
+            prose = re.sub('```.*?```|`[^`]*`|https?://\\S+', '', text, flags=re.S)
+            assert not re.findall('[\u4e00-\u9fff][,;:!?()]', prose), (src, name)
+
+
+@zensical
+@pytest.mark.skipif(shutil.which('node') is None, reason='node')
+def test_searches_in_chinese(site):
+    query = '\n'.join(CHINESE_SEARCHES)
+    res = subprocess.run(['node', ROOT / 'tools' / 'search.js', site / 'zh-tw'], input=query, text=True,
+                         capture_output=True, timeout=120)
+    found = [json.loads(line)[:3] for line in res.stdout.splitlines()]
+    assert all(f'{page}.html' in first for page, first in zip(CHINESE_SEARCHES.values(), found, strict=True)), found
+
+
+def test_head_of_a_page(docs):
+    "Description, and buttons that lead to the notebook"
+    import docs_head
+
+    p = page(docs, md('# Title\n\n> The `lead` with a [link](https://a.b)\n\nText.'))
+    text = docs_head.with_buttons(p, p.text())
+    assert docs_head.description(p) == 'The lead with a link'
+    assert docs_head.front_matter(p) == '---\ndescription: The lead with a link\n---\n\n'
+    assert '(https://x.y/z/edit/main/nbs/900_x.y.ipynb)' in text and 'colab' not in text
+    assert text.startswith('# Title\n')
+
+
+def test_numbers_of_a_table_are_aligned():
+    "Columns of numbers are marked, columns of text are not"
+    from docs_page import aligned
+
+    table = '<table><tr><th></th><th>a</th><th>b</th></tr><tr><th>x</th><td>1.5</td><td>two</td></tr></table>'
+    assert aligned(table).replace(' class="num"', '*') == table.replace('<th>a', '<th*>a').replace('<td>1', '<td*>1')
 
 
 # --- The code of README and home page ---

@@ -407,7 +407,7 @@ BAD_OPTIONS = [
     (dict(prompts=[]), 'At least one prompt'),
     (dict(prompts=[None]), 'Prompts must be strings'),
     (dict(prompts='a', top_pp=1.), "Did you mean 'top_p'"),
-    (dict(prompts='a', temperature=-1.), '`temperature` must be above 0'),
+    (dict(prompts='a', temperature=-1.), '`temperature` must be a number'),
     (dict(prompts='a', do_sample=False, temperature=.5), 'do_sample=True'),
     (dict(prompts='a', num_beams=2, num_return_sequences=3), 'than beams'),
     (dict(prompts='a', max_length=9, max_new_tokens=9), 'not by both'),

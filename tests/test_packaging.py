@@ -7,7 +7,7 @@ import pytest
 
 from repo import *
 
-EXTRAS = {'dev', 'docs', 'zh', 'minilm', 'peft', 'seq2seq', 'blurr'}
+EXTRAS = {'dev', 'docs', 'zh', 'minilm', 'peft', 'seq2seq', 'onnx', 'blurr'}
 
 
 @pytest.fixture(scope='module')
@@ -114,7 +114,7 @@ def test_settings_are_no_nbdev_config():
 
 def test_settings_are_read():
     "The command reads the file's only section, which has a run's main settings and keeps the built-in defaults"
-    from fastai_tl.cli import SETTINGS, read_settings
+    from fastai_tl.commands.settings import SETTINGS, read_settings
 
     cfg = configparser.ConfigParser()
     cfg.read(ROOT / 'settings.ini', encoding='utf-8')

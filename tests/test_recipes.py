@@ -335,8 +335,8 @@ def test_clipping(make, request):
     'kw, match',
     [
         (dict(schedule='stl'), 'stlr'),
-        (dict(warmup=1.0), 'between 0 and 1'),
-        (dict(warmup=0), 'between 0 and 1'),
+        (dict(warmup=1.0), 'above 0 and below 1'),
+        (dict(warmup=0), 'above 0 and below 1'),
         (dict(clip=0), 'above 0'),
         (dict(clip='yes'), 'above 0'),
     ],

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from fastai_tl.all import *
-from fastai_tl.cli import main, read_settings
+from fastai_tl.cli import main
+from fastai_tl.commands.settings import read_settings
 from fastai_tl.data.readers import pop_reader_options
 from fastai_tl.data.tables import column, valid_text
 from fastai_tl.datasets.quickstart import own_data
@@ -156,18 +157,23 @@ def test_own_words_for_missing_values_leave_the_others(tmp_path, values):
 
 
 @pytest.mark.parametrize('words, said', [(['01', '1', '2'], True), (['01', '1', 'None'], True), (['007', '7'], True),
-                                         (['01', '02', '10'], False), (['0', '1', '10'], False)])
-def test_numbers_with_and_without_zeros_are_named(tmp_path, words, said):
+                                         (['01', '02', '10'], True), (['0', '1', '10'], False)])
+def test_codes_with_leading_zeros_stay_as_they_are(tmp_path, words, said):
     path = tmp_path/'a.csv'
-    pd.DataFrame(dict(text=[f'text {i}' for i in range(30)], label=(words*15)[:30])).to_csv(path, index=False)
+    rows = dict(text=[f'text {i}' for i in range(30)], label=(words*15)[:30], n=range(30))
+    pd.DataFrame(rows).to_csv(path, index=False)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter('always')
-        read_table(path)
-    assert any('read as one number in the column label' in str(w.message) for w in found) is said
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        dls = HFTextDataLoaders.from_csv(path, TOKENIZER, dtype=dict(label='str'), **QUIET)
-    assert list(dls.spec.classes) == sorted(set(words))
+        df = read_table(path)
+        dls = HFTextDataLoaders.from_csv(path, TOKENIZER, **QUIET)
+    assert df.n.tolist() == list(range(30)) and df.label.astype(str).tolist() == (words*15)[:30]
+    assert [str(c) for c in dls.spec.classes] == sorted(set(words))
+    assert any('kept as' in str(w.message) and 'label' in str(w.message) for w in found) is said
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        df = read_table(path, dtype=dict(label='str'))
+    assert df.label.tolist() == (words*15)[:30]
+    assert not any('leading zeros' in str(w.message) for w in found)
 
 
 def test_an_empty_cell_is_missing(tmp_path):
@@ -242,7 +248,7 @@ def test_options_of_the_reader_without_a_file(tmp_path):
 @pytest.fixture
 def seen(monkeypatch):
     "The texts that the command `perplexity` would score"
-    import fastai_tl.generation.perplexity as module
+    import fastai_tl.commands.language_models as module
 
     class Stop(Exception):
         pass

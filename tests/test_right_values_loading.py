@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from fastai_tl.all import *
-from fastai_tl.models.hf import HF_TASKS, load_hf
+from fastai_tl.models.hf import load_hf
+from fastai_tl.models.loading import HF_TASKS
 from fastai_tl.models.loading import load_pretrained
 
 pytestmark = pytest.mark.filterwarnings('ignore')

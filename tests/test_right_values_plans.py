@@ -282,7 +282,7 @@ def test_steps_that_add_epochs(tok):
     assert sum(plan.epochs) == 4 and f'4 epochs, not 2, to reach {4 * n} steps' in plan.why
     assert 'epochs' not in learn.transfer_plan(2).why
     for epochs in (0, -1, 1.5, [0, 0], [1, -1], [.5, 1]):
-        with pytest.raises(FastaiTLError, match='`epochs` must be'):
+        with pytest.raises(FastaiTLError, match='`epochs'):
             classifier(tok).transfer_plan(epochs, 'head_then_full')
 
 

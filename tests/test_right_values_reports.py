@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 import fastai_tl.plot
 from fastai_tl.all import *
-from fastai_tl.cli import read_settings
+from fastai_tl.commands.settings import read_settings
 from fastai_tl.data.display import NO_FORMULAS
 from fastai_tl.data.tags import tags_html
 from fastai_tl.evaluation.intervals import f1_interval, ranking_intervals, share_interval

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fastai_tl.core import DataError
+from fastai_tl.core import DataError, FastaiTLError
 from fastai_tl.all import HFQADataLoaders, HFTagDataLoaders, HFTextDataLoaders, cross_folds, split_rows
 from fastai_tl.all import train_tokenizer
 from fastai_tl.datasets.quickstart import own_data
@@ -80,7 +80,7 @@ def test_single_labels_for_any_share():
             train, valid = split_rows(labels, 'classification', valid_pct=share, seed=seed)
             assert {labels[i] for i in train} == set('abcd') and valid
     for share in (1, 1.0, 20):
-        with pytest.raises(DataError, match='below 1'):
+        with pytest.raises(FastaiTLError, match='below 1'):
             split_rows(labels, 'classification', valid_pct=share)
 
 

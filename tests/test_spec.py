@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_tl.core import DataError, FastaiTLError
+from fastai_tl.core import FastaiTLError
 from fastai_tl.data.spec import CLASSIFICATION_TASKS, FAMILIES, TASKS, TextSpec, activate
 
 words = st.text(max_size=12)
 numbers = st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False))
 names = st.one_of(words, numbers, st.booleans())
 counts = st.none() | st.integers(0, 10**6)
+lengths = st.none() | st.integers(1, 10**6)
 values = st.recursive(
     st.none() | names, max_leaves=8,
     extend=lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3))
@@ -29,17 +30,17 @@ specs = st.builds(
     lang=st.sampled_from(['en', 'english', 'zh', 'zh_TW', 'zh-hant']),
     rules=st.lists(words, max_size=4),
     tokenizer=st.dictionaries(words, values, max_size=4),
-    max_length=counts,
+    max_length=lengths,
     truncation=st.booleans(),
     windows=counts,
     backwards=st.booleans(),
     pairs=st.booleans(),
     columns=st.dictionaries(words, words | st.integers(0, 20), max_size=3),
     label_delim=st.none() | words,
-    seq_len=counts,
+    seq_len=lengths,
     word_sep=st.none() | words,
     may_be_none=st.booleans(),
-    max_target_length=counts,
+    max_target_length=lengths,
     indicators=st.booleans(),
     n_values=st.integers(1, 20))
 
@@ -61,7 +62,7 @@ def test_goes_through_a_file_unchanged(tmp_path_factory, spec):
     assert TextSpec.load(path) == spec
 
 
-@given(spec=specs, length=counts)
+@given(spec=specs, length=lengths)
 def test_replace_changes_one_field(spec, length):
     other = spec.replace(max_length=length)
     assert other.max_length == length
@@ -101,7 +102,8 @@ good = TextSpec('multilabel', classes=['a', 'b']).to_json()
     (dict(good, classes=[['a'], 'b']), 'Class names must be strings, numbers or booleans. Got a list'),
     (dict(good, threshold=float('inf')), '`threshold` of a spec must hold strings, finite numbers or booleans'),
     ({'version': 1}, 'a dictionary with a `task`. Got version'),
-    (['multilabel'], 'Got a list'), ('multilabel', 'Got a str'), (None, 'Got a NoneType')])
+    (['multilabel'], "a dictionary. Got ['multilabel']"), ('multilabel', "a dictionary. Got 'multilabel'"),
+    (None, 'a dictionary. Got None')])
 def test_wrong_specs_raise_errors(content, message):
     with pytest.raises(FastaiTLError) as error:
         TextSpec.from_json(content)
@@ -112,7 +114,7 @@ def test_wrong_specs_raise_errors(content, message):
     ('tokenizer', {'a': {1, 2}}), ('tokenizer', {1: 'a'}), ('columns', {'text': object()}), ('rules', [str.lower]),
     ('max_length', float('nan')), ('classes', [b'a'])])
 def test_values_that_json_does_not_have_raise_errors(field, value):
-    with pytest.raises(DataError, match=field):
+    with pytest.raises(FastaiTLError, match=field):
         TextSpec('classification', **{field: value})
 
 

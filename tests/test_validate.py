@@ -15,8 +15,8 @@ from scipy import stats
 from fastai_tl.core import DataError, RunError, TrainingError, derive_seed
 from fastai_tl.data.splits import Fold, cross_folds, time_folds
 from fastai_tl.evaluation.evaluation import Evaluation
-from fastai_tl.evaluation.cross_validation import (FoldError, corrected_ttest, cross_validate, run_folds,
-    time_series_validate)
+from fastai_tl.evaluation.intervals import corrected_ttest
+from fastai_tl.evaluation.cross_validation import FoldError, cross_validate, run_folds, time_series_validate
 
 from repo import clean_env
 
