@@ -125,6 +125,10 @@ class ToTraditional:
     @property
     def __name__(self): return f'ToTraditional({self.config})'
 
+    def __eq__(self, other): return isinstance(other, ToTraditional) and other.config == self.config
+
+    def __hash__(self): return hash(self.__name__)
+
     def __getstate__(self): return {'config': self.config, '_converter': None} # OpenCC's object cannot be pickled
 
     def __call__(self, text):

@@ -10,7 +10,7 @@ __all__ = ['TOKENIZER_MAKERS']
 # %% ../../nbs/816_deploy.fastai_tokenizers.ipynb #b2b332f9
 from fastai.text.core import BaseTokenizer, SpacyTokenizer, defaults
 from ..core import FastaiTLError, RunError, shorten
-from ..data.chinese import CUTS, ChineseTokenizer, ToTraditional
+from ..data.chinese import CUTS, ChineseTokenizer
 from ..data.loaders import rule_names, text_rules
 from ..data.tokenizers import WordLevelTokenizer
 
@@ -52,14 +52,11 @@ def _settings_of(parts):
                             settings['cut'], 'Train with one of them, or keep the folder of the run')
     return settings
 
-def _is_same(rule, other):
-    return rule is other or type(rule) is type(other) is ToTraditional
-
 def with_tokenizer(parts):
     "Return the spec with the settings of the tokenizer; raise an error if they cannot reproduce it"
     settings = _settings_of(parts)
     names = rule_names(parts.rules)
-    if lost := [name for name, *pair in zip(names, text_rules(names), parts.rules) if not _is_same(*pair)]:
+    if lost := [name for name, rule, known in zip(names, parts.rules, text_rules(names)) if rule != known]:
         raise FastaiTLError('A bundle holds the names of rules of fastai and of this package',
                             f'others: {shorten(lost)}',
                             'Apply your own rules to the texts before you make the DataLoaders')
