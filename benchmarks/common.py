@@ -57,6 +57,16 @@ def chosen_clock(cpu_time):
     return time.process_time
 
 
+def load_benchmark(name):
+    "The module of another benchmark, imported under a name of its own"
+    from importlib import util
+
+    spec = util.spec_from_file_location(f'{name}_benchmark', Path(__file__).parent / name / 'run.py')
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # --- time ---
 
 
@@ -126,9 +136,22 @@ def table(columns, rows):
     return '\n'.join([*lines, *(f"| {' | '.join(map(str, r))} |" for r in rows)])
 
 
+def machine():
+    "What the figures depend on: the processor with the flags that matter here, its cores, and the version of torch"
+    from importlib.metadata import version
+
+    text = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+    lines = [line.partition(':') for line in text.split('\n')]
+    about = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    flags = [f for f in about.get('flags', '').split() if f.startswith(('avx', 'amx', 'fma'))]
+    return dict(processor=about.get('model name', ''), cores=os.cpu_count(), flags=flags, torch=version('torch'))
+
+
 def write_json(file, figures, indent=1):
-    "Write the figures to a file, if there is one"
+    "Write the figures to a file, if there is one; named figures get the `machine()` that they come from"
     if file:
+        if isinstance(figures, dict):
+            figures = dict(figures, machine=machine())
         file.write_text(json.dumps(figures, indent=indent) + '\n', encoding='utf-8')
 
 

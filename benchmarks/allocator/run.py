@@ -164,17 +164,6 @@ def measure(job, rounds, threads):
     return dict(figures, cpu=ratio(cpu['off'], cpu['on']), wall=ratio(figures['off']['wall'], figures['on']['wall']))
 
 
-def processor():
-    "Name, cores and the flags of the processor that matter here"
-    import os
-
-    text = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    flags = next((line.split(':')[1].split() for line in text.split('\n') if line.startswith('flags')), [])
-    known = [f for f in flags if f.startswith(('avx', 'amx', 'fma'))]
-    name = next((line.split(':')[1].strip() for line in text.split('\n') if line.startswith('model name')), '')
-    return dict(name=name, cores=os.cpu_count(), flags=known, libc=' '.join(platform.libc_ver()))
-
-
 def row(job, res):
     "A row of the table in the README"
     def figures(what, form):
@@ -190,9 +179,8 @@ def main():
     ap.add_argument('--only', nargs='+', choices=JOBS, default=list(JOBS))
     a = ap.parse_args()
     import fastai_tl.all  # noqa: F401
-    import torch
 
-    about = dict(torch=torch.__version__, threads=a.threads, rounds=a.rounds, processor=processor())
+    about = dict(threads=a.threads, rounds=a.rounds, libc=' '.join(platform.libc_ver()))
     results = {}
     for job in a.only:
         results[job] = measure(job, a.rounds, a.threads)

@@ -233,6 +233,20 @@ def exported_transformer(
         one.__exit__()
         return _transformer_content(model, tok, rows, expected, info)
 
+# %% ../../nbs/806_deploy.onnx_export.ipynb #f280457c
+def _reason(error):
+    "Return the first line of the error that the others come from, or two lines if the first announces a list"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(':'):
+        return f'{first_line(error)} {lines[1][:200]}'
+    return first_line(error)
+
+def _refusal(name, reason):
+    return FastaiTLError(f'A {name} must be a model that PyTorch can export to ONNX', f'this problem: {reason}',
+                         'Use the Predictor with PyTorch: `learn.predictor()`')
+
 # %% ../../nbs/806_deploy.onnx_export.ipynb #9e9b70aa
 def _transformer_content(model, tok, rows, expected, info):
     example = _named(model, [rows[0], rows[1 % len(rows)]], tok.has_types)
@@ -248,12 +262,8 @@ def _transformer_content(model, tok, rows, expected, info):
     except FastaiTLError as error:
         raise _refusal(name, f'{error.expected[0].lower()}{error.expected[1:]}; got {error.got}') from error
     except Exception as error: # of the exporter, which may raise any
-        raise _refusal(name, first_line(error)) from error
+        raise _refusal(name, _reason(error)) from error
     return content
-
-def _refusal(name, reason):
-    return FastaiTLError(f'A {name} must be a model that PyTorch can export to ONNX', f'this problem: {reason}',
-                         'Use the Predictor with PyTorch: `learn.predictor()`')
 
 # %% ../../nbs/806_deploy.onnx_export.ipynb #b1e119ef
 class _ExportedAWD(nn.Module):
@@ -308,7 +318,7 @@ def exported_awd(
                               opset_version=17, input_names=['input_ids', 'lengths'], output_names=['logits'],
                               dynamic_axes=axes)
     except Exception as error: # of the exporter, which may raise any
-        raise _refusal('AWD_LSTM', first_line(error)) from error
+        raise _refusal('AWD_LSTM', _reason(error)) from error
     import onnx
     proto = onnx.load_from_string(file.getvalue())
     head = [node.name for node in proto.graph.node if node.op_type in ('MatMul', 'Gemm')]
