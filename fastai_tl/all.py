@@ -135,6 +135,7 @@ from .deploy.runtime import *
 from .deploy.engines import *
 from .deploy.onnx_export import *
 from .deploy.onnx import *
+from .deploy.pruning import *
 from .deploy.predictor import *
 from .deploy.manifest import *
 from .deploy.fastai_tokenizers import *

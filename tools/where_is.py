@@ -69,6 +69,7 @@ QUESTIONS = {
     'int8 weights': 'Int8Linear',
     'saving and loading a bundle': 'load_bundle',
     'checks of a bundle': 'check_bundle',
+    'smaller models: fewer layers, units or heads': 'layer_losses',
     'ONNX files': 'ONNXEngine',
     'prediction without PyTorch': 'load_onnx',
     'checks of an ONNX file': 'check_onnx',
