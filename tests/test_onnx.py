@@ -32,6 +32,7 @@ FAMILIES = {
     'deberta-v2': dict(relative_attention=True, position_buckets=16, pos_att_type=['p2c', 'c2p'],
                        share_att_key=True, norm_rel_ebd='layer_norm', max_relative_positions=-1),
     'gpt2': dict(n_embd=16, n_layer=2, n_head=2, n_positions=128),
+    'llama': dict(num_key_value_heads=1), # rotary positions, which ONNX Runtime computes with opset 22 only
     'convbert': dict(embedding_size=16, head_ratio=1, conv_kernel_size=3),
 }
 

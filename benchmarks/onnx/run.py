@@ -1,6 +1,6 @@
 """ONNX files of this package: are they right for every architecture, and how fast is the Predictor with them?
 
-    python benchmarks/onnx/run.py families [--part model|encoder] [--only NAME …] [--json FILE]
+    python benchmarks/onnx/run.py families [--part model|encoder] [--only NAME …] [--json FILE] [--resume]
     python benchmarks/onnx/run.py speed --data FOLDER [--texts 1000] [--threads 1] [--cpu-time] [--json FILE]
     python benchmarks/onnx/run.py int8 --data FOLDER [--texts 1000] [--json FILE]
 
@@ -167,8 +167,11 @@ def families(a):
     warnings.simplefilter('ignore')
     import fastai_tl.deploy.onnx_export  # noqa: F401 (once, before the child processes start)
 
-    rows = []
+    rows = json.loads(a.json.read_text()) if a.json and a.json.exists() and a.resume else []
+    done = {row['cls'] for row in rows}
     for task, config, cls in run.classes():
+        if cls.__name__ in done:
+            continue
         if a.only and not {config.model_type, cls.__name__} & set(a.only):
             continue
         part = 'model' if task == 'classification' else 'encoder'
@@ -373,6 +376,7 @@ def main():
     ap.add_argument('experiment', choices=list(EXPERIMENTS))
     ap.add_argument('--only', nargs='*', default=[], help='families: model types or classes')
     ap.add_argument('--part', choices=['model', 'encoder'], help='families: one kind of graph only')
+    ap.add_argument('--resume', action='store_true', help='families: go on with the rows that --json has')
     ap.add_argument('--texts', type=int, default=1000)
     a = ap.parse_args()
     common.write_json(a.json, EXPERIMENTS[a.experiment](a))
