@@ -34,14 +34,22 @@ BATCH = 32  # texts in a batch of bare ONNX Runtime
 # --- families ---
 
 
-def letters(size):
-    "A tokenizer of transformers with a token for each letter, whose ids are below `size`"
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+def letters(model):
+    "A tokenizer of transformers with a token for each letter; a text ends in the token that the model's head looks for"
+    from string import ascii_lowercase
+
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    names = ['[PAD]', '[UNK]', *'abcdefghijklmnopqrstuvwxyz'][:size]
-    tok = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token='[UNK]'))
+    eos = getattr(model.hf.config, 'eos_token_id', None)
+    special = {model.pad_id: '[PAD]'} | ({eos: '[EOS]'} if isinstance(eos, int) and 0 <= eos < model.vocab_sz else {})
+    names = iter(['[UNK]', *ascii_lowercase])
+    size = min(model.vocab_sz, len(special) + 27)
+    vocab = {special[i] if i in special else next(names): i for i in [*range(size), *special] if i < model.vocab_sz}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token='[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.Split(Regex('.'), 'isolated')
+    if eos in special and eos != model.pad_id:
+        tok.post_processor = processors.TemplateProcessing(single='$A [EOS]', special_tokens=[('[EOS]', eos)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='[PAD]', unk_token='[UNK]')
 
 
@@ -121,6 +129,7 @@ def try_family(run, config, cls, part):
     "Export one class, and compare"
     from copy import deepcopy
 
+    import numpy as np
     import torch
 
     from fastai_tl.core import FastaiTLError
@@ -135,12 +144,12 @@ def try_family(run, config, cls, part):
         if model.hf.config.is_encoder_decoder and part == 'encoder':
             return dict(built=False, why='an encoder-decoder among the language models: for translation')
         with torch.no_grad():
-            reference(model, torch.arange(2, 14) % model.vocab_sz, part)
+            reference(model, texts_of(model, [12], np.random.default_rng(0))[0], part)
     except BaseException as error:
         return dict(built=False, why=f'{type(error).__name__}: {error}'[:200])
     spec = TextSpec('classification', classes=['a', 'b'], max_length=40)
     try:
-        content = exported_transformer(HFModel(deepcopy(model.hf)), spec, letters(model.vocab_sz), part=part)
+        content = exported_transformer(HFModel(deepcopy(model.hf)), spec, letters(model), part=part)
     except FastaiTLError as error:
         return dict(built=True, exported=False, why=str(error.got)[:200])
     difference = worst_difference(Graph(content), model, part)
