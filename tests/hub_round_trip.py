@@ -1,5 +1,5 @@
-"""Pushes small models to the hub that HF_ENDPOINT names and loads them again; prints what it found as JSON. A process of
-its own, because huggingface_hub reads its environment once."""
+"""Pushes small models to the hub that HF_ENDPOINT names and loads them again; prints what it found as JSON. A process
+of its own, because huggingface_hub reads its environment once."""
 
 import contextlib
 import io
@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from small_learners import LABELS, MAKERS, TEXTS, VALID, sentences
+import pandas as pd
+from small_learners import LABELS, MAKERS, TEXTS, sentences
 
 from fastai_tl.all import *
 from fastai_tl.cli import main
@@ -22,6 +23,14 @@ toks = {kind: train_tokenizer(sentences(200), 400, kind) for kind in ('encoder',
 
 def bits(array):
     return np.ascontiguousarray(array).tobytes()
+
+
+def one_direction(backwards):
+    "A classifier that reads in one direction"
+    tokens, rows = tokenize_texts_once(TEXTS), list(range(len(TEXTS)))
+    dls = classifier_dls(tokens, LABELS, 'classification', rows[:20], rows[20:], texts_vocab(tokens), bs=4,
+                         backwards=backwards)
+    return awd_classifier_learner(dls, 'classification', 3, dict(emb_sz=16, n_hid=16, n_layers=1), metrics=[])
 
 
 def code_of(card):
@@ -45,7 +54,8 @@ found['tagger same'] = [o.tags for o in again] == [o.tags for o in learn.tag(wor
 # every other task: the lines of its model card run
 for name in ('answerer', 'masked_lm', 'causal_lm', 't5', 'ulmfit_lm'):
     MAKERS[name](toks).push_bundle(f'me/{name}')
-for name in ('classifier', 'regression', 'ulmfit_classifier', 'tagger', 'answerer', 'masked_lm', 'causal_lm', 't5', 'ulmfit_lm'):
+CODE = 'classifier regression ulmfit_classifier tagger answerer masked_lm causal_lm t5 ulmfit_lm'.split()
+for name in CODE:
     learn = load_bundle(f'hf://me/{name}')
     code = code_of(model_card(learn, repo=f'me/{name}'))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -61,7 +71,7 @@ found['branch temperature'] = load_bundle('hf://me/classifier', revision=second,
 found['main precision'] = load_bundle('hf://me/classifier').precision
 
 # a bundle of other files replaces one: forward.* and backward.* take the place of model.*
-pair = BidirectionalLearner(MAKERS['ulmfit_classifier'](toks), MAKERS['ulmfit_classifier'](toks))
+pair = BidirectionalLearner(one_direction(False), one_direction(True))
 pair.push_bundle('me/ulmfit_classifier', card='# Both directions')
 both = load_bundle('hf://me/ulmfit_classifier')
 found['pair same'] = bits(both.scores(TEXTS)) == bits(Predictor(pair).scores(TEXTS))

@@ -1,5 +1,5 @@
-"""A stand-in for the Hugging Face hub: a local server with the part of its interface that huggingface_hub uses to create
-a repository, to commit files (small ones in the commit, weights through Git LFS), and to list and download them.
+"""A stand-in for the Hugging Face hub: a local server with the part of its interface that huggingface_hub uses to
+create a repository, to commit files (small ones in the commit, weights through Git LFS), and to list and download them.
 
     with HubServer() as hub:
         subprocess.run([sys.executable, '-c', program], env=hub.env(tmp_path))
@@ -24,7 +24,8 @@ class Repo:
 
     def __init__(self, private=False, gated=False):
         self.private, self.gated = private, gated
-        self.commits, self.branches, self.messages = {}, {}, []
+        self.commits, self.branches = {}, {}
+        self.messages = []
         self.claimed = {}  # sizes that the listing claims instead of the true ones
         self.commit('main', {}, 'initial commit')
 
@@ -45,7 +46,8 @@ class HubServer:
     "Repositories, and a server for them in a thread"
 
     def __init__(self):
-        self.repos, self.lfs, self.requests = {}, {}, []
+        self.repos, self.lfs = {}, {}
+        self.requests = []
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         self.server.hub = self
         self.server.daemon_threads = True
@@ -141,7 +143,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, body, query, name, revision='main'):
         if (repo := self.repo(name)) and (sha := self.commit_of(repo, revision)):
-            siblings = [dict(rfilename=path, **self.facts(repo, path, data)) for path, data in repo.commits[sha].items()]
+            files = repo.commits[sha].items()
+            siblings = [dict(rfilename=path, **self.facts(repo, path, data)) for path, data in files]
             self.answer(dict(id=name, modelId=name, sha=sha, private=repo.private, tags=[], siblings=siblings))
 
     def facts(self, repo, path, data):
@@ -184,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(403, '', "You don't have the rights to create a model under this namespace")
         if name in self.hub.repos:
             return self.answer(dict(error='You already created this model repo', url=f'{self.hub.url}/{name}'), 409)
-        self.hub.repos[name] = Repo(bool(asked.get('private')))
+        self.hub.repos[name] = Repo('private' in (asked.get('visibility'), asked.get('private') and 'private'))
         self.answer(dict(url=f'{self.hub.url}/{name}', name=name))
 
     def branch(self, body, query, name, branch):

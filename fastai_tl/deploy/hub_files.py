@@ -13,7 +13,7 @@ from pathlib import Path
 from ..arguments import check_flag, check_path, checked
 from ..core import FastaiTLError, RunError, shorten
 from .bundle_files import (BUNDLE, check_bundle, check_name, damaged, first_line, is_document,
-    read_manifest, unlisted_error)
+    own_files, read_manifest, unlisted_error)
 from ..files import read_json, write_json
 
 # %% ../../nbs/812_deploy.hub_files.ipynb #80a2b4b3
@@ -158,8 +158,13 @@ def _known_commits(cache):
         known = read_json(cache/'revisions.json')
     except FastaiTLError: # there is none yet, or it is damaged
         return {}
-    commits = known.items() if isinstance(known, dict) else ()
-    return {name: str(c) for name, c in commits if _COMMIT.fullmatch(str(c)) and (cache/str(c)/BUNDLE).is_file()}
+    commits = {name: str(commit) for name, commit in known.items()} if isinstance(known, dict) else {}
+    return {name: commit for name, commit in commits.items() if _is_complete(cache, commit)}
+
+def _is_complete(cache, commit):
+    "Return whether the cache has a folder with all files of a commit"
+    files = own_files(cache/commit) if _COMMIT.fullmatch(commit) else ()
+    return bool(files) and all((cache/commit/file).is_file() for file in files)
 
 def _from_cache(error, repo, revision, cache, known):
     "Return the folder of the last commit of a revision that was downloaded; without one, raise the error"

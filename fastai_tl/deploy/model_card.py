@@ -213,7 +213,7 @@ def _usage_text(spec, repo):
              'The model is a bundle: safetensors and JSON, without pickle. Loading it runs no code from it.']
     return '\n'.join(lines)
 
-# %% ../../nbs/827_deploy.model_card.ipynb #0a77c373
+# %% ../../nbs/827_deploy.model_card.ipynb #ebbee010
 _ROWS = dict(causal_lm='blocks of tokens', masked_lm='blocks of tokens', qa='windows of passages')
 
 def _n_rows(dls, i):
@@ -232,7 +232,8 @@ def _data_text(source, data):
     if n_train:
         lines.append(f'- Size: {n_train:,} {rows} for training, {n_valid:,} for validation.')
     if spec.columns:
-        lines.append('- Columns: ' + ', '.join(f'{k} in {markdown_text(v)}' for k, v in spec.columns.items()) + '.')
+        columns = [f'{markdown_text(column)} has the {part}' for part, column in spec.columns.items()]
+        lines.append(f'- Columns: {", ".join(columns)}.')
     if spec.classes is not None:
         shown = [*map(markdown_text, spec.classes[:_MAX_CLASSES]), *['…'][:len(spec.classes) > _MAX_CLASSES]]
         lines.append(f'- {len(spec.classes):,} classes: {", ".join(shown)}')
@@ -241,7 +242,7 @@ def _data_text(source, data):
         lines.append(f'- Texts longer than {spec.max_length:,} tokens {longer}.')
     return '\n'.join(lines).removesuffix('\n') or 'Nothing is known about the data.'
 
-# %% ../../nbs/827_deploy.model_card.ipynb #5a1b6fed
+# %% ../../nbs/827_deploy.model_card.ipynb #757b3d69
 def _training_text(source, plan):
     "Return the recipe in words, the epochs, and the energy"
     check_type('plan', plan, (TransferPlan, str), 'the result of `fit_transfer`, or a text', or_none=True)
@@ -252,7 +253,7 @@ def _training_text(source, plan):
     if len(epochs):
         parts.append(f'Epochs of the last fit: {len(epochs)}.')
     if source.energy is not None:
-        parts.append(markdown_text(source.energy.explain(), 1000))
+        parts.append(source.energy.explain())
     return '\n\n'.join(parts) or 'Nothing is known about the training.'
 
 _USE = ('The model {does}. It is for texts like those that it was trained on. On other texts, in other languages or at '

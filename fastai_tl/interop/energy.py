@@ -7,12 +7,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/interop.energy.html.md"""
 # %% auto #0
 __all__ = ['Energy', 'EnergyCallback']
 
-# %% ../../nbs/910_interop.energy.ipynb #eb3f191b
+# %% ../../nbs/910_interop.energy.ipynb #744ca5a8
 import logging, os, time
 from dataclasses import asdict, dataclass
 from fastai.callback.core import Callback
 from fastai.imports import noop
-from ..arguments import check_text, check_type, checked
+from ..arguments import check_text, checked
 from ..callbacks import is_real_fit
 from ..core import FastaiTLError, did_you_mean
 from ..tune.resume import ResumableFit
@@ -140,7 +140,7 @@ class ElectricityMeter:
         method = method_of(getattr(self.tracker, '_hardware', ()))
         return dict(kwh=float(total.energy_consumed), co2_kg=float(total.emissions), method=method, country=country)
 
-# %% ../../nbs/910_interop.energy.ipynb #be0baea2
+# %% ../../nbs/910_interop.energy.ipynb #e3200c20
 class EnergyCallback(Callback):
     "Measure processor time and electricity of the fits of a Learner, and keep their sum as `learn.energy`"
     order = ResumableFit.order-1 # so that the checkpoint of an epoch has its energy
@@ -156,36 +156,43 @@ class EnergyCallback(Callback):
             _check_country(codecarbon, country)
 
     def before_fit(self):
-        "Begin to measure"
+        "Take the sum of the earlier fits"
         self._stop() # a fit that was interrupted
+        self.began = None
         self.run = is_real_fit(self.learn)
-        if not self.run:
-            return
         self.earlier = getattr(self.learn, 'energy', None) or Energy()
+
+    def before_train(self):
+        "Begin to measure before the first epoch that is trained; `validate` and skipped epochs have none"
+        if self.began is not None:
+            return
         codecarbon = _codecarbon()
         self.meter = None if codecarbon is None else ElectricityMeter(codecarbon, self.country)
         self.began = _processor_seconds(), time.perf_counter()
 
     def after_epoch(self):
         "Keep what the fit took so far"
-        self._keep({} if self.meter is None else self.meter.read())
+        if self.began is not None:
+            self._keep({} if self.meter is None else self.meter.read())
 
     def after_fit(self):
         "Keep what the fit took, and print it"
+        if self.began is None:
+            return
         self._keep(self._stop())
         if self.learn.logger is not noop:
             print(self.learn.energy.explain())
 
     def state_dict(self) -> dict:
         "Return what the fits took so far, for a checkpoint"
-        return asdict(self.learn.energy)
+        return asdict(getattr(self.learn, 'energy', None) or Energy())
 
     def load_state_dict(self,
         state:dict # What `state_dict` returned
     ):
         "Count from what the fits had taken when the checkpoint was written"
-        self.earlier = Energy(**state)
-        self.earlier.fits -= 1 # the fit that is resumed now is the same one
+        self.learn.energy = Energy(**state)
+        self.earlier = Energy(**{**state, 'fits': state['fits']-1}) # the fit that is resumed now is the same one
 
     def _keep(self, used):
         processor, wall = self.began
