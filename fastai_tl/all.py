@@ -137,6 +137,7 @@ from .deploy.onnx_export import *
 from .deploy.onnx import *
 from .deploy.pruning import *
 from .deploy.predictor import *
+from .deploy.hub_files import *
 from .deploy.manifest import *
 from .deploy.fastai_tokenizers import *
 from .deploy.onnx_bundle import *
@@ -148,8 +149,11 @@ from .deploy.batching import *
 from .deploy.served_model import *
 from .deploy.openapi import *
 from .deploy.serve import *
+from .deploy.model_card import *
+from .deploy.hub import *
 from .interop.blurr_compat import *
 from .interop.blurr import *
+from .interop.energy import *
 from .quickstart.presets import *
 from .quickstart.steps import *
 from .quickstart.base import *

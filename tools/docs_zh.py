@@ -50,6 +50,7 @@ NAV = {
         'nbs/howto/threshold.ipynb',
         'nbs/howto/predict_file.ipynb',
         'nbs/howto/bundle.ipynb',
+        'nbs/howto/hub.ipynb',
         'nbs/howto/onnx.ipynb',
         'nbs/howto/generate.ipynb',
         'nbs/howto/chinese.ipynb',

@@ -69,7 +69,7 @@ def _add_status(commands):
     parser = commands.add_parser('status', help='show what is done in a run')
     parser.add_argument('run', help='folder of a quickstart or of a ULMFiT run')
 
-_MODEL = 'folder of a bundle, or of a finished `quickstart` or `train`'
+_MODEL = 'folder of a bundle, or of a finished `quickstart` or `train`; or hf://user/model of the Hugging Face hub'
 _TEXT_COLUMN = 'column of the texts (that of the training data); twice for pairs of texts'
 
 def _add_predict(commands):

@@ -17,6 +17,7 @@ from ..data.readers import is_table_file, read_table
 from ..data.spec import TextSpec
 from ..data.tables import question_pairs, text_column, valid_texts
 from ..deploy.bundle import load_bundle
+from ..deploy.hub_files import local_bundle
 from ..deploy.predictor import Predictor
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.predictions import labelled_texts
@@ -30,10 +31,10 @@ from .tables import (check_out, input_columns, lines_of, read_to_predict, reader
 
 # %% ../../nbs/986_commands.predict.ipynb #7f8894be
 def load_model(
-    folder # Folder of a bundle, or of a finished run
+    folder # Folder of a bundle or of a finished run, or `hf://user/model`
 ): # A `Predictor`, or a Learner for tags, answers or texts
     "Load the model of a bundle, or the best model of a run"
-    folder = Path(folder)
+    folder = local_bundle(folder)
     summary = read_summary(folder)
     if (folder/'bundle.json').exists():
         model = load_bundle(folder, verbose=False)

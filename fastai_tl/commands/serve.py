@@ -8,16 +8,16 @@ Docs: https://fastai-tl.github.io/fastai_tl/commands.serve.html.md"""
 __all__ = []
 
 # %% ../../nbs/987_commands.serve.ipynb #f2cea64a
-from pathlib import Path
 from .predict import load_model
 from ..deploy.bundle import load_bundle
+from ..deploy.hub_files import local_bundle
 from ..deploy.serve import serve as serve_model
 from ..deploy.served_model import ServingLimits
 
 # %% ../../nbs/987_commands.serve.ipynb #15a4e724
 def _model_to_serve(args):
     "Return the model of a bundle, or the best model of a run"
-    folder = Path(args.model)
+    folder = local_bundle(args.model)
     bundles = [path for path in (folder, folder/'model') if (path/'bundle.json').exists()]
     if bundles:
         return load_bundle(bundles[0], args.precision, verbose=False, engine=args.engine)

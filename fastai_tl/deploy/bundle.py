@@ -36,6 +36,7 @@ from .engines import AWDEngine, AveragedEngine, HFEngine, classifier_parts
 from fastai_tl.deploy.bundle_files import (BUNDLE, check_bundle, check_settings, check_spec, check_tokenizer_file,
     reading)
 from .fastai_tokenizers import make_tokenizer, with_tokenizer
+from .hub_files import local_bundle
 from .manifest import (SizeLimit, bundle_folder, check_config, check_finite, check_outputs,
     checked_awd_settings, nonfinite_weights, tensor_shapes)
 from .onnx_bundle import OnnxFiles, bundle_engine, onnx_files
@@ -259,15 +260,16 @@ def _prediction_settings(learn, temperature, thresholds, precision):
 # %% ../../nbs/820_deploy.bundle.ipynb #814129e4
 @checked
 def load_bundle(
-    path:str|Path, # Folder written by `save_bundle`
+    path:str|Path, # Folder written by `save_bundle`, or `hf://user/model` on the Hugging Face hub
     precision:str|None=None, # `fp32`, `bf16`, `fp16` or `int8`; `None`: the precision chosen in `save_bundle`
     verbose:bool=True, # Print the stored comparison with float32, if another precision is used
     engine:str='torch', # What computes: `torch`, or `onnx` for ONNX Runtime, in `fp32` or `int8`
+    revision:str|None=None, # Branch, tag or commit of a bundle on the hub; `None`: that of the name, or `main`
     **kwargs # Arguments of `Predictor`: `max_tokens`, `cache`
 ): # A `Predictor` for a classifier or a regression; otherwise a Learner without data
     "Check all files of a bundle and load it, without running code from it"
-    path, verbose = Path(check_path('path', path)), check_flag('verbose', verbose)
     check_option('precision', precision, (*PRECISIONS, None))
+    path, verbose = local_bundle(path, revision), check_flag('verbose', verbose)
     manifest, spec = _read_bundle(path)
     _check_engine(engine, spec)
     if not spec.is_classification:

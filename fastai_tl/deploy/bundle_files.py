@@ -50,21 +50,25 @@ def check_bundle(
 ) -> dict: # Contents of its `bundle.json`
     "Check a bundle and all its files, without running code from it"
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, facts in manifest['files'].items():
         _check_file(path, name, facts)
     for name in manifest['files']:
         if name.endswith('.index.json'):
             _check_index(path, name, manifest['files'])
     if extra := unlisted_files(path, {BUNDLE, *manifest['files']}):
-        raise RunError(f'{path} must contain the files that its {BUNDLE} lists and nothing else', shorten(extra),
-                       'Move them out of the folder (files that begin with a dot, .md files and documents may stay)')
+        raise unlisted_error(path, extra)
     return manifest
 
 # %% ../../nbs/802_deploy.bundle_files.ipynb #e18910cc
 _MAX_FILES = 10_000
 _DOCUMENTS = ('.md', '.pdf', '.docx', '.odt', '.tex', '.csv', '.tsv', '.xlsx', '.png', '.jpg', '.svg', '.html',
               '.ipynb', '.log')
+
+def is_document(name):
+    "Return whether a file is hidden or a document, by its name; such a file may be in the folder of a bundle"
+    is_hidden = any(part.startswith('.') for part in name.split('/'))
+    return is_hidden or name.endswith(_DOCUMENTS)
 
 def unlisted_files(path, listed):
     "Return the names of all files and links that are not listed, except hidden files and documents"
@@ -73,13 +77,17 @@ def unlisted_files(path, listed):
         if n > _MAX_FILES:
             raise _unsafe(f'A bundle must have at most {_MAX_FILES:,} files', f'more in {path}')
         name = file.relative_to(path).as_posix()
-        is_hidden = any(part.startswith('.') for part in name.split('/'))
-        if (file.is_symlink() or not file.is_dir()) and not is_hidden and not name.endswith(_DOCUMENTS):
+        if (file.is_symlink() or not file.is_dir()) and not is_document(name):
             names.append(name)
     return sorted(set(names) - set(listed))
 
+def unlisted_error(path, names):
+    "Return the error for files that a bundle does not list"
+    return RunError(f'{path} must contain the files that its {BUNDLE} lists and nothing else', shorten(names),
+                    'Move them out of the folder (files that begin with a dot, .md files and documents may stay)')
+
 # %% ../../nbs/802_deploy.bundle_files.ipynb #7b789162
-def _read_manifest(path):
+def read_manifest(path):
     "Return the contents of `bundle.json`, with its version and its checksum checked"
     if not (path/BUNDLE).is_file():
         got = f'a folder without {BUNDLE}' if path.is_dir() else f'no folder with {BUNDLE}'
@@ -97,7 +105,7 @@ def _read_manifest(path):
         raise RunError(f'The version of a bundle must be at most {FORMAT_VERSION}',
                        f'version {number!r}, written by fastai_tl {writer}', 'Upgrade fastai_tl')
     if manifest.get('checksum') != digest({k: v for k, v in manifest.items() if k != 'checksum'}):
-        raise _damaged(path, BUNDLE, 'its checksum differs')
+        raise damaged(path, BUNDLE, 'its checksum differs')
     return manifest
 
 def _is_list(manifest):
@@ -114,7 +122,8 @@ def _old_bundle(path):
     return f'Replacing it was interrupted; the previous bundle is {old[-1]}' if old else ''
 
 # %% ../../nbs/802_deploy.bundle_files.ipynb #d01a1c0d
-def _damaged(path, name, what):
+def damaged(path, name, what):
+    "Return the error for a file that is missing or was changed"
     return RunError(f'{path} must be a complete bundle', f'{name}: {what}',
                     'Copy it again, or write it again with `learn.save_bundle`')
 
@@ -124,16 +133,17 @@ def _unsafe(expected, got, todo='Do not use this bundle'):
 def _check_file(path, name, facts):
     "Raise an error unless a listed file is safe to load and unchanged"
     file = path/name
-    _check_name(path, name)
+    check_name(name)
+    _check_place(path, name)
     if not file.is_file():
-        raise _damaged(path, name, 'missing')
+        raise damaged(path, name, 'missing')
     status = file.stat()
     if status.st_size != facts.get('size'):
-        raise _damaged(path, name, f"{status.st_size:,} bytes instead of {facts.get('size')!r}")
+        raise damaged(path, name, f"{status.st_size:,} bytes instead of {facts.get('size')!r}")
     if getattr(status, 'st_blocks', status.st_size)*512*100 < status.st_size - _MAX_HOLE: # st_blocks: not on Windows
         raise _unsafe('The files of a bundle must be as large on the disk as they say', f'{name!r}, which is sparse')
     if _checksum(file) != facts.get('checksum'):
-        raise _damaged(path, name, 'its checksum differs')
+        raise damaged(path, name, 'its checksum differs')
     if file.suffix == '.json':
         _check_json(name, read_strict_json(file))
     if file.suffix == '.onnx':
@@ -151,17 +161,21 @@ def _name_problem(name):
     if parts.suffix not in _ALLOWED_SUFFIXES or parts.name.startswith('adapter_'):
         return 'type'
 
-def _check_name(path, name):
-    "Raise an error if a name points outside the folder, is a link, or has a type that can contain code"
+def check_name(name):
+    "Raise an error if the name of a file points outside the folder, or has a type that can contain code"
     problem = _name_problem(name)
-    inside = 'The files of a bundle must be inside its folder'
     if problem == 'place':
-        raise _unsafe(inside, ascii(name))
-    if (path/name).is_symlink() or not (path/name).resolve().is_relative_to(path.resolve()):
-        raise _unsafe(inside, f'{name!a}, a link')
+        raise _unsafe(_INSIDE, ascii(name))
     if problem == 'type':
         raise _unsafe(f'The files of a bundle must end in {shorten(sorted(_ALLOWED_SUFFIXES), 9)}', ascii(name),
                       'Do not use this bundle: such a file can hold code, or point to it')
+
+def _check_place(path, name):
+    "Raise an error if a file is a link or is in a folder that is one"
+    if (path/name).is_symlink() or not (path/name).resolve().is_relative_to(path.resolve()):
+        raise _unsafe(_INSIDE, f'{name!a}, a link')
+
+_INSIDE = 'The files of a bundle must be inside its folder'
 
 # %% ../../nbs/802_deploy.bundle_files.ipynb #dd7ac1b2
 _CODE_KEYS = ('auto_map', 'custom_generate', 'custom_pipelines', 'quantization_config', 'transformers_weights',

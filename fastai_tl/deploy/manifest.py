@@ -22,7 +22,8 @@ from fastai_tl.deploy.bundle_files import (BUNDLE, FORMAT, FORMAT_VERSION, file_
     unlisted_files)
 
 # %% ../../nbs/815_deploy.manifest.ipynb #e5601e6f
-def _versions():
+def library_versions() -> dict:
+    "Return the versions of this package, of Python and of the libraries that a bundle depends on"
     libraries = ('torch', 'fastai', 'transformers', 'safetensors')
     return dict(fastai_tl=__version__, python=platform.python_version(), **{name: version(name) for name in libraries})
 
@@ -66,7 +67,7 @@ def _seal(folder, settings):
         with open(path, 'rb') as file:
             os.fsync(file.fileno())
     listed = {path.relative_to(folder).as_posix(): file_facts(path) for path in files}
-    manifest = dict(format=FORMAT, version=FORMAT_VERSION, versions=_versions(), **settings, files=listed)
+    manifest = dict(format=FORMAT, version=FORMAT_VERSION, versions=library_versions(), **settings, files=listed)
     write_json(folder/BUNDLE, dict(manifest, checksum=digest(manifest)))
 
 # %% ../../nbs/815_deploy.manifest.ipynb #34f84036
