@@ -8,12 +8,14 @@ Docs: https://fastai-tl.github.io/fastai_tl/callbacks.html.md"""
 __all__ = ['evaluating']
 
 # %% ../nbs/020_callbacks.ipynb #9f048c8e
+import sys
 from contextlib import ExitStack, contextmanager
 import torch
 from fastcore.all import L
 from .arguments import check_each, checked
 from .core import FastaiTLError, describe
 from .locks import exclusive
+from fastai.learner import Learner
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
                                   CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 
@@ -57,11 +59,20 @@ class PausableEvaluation:
             self.__enter__()
 
 # %% ../nbs/020_callbacks.ipynb #a50fcf6d
+def _is_only_entered():
+    "Return whether an event comes from `with learn:`, which is how `validate` calls the events around a fit"
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not Learner.fit.__code__:
+        if frame.f_code is Learner.__enter__.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
 def is_real_fit(
-    learn # A Learner, in a Callback's `before_fit` or later
-) -> bool: # `False` in `lr_find` and in `get_preds`
-    "Return whether the Learner is really training, rather than finding a learning rate or predicting"
-    return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')
+    learn # A Learner, in a Callback's `before_fit`
+) -> bool: # `False` in `lr_find`, `get_preds` and `validate`
+    "Return whether the Learner is really training, rather than finding a learning rate, predicting or validating"
+    return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds') or _is_only_entered())
 
 # %% ../nbs/020_callbacks.ipynb #ce9ad949
 @contextmanager

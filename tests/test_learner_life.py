@@ -9,6 +9,7 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
 
 from fastai_tl.all import *
+from small_learners import classifier
 
 
 @pytest.fixture
@@ -106,3 +107,25 @@ def test_a_learner_with_one_group_gets_layer_groups():
     with learn.no_bar(), learn.no_logging():
         gu = learn.fit_gradual(lr=1e-2)
     assert gu.table().groups.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('make', [
+    lambda: ResumableFit('checkpoint.pth'), BestEpoch, EMA, SWA, L2SP, EvaluationCallback, GradualUnfreezing])
+def test_validate_is_no_fit(make, small_tokenizers, tmp_path, monkeypatch):
+    "Validating a Learner that keeps a Callback of a fit changes neither weights nor files nor the record"
+    monkeypatch.chdir(tmp_path)
+    learn = classifier(small_tokenizers, path='.', cbs=make())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-3)
+        with torch.no_grad():
+            for p in learn.model.parameters():
+                p.add_(.01)
+        weights = {name: p.clone() for name, p in learn.model.state_dict().items()}
+        needs = [p.requires_grad for p in learn.model.parameters()]
+        files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob('*')}
+        values = list(map(list, learn.recorder.values))
+        first, second = learn.validate(), learn.validate()
+    assert first == second and list(map(list, learn.recorder.values)) == values
+    assert all(torch.equal(p, weights[name]) for name, p in learn.model.state_dict().items())
+    assert [p.requires_grad for p in learn.model.parameters()] == needs
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob('*')} == files
