@@ -272,6 +272,8 @@ def test_searches_find_the_page(site):
     found = dict(zip(wanted, map(json.loads, res.stdout.splitlines()), strict=True))
     first = {query: [o.removesuffix('.html') for o in pages[:3]] for query, pages in found.items()}
     assert not {query: first[query] for query, pages in wanted.items() if not set(pages) & set(first[query])}
+    for query in ('onnx', 'onnx export', 'quickstart', 'serve a model', 'migrate from Trainer'):
+        assert first[query][0] in wanted[query], (query, first[query])
 
 
 CHINESE_SEARCHES = {

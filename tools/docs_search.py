@@ -50,13 +50,14 @@ def page_of(item):
 
 def with_words(item, words, modules):
     """An item of the index; the first of a page has the page's keyword line in its path, which weighs more than text.
-    Words before `|` are shown after its title, which weighs most."""
+    Early words weigh more than late ones, so the line comes first. Words before `|` are shown after the title, which
+    weighs most."""
     page = page_of(item)
     if '#' in item['location'] or page not in words:
         return item
     shown, _, others = words[page].rpartition('|')
     title = f'{item["title"]} · {shown.strip()}' if shown else item['title']
-    return dict(item, title=title, path=[*item.get('path', []), *re.split(r',\s*', others.strip())])
+    return dict(item, title=title, path=[*re.split(r',\s*', others.strip()), *item.get('path', [])])
 
 
 def rewrite(site, modules):

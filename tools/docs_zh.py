@@ -40,6 +40,7 @@ NAV = {
     '怎麼做': [
         'nbs/howto/csv.ipynb',
         'nbs/howto/existing_learner.ipynb',
+        'nbs/howto/from_trainer.ipynb',
         'nbs/howto/several_labels.ipynb',
         'nbs/howto/rare_classes.ipynb',
         'nbs/howto/lora.ipynb',
@@ -52,6 +53,7 @@ NAV = {
         'nbs/howto/bundle.ipynb',
         'nbs/howto/hub.ipynb',
         'nbs/howto/onnx.ipynb',
+        'nbs/howto/serve.ipynb',
         'nbs/howto/generate.ipynb',
         'nbs/howto/chinese.ipynb',
         'nbs/howto/gpu.ipynb',

@@ -190,10 +190,11 @@ def evaluated_table(
     predictions = model.predict([item if isinstance(item, str) else tuple(item) for item in texts])
     if model.task == 'regression':
         values = predictions.scores if spec.n_values > 1 else predictions.scores[:, 0]
-        return Evaluation.from_preds(values, np.array(labels, dtype=float), texts=texts)
+        ev = Evaluation.from_preds(values, np.array(labels, dtype=float), texts=texts)
+        return ev.with_row_labels(df.index)
     ev = Evaluation.from_preds(predictions.probs, _class_numbers(labels, predictions), predictions.classes, texts=texts)
     ev.preds = np.asarray(predictions.preds).astype(int) # by the thresholds of the bundle
-    return ev
+    return ev.with_row_labels(df.index)
 
 # %% ../../nbs/986_commands.predict.ipynb #e15aadb9
 def _class_numbers(labels, predictions):

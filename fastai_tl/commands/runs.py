@@ -8,6 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/commands.runs.html.md"""
 __all__ = []
 
 # %% ../../nbs/989_commands.runs.ipynb #b01df443
+import os
 from pathlib import Path
 import pandas as pd
 from ..data.readers import is_table_file, read_table
@@ -39,12 +40,18 @@ def _own_table(options, quiet):
     others = {name: value for name, value in options.items() if name not in reader}
     return {**others, **dict(zip(('text_col', 'label_col'), columns)), 'data': df, 'name': Path(file).name}
 
+# %% ../../nbs/989_commands.runs.ipynb #cd246cbe
+def _keep_few_kernels():
+    "Limit oneDNN's cache of compiled kernels in this process, which has a kernel for each shape of a batch"
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '128') # 1,024 take about 90 MiB more, and no less time
+
 # %% ../../nbs/989_commands.runs.ipynb #662fa974
 _NAMES = ('data', 'out', 'text_col', 'label_col', 'seed', 'bidirectional', 'model', 'lang', 'encoding', 'sep',
           'label_delim', 'general')
 
 def _train(args, compare):
     "Run a quickstart, or train without the comparison; return the summary"
+    _keep_few_kernels()
     settings = _run_settings(args)
     if 'font' in settings:
         set_font(settings['font'])

@@ -227,14 +227,14 @@ class HFTextDataLoaders(HFTableDataLoaders):
         places = indicator_classes(given, task, names)
         if places is not None:
             kwargs.setdefault('vocab', places)
-        valid = None if valid_col is None else column(df, valid_col)
-        splits = split_rows(labels, task, valid, valid_pct, seed)
+        splits = split_rows(labels, task, None if valid_col is None else column(df, valid_col), valid_pct, seed)
         if windows is None:
             dls = hf_classifier_dls(texts, labels, task, *splits, tokenizer, **kwargs)
         else:
             dls = _windowed_dls(texts, labels, task, *splits, tokenizer, windows, **kwargs)
         columns = dict(text=plain_names(text_col), label=plain_names(label_col))
         dls.spec = dls.spec.replace(columns=columns, label_delim=label_delim, indicators=places is not None)
+        dls.row_labels = [df.index[part].tolist() for part in splits] # by which an evaluation names the rows
         return dls
 
     @classmethod

@@ -159,7 +159,7 @@ def own_data(
     "Read a table or folder of labelled texts and split it; `domain` has no texts of test rows"
     df, unlabelled, default_name = _read_source(source, text_col, label_col, kwargs)
     df = df.assign(text=check_texts(df.text, df.index), label=_checked_labels(df.label, label_delim))
-    df = _add_split(df.reset_index(drop=True), seed)
+    df = _add_split(df.reset_index(drop=True), seed).set_index(df.index) # reports name rows as the user's table does
     general = list(general_corpus().text) if lang_code(lang) == 'en' else []
     domain = [*df[df.split != 'test'].text, *unlabelled]
     columns = dict(text=text_col, label=label_col)

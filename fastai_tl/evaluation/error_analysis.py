@@ -354,6 +354,7 @@ def suspected_labels(
     table = table.iloc[clearest_first].head(len(table) if n is None else n).reset_index(drop=True)
     if ev.texts is not None:
         table['text'] = [ev.texts[i] for i in table.row]
+    table['row'] = [ev.row_labels[i] for i in table.row]
     return table
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #ea9cf4dc
@@ -368,4 +369,5 @@ def find_leaked_rows(
     table = TextTable(near_duplicates(texts_of(ev), train_texts, threshold, n))
     if ev.task != 'regression':
         table.insert(3, 'right', row_errors(ev)[table.row.to_numpy(dtype=int)] == 0)
+    table['row'] = [ev.row_labels[i] for i in table.row]
     return table

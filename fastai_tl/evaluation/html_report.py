@@ -52,9 +52,9 @@ def prediction_columns(ev):
 def prediction_table(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     errors:bool=False # Return only wrong rows, with the highest loss first
-) -> pd.DataFrame: # row | true | predicted | confidence or error | loss | probabilities | text
-    "Return a table of all rows with their predictions"
-    df = TextTable(dict(row=np.arange(len(ev)), **prediction_columns(ev)))
+) -> pd.DataFrame: # row (its label) | true | predicted | confidence or error | loss | probabilities | text
+    "Return a table of all rows with their predictions; its index is the position of a row in `ev`"
+    df = TextTable(dict(row=ev.row_labels, **prediction_columns(ev)))
     if ev.losses is not None:
         df['loss'] = np.asarray(ev.losses)
     if ev.task != 'regression' and len(ev.classes) <= 20:
@@ -103,6 +103,9 @@ def draw_figures(
 # %% ../../nbs/728_evaluation.html_report.ipynb #4d0b9e7f
 CALIBRATION_NAMES = dict(ece='ECE', ece_mass='ECE, equal mass', mce='MCE', brier='Brier score', nll='NLL',
                          confidence='mean confidence')
+
+ROW_NOTE = ('row: the label of the row in the table that was evaluated, as in df.loc[row]; '
+            'rows of a file or a list are counted from 0, without the header')
 
 @checked
 def page_tables(
@@ -209,7 +212,7 @@ def explained_errors(ev, attributions, n=20, lang=None):
         return []
     words = lambda o: escape(in_words(o, lang))
     parts = [f"<h2>{words('What the errors depend on')}</h2>"]
-    for row, o in zip(worst.itertuples(), _explanations(ev, attributions, list(worst['row']))):
+    for row, o in zip(worst.itertuples(), _explanations(ev, attributions, list(worst.index))):
         names = f'{words("true")} <b>{escaped(row.true)}</b>, {words("predicted")} <b>{escaped(row.predicted)}</b>'
         parts.append(f'<div><div>{words("row")} {row.row}: {names}</div>{o._repr_html_()}</div>')
     return parts
@@ -231,6 +234,11 @@ def page_head(ev, title, words):
     scores = headline_scores(ev).items()
     tiles = ''.join(f'<div class="tile">{escape(words(name))}<b>{value:.4f}</b></div>' for name, value in scores)
     return f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>\n<div class="tiles">{tiles}</div>'
+
+def worst_part(worst, words, lang):
+    "Return the part of the page with the rows of the highest loss, and what their numbers are"
+    title, note = escape(words('Rows with the highest loss')), escape(words(ROW_NOTE))
+    return f'<h2>{title}</h2><p>{note}</p>{table_html(worst, lang)}'
 
 # %% ../../nbs/728_evaluation.html_report.ipynb #cb6b135e
 @checked
@@ -258,7 +266,7 @@ def html_page(
         with keep_going(name):
             parts.append(image_html(name, fig))
     if worst is not None:
-        parts.append(f"<h2>{escape(words('Rows with the highest loss'))}</h2>{table_html(worst, lang)}")
+        parts.append(worst_part(worst, words, lang))
     parts += explained_errors(ev, attributions, n, lang)
     html_lang = 'zh-Hant' if figure_lang(lang) == 'zh-tw' else 'en'
     return Template(read_text('report.html')).substitute(lang=html_lang, title=escape(title),

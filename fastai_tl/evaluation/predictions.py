@@ -126,6 +126,16 @@ def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None
     probs = two_columns(probs, targets, classes)
     return cls(probs, targets, classes, losses, texts, spec.threshold)
 
+def labels_of_rows(dls, ds_idx, dl, data, n):
+    "Return the labels that `n` evaluated rows have in the user's table; `None` if they are not known"
+    if data is not None:
+        return list(data.index) if isinstance(data, pd.DataFrame) else None
+    known = getattr(dls, 'row_labels', ()) if dl is None else ()
+    if ds_idx < len(known) and len(known[ds_idx]) == n:
+        return known[ds_idx]
+    items = getattr(dls[ds_idx] if dl is None else dl, 'items', None) # a table in a fastai DataBlock
+    return list(items.index) if isinstance(items, pd.DataFrame) and len(items) == n else None
+
 # %% ../../nbs/730_evaluation.predictions.ipynb #1a1a45d6
 def check_known(labels, spec, index):
     "Raise an error if a label is not a class of the model"
@@ -183,6 +193,7 @@ def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, dat
     check_type('dl', dl, (DataLoader, list, tuple), 'a DataLoader or a list of batches', or_none=True)
     check_whole('ds_idx', ds_idx, 0)
     spec = spec_of(learn)
+    given = dl
     if data is not None:
         of_labels = spec_of(learn.dls) # without the loss function, which could change the task to multi-label
         new_texts, new_labels = labelled_texts(of_labels, data, labels)
@@ -193,7 +204,8 @@ def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, dat
         result = pass_of_pair(learn, ds_idx, dl, spec)
     else:
         result = pass_over(learn, read, spec)
-    return rows_of_pass(cls, spec, read, *result, classes, texts)
+    rows = rows_of_pass(cls, spec, read, *result, classes, texts)
+    return rows.with_row_labels(labels_of_rows(learn.dls, ds_idx, given, data, len(rows)))
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #09ca928d
 def logits_of(output):

@@ -290,14 +290,14 @@ def confused_pairs(
 def worst_rows(
     ev:ScoredRows, # Rows to evaluate, such as an `Evaluation`
     n:int=10 # Number of rows
-) -> pd.DataFrame: # row | true | predicted | confidence | loss | text
+) -> pd.DataFrame: # row (its label in the table that was evaluated) | true | predicted | confidence | loss | text
     "Return the rows with the highest loss"
     if ev.task != 'classification' or ev.losses is None:
         raise FastaiTLError('The worst rows need one class a text and losses', f'a {ev.task} task')
     check_whole('n', n, 0)
     losses = np.asarray(ev.losses)
     rows = np.argsort(-losses, kind='stable')[:n]
-    df = TextTable(dict(row=rows, true=[ev.classes[int(t)] for t in ev.targets[rows]],
+    df = TextTable(dict(row=[ev.row_labels[i] for i in rows], true=[ev.classes[int(t)] for t in ev.targets[rows]],
         predicted=[ev.classes[p] for p in ev.preds[rows]], confidence=ev.probs[rows].max(1), loss=losses[rows]))
     if ev.texts is not None:
         df['text'] = [ev.texts[i] for i in rows]

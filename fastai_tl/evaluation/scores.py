@@ -15,6 +15,7 @@ from ..arguments import check_array, check_each, check_number, checked
 from ..core import DataError, shorten
 from ..data.class_names import class_list, class_values, match_names
 from ..data.spec import activate
+from ..data.tables import list_of
 
 # %% ../../nbs/700_evaluation.scores.ipynb #98d60b00
 def row_losses(probs, targets, task):
@@ -164,6 +165,7 @@ class ScoredRows:
         self.classes = None if classes is None else class_list(classes)
         self.losses = None if losses is None else check_array('losses', losses, 1, nan=True, dtype=None)
         self.texts = texts if texts is None or isinstance(texts, (str, list)) else check_each('texts', texts)
+        self.row_labels = list(range(len(self.targets)))
         self.task = self._task()
         self.threshold = self._thresholds(threshold)
         check_shapes(self.probs, self.targets, self.classes, self.task)
@@ -191,6 +193,15 @@ class ScoredRows:
         if rows.losses is None:
             rows.losses = row_losses(rows.probs, rows.targets, rows.task)
         return rows
+    def with_row_labels(self,
+        labels # Label of each row, such as the index of a DataFrame; `None`: the position
+    ):
+        "Name the rows as the user's table does, in all tables of errors; return the object itself"
+        labels = list(range(len(self))) if labels is None else list_of(labels, 'row label')
+        if len(labels) != len(self):
+            raise DataError('There must be a label for each row', f'{len(labels)} labels for {len(self)} rows')
+        self.row_labels = labels
+        return self
     def with_probs(self,
         probs, # Probabilities (rows, classes)
         preds=None # New `preds`; if `None`, the most probable class, or labels with a probability above one half
@@ -199,7 +210,7 @@ class ScoredRows:
         rows = type(self).from_preds(probs, self.targets, self.classes, texts=self.texts)
         if preds is not None:
             rows.preds = preds
-        return rows
+        return rows.with_row_labels(self.row_labels)
     @property
     def indicators(self) -> np.ndarray: # Booleans (rows, classes)
         "Return booleans that are true where a class is a true class of the row"

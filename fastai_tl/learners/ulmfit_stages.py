@@ -134,7 +134,7 @@ def take_over(
     return weights
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #90467f49
-_LabelledRows = namedtuple('LabelledRows', 'texts labels task train valid classes')
+_LabelledRows = namedtuple('LabelledRows', 'texts labels task train valid classes index')
 
 @checked
 @dataclass
@@ -174,7 +174,8 @@ class TableOptions:
         names = list(self.label_col) if is_several(self.label_col) else None
         labels, task = check_labels(given, df.index, self.task, self.label_delim, names)
         places = indicator_classes(given, task, names)
-        return _LabelledRows(texts, labels, task, *split_rows(labels, task, split, self.valid_pct, seed), places)
+        return _LabelledRows(texts, labels, task, *split_rows(labels, task, split, self.valid_pct, seed), places,
+                             df.index)
 
 def _as_table(source, reader):
     if isinstance(source, (str, Path)):
@@ -226,11 +227,12 @@ def _classifier_data(run, stage, source, table, start, bs):
     if isinstance(source, DataLoaders):
         _need_one_direction(stage)
         return source, digest(text_vocab(source), len(source.train_ds), len(source.valid_ds))
-    texts, labels, task, train, valid, classes = source
+    texts, labels, task, train, valid, classes, index = source
     vocab = run.texts.vocab(texts, train) if start is None else start.vocab
     dls = classifier_dls(texts, labels, task, train, valid, vocab, run.tok, run.rules, bs, run.seq_len,
                          backwards=stage.backwards, classes=classes)
     dls.spec = dls.spec.replace(columns=table.columns(), label_delim=table.label_delim, indicators=classes is not None)
+    dls.row_labels = [index[part].tolist() for part in (train, valid)] # by which an evaluation names the rows
     return dls, digest(texts.words, texts.ids.tobytes(), labels, train, valid)
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #d5801b72

@@ -194,7 +194,8 @@ class Quickstart:
     ) -> Evaluation:
         "Evaluate a classifier on the test set"
         with learn.no_bar():
-            return learn.evaluate(list(self.test.text), list(self.test.label))
+            ev = learn.evaluate(list(self.test.text), list(self.test.label))
+        return ev.with_row_labels(self.test.index)
 
     def table(self,
         accuracies:dict # Maps the name of each model to its accuracy on the test set
