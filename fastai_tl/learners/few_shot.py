@@ -7,9 +7,10 @@ Docs: https://fastai-tl.github.io/fastai_tl/learners.few_shot.html.md"""
 # %% auto #0
 __all__ = ['FewShotOptions', 'FewShotFit', 'few_shot_learner', 'FewShotClassifier']
 
-# %% ../../nbs/537_learners.few_shot.ipynb #77165a82
+# %% ../../nbs/537_learners.few_shot.ipynb #ca4f76b9
 import math, warnings
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -19,7 +20,7 @@ from ..arguments import check_flag, check_number, check_type, check_whole, check
 from ..callbacks import evaluating
 from ..core import DataError, FastaiTLError, TrainingError, check_arguments, derive_seed, shorten
 from ..data.classification import HFTextDataLoaders
-from ..data.hf_tokenizer import TensorTokens, load_tokenizer, pad_rows
+from ..data.hf_tokenizer import TensorTokens, pad_rows
 from ..data.tables import list_of
 from ..data.tokenizer_calls import hub_error
 from ..efficiency.frozen_features import replaced_forwards
@@ -35,18 +36,18 @@ from ..models.third_party import spec_of
 from ..tune.contrastive import backward_in_parts, supervised_contrastive_loss
 from ..tune.transfer_plan import unchanged_rng
 
-# %% ../../nbs/537_learners.few_shot.ipynb #8ef1b304
+# %% ../../nbs/537_learners.few_shot.ipynb #2922f5b7
 @checked
 @dataclass
 class FewShotOptions:
     "Further options of `few_shot_learner`"
-    n_steps:int=24 # Optimizer steps of the contrastive tuning; 0: none, only the head is fitted
-    lr:float=2e-4 # Maximum learning rate of the encoder
+    n_steps:int=12 # Optimizer steps of the contrastive tuning; 0: none, only the head is fitted
+    lr:float=4e-4 # Maximum learning rate of the encoder
     temperature:float=.1 # Temperature of the contrastive loss
     n_views:int=2 # How often each text is encoded in a step, each time with other dropout
-    layer:int|None=None # Number of layers whose result is pooled; `None`: chosen by cross-validation
-    C:float|None=None # Inverse strength of the regularization of the head; `None`: see `fit_head_on`
-    part_tokens:int=4096 # Tokens that are computed at once; the gradient does not depend on it
+    layer:int|None=None # Number of layers whose result is pooled; `None`: all, or the best ones if `n_steps=0`
+    C:float|None=None # Inverse strength of the head's regularization; `None`: .1, or the best one if `n_steps=0`
+    part_tokens:int=4096 # Tokens that a forward pass keeps in memory; the gradient does not depend on it
 
     def __post_init__(self):
         check_whole('n_steps', self.n_steps, 0)
@@ -62,7 +63,7 @@ def _pop_options(kwargs):
     names = [f.name for f in fields(FewShotOptions)]
     return FewShotOptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
 
-# %% ../../nbs/537_learners.few_shot.ipynb #c96a2bd3
+# %% ../../nbs/537_learners.few_shot.ipynb #01cbb4c7
 @dataclass
 class FewTexts:
     "Token ids of texts, on the device of the model"
@@ -76,27 +77,40 @@ class FewTexts:
         rows = [dataset[i][0].as_subclass(torch.Tensor) for i in range(len(dataset))]
         return cls(rows, dls.tokenizer.padding_side == 'left', dls.device)
 
-    def parts(self,
-        n_tokens # Maximum number of tokens in a part, padding included; a longer text is a part of its own
+    def batches(self,
+        bs:int=16 # Number of texts in a batch
     ) -> list: # `(indexes of the texts, batch)`
-        "Return batches of texts of similar length"
-        parts, current = [], []
-        for i in sorted(range(len(self.rows)), key=lambda i: self.rows[i].shape[-1]):
-            if current and (len(current) + 1)*self.rows[i].shape[-1] > n_tokens:
-                parts.append(current)
-                current = []
-            current.append(i)
-        return [(part, self._batch(part)) for part in [*parts, current]]
+        "Return batches of texts of similar length, so that there is little padding"
+        order = sorted(range(len(self.rows)), key=lambda i: self.rows[i].shape[-1])
+        groups = [order[i:i+bs] for i in range(0, len(order), bs)]
+        return [(group, self._batch(group)) for group in groups]
 
     def _batch(self, indexes):
         batch = pad_rows([self.rows[i] for i in indexes], -1, self.left)
         return batch.as_subclass(TensorTokens).to(self.device)
 
-# %% ../../nbs/537_learners.few_shot.ipynb #9cde1ecb
+# %% ../../nbs/537_learners.few_shot.ipynb #73520eea
+def in_parts(
+    batches:list, # From `FewTexts.batches`
+    n_tokens:int # Maximum number of tokens in a part, padding included; a larger batch is a part of its own
+) -> list: # Lists of batches
+    "Group batches into parts that are computed at once"
+    parts, size = [], math.inf
+    for indexes, batch in batches:
+        own = len(indexes)*batch.shape[-1]
+        if size + own > n_tokens:
+            parts.append([])
+            size = 0
+        parts[-1].append((indexes, batch))
+        size += own
+    return parts
+
+# %% ../../nbs/537_learners.few_shot.ipynb #8177d412
 def _training_labels(dls):
     "Return the number of the class of each training text"
     return torch.tensor([int(dls.train_ds[i][-1]) for i in range(len(dls.train_ds))])
 
+# %% ../../nbs/537_learners.few_shot.ipynb #c676e733
 def _check_data(dls):
     "Raise an error unless the data have one class for each text, and a text for each of at least two classes"
     check_has_tokenizer(dls)
@@ -146,16 +160,15 @@ def pooled_model(
     hf.base_model.load_state_dict({name: weights[name] for name in hf.base_model.state_dict()})
     return hf.float()
 
-# %% ../../nbs/537_learners.few_shot.ipynb #e3f55111
+# %% ../../nbs/537_learners.few_shot.ipynb #0dcb6236
 def layer_features_of(
     model, # An `HFModel`
-    texts, # `FewTexts`
-    n_tokens # Maximum number of tokens in a batch
+    texts # `FewTexts`
 ) -> list: # An array (texts, dimensions) for the embeddings and for each layer
     "Return the pooled states of all layers"
     found = None
     with evaluating(model):
-        for indexes, batch in texts.parts(n_tokens):
+        for indexes, batch in texts.batches():
             pooled = [o.float().cpu().numpy() for o in pooled_states(model, batch, 'mean')]
             if found is None:
                 found = [np.empty((len(texts.rows), o.shape[1]), np.float32) for o in pooled]
@@ -163,6 +176,7 @@ def layer_features_of(
                 features[indexes] = o
     return found
 
+# %% ../../nbs/537_learners.few_shot.ipynb #893e3af7
 def _head_model(C):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -188,23 +202,32 @@ def cross_validated(
     own = probs[range(len(labels)), labels]
     return float((probs.argmax(1) == labels).mean()), float(-np.log(own.clip(1e-6)).mean())
 
-# %% ../../nbs/537_learners.few_shot.ipynb #e0ef81f4
+# %% ../../nbs/537_learners.few_shot.ipynb #1192d559
 CS = (.001, .01, .1, 1.)
 
 def choose_layer(
     features, # An array (texts, dimensions) for each layer
     labels, # (texts,): numbers of the classes
-    seed # Random seed of the folds
+    seed, # Random seed of the folds
+    layer=None, # The only layer to try; `None`: all but the embeddings
+    C=None # The only C to try; `None`: all of `CS`
 ) -> pd.DataFrame: # One row for each layer and C: layer, C, accuracy, log_loss; the best first
-    "Cross-validate all layers but the embeddings, and all values of `CS`"
+    "Cross-validate the features of layers, with several values of C"
     rows = []
-    for layer, x in enumerate(features[1:], 1):
-        for C in CS:
-            accuracy, log_loss = cross_validated(x, labels, C, seed)
-            rows.append(dict(layer=layer, C=C, accuracy=accuracy, log_loss=log_loss))
+    layers = range(1, len(features)) if layer is None else [layer]
+    values = CS if C is None else [C]
+    for i, value in product(layers, values):
+        accuracy, log_loss = cross_validated(features[i], labels, value, seed)
+        rows.append(dict(layer=i, C=value, accuracy=accuracy, log_loss=log_loss))
     return pd.DataFrame(rows).sort_values('log_loss', kind='stable', ignore_index=True)
 
-# %% ../../nbs/537_learners.few_shot.ipynb #36fbb24b
+# %% ../../nbs/537_learners.few_shot.ipynb #93180c00
+def pooled_output(
+    model # An `HFModel` with a `PooledForSequenceClassification`
+):
+    "Let a model return the features that its head reads, inside the `with` block"
+    return replaced_forwards({model.hf.classifier: lambda features: features})
+
 def _optimizer(parameters, options):
     "Return the optimizer and the schedule of the rate"
     warmup = max(1, round(options.n_steps/10))
@@ -213,6 +236,7 @@ def _optimizer(parameters, options):
     opt = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=.01)
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, share)
 
+# %% ../../nbs/537_learners.few_shot.ipynb #80c55631
 def tune_encoder(
     model, # An `HFModel` with a `PooledForSequenceClassification`
     texts, # `FewTexts`
@@ -220,8 +244,11 @@ def tune_encoder(
     options # `FewShotOptions`
 ) -> list: # The loss of each step
     "Train the encoder with the supervised contrastive loss, all texts in one batch"
-    parts = texts.parts(options.part_tokens)*options.n_views
-    labels = torch.cat([labels[indexes] for indexes, _ in parts]).to(texts.device)
+    batches = texts.batches()*options.n_views
+    labels = torch.cat([labels[indexes] for indexes, _ in batches]).to(texts.device)
+    parts = in_parts(batches, options.part_tokens)
+    def compute(part): return torch.cat([model(batch) for _, batch in part])
+    def loss_of(features): return supervised_contrastive_loss(features, labels, options.temperature)
     parameters = [p for p in model.hf.base_model.parameters() if p.requires_grad]
     opt, schedule = _optimizer(parameters, options)
     losses = []
@@ -229,8 +256,7 @@ def tune_encoder(
     with pooled_output(model):
         for _ in range(options.n_steps):
             opt.zero_grad()
-            loss = backward_in_parts(lambda part: model(part[1]), parts,
-                                     lambda features: supervised_contrastive_loss(features, labels, options.temperature))
+            loss = backward_in_parts(compute, parts, loss_of)
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
                 raise TrainingError('The contrastive loss must be a number', f'{loss} in step {len(losses)}',
@@ -241,26 +267,22 @@ def tune_encoder(
     model.eval()
     return losses
 
-def pooled_output(model):
-    "Let a model return the features that its head reads, inside the `with` block"
-    return replaced_forwards({model.hf.classifier: lambda features: features})
-
-# %% ../../nbs/537_learners.few_shot.ipynb #ef18d653
+# %% ../../nbs/537_learners.few_shot.ipynb #fe6a0ba2
 def pooled_features(
     model, # An `HFModel` with a `PooledForSequenceClassification`
-    texts, # `FewTexts`
-    n_tokens # Maximum number of tokens in a batch
+    texts # `FewTexts`
 ) -> np.ndarray: # (texts, dimensions)
     "Return the features that the head reads"
     found = None
     with evaluating(model), pooled_output(model):
-        for indexes, batch in texts.parts(n_tokens):
+        for indexes, batch in texts.batches():
             features = model(batch).double().cpu().numpy()
             if found is None:
                 found = np.empty((len(texts.rows), features.shape[1]))
             found[indexes] = features
     return found
 
+# %% ../../nbs/537_learners.few_shot.ipynb #672b6659
 def fit_head(
     head, # The linear layer
     features, # (texts, dimensions): features of the labelled texts
@@ -282,11 +304,11 @@ def fit_head(
         head.bias.copy_(torch.from_numpy(bias - weight @ scaler.mean_))
     return scaler, logistic
 
-# %% ../../nbs/537_learners.few_shot.ipynb #9f79fd7a
+# %% ../../nbs/537_learners.few_shot.ipynb #d35caa6b
 @dataclass
 class FewShotFit:
     "How a few-shot classifier was made, as `learn.few_shot`"
-    layers:pd.DataFrame|None # Cross-validated probes: layer, C, accuracy, log_loss; `None` if the layer was given
+    layers:pd.DataFrame|None # Cross-validated probes: layer, C, accuracy, log_loss; `None` if there was no choice
     layer:int # Number of layers whose result is pooled
     n_layers:int # Number of layers of the encoder
     C:float # Inverse strength of the regularization of the head
@@ -298,8 +320,8 @@ class FewShotFit:
             text += f', {len(self.losses)} steps: contrastive loss {self.losses[0]:.2f} → {self.losses[-1]:.2f}'
         return f'{text})'
 
-# %% ../../nbs/537_learners.few_shot.ipynb #4395ac2e
-TUNED_C = .1
+# %% ../../nbs/537_learners.few_shot.ipynb #d5db8d46
+DEFAULT_C = .1
 
 def _probed(model, texts, labels, options, seed):
     "Return the table of probes, the layer and C"
@@ -307,15 +329,11 @@ def _probed(model, texts, labels, options, seed):
     if options.layer is not None and options.layer > n_layers:
         raise FastaiTLError(f'`layer` must be a number from 1 to {n_layers}, the layers of the encoder',
                             str(options.layer))
-    needs_C = options.C is None and not options.n_steps
-    default_C = TUNED_C if options.C is None else options.C
-    cannot_probe = np.bincount(labels).max() < 2
-    if cannot_probe or options.layer is not None and not needs_C:
-        return None, options.layer or n_layers, default_C
-    table = choose_layer(layer_features_of(model, texts, options.part_tokens), labels.numpy(), seed)
-    if options.layer is not None:
-        table = table[table.layer == options.layer].reset_index(drop=True)
-    return table, int(table.layer[0]), float(table.C[0]) if needs_C else default_C
+    is_known = options.layer is not None and options.C is not None
+    if options.n_steps or is_known or np.bincount(labels).max() < 2:
+        return None, options.layer or n_layers, options.C or DEFAULT_C
+    table = choose_layer(layer_features_of(model, texts), labels.numpy(), seed, options.layer, options.C)
+    return table, int(table.layer[0]), float(table.C[0])
 
 def _start(dls, encoder, texts, labels, options, seed):
     "Return the model to tune, and how it was chosen"
@@ -324,16 +342,16 @@ def _start(dls, encoder, texts, labels, options, seed):
     table, layer, C = _probed(model, texts, labels, options, seed)
     return keep_layers(model.hf, layer), FewShotFit(table, layer, n_layers, C, [])
 
-# %% ../../nbs/537_learners.few_shot.ipynb #f65555b7
+# %% ../../nbs/537_learners.few_shot.ipynb #8af9011f
 def _train(learn, texts, labels, unlabelled, options):
     "Tune the encoder and fit the head of a Learner"
     model = learn.model.to(texts.device)
     learn.few_shot.losses = tune_encoder(model, texts, labels, options)
-    features = pooled_features(model, texts, options.part_tokens)
+    features = pooled_features(model, texts)
     others = None
     if unlabelled is not None:
         rows = FewTexts.of(learn.dls, learn.dls.test_dl(unlabelled).dataset)
-        others = pooled_features(model, rows, options.part_tokens)
+        others = pooled_features(model, rows)
     fit_head(model.hf.classifier, features, labels.numpy(), learn.few_shot.C, others)
 
 # %% ../../nbs/537_learners.few_shot.ipynb #85717661
@@ -365,7 +383,7 @@ def few_shot_learner(
         print(made)
     return learn
 
-# %% ../../nbs/537_learners.few_shot.ipynb #4a7e4d04
+# %% ../../nbs/537_learners.few_shot.ipynb #46a438f7
 class FewShotClassifier:
     "Makes classifiers from a few labelled texts for each class, with the same encoder and options"
     @delegates(few_shot_learner, but=['dls'])
@@ -386,7 +404,7 @@ class FewShotClassifier:
         options = ''.join(f', {name}={value!r}' for name, value in self.options.items() if name != 'unlabelled')
         return f'FewShotClassifier({self.encoder!s:.80}{options})'
 
-    @delegates(HFTextDataLoaders.from_df, but=['tokenizer', 'valid_col', 'valid_pct', 'windows', 'bs', 'val_bs', 'weighted'])
+    @delegates(HFTextDataLoaders.from_df, but=['tokenizer', 'valid_col', 'valid_pct', 'windows'])
     def fit(self,
         df:pd.DataFrame, # A few labelled texts for each class, one a row
         valid:pd.DataFrame|None=None, # Other labelled texts for validation; `None`: the Learner has no data

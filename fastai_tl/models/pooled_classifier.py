@@ -119,7 +119,7 @@ def is_pooled_config(
     "Return whether a saved model is a `PooledForSequenceClassification`"
     return POOLED_CLASS in (getattr(config, 'architectures', None) or ())
 
-# %% ../../nbs/209_models.pooled_classifier.ipynb #f7de20ca
+# %% ../../nbs/209_models.pooled_classifier.ipynb #e23212c4
 def _shortened(model, n):
     "Return a model with the lower `n` layers"
     config = copy.deepcopy(model.config)
@@ -137,6 +137,7 @@ def _pools_same(short, model, n):
         theirs = model.base_model(**inputs, output_hidden_states=True, return_dict=True).hidden_states[n]
     return torch.allclose(ours, theirs, atol=1e-5)
 
+# %% ../../nbs/209_models.pooled_classifier.ipynb #21901ebd
 def keep_layers(
     model, # A `PooledForSequenceClassification` that pools its top layer
     n:int # Number of layers, from the bottom, whose result is pooled
