@@ -36,13 +36,13 @@ from ..models.third_party import spec_of
 from ..tune.contrastive import backward_in_parts, supervised_contrastive_loss
 from ..tune.transfer_plan import unchanged_rng
 
-# %% ../../nbs/537_learners.few_shot.ipynb #2922f5b7
+# %% ../../nbs/537_learners.few_shot.ipynb #83d9a068
 @checked
 @dataclass
 class FewShotOptions:
     "Further options of `few_shot_learner`"
     n_steps:int=12 # Optimizer steps of the contrastive tuning; 0: none, only the head is fitted
-    lr:float=4e-4 # Maximum learning rate of the encoder
+    lr:float=3e-4 # Maximum learning rate of the encoder
     temperature:float=.1 # Temperature of the contrastive loss
     n_views:int=2 # How often each text is encoded in a step, each time with other dropout
     layer:int|None=None # Number of layers whose result is pooled; `None`: all, or the best ones if `n_steps=0`
