@@ -46,12 +46,14 @@ from .models.execution_order import *
 from .models.layer_stacks import *
 from .models.layer_groups import *
 from .models.finite import *
+from .models.pooled_classifier import *
 from .models.encoder import *
 from .models.padding import *
 from .models.virtual_tokens import *
 from .models.loading import *
 from .models.class_order import *
 from .models.hf import *
+from .models.pooled_states import *
 from .models.awd_lstm import *
 from .models.third_party import *
 from .efficiency.lstm_bf16 import *
@@ -74,6 +76,7 @@ from .tune.unfreezing import *
 from .tune.best_epoch import *
 from .tune.regularizers import *
 from .tune.weight_averaging import *
+from .tune.contrastive import *
 from .tune.accumulation import *
 from .tune.run_lock import *
 from .tune.resume import *
@@ -91,6 +94,7 @@ from .learners.bidirectional import *
 from .learners.ulmfit_run import *
 from .learners.ulmfit_stages import *
 from .learners.ulmfit import *
+from .learners.few_shot import *
 from .learners.auto import *
 from .generation.tokenizer_adapter import *
 from .generation.language_model import *

@@ -46,6 +46,8 @@ QUESTIONS = {
     'checks of arguments: a number, a whole number, one of several names': 'check_number',
     'NaN in predictions': 'need_numbers',
     'the recipe that `fit_transfer` takes': 'choose_recipe',
+    'classifiers from a few labels': 'few_shot_learner',
+    'the supervised contrastive loss': 'supervised_contrastive_loss',
     'training loops for plain PyTorch': 'gradual_unfreezing_training',
     'the three stages of ULMFiT': 'ULMFiT',
     'text generation': 'generate',

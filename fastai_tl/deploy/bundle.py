@@ -139,7 +139,7 @@ def _weight_files(folder):
     return [single]
 
 def _check_size(folder, spec):
-    "Raise an error unless the configuration describes a model of the size of the weights"
+    "Return the configuration; raise an error unless it describes a model of the size of the weights"
     from transformers import AutoConfig
     file = folder/'config.json'
     shapes = tensor_shapes(_weight_files(folder))
@@ -147,7 +147,8 @@ def _check_size(folder, spec):
     with reading(file), quiet_transformers():
         config = AutoConfig.from_pretrained(folder, **_SAFE)
         with SizeLimit(shapes).counting():
-            auto_class(_learner_task(spec)).from_config(config, trust_remote_code=False)
+            auto_class(_learner_task(spec), config).from_config(config, trust_remote_code=False)
+    return config
 
 # %% ../../nbs/820_deploy.bundle.ipynb #753d2e18
 def _load_tokenizer(folder):
@@ -160,11 +161,11 @@ def _load_tokenizer(folder):
 
 def _load_hf(folder, spec):
     "Load the tokenizer and the model with transformers, without running code from the folder"
-    _check_size(folder, spec)
+    config = _check_size(folder, spec)
     tokenizer = _load_tokenizer(folder)
     with reading(folder/'config.json'):
-        model = load_pretrained(auto_class(_learner_task(spec)), folder, new_head=False, use_safetensors=True,
-                                dtype=torch.float32, **_SAFE).eval()
+        model = load_pretrained(auto_class(_learner_task(spec), config), folder, config=config, new_head=False,
+                                use_safetensors=True, dtype=torch.float32, **_SAFE).eval()
     check_finite(folder/'model.safetensors', model)
     check_outputs(folder/'spec.json', spec, model.config.num_labels)
     _try(folder, tokenizer, model)

@@ -18,77 +18,15 @@ from ..data.classification import whole_texts_dl
 from ..data.hf_tokenizer import TensorTokens, pad_rows
 from ..data.tagging import first_tokens
 from ..data.tables import list_of
-from ..data.windows import split_windows
 from ..efficiency.feature_cache import draw_items
 from .model_inputs import undisturbed
 from .reading import read_texts
 from ..models.hf import HFModel
 from ..models.layer_groups import layer_groups
-from ..models.padding import by_length, move_padding, restore_blocks
+from ..models.padding import move_padding
+from ..models.pooled_classifier import POOLINGS, pooling_weights
+from ..models.pooled_states import pooled_states, token_states
 from ..models.third_party import spec_of
-
-# %% ../../nbs/765_interpretation.layer_features.ipynb #9a5fa98c
-POOLINGS = ('mean', 'first', 'last')
-
-def pooling_weights(
-    mask, # (texts, tokens): 1 for a token, 0 for padding
-    pooling:str # `mean`, `first` or `last`
-) -> torch.Tensor: # (texts, tokens); each row adds up to 1
-    "Return the weights with which the states of the tokens are added up"
-    if pooling not in POOLINGS:
-        raise unknown_option('pooling', pooling, POOLINGS)
-    mask = mask.float()
-    if pooling == 'mean':
-        return mask/mask.sum(1, keepdim=True).clamp(min=1)
-    number = mask.cumsum(1)*mask
-    wanted = number.amax(1, keepdim=True) if pooling == 'last' else torch.ones_like(number[:, :1])
-    return ((number == wanted) & (mask > 0)).float()
-
-# %% ../../nbs/765_interpretation.layer_features.ipynb #78a1ad32
-def _states_of(model, x):
-    "Return the states of the embeddings and of each layer, (texts, tokens, dimensions)"
-    inputs = model.named_inputs(x)
-    if 'use_cache' in model.accepts:
-        inputs['use_cache'] = False
-    if model.by_length:
-        restore_blocks(model.inner[0])
-    if model.inner[0].config.is_encoder_decoder and hasattr(model.inner[0], 'lm_head'):
-        out = model.inner[0].get_encoder()(**inputs, output_hidden_states=True, return_dict=True)
-        return out.hidden_states
-    out = model.hf(**inputs, output_hidden_states=True, return_dict=True)
-    if 'encoder_hidden_states' in out: # the embeddings of the decoder are left out
-        return out.encoder_hidden_states + out.decoder_hidden_states[1:]
-    return out.hidden_states
-
-def _hf_states(model, x):
-    "Return the states at the tokens of a text, without those of virtual tokens"
-    n = x.shape[-1]
-    states = _states_of(model, x)
-    if any(o.shape[1] < n for o in states):
-        raise FastaiTLError('Each layer must have a state for each token', f'a {type(model.inner[0]).__name__}, '
-                            'in which upper layers are shorter')
-    return [o[:, -n:] for o in states]
-
-# %% ../../nbs/765_interpretation.layer_features.ipynb #9d2dba4e
-def _pooled_hf(model, x, pooling):
-    "Return the pooled features of a batch for each layer"
-    sizes = []
-    def compute(x):
-        x = move_padding(x, model.pads_left)[0]
-        weights = pooling_weights(x.mask, pooling)[:, None]
-        pooled = [(weights.to(o.dtype) @ o)[:, 0].float() for o in _hf_states(model, x)]
-        sizes[:] = [o.shape[1] for o in pooled]
-        return torch.cat(pooled, 1)
-    x = x.as_subclass(TensorTokens)
-    if x.windows is not None: # the mean over the windows of a long text
-        windows, owners = split_windows(x)
-        whole = compute(TensorTokens(pad_rows(windows, -1)))
-        owners = torch.as_tensor(owners, device=whole.device)
-        rows = torch.zeros(len(x), whole.shape[1], device=whole.device).index_add_(0, owners, whole)
-        return (rows/torch.bincount(owners, minlength=len(x))[:, None]).split(sizes, 1)
-    x = x[:, :2]
-    whole = by_length(compute, move_padding(x)[0]) if model.by_length and (x < 0).any() else compute(x)
-    return whole.split(sizes, 1)
 
 # %% ../../nbs/765_interpretation.layer_features.ipynb #52b8279f
 def layer_names(
@@ -240,7 +178,7 @@ def layer_features(
     if pooling not in POOLINGS:
         raise unknown_option('pooling', pooling, POOLINGS)
     _check_model(learn.model)
-    pool = _pooled_hf if isinstance(learn.model, HFModel) else _pooled_lstm
+    pool = pooled_states if isinstance(learn.model, HFModel) else _pooled_lstm
     found = []
     with undisturbed(learn.model):
         batches = batches_of(learn, texts, rows, bs)
@@ -268,7 +206,7 @@ def word_features(
             x = batch[0].as_subclass(TensorTokens)
             moved = move_padding(x, learn.model.pads_left)[0]
             first = first_tokens(moved.places)
-            states = _hf_states(learn.model, x[:, :2].as_subclass(TensorTokens))
+            states = token_states(learn.model, x[:, :2].as_subclass(TensorTokens))
             found.append([o[first].float().cpu().numpy() for o in states])
             texts_of, _ = first.nonzero(as_tuple=True)
             places.append(np.stack([numbers[texts_of.cpu().numpy()], moved.places[first].cpu().numpy()], 1))

@@ -90,7 +90,7 @@ def _from_name(name, task, classes, n, new_head, kwargs):
     if other_size or kwargs.pop('ignore_mismatched_sizes', False):
         kwargs['new_head'] = True
     try:
-        hf = load_pretrained(auto_class(task), name, **kwargs)
+        hf = load_pretrained(auto_class(task, kwargs['config']), name, **kwargs)
     except FastaiTLError:
         raise
     except (OSError, ValueError) as e:
@@ -105,7 +105,7 @@ def _from_name(name, task, classes, n, new_head, kwargs):
 def _from_config(config, task, classes, n, kwargs):
     "Create a model with random weights"
     try:
-        return auto_class(task).from_config(_with_labels(config, classes, n), **kwargs)
+        return auto_class(task, config).from_config(_with_labels(config, classes, n), **kwargs)
     except ValueError as e:
         raise FastaiTLError(f'The config must be of an architecture with a model for {task}',
                             f'a {type(config).__name__}', f'transformers says: {str(e).splitlines()[0][:150]}') from e

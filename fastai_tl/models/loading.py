@@ -14,6 +14,7 @@ import torch
 from ..arguments import check_flag, check_option, check_text, check_type, check_whole
 from ..locks import exclusive
 from ..core import FastaiTLError, shorten
+from .pooled_classifier import is_pooled_config, pooled_class
 
 # %% ../../nbs/213_models.loading.ipynb #a70b2c02
 # tasks, and how transformers calls them in `AutoModelFor…`
@@ -23,10 +24,13 @@ HF_TASKS = dict(
 
 # %% ../../nbs/213_models.loading.ipynb #a70b2c03
 def auto_class(
-    task:str # One of `HF_TASKS`
+    task:str, # One of `HF_TASKS`
+    config=None # Config of a saved model; some classifiers have a class of this package
 ): # Such as `transformers.AutoModelForTokenClassification`
-    "Return the class of transformers that loads models for a task"
+    "Return the class that loads models for a task"
     import transformers
+    if task == 'classification' and is_pooled_config(config):
+        return pooled_class()
     return getattr(transformers, f'AutoModelFor{HF_TASKS[task]}')
 
 # %% ../../nbs/213_models.loading.ipynb #e570612b
