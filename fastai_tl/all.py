@@ -81,6 +81,7 @@ from .tune.gradual import *
 from .tune.recipes import *
 from .tune.transfer_plan import *
 from .tune.pytorch_loop import *
+from .tune.distillation import *
 from .learners.base import *
 from .learners.classification import *
 from .learners.language_modeling import *
@@ -147,6 +148,8 @@ from .deploy.batching import *
 from .deploy.served_model import *
 from .deploy.openapi import *
 from .deploy.serve import *
+from .deploy.teacher_scores import *
+from .deploy.distillation import *
 from .interop.blurr_compat import *
 from .interop.blurr import *
 from .quickstart.presets import *

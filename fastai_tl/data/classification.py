@@ -155,7 +155,10 @@ def whole_texts_dl(
     dls, # DataLoaders
     ds_idx:int=1 # 0 for the training rows, 1 for the validation rows
 ): # A DataLoader
-    "Return the DataLoader of a dataset; if it trains on windows of texts, that of the whole texts"
+    "Return the DataLoader of a dataset; for training on windows that of the whole texts, on soft targets the labelled"
+    labelled = getattr(dls, 'labelled', None)
+    if ds_idx == 0 and labelled is not None:
+        return labelled.new(shuffle=False, drop_last=False)
     texts = getattr(dls, 'training_texts', None)
     return dls[ds_idx] if ds_idx != 0 or texts is None else dls.test_dl(texts, with_labels=True)
 
