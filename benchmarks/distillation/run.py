@@ -15,8 +15,8 @@ are those after the last epoch.
 - bag: words and pairs of words (TF-IDF) with logistic regression
 
 Each student is trained on the labels alone with the usual number of epochs and, with `--longer N`, also with N times
-as many (the better of both is the baseline), and distilled. Rates are texts a second of processor time of a `Predictor` on the
-test texts, in turn. Finished runs are kept in --out; the same command goes on. Prints two Markdown tables."""
+as many (the better of both is the baseline), and distilled. Rates are from processor time of a `Predictor` on the test
+texts, in turn. Finished runs are kept in --out; the same command goes on. Prints a Markdown table."""
 
 import json
 import sys
@@ -141,8 +141,12 @@ def train(learn, name, way, a):
 def run_bag(teacher, data, way, folder, a):
     if way == 'distilled':
         fitted = teacher.distill_into(
-            bag(), data.texts, alpha=a.alpha, labels=[*data.labelled.label, *[None] * len(data.unlabelled)],
-            folder=folder, verbose=False,
+            bag(),
+            data.texts,
+            alpha=a.alpha,
+            labels=[*data.labelled.label, *[None] * len(data.unlabelled)],
+            folder=folder,
+            verbose=False,
         )
     else:
         fitted = bag().fit(data.labelled.text, data.labelled.label)
@@ -209,9 +213,16 @@ def tables(runs, speed, a):
         gain = 100 * (of.distilled - of[best])
         ratio = common.ratio(speed['teacher'], speed[name]) if name in speed else None
         show = lambda o: f'{100 * o.mean():.1f} ± {100 * o.std():.1f}'
-        lines.append([STUDENTS[name], show(of[best]), show(of.distilled),
-                      f'{gain.mean():.1f} ({gain.min():.1f} to {gain.max():.1f})',
-                      f'{100 * (of.distilled / teacher).mean():.1f} %', common.ranged(ratio, 1) if ratio else ''])
+        lines.append(
+            [
+                STUDENTS[name],
+                show(of[best]),
+                show(of.distilled),
+                f'{gain.mean():.1f} ({gain.min():.1f} to {gain.max():.1f})',
+                f'{100 * (of.distilled / teacher).mean():.1f} %',
+                common.ranged(ratio, 1) if ratio else '',
+            ]
+        )
         figures[name] = dict(best=best, gain=gain.tolist(), of_teacher=(of.distilled / teacher).tolist(), speed=ratio)
     head = f'{a.set}, {a.labels} labels, test accuracy in %'
     return common.table([head, *columns], lines), figures
@@ -236,8 +247,14 @@ def main(a):
         data = Data(train_rows, test, seed, a)
         teacher, seconds = make_teacher(data, seed, a, out)
         if ('teacher', 'labels', seed) not in done:
-            keep(student='teacher', way='labels', seed=seed, accuracy=accuracy(teacher, data), seconds=seconds,
-                 unlabelled=len(data.unlabelled))
+            keep(
+                student='teacher',
+                way='labels',
+                seed=seed,
+                accuracy=accuracy(teacher, data),
+                seconds=seconds,
+                unlabelled=len(data.unlabelled),
+            )
         models = dict(teacher=teacher)
         for name in a.students:
             for way in WAYS if a.longer and name != 'bag' else WAYS[::2]:
@@ -245,8 +262,14 @@ def main(a):
                     continue
                 start = time.process_time()
                 models[name], score, n_computed = run_student(teacher, name, data, seed, way, out / 'scores', a)
-                keep(student=name, way=way, seed=seed, accuracy=score, seconds=time.process_time() - start,
-                     teacher_texts=n_computed)
+                keep(
+                    student=name,
+                    way=way,
+                    seed=seed,
+                    accuracy=score,
+                    seconds=time.process_time() - start,
+                    teacher_texts=n_computed,
+                )
         missing = [name for name in a.students if name not in models]
         if seed == a.seeds - 1:
             models |= {name: make_student(name, data, seed, a) for name in missing if name != 'bag'}

@@ -60,14 +60,14 @@ def _tokens_of(learn, texts):
     parts = text_parts(learn)
     return [tuple(map(str, tokens)) for tokens in parts.tokenizer(maps(*parts.rules, texts))]
 
-# %% ../../nbs/835_deploy.distillation.ipynb #84bfa7d3
+# %% ../../nbs/835_deploy.distillation.ipynb #e90d698c
 def _found_by_tokens(rows, texts, tokens):
     "Return the text of each row of tokens, found among `texts` by their tokens"
     known = dict(zip(tokens, texts))
     rows = [tuple(map(str, row)) for row in rows]
     missing = [i for i, row in enumerate(rows) if row not in known]
     if missing or not rows:
-        raise DataError("The teacher needs the texts of the student's training rows, whose DataLoaders have tokens only",
+        raise DataError("The teacher needs the texts of the student's training rows, which are stored as tokens",
                         f'`texts` without row {shorten(missing)}' if rows else 'rows without texts',
                         'Let `texts` have them too, or pass `train_texts`, in the order of the rows')
     return [known[row] for row in rows]
@@ -145,7 +145,7 @@ def _given_labels(labels, texts, classes):
         raise DataError('`labels` must have a class of the teacher, or None, for each text', got)
     return labels
 
-# %% ../../nbs/835_deploy.distillation.ipynb #f7717e4c
+# %% ../../nbs/835_deploy.distillation.ipynb #e6f68b8c
 def fit_soft(
     estimator, # Estimator of scikit-learn that takes `sample_weight`, or a Pipeline that ends in one
     texts:list, # Texts
@@ -157,7 +157,8 @@ def fit_soft(
     last = estimator[-1] if is_pipeline else estimator
     if not has_fit_parameter(last, 'sample_weight'):
         raise FastaiTLError('A student of scikit-learn must take `sample_weight` in its `fit`',
-                            f'a {type(last).__name__}', 'Such as `make_pipeline(TfidfVectorizer(), LogisticRegression())`')
+                            f'a {type(last).__name__}',
+                            'Such as `make_pipeline(TfidfVectorizer(), LogisticRegression())`')
     x = estimator[:-1].fit_transform(texts) if is_pipeline and len(estimator) > 1 else texts
     row, column = np.nonzero(np.asarray(weights) > 0)
     x = x[row] if hasattr(x, 'shape') else [x[i] for i in row]

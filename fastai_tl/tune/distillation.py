@@ -134,7 +134,7 @@ class SoftTargets(GetAttr):
             return *self.source.decode((x, y), full=full), *shown
         return self.source.tls[0].decode(x, full=full), TitledStr('none'), *shown
 
-# %% ../../nbs/446_tune.distillation.ipynb #685ed521
+# %% ../../nbs/446_tune.distillation.ipynb #5454b692
 def _unlabelled_rows(dls, texts):
     "Return a dataset of texts, tokenized as those of the DataLoaders and kept in memory"
     dataset = dls.test_dl(texts).dataset
@@ -151,6 +151,7 @@ def _all_items(dls, texts):
     as_item = (lambda text: [text.split()]) if spec_of(dls).family == 'fastai' else (lambda text: [text])
     return [*items, *map(as_item, texts)]
 
+# %% ../../nbs/446_tune.distillation.ipynb #0ba1565e
 def _check_loader(dl, dls):
     "Raise an error for DataLoaders whose rows cannot have soft targets"
     if not getattr(dl, 'indexed', False) or dl.bs is None or not len(dl.dataset):
@@ -171,6 +172,7 @@ def _without_draws(make, dl):
     new.rng.setstate(dl.rng.getstate())
     return new
 
+# %% ../../nbs/446_tune.distillation.ipynb #811344ae
 def soft_target_dls(
     dls, # DataLoaders of the student
     texts:list, # Unlabelled texts
