@@ -1,10 +1,13 @@
 """Distillation: the loss is that of the formula, the teacher reads each text once, classes are matched by name, texts
 of the validation set are left out, and fits are those that the definition says."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
@@ -118,6 +121,21 @@ def test_label_smoothing_acts_on_labels_only(small_tokenizers, folder):
     expected = 0.5 * soft_losses(pred, scores, 'classification', 2.0).mean()
     expected += 0.5 * LabelSmoothingCrossEntropyFlat()(pred[:1], y[:1]) / 3
     torch.testing.assert_close(student.loss_func(pred, y, scores), expected)
+
+
+@pytest.mark.parametrize('loss', [torch.nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.1)])
+def test_loss_functions_of_pytorch(loss, small_tokenizers, folder):
+    teacher = seeded(classifier, small_tokenizers, seed=5)
+    student = distill(teacher, classifier(small_tokenizers, loss_func=loss), alpha=0.5, folder=folder)
+    assert spec_of(student).task == 'classification' and trained(student, 1).isfinite().all()
+    with student.no_bar():
+        losses = student.get_preds(with_loss=True)[-1]
+        logits, targets = student.get_preds(act=lambda o: o)[:2]
+    torch.testing.assert_close(losses, each_loss(loss, logits, targets))
+
+
+def each_loss(loss, logits, targets):
+    return torch.stack([loss(logit[None], target[None]) for logit, target in zip(logits, targets)])
 
 
 class Losses(Callback):

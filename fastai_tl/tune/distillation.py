@@ -75,6 +75,8 @@ class DistillationLoss(GetAttr):
         self.alpha = check_number('alpha', alpha, low=0, high=1)
         if getattr(hard, 'reduction', 'mean') != 'mean':
             raise FastaiTLError('The loss of the labels must be a mean', f'reduction={hard.reduction!r}')
+        plain = getattr(hard, 'func', hard)
+        self.__name__ = getattr(plain, '__name__', type(plain).__name__) # `spec_of` reads the task from it
 
     @property
     def reduction(self):
