@@ -84,6 +84,7 @@ from .tune.gradual import *
 from .tune.recipes import *
 from .tune.transfer_plan import *
 from .tune.pytorch_loop import *
+from .tune.distillation import *
 from .learners.base import *
 from .learners.classification import *
 from .learners.language_modeling import *

@@ -77,6 +77,8 @@ QUESTIONS = {
     'ONNX files': 'ONNXEngine',
     'prediction without PyTorch': 'load_onnx',
     'checks of an ONNX file': 'check_onnx',
+    'distillation': 'DistillationLoss',
+    'scores of a teacher, kept on disk': 'TeacherScores',
     'a server for a model': 'serve',
     'batches of several requests': 'BatchWorker',
     'blurr on today\'s libraries': 'enable_blurr',

@@ -151,11 +151,14 @@ def _windowed_dls(texts, labels, task, train, valid, tokenizer, stride, **kwargs
     dls.spec = dls.spec.replace(windows=stride)
     return dls
 
+# %% ../../nbs/130_data.classification.ipynb #a99eebcb
 def whole_texts_dl(
     dls, # DataLoaders
     ds_idx:int=1 # 0 for the training rows, 1 for the validation rows
 ): # A DataLoader
-    "Return the DataLoader of a dataset; if it trains on windows of texts, that of the whole texts"
+    "Return the DataLoader of a dataset: whole texts if it trains on windows, the labelled ones if on soft targets"
+    if ds_idx == 0 and getattr(dls, 'labelled', None) is not None:
+        return dls.labelled.new(shuffle=False, drop_last=False)
     texts = getattr(dls, 'training_texts', None)
     return dls[ds_idx] if ds_idx != 0 or texts is None else dls.test_dl(texts, with_labels=True)
 

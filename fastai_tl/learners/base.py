@@ -93,7 +93,7 @@ class HFLearner(Learner):
     ) -> tuple:
         "Predict as `Learner.get_preds` does, with one row per text; the Recorder keeps the record of the training"
         _check_dl(self.dls, ds_idx, dl)
-        if dl is None and hasattr(self.dls, 'training_texts'):
+        if dl is None and (hasattr(self.dls, 'training_texts') or hasattr(self.dls, 'labelled')):
             dl = whole_texts_dl(self.dls, ds_idx)
         with exclusive(self), recorder_kept(self):
             return super().get_preds(ds_idx, dl, *args, **kwargs)
