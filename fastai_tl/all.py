@@ -156,6 +156,8 @@ from .deploy.openapi import *
 from .deploy.serve import *
 from .deploy.model_card import *
 from .deploy.hub import *
+from .deploy.teacher_scores import *
+from .deploy.distillation import *
 from .interop.blurr_compat import *
 from .interop.blurr import *
 from .interop.energy import *
