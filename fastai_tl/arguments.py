@@ -305,8 +305,8 @@ def _is_items(value):
     return hasattr(value, '__iter__') and not isinstance(value, (bytes, type)) and getattr(value, 'ndim', 1) > 0
 
 def _as_items(value):
-    "Return an iterator, which can be read only once, as a list"
-    return list(value) if isinstance(value, Iterator) else value
+    "Return an iterator, which can be read only once, or a range, which JSON cannot store, as a list"
+    return list(value) if isinstance(value, (Iterator, range)) else value
 
 # %% ../nbs/012_arguments.ipynb #951d2793
 # annotation -> what it must be, in words, a test, and a function that returns what the decorated function gets; strings,

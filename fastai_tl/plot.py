@@ -13,9 +13,8 @@ import re
 import warnings
 from contextlib import contextmanager
 import numpy as np
-from fastai_tl.arguments import (
-    check_array, check_each, check_flag, check_number, check_option, check_text, check_type, checked
-)
+from .arguments import (
+    check_array, check_each, check_flag, check_number, check_option, check_text, check_type, checked)
 from .locks import exclusive
 from .core import FastaiTLError, describe, did_you_mean, lang_code
 from .resources import read_json
@@ -341,6 +340,7 @@ def plot_curves(
     title, xlabel, ylabel = _axis_texts(title, xlabel, ylabel)
     figsize, log = check_figsize(figsize), check_flag('log', log)
     with figure_style(list(curves), title, xlabel, ylabel) as plt:
+        check_type('ax', ax, plt.Axes, 'Axes of Matplotlib', or_none=True)
         fig, ax = plt.subplots(figsize=figsize) if ax is None else (ax.figure, ax)
         lines = {str(name): _draw_curve(ax, name, curve, i) for i, (name, curve) in enumerate(curves.items())}
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)

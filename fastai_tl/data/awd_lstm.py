@@ -25,8 +25,8 @@ from .labels import label_tfms, n_values_of
 from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
-from .splits import check_split
-from .tokenizers import TextTokenizer, TokenizedTexts, WordLevelTokenizer, tokenizer_settings
+from .splits import check_split, row_lists
+from .tokenizers import TextTokenizer, TokenizedTexts, given_tokenizer, tokenizer_settings
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #f8ab6faa
 @checked
@@ -97,9 +97,10 @@ def language_model_dls(
     "Make DataLoaders for a language model"
     check_whole('bs', bs)
     check_whole('seq_len', seq_len)
+    tok = given_tokenizer(tok)
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][start:end] for part in parts for i, start, end in part]
-    reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
+    reader = TextTokenizer(tok, rules)
     n_train = len(parts[0])
     splits = [list(range(n_train)), list(range(n_train, len(items)))]
     dsets = Datasets(items, [text_tfms(reader, vocab, backwards)], splits=splits, dl_type=LMDataLoader)
@@ -151,12 +152,13 @@ def classifier_dls(
     **kwargs # `backwards`, `path` and `classes`
 ) -> SpecDataLoaders:
     "Make DataLoaders for a classifier"
-    options = ReadingOptions(**kwargs)
+    options, tok = ReadingOptions(**kwargs), given_tokenizer(tok)
+    train, valid = row_lists(train, valid, min(len(texts), len(labels)))
     classes = check_split(labels, task, train, valid, options.classes)
     n_values = n_values_of(labels, task)
     # lists, because fastai applies transforms to each member of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
-    reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
+    reader = TextTokenizer(tok, rules)
     tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)],
             [itemgetter(1), *label_tfms(task, classes, n_values)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]

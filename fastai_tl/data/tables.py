@@ -155,7 +155,8 @@ def column(
                             'Rename or drop one: `df.loc[:, ~df.columns.duplicated()]` keeps the first')
         return df[name]
     n_columns = df.shape[1]
-    if isinstance(name, (int, np.integer)) and -n_columns <= name < n_columns:
+    is_position = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
+    if is_position and -n_columns <= name < n_columns:
         return df.iloc[:,name]
     raise _no_column(df, name)
 
@@ -224,7 +225,7 @@ def read_folder(
     encoding:str|None=None # Encoding of the files; `None`: UTF-8
 ) -> pd.DataFrame: # Columns `text`, `file` and, with `label_from_parent`, `label`
     "Read a folder of texts, sorted by file name"
-    skip = (skip,) if isinstance(skip, str) else tuple(list_of(skip, 'folder name'))
+    skip = check_each('skip', [skip] if isinstance(skip, str) else list_of(skip, 'folder name'), check_text)
     label_from_parent = check_flag('label_from_parent', label_from_parent)
     every = sorted(Path(check_path('path', path)).rglob('*.txt'))
     files = [file for file in every if not any(part in skip for part in file.relative_to(path).parts[:-1])]

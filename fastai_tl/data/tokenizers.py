@@ -21,7 +21,7 @@ from fastprogress import progress_bar
 from fastai_tl.arguments import (
     check_array, check_callable, check_each, check_flag, check_path, check_text, check_whole, checked
 )
-from ..core import FastaiTLError, RunError
+from ..core import FastaiTLError, RunError, describe
 from .tables import check_texts, valid_text
 from ..files import digest, load_tree, save_tree
 
@@ -220,6 +220,13 @@ def _read_cached(file):
         warnings.warn(f'{file} is damaged, so the texts are tokenized again')
         return None
 
+# %% ../../nbs/118_data.tokenizers.ipynb #25877936
+def given_tokenizer(tok):
+    "Return a tokenizer, or a `WordLevelTokenizer` for `None`; raise an error for what is none"
+    if isinstance(tok, type):
+        raise FastaiTLError('`tok` must be a tokenizer', describe(tok), f'Pass an object: `{tok.__name__}()`')
+    return WordLevelTokenizer() if tok is None else check_callable('tok', tok)
+
 # %% ../../nbs/118_data.tokenizers.ipynb #acb2a1f1
 def tokenize_texts_once(
     texts, # Strings, see `read_texts`
@@ -231,7 +238,7 @@ def tokenize_texts_once(
 ) -> TokenizedTexts:
     "Tokenize `texts` with fastai's rules, or read their tokens from the cache"
     texts = check_texts(texts)
-    tok = WordLevelTokenizer() if tok is None else check_callable('tok', tok)
+    tok = given_tokenizer(tok)
     rules = check_rules(defaults.text_proc_rules if rules is None else rules)
     progress = check_flag('progress', progress)
     check_whole('n_workers', n_workers, high=4096, or_none=True)

@@ -155,7 +155,7 @@ def linear_cross_entropy(
         raise FastaiTLError(f'Targets must be from 0 to {len(weight)-1}', f'{y.min()} to {y.max()}')
     function = _Each if reduction == 'none' else _Summed
     with torch.autocast(x.device.type, enabled=False):
-        loss = function.apply(rows, weight, bias, y, label_smoothing, dtype)
+        loss = function.apply(rows, weight, bias, y, float(label_smoothing), dtype)
     if reduction != 'none':
         return loss/len(y) if reduction == 'mean' else loss
     if not all_count:

@@ -12,7 +12,8 @@ import re
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_dtype
-from ..arguments import check_array, check_callable, check_each, check_number, check_whole, checked
+from ..arguments import (
+    check_array, check_callable, check_each, check_number, check_option, check_whole, checked)
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.display import TextTable
 from ..data.near_duplicates import UNSPACED, near_duplicates, without_specials
@@ -235,8 +236,8 @@ def overused_words(
     "Return words that occur in the marked texts more often than by chance, the most significant first"
     from sklearn.feature_extraction.text import CountVectorizer
     check_whole('n', n, 0, or_none=True)
-    check_whole('min_texts', min_texts, 0)
-    check_number('alpha', alpha, low=0, high=1)
+    min_texts = check_whole('min_texts', min_texts, 0)
+    alpha = check_number('alpha', alpha, low=0, high=1)
     check_callable('words', words, or_none=True)
     texts = check_texts(texts)
     marked = check_array('marked', marked, 1, low=0, high=1).astype(bool)
@@ -287,8 +288,7 @@ def overused_error_words(
     texts = texts_of(ev)
     if of is not None:
         classes = ev.classes if ev.task == 'classification' else ()
-        if of not in classes:
-            raise unknown_option('of', of, classes)
+        check_option('of', of, classes)
         rows = np.flatnonzero(ev.targets == classes.index(of))
         wrong = wrong[rows]
         texts = [texts[i] for i in rows]

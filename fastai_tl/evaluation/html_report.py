@@ -312,5 +312,5 @@ def save_report(
         for name, image in images.items():
             (folder/f'{name}.png').write_bytes(image)
         write_json(folder/'scores.json', scores)
-        (folder/'index.html').write_text(page, encoding='utf-8')
+        (folder/'index.html').write_text(valid_text(page), encoding='utf-8')
     return Path(path)/'index.html'

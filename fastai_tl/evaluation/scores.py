@@ -118,7 +118,7 @@ def check_targets(targets, n_classes, task):
 # %% ../../nbs/700_evaluation.scores.ipynb #b6851da0
 def target_numbers(targets, classes):
     "Turn class names into class numbers and lists of names into 0/1 indicators; return numbers unchanged"
-    targets = targets.tolist() if hasattr(targets, 'tolist') else check_each('targets', targets)
+    targets = check_each('targets', targets.tolist() if hasattr(targets, 'tolist') else targets)
     lists = (list, tuple, set)
     first = next((t for t in targets if not (isinstance(t, lists) and not len(t))), None)
     several = isinstance(first, lists)
@@ -219,7 +219,7 @@ class ScoredRows:
         "Return one number as it is, and several in the order of the classes"
         if self.classes is None or np.ndim(threshold) == 0 and isinstance(threshold, (int, float, np.number)):
             return threshold
-        threshold = threshold['threshold'] if isinstance(threshold, pd.DataFrame) else threshold
+        threshold = column(threshold, 'threshold') if isinstance(threshold, pd.DataFrame) else threshold
         return class_values(threshold, self.classes, 'Thresholds')
     def _decided(self, threshold):
         if self.task == 'regression':

@@ -69,6 +69,8 @@ def _checked(name, value):
         return check_whole(name, value, _AT_LEAST[name])
     if name in _RANGES:
         return check_number(name, value, **_RANGES[name])
+    if name == 'early_stopping':
+        return value if value == 'never' and isinstance(value, str) else check_flag(name, value)
     return check_flag(name, value) if name in _FLAGS else value
 
 # %% ../../nbs/620_generation.constraints.ipynb #6e26a46b

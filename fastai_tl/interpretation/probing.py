@@ -32,7 +32,7 @@ def target_kind(
     kind:str|None=None # `classes`, `several` or `values`; `None`: values if they are floats with decimals
 ) -> tuple: # `classes`, `several` or `values`; and an array: names (rows,), booleans (rows, classes), or values (rows,)
     "Return what kind of targets these are"
-    targets = list(targets)
+    targets = list_of(targets, 'target')
     if kind not in (None, *_METRICS):
         raise unknown_option('kind', kind, _METRICS)
     if kind == 'several' or any(isinstance(t, (list, tuple, set)) for t in targets):

@@ -18,7 +18,7 @@ from ..arguments import check_flag, check_text, check_type, check_whole, checked
 from ..locks import exclusive
 from ..callbacks import recorder_kept
 from ..core import FastaiTLError
-from ..data.tables import check_is_list
+
 from ..models.third_party import spec_of
 
 # %% ../../nbs/530_learners.bidirectional.ipynb #d1b27d02
@@ -26,7 +26,7 @@ def text_items(
     texts # `TokenizedTexts`
 ) -> list: # Items for the `test_dl` of a classifier
     "Make unlabelled items from tokenized texts, so that `test_dl` does not tokenize them again"
-    check_is_list(texts)
+    check_type('texts', texts, TokenizedTexts)
     return [[texts[i], None] for i in range(len(texts))]
 
 # %% ../../nbs/530_learners.bidirectional.ipynb #84d964c1

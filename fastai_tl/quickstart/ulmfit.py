@@ -16,7 +16,7 @@ from ..learners.ulmfit import ULMFiT
 from ..plot import keep_going, plot_panels
 from .base import Quickstart, Trained, best_validated, save_figure, validation_scores
 from .general import general_run
-from .presets import expected_seconds, lstm_weights, take_tokens
+from .presets import QUICK, check_preset, expected_seconds, lstm_weights, take_tokens
 
 # %% ../../nbs/960_quickstart.ulmfit.ipynb #9d7a6f28
 _COUNTING_WINS = ('The bag of words is ahead: many labels and words that give the class away are all it needs. '
@@ -61,7 +61,7 @@ class ULMFiTQuickstart(Quickstart):
         bidirectional:bool=False, # Train a forward and a backward model
         **kwargs
     ):
-        super().__init__(out, data, size, **kwargs)
+        super().__init__(out, data, check_preset(size, QUICK), **kwargs)
         self.bidirectional = bidirectional
         self.domain = take_tokens(data.domain, size['domain_tokens'], self.seed)
         self.general = None # the run with stage 1

@@ -9,8 +9,7 @@ __all__ = ['PARAM_KINDS', 'LayerwiseOptimizer']
 
 # %% ../../nbs/400_tune.optimizer.ipynb #597be050
 from collections import defaultdict
-from collections.abc import Iterable
-import torch
+import numpy as np, torch
 from fastai.optimizer import _BaseOptimizer
 from ..arguments import check_each, check_number, check_type, checked
 from ..core import FastaiTLError, describe, shorten
@@ -22,11 +21,11 @@ _NO_DECAY = dict(norm=0, bias=0)
 
 def _param_lists(params):
     "Return one list of parameters per layer group, from a splitter's result or from plain parameters"
-    params = list(check_type('params', params, Iterable, 'lists of parameters'))
+    params = check_each('params', params)
     if params and isinstance(params[0], torch.Tensor):
         params = [params]
-    param_lists = [list(check_type('params', group, Iterable, 'lists of parameters')) for group in params]
-    if not param_lists or not all(isinstance(p, torch.Tensor) for group in param_lists for p in group):
+    param_lists = [check_each('params', group) for group in params]
+    if not any(param_lists) or not all(isinstance(p, torch.Tensor) for group in param_lists for p in group):
         raise FastaiTLError('`params` must be lists of parameters, one for each layer group', describe(params))
     return param_lists
 
@@ -111,6 +110,17 @@ class LayerwiseOptimizer(_BaseOptimizer):
                 groups.append(dict(params=[p for p, k in zip(params, kinds) if k == kind]))
                 self.where.append((i, kind))
         self.opt = _torch_optimizer(cls, groups, eps, kwargs)
+
+    def set_hyper(self,
+        k:str, # Name, such as `lr`
+        v # A number, a list with one for each layer group, or a `slice`
+    ):
+        "Set a hyperparameter"
+        v = v.item() if np.ndim(v) == 0 and hasattr(v, 'item') else v
+        if np.ndim(v) and len(v) not in (1, len(self.param_lists)):
+            expected = f'`{k}` must be a number, or have one for each of the {len(self.param_lists)} layer groups'
+            raise FastaiTLError(expected, f'{len(v)} numbers')
+        super().set_hyper(k, v)
 
     def sync(self):
         "Copy the learning rate, momentum and weight decay of each layer group to the PyTorch optimizer"

@@ -349,6 +349,7 @@ def _is_measured(learn, family, layers, groups):
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #c892197d
 @patch
+@checked
 def transfer_plan(self:Learner,
     epochs=None, # Total number of epochs, or a list with the epochs of each stage; the default depends on the model
     recipe:str='auto', # Key of `TRANSFER_RECIPES`; `auto` chooses one for the model and data
