@@ -412,6 +412,8 @@ def plot_stages(
 ):
     "Draw the learning rate of each layer group and the losses over the steps of a run; return the Figure"
     rates = check_array('rates', rates, nan=True)
+    if not rates.size:
+        raise FastaiTLError('`rates` must have at least one rate', 'none')
     rates = rates.reshape(len(rates) if rates.ndim else 1, -1)
     losses = check_array('losses', losses, 1, nan=True)
     valid, stages = _pairs('valid', valid), _pairs('stages', stages)

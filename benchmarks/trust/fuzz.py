@@ -406,15 +406,16 @@ def call(entry, space, replaced):
         return 'foreign', f'{stage}: {type(error).__name__}: {str(error)[:160]!r} from {own[-2:]}'
 
 
-# calls that take seconds; they get every third turn only, and the next entry point the others
+# calls that take seconds; they get every tenth turn only, and other entry points the rest
 SLOW = {'onnx_engine', 'exported_transformer', 'learn.export_onnx', 'run_quickstart'}
 
 
 def choose(entries, number, seed):
     "Choose the entry and the replaced arguments of a call by its number; without a seed, none are replaced"
     entry = entries[number % len(entries)]
-    if seed is not None and entry.name in SLOW and number // len(entries) % 3:
-        entry = entries[number // 3 % len(entries)]
+    if seed is not None and entry.name in SLOW and number // len(entries) % 10:
+        others = [e for e in entries if e.name not in SLOW]
+        entry = others[number % len(others)]
     if seed is None:
         return entry, {}
     rng = random.Random(f'{seed} {number}')

@@ -18,7 +18,7 @@ from fastai.text.core import Tokenizer
 from fastai.text.data import LMDataLoader, LMTensorText, Numericalize, Pad_Chunk, SortedDL, TensorText
 from fastai.text.data import make_vocab, reverse_text
 from fastai.torch_core import default_device
-from ..arguments import check_each, check_flag, check_number, check_whole, checked
+from ..arguments import check_each, check_flag, check_number, check_text, check_whole, checked
 from ..core import DataError, derive_seed
 from .chinese import ChineseTokenizer
 from .labels import label_tfms, n_values_of
@@ -69,7 +69,8 @@ def _fitting_bs(bs, n_tokens, what):
 # %% ../../nbs/127_data.awd_lstm.ipynb #ca7f9666
 def text_tfms(reader, vocab, backwards=False):
     "Return the transforms of a text: tokenize, numericalize, and reverse for a backwards model"
-    return [reader, Numericalize(list(vocab)), *([reverse_text] if check_flag('backwards', backwards) else [])]
+    vocab = check_each('vocab', vocab, check_text)
+    return [reader, Numericalize(vocab), *([reverse_text] if check_flag('backwards', backwards) else [])]
 
 def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
     "Return the spec of texts that are tokenized by fastai"

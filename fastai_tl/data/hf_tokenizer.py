@@ -6,7 +6,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.hf_tokenizer.html.md"""
 
 # %% auto #0
 __all__ = ['TensorTokens', 'TensorTargets', 'load_tokenizer', 'model_max_length', 'train_tokenizer', 'HFTokenize', 'PadTokens',
-           'n_tokens', 'is_sample', 'TokensDL', 'HFTextBlock']
+           'n_tokens', 'TokensDL', 'HFTextBlock']
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #29fd9a06
 from collections.abc import Sized
@@ -350,7 +350,7 @@ def n_tokens(
         return int(x.windows.as_subclass(torch.Tensor).bincount().max())
     return x.shape[-1]
 
-def is_sample(dataset):
+def _is_sample(dataset):
     "Return whether the first member of a dataset is a sample: a tuple or a list that begins with a tensor"
     try:
         sample = dataset[0]
@@ -368,7 +368,7 @@ class TokensDL(SortedDL):
         **kwargs # Passed to `TfmdDL`: `bs`, `shuffle`, …
     ):
         is_map = isinstance(dataset, Sized) and hasattr(dataset, '__getitem__') and getattr(dataset, 'ndim', 1)
-        if not is_map or len(dataset) and not is_sample(dataset):
+        if not is_map or len(dataset) and not _is_sample(dataset):
             raise FastaiTLError('`dataset` must have samples `(TensorTokens, …)`', describe(dataset))
         check_callable('sort_func', sort_func, or_none=True)
         if res is None:

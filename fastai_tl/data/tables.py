@@ -15,6 +15,7 @@ import numpy as np, pandas as pd
 from fastcore.all import L
 from ..arguments import check_each, check_flag, check_path, check_text, checked
 from ..core import DataError, did_you_mean, shorten
+from ..files import read_error
 from .readers import decode_text, read_table
 
 # %% ../../nbs/106_data.tables.ipynb #9fcbf1dd
@@ -218,6 +219,12 @@ def question_pairs(
 
 # %% ../../nbs/106_data.tables.ipynb #b36b21ee
 @checked
+def _content(file):
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise read_error(file, error) from error
+
 def read_folder(
     path:str|Path, # A folder with `.txt` files, at any depth
     label_from_parent:bool=False, # Whether to use the name of a text's folder as its label
@@ -233,7 +240,7 @@ def read_folder(
         print(f'{len(every) - len(files)} files in folders named {" or ".join(skip)} are left out')
     if not files:
         raise DataError(f'{path} must hold .txt files', 'none', 'Check the path')
-    texts = [decode_text(file.read_bytes(), file, encoding) for file in files]
+    texts = [decode_text(_content(file), file, encoding) for file in files]
     df = pd.DataFrame(dict(text=texts, file=[str(file.relative_to(path)) for file in files]))
     if label_from_parent:
         df['label'] = [file.parent.name for file in files]

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
+from types import FunctionType
 import numpy as np, torch
 from fastcore.all import L
 from fastai.text.core import SpacyTokenizer, TitledStr, TokenizeWithRules, Tokenizer, defaults
@@ -225,7 +226,12 @@ def given_tokenizer(tok):
     "Return a tokenizer, or a `WordLevelTokenizer` for `None`; raise an error for what is none"
     if isinstance(tok, type):
         raise FastaiTLError('`tok` must be a tokenizer', describe(tok), f'Pass an object: `{tok.__name__}()`')
-    return WordLevelTokenizer() if tok is None else check_callable('tok', tok)
+    if tok is None:
+        return WordLevelTokenizer()
+    if isinstance(check_callable('tok', tok), FunctionType):
+        for tokens in check_each('what `tok` returns', tok(['a'])):
+            check_each('what `tok` returns for a text', tokens, check_text)
+    return tok
 
 # %% ../../nbs/118_data.tokenizers.ipynb #acb2a1f1
 def tokenize_texts_once(

@@ -146,7 +146,7 @@ def linear_cross_entropy(
     dtype = _check_options(reduction, label_smoothing, dtype) or product_dtype(x)
     y = target.reshape(-1)
     rows = x.reshape(-1, x.shape[-1])
-    counted = y != check_whole('ignore_index', ignore_index, None)
+    counted = y != check_whole('ignore_index', ignore_index, -2**63)
     all_count = bool(counted.all())
     if not all_count:
         rows = rows[counted]

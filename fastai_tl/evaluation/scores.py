@@ -15,6 +15,7 @@ from ..arguments import check_array, check_each, check_number, checked
 from ..core import DataError, shorten
 from ..data.class_names import class_list, class_values, match_names
 from ..data.spec import activate
+from ..data.tables import column
 
 # %% ../../nbs/700_evaluation.scores.ipynb #98d60b00
 def row_losses(probs, targets, task):

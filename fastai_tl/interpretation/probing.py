@@ -12,7 +12,7 @@ import warnings
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
-from ..arguments import check_each, check_number, checked
+from ..arguments import check_each, check_number, check_whole, checked
 from ..core import DataError, FastaiTLError, derive_seed, shorten, unknown_option
 from ..data.classification import whole_texts_dl
 from ..data.tables import column, list_of
@@ -331,6 +331,7 @@ def probe(self:Learner,
 ) -> LayerProbe:
     "Find out what each layer knows: cross-validated linear probes of all layers, with a control task"
     spec = spec_of(self)
+    check_whole('max_rows', max_rows, or_none=True)
     if spec.task == 'tagging':
         return _probe_words(self, targets, texts, max_rows, seed, **kwargs)
     if targets is None and spec.task == 'regression':
