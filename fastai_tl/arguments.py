@@ -171,10 +171,11 @@ def check_callable(
     value, # What the user passed
     or_none:bool=False # Whether `None` is allowed
 ): # The value
-    "Raise an error if an argument is not a function, or an object that can be called"
-    if callable(value) or or_none and value is None:
+    "Raise an error if an argument is not a function, or an object that can be called; a class is neither"
+    if callable(value) and not isinstance(value, type) or or_none and value is None:
         return value
-    raise FastaiTLError(f'`{name}` must be a function{" or None" if or_none else ""}', describe(value))
+    todo = f'Pass an object: `{value.__name__}()`' if isinstance(value, type) else ''
+    raise FastaiTLError(f'`{name}` must be a function{" or None" if or_none else ""}', describe(value), todo)
 
 def check_device(
     name:str, # Name of the argument

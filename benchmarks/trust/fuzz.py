@@ -199,6 +199,9 @@ OTHER_MEANING = {
     ('Answer', 'start'): None,  # a position in a text; -1 for no answer
     ('param_kind', 'p'): None,  # a parameter of a model
     ('param_kind', 'block'): _flag,
+    ('HFEngine', 'share'): _flag,  # whether the weights are shared
+    ('AWDEngine', 'share'): _flag,
+    ('engine_of', 'share'): _flag,
     ('Calibrated', 'n_folds'): _whole(0),  # below 2: no estimate across folds
     ('learn.calibrate', 'n_folds'): _whole(0),
     ('bidi.calibrate', 'n_folds'): _whole(0),

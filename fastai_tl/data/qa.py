@@ -207,7 +207,7 @@ def check_answers(
 ) -> list: # `QAExample` objects
     "Check questions and answers; raise an error that names the invalid rows"
     questions, contexts = list_of(questions, 'question'), list_of(contexts, 'passage')
-    answers = list_of(answers, 'list of answers')
+    answers = list_of(answers, 'answer list')
     starts = [None]*len(questions) if starts is None else list_of(starts, 'start')
     if len({len(questions), len(contexts), len(answers), len(starts)}) > 1:
         raise DataError('Each question needs a passage and an answer',

@@ -344,6 +344,8 @@ def time_folds(
 def _checked_times(times):
     "Return times as an array that can be sorted"
     times = times if isinstance(times, pd.Series) else pd.Series(list_of(times, 'time'))
+    if not len(times):
+        raise DataError('At least one time is needed', 'none')
     if times.isna().any():
         missing = shorten(times.index[times.isna()])
         raise DataError('Each row needs a time', f'none in row {missing}', 'Drop those rows first')

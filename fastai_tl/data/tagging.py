@@ -201,7 +201,7 @@ def check_tagged(
     index=None # Names of the rows, for error messages
 ) -> tuple: # Words and tags, as lists of lists of `str`
     "Check sentences and their tags; raise an error that names the invalid rows"
-    words, tags = list_of(words, 'sentence'), list_of(tags, 'list of tags')
+    words, tags = list_of(words, 'sentence'), list_of(tags, 'tag list')
     if len(words) != len(tags):
         raise DataError('Each sentence needs its tags', f'{len(words)} sentences and {len(tags)} lists of tags')
     if not words:

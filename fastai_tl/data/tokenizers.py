@@ -22,7 +22,7 @@ from fastprogress import progress_bar
 from fastai_tl.arguments import (
     check_array, check_callable, check_each, check_flag, check_path, check_text, check_whole, checked
 )
-from ..core import FastaiTLError, RunError, describe
+from ..core import FastaiTLError, RunError
 from .tables import check_texts, valid_text
 from ..files import digest, load_tree, save_tree
 
@@ -224,8 +224,6 @@ def _read_cached(file):
 # %% ../../nbs/118_data.tokenizers.ipynb #25877936
 def given_tokenizer(tok):
     "Return a tokenizer, or a `WordLevelTokenizer` for `None`; raise an error for what is none"
-    if isinstance(tok, type):
-        raise FastaiTLError('`tok` must be a tokenizer', describe(tok), f'Pass an object: `{tok.__name__}()`')
     if tok is None:
         return WordLevelTokenizer()
     if isinstance(check_callable('tok', tok), FunctionType):

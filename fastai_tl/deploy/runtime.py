@@ -142,6 +142,8 @@ def _checked_texts(texts, first=0):
     "Return texts, or pairs of texts as tuples, or raise an error that names the rows"
     if isinstance(texts, (str, bytes)) or not hasattr(texts, '__iter__') or not getattr(texts, 'ndim', 1):
         raise DataError('A list of texts is needed', f'one {type(texts).__name__}', 'Put it into a list')
+    if hasattr(texts, 'columns') or hasattr(texts, 'keys') and not hasattr(texts, 'index'):
+        raise DataError('A list of texts is needed', f'a {type(texts).__name__}', "Pass a column, such as `df['text']`")
     items = [text if isinstance(text, str) else _as_pair(text) for text in texts]
     bad = [first+i for i, item in enumerate(items) if item is None or not all(_strings(item))]
     if bad:

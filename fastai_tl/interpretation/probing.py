@@ -12,7 +12,7 @@ import warnings
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
-from ..arguments import check_each, check_number, check_whole, checked
+from ..arguments import check_array, check_each, check_number, check_whole, checked
 from ..core import DataError, FastaiTLError, derive_seed, shorten, unknown_option
 from ..data.classification import whole_texts_dl
 from ..data.tables import column, list_of
@@ -198,7 +198,8 @@ class LayerProbe:
 
 # %% ../../nbs/768_interpretation.probing.ipynb #c95b948d
 def _check_rows(features, targets, n_folds):
-    lengths = {name: len(o) for name, o in features.items()}
+    lengths = {name: len(check_array(f'features[{name!r}]', o, 2, nan=True, dtype=None))
+               for name, o in features.items()}
     if not features or set(lengths.values()) != {len(targets)}:
         raise DataError(f'Each layer must have a row for each of the {len(targets)} targets', str(lengths))
     if n_folds < 2 or len(targets) < 2*n_folds:

@@ -27,7 +27,7 @@ def text_items(
 ) -> list: # Items for the `test_dl` of a classifier
     "Make unlabelled items from tokenized texts, so that `test_dl` does not tokenize them again"
     check_is_list(texts)
-    items = [[texts[i], None] for i in range(len(texts))]
+    items = [[text, None] for text in texts]
     if bad := [i for i, (text, _) in enumerate(items) if not isinstance(text, (str, list, tuple, L))]:
         raise DataError('Each text must be a list of tokens', f'something else in row {shorten(bad)}')
     return items
