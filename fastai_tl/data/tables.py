@@ -219,6 +219,12 @@ def question_pairs(
 
 # %% ../../nbs/106_data.tables.ipynb #b36b21ee
 @checked
+def _text_files(path):
+    try:
+        return sorted(path.rglob('*.txt'))
+    except OSError as error: # a folder that must not be read, or that is gone
+        raise read_error(path, error) from error
+
 def _content(file):
     try:
         return file.read_bytes()
@@ -234,7 +240,7 @@ def read_folder(
     "Read a folder of texts, sorted by file name"
     skip = check_each('skip', [skip] if isinstance(skip, str) else list_of(skip, 'folder name'), check_text)
     label_from_parent = check_flag('label_from_parent', label_from_parent)
-    every = sorted(Path(check_path('path', path)).rglob('*.txt'))
+    every = _text_files(Path(check_path('path', path)))
     files = [file for file in every if not any(part in skip for part in file.relative_to(path).parts[:-1])]
     if len(files) < len(every):
         print(f'{len(every) - len(files)} files in folders named {" or ".join(skip)} are left out')

@@ -414,6 +414,8 @@ def describe_change(
         raise DataError('The table must have two rows', str(len(table)), 'Compare a second precision')
     reference, other = table.iloc[0], table.iloc[1]
     measure = 'accuracy' if 'accuracy' in table else 'rmse'
+    for name in (measure, 'max_change', 'texts'):
+        column(table, name)
     if 'same' in table:
         change = f'{other.same:.1%} of the decisions the same, probabilities changed by at most {other.max_change:.3f}'
     else:

@@ -33,6 +33,7 @@ class Recipe:
     def __post_init__(self):
         check_number('spread', self.spread, above=0)
         check_number('lr', self.lr, above=0)
+        object.__setattr__(self, 'stages', tuple(check_each('stages', self.stages))) # of a frozen dataclass
         for stage in check_each('stages', self.stages, check_each):
             if len(stage) != 2:
                 raise FastaiTLError('Each stage must have a number of groups and a relative rate', describe(stage))
