@@ -1,4 +1,4 @@
-"""Wrong arguments: a test for each kind that the fuzzer of `benchmarks/trust` found; errors are those of the package."""
+"""Wrong arguments: a test for each kind that the fuzzer of `benchmarks/trust` found; errors must be the package's."""
 
 import numpy as np
 import pandas as pd

@@ -27,8 +27,8 @@ from ..models.layer_groups import layer_splitter
 from ..models.hf import HFEncoder, HFModel, check_lengths, check_tokenizer, load_hf
 from ..efficiency.mixed_precision import AutocastPrecision
 from ..tune.accumulation import LargeBatchGradient
-from ..tune.learning_rates import check_rates, default_lr
-from ..tune.optimizer import LayerwiseOptimizer
+from ..tune.learning_rates import default_lr
+from ..tune.optimizer import LayerwiseOptimizer, check_rates
 
 # %% ../../nbs/500_learners.base.ipynb #fc050398
 def _has_tensor(o):

@@ -32,6 +32,25 @@ def _param_lists(params):
 def _kinds_by_shape(param_lists):
     return [['bias' if p.ndim < 2 else 'weight' for p in group] for group in param_lists]
 
+# %% ../../nbs/400_tune.optimizer.ipynb #412d92e4
+def check_rates(
+    name:str, # Name of the argument
+    value, # A number, a slice, a list with a number for each layer group, or `None`
+    or_none:bool=True, # Whether `None` is allowed
+    below:float|None=None # Each number must be smaller than this
+): # The value
+    "Raise an error if an argument is not a number of at least 0, or several, as fastai's optimizers take them"
+    limits = dict(low=0, below=below)
+    if isinstance(value, slice):
+        check_number(name, value.stop, **limits)
+        check_number(name, value.start, **limits, or_none=True)
+    elif np.ndim(value) and not isinstance(value, str):
+        if not check_each(name, value, check_number, **limits):
+            raise FastaiTLError(f'`{name}` must have a number for each layer group', 'none')
+    else:
+        check_number(name, value, **limits, or_none=or_none)
+    return value
+
 # %% ../../nbs/400_tune.optimizer.ipynb #8f7eb609
 def _check_kinds(mults, name):
     check_type(name, mults, dict, 'a dictionary')
@@ -47,19 +66,11 @@ def _check_group_mults(mults, n_groups):
         raise FastaiTLError(expected, f'{len(mults)} numbers')
     return mults
 
-def _numbers_of(hyper):
-    "The numbers of a setting as fastai takes them: one number, one a layer group, or a `slice`"
-    if isinstance(hyper, slice):
-        return [hyper.stop] if hyper.start is None else [hyper.start, hyper.stop]
-    return hyper if isinstance(hyper, (list, tuple)) else [hyper]
-
 def _check_hypers(opt, sizes, shares):
     if not (isinstance(opt, type) and issubclass(opt, torch.optim.Optimizer)):
         raise FastaiTLError('`opt` must be the class of an optimizer of PyTorch', describe(opt))
     for name, value in (sizes | shares).items():
-        limits = dict(low=0, below=1) if name in shares else dict(low=0)
-        for one in _numbers_of(value):
-            check_number(name, one, **limits)
+        check_rates(name, value, or_none=False, below=1 if name in shares else None)
 
 # %% ../../nbs/400_tune.optimizer.ipynb #c949e1e5
 def _torch_optimizer(cls, groups, eps, kwargs):
