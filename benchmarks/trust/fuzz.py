@@ -197,6 +197,7 @@ OTHER_MEANING = {
     ('lm.generate', 'top_k'): _whole(0),
     ('wilson_interval', 'k'): None,  # numbers of successes, which may be an array
     ('Answer', 'start'): None,  # a position in a text; -1 for no answer
+    ('Entity', 'start'): None,
     ('param_kind', 'p'): None,  # a parameter of a model
     ('param_kind', 'block'): _flag,
     ('HFEngine', 'share'): _flag,  # whether the weights are shared

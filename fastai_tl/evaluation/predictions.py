@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.predictions.html.md"""
 __all__ = ['PassCallback']
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #ac17a1e8
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 import numpy as np
 import pandas as pd
 import torch
@@ -135,7 +135,8 @@ def check_known(labels, spec, index):
         return
     known = set(spec.classes)
     label_lists = labels if spec.task == 'multilabel' else [[label] for label in labels]
-    bad = [row for row, names in zip(index, label_lists) if not known.issuperset(names)]
+    is_known = lambda name: isinstance(name, Hashable) and name in known
+    bad = [row for row, names in zip(index, label_lists) if not all(map(is_known, names))]
     if bad:
         raise DataError('Labels must be classes of the model', f'others in row {shorten(bad)}',
                         f'The classes are: {shorten(spec.classes, 20)}')
