@@ -88,6 +88,7 @@ class Attribution:
         self.words = check_each('words', self.words, check_text)
         self.leads = check_each('leads', self.leads, check_text)
         self.values = check_array('values', self.values, 1, nan=True, dtype=None)
+        check_whole('n_nodes', self.n_nodes, or_none=True)
         if not len(self.words) == len(self.leads) == len(self.values):
             got = f'{len(self.words)} words, {len(self.leads)} leads and {len(self.values)} values'
             raise FastaiTLError('Each word needs a lead and a value', got)

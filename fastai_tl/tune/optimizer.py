@@ -40,7 +40,7 @@ def check_rates(
     below:float|None=None # Each number must be smaller than this
 ): # The value
     "Raise an error if an argument is not a number of at least 0, or several, as fastai's optimizers take them"
-    limits = dict(low=0, below=below)
+    limits = dict(low=0, below=below, high=1e30 if below is None else None) # of 32 bits
     if isinstance(value, slice):
         check_number(name, value.stop, **limits)
         check_number(name, value.start, **limits, or_none=True)
