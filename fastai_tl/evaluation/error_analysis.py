@@ -225,6 +225,7 @@ def text_words(
     return words + [run[i:i+k] for run in runs for k in (1, 2) for i in range(len(run)-k+1)]
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #7271688f
+@checked
 def overused_words(
     texts, # List of texts
     marked, # Booleans (texts,) that mark the texts to compare with the others
