@@ -42,7 +42,14 @@ class Prediction:
     probs:dict|None # Maps each class to its probability; `None` for a regression
     scores:np.ndarray # Logits, of shape (outputs,)
 
-# %% ../../nbs/810_deploy.predictor.ipynb #45413ead
+# %% ../../nbs/810_deploy.predictor.ipynb #3471a6c8
+def _given_thresholds(thresholds, task, classes):
+    "Return one threshold for each class, from a list or a table"
+    if task == 'regression':
+        raise FastaiTLError('Thresholds need classes', 'a regression')
+    thresholds = column(thresholds, 'threshold') if isinstance(thresholds, pd.DataFrame) else thresholds
+    return class_values(thresholds, classes, 'Thresholds')
+
 def _checked_classes(classes, task, n):
     "Return the names of `n` outputs as a list, or raise an error; `None` for a regression"
     if task == 'regression':
@@ -66,6 +73,7 @@ def _checked_texts(texts, n):
 def _is_pair(item):
     return isinstance(item, (tuple, list)) and all(isinstance(text, str) for text in item)
 
+# %% ../../nbs/810_deploy.predictor.ipynb #45413ead
 class Predictions:
     "Predictions for a list of texts, in the order of the texts"
     @checked
@@ -178,13 +186,6 @@ def _temperature_of(temperature, task):
     if value != 1 and task == 'regression':
         raise FastaiTLError('A temperature is for probabilities', 'a regression')
     return value
-
-def _given_thresholds(thresholds, task, classes):
-    "Return one threshold for each class, from a list or a table"
-    if task == 'regression':
-        raise FastaiTLError('Thresholds need classes', 'a regression')
-    thresholds = column(thresholds, 'threshold') if isinstance(thresholds, pd.DataFrame) else thresholds
-    return class_values(thresholds, classes, 'Thresholds')
 
 # %% ../../nbs/810_deploy.predictor.ipynb #9d4d265a
 def _checked_engine(source, precision, max_tokens):

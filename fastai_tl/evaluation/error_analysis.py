@@ -146,7 +146,7 @@ def slice_errors(
     from scipy.stats import false_discovery_control
     check_whole('bins', bins, high=10**6)
     check_whole('min_rows', min_rows, 0)
-    check_number('level', level, above=0, below=1)
+    level = check_number('level', level, above=0, below=1)
     errors = row_errors(ev)
     of_slice = mean_of_slice if ev.task == 'regression' else rate_of_slice
     table = TextTable([dict(slice=name, value=value, **of_slice(errors, rows, level))

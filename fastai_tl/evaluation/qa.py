@@ -118,7 +118,7 @@ class AnswerEvaluation:
     ) -> ScoreTable: # exact | f1 | low | high | interval of | support, by length and for all
         "Return exact match and F1 by the length of the answer, with intervals of F1"
         lengths = check_each('lengths', lengths, check_whole)
-        check_number('level', level, above=0, below=1, or_none=True)
+        level = check_number('level', level, above=0, below=1, or_none=True)
         check_whole('n_boot', n_boot, high=10**7)
         check_whole('seed', seed, 0)
         if not len(self):

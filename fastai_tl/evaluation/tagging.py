@@ -151,7 +151,7 @@ class TagEvaluation:
         seed:int=0 # Random seed of the bootstrap
     ) -> ScoreTable: # precision | recall | f1 | low | high | interval of | support, for each type and average
         "Return precision, recall and F1 of the entities, with intervals of F1"
-        check_number('level', level, above=0, below=1, or_none=True)
+        level = check_number('level', level, above=0, below=1, or_none=True)
         check_whole('n_boot', n_boot, high=10**7)
         check_whole('seed', seed, 0)
         if not len(self) or not self.types:
