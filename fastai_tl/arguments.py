@@ -310,8 +310,8 @@ def _as_items(value):
     return list(value) if isinstance(value, (Iterator, range)) else value
 
 # %% ../nbs/012_arguments.ipynb #951d2793
-# annotation -> what it must be, in words, a test, and a function that returns what the decorated function gets; strings,
-# dictionaries and tables are lists here, and functions that do not read them say what to pass instead
+# annotation -> what it must be, in words, a test, and a function that returns what the decorated function gets;
+# strings, dictionaries and tables are lists here, and functions that do not read them say what to pass instead
 _KINDS = {
     int: ('a whole number', _is_long, lambda o: int(_plain(o))),
     float: ('a number', _is_real, lambda o: _as_number(_plain(o))),
@@ -352,6 +352,7 @@ def _typed_parameters(f):
             found.append((p.name, first, p.default, kinds))
     return found
 
+# %% ../nbs/012_arguments.ipynb #0435421a
 def _converted(name, value, kinds):
     "Return what a function gets for an argument, or raise an error"
     for _, test, convert in kinds:

@@ -413,14 +413,12 @@ def plot_stages(
     "Draw the learning rate of each layer group and the losses over the steps of a run; return the Figure"
     rates = check_array('rates', rates, nan=True)
     if not rates.size:
-        raise FastaiTLError('`rates` must have at least one rate', 'none')
+        raise FastaiTLError('`rates` must have the rate of at least one layer group', 'none')
     rates = rates.reshape(len(rates) if rates.ndim else 1, -1)
     losses = check_array('losses', losses, 1, nan=True)
     valid, stages = _pairs('valid', valid), _pairs('stages', stages)
     starts = check_array('stages', [first for first, _ in stages], 1).tolist()
     names, figsize = check_each('stages', [name for _, name in stages], check_text), check_figsize(figsize)
-    if not rates.shape[1]:
-        raise FastaiTLError('`rates` must have the rate of at least one layer group', 'none')
     with figure_style(names, in_words('step')) as plt:
         fig, (rate_ax, loss_ax) = plt.subplots(1, 2, figsize=figsize)
         _draw_rates(rate_ax, rates, plt.cm.viridis(np.linspace(0, .88, rates.shape[1])))

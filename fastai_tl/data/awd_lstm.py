@@ -98,10 +98,9 @@ def language_model_dls(
     "Make DataLoaders for a language model"
     check_whole('bs', bs)
     check_whole('seq_len', seq_len)
-    tok = given_tokenizer(tok)
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][start:end] for part in parts for i, start, end in part]
-    reader = TextTokenizer(tok, rules)
+    reader = TextTokenizer(given_tokenizer(tok), rules)
     n_train = len(parts[0])
     splits = [list(range(n_train)), list(range(n_train, len(items)))]
     dsets = Datasets(items, [text_tfms(reader, vocab, backwards)], splits=splits, dl_type=LMDataLoader)
@@ -153,13 +152,12 @@ def classifier_dls(
     **kwargs # `backwards`, `path` and `classes`
 ) -> SpecDataLoaders:
     "Make DataLoaders for a classifier"
-    options, tok = ReadingOptions(**kwargs), given_tokenizer(tok)
+    options = ReadingOptions(**kwargs)
     train, valid = row_lists(train, valid, min(len(texts), len(labels)))
-    classes = check_split(labels, task, train, valid, options.classes)
-    n_values = n_values_of(labels, task)
+    classes, n_values = check_split(labels, task, train, valid, options.classes), n_values_of(labels, task)
     # lists, because fastai applies transforms to each member of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
-    reader = TextTokenizer(tok, rules)
+    reader = TextTokenizer(given_tokenizer(tok), rules)
     tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)],
             [itemgetter(1), *label_tfms(task, classes, n_values)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]

@@ -64,7 +64,8 @@ def new_items(
     items = list_of(items)
     if not items:
         raise DataError('At least one text is needed', 'none')
-    are_good = [isinstance(item, str) or isinstance(item, (list, tuple, L, UserList)) and len(item) > 0 for item in items]
+    are_good = [isinstance(item, str) or isinstance(item, (list, tuple, L, UserList)) and len(item) > 0
+                for item in items]
     other = [i for i, is_good in enumerate(are_good) if not is_good]
     if other:
         got = f'{describe(items[other[0]])} in row {shorten(other)}'

@@ -27,7 +27,7 @@ from .offsets import check_offsets, exact_of_passages, passage_offsets, token_sp
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
-from .splits import need_rows, row_lists, split_rows
+from .splits import needed_rows, split_rows
 from .tables import check_texts, column, is_missing, list_of, question_pairs, row_names, valid_text
 from .tagging import ShownWords
 from .tokenizers import apply_rules, check_rules, letter_by_letter
@@ -270,8 +270,7 @@ def hf_qa_dls(
 ): # `HFQADataLoaders`
     "Make DataLoaders of windows from checked questions"
     examples = check_each('examples', examples, check_type, QAExample)
-    train, valid = row_lists(train, valid, len(examples))
-    need_rows(train, valid)
+    train, valid = needed_rows(train, valid, len(examples))
     tok = hf_tokenize_qa(tokenizer, **kwargs)
     tok.may_be_none = any(not examples[i].answers[0] for i in train)
     rows = row_names(len(examples), rows)

@@ -148,6 +148,12 @@ def row_lists(train, valid, n):
     "Return the rows of both sides of a split as lists, or raise an error if they are not among `n` rows"
     return [check_each(name, rows, check_whole, 0, n-1) for name, rows in (('train', train), ('valid', valid))]
 
+def needed_rows(train, valid, n):
+    "Return the rows of both sides as lists, or raise an error unless both have some"
+    train, valid = row_lists(train, valid, n)
+    need_rows(train, valid)
+    return train, valid
+
 def need_rows(train, valid, label_lists=None):
     "Raise an error if one side of a split has no rows; with the labels of the rows it can say why"
     if label_lists and not valid and train and not _spared([label_lists[i] for i in train], range(len(train))):

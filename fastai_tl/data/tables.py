@@ -217,8 +217,7 @@ def question_pairs(
         pairs.append(tuple(valid_texts(list(item), [i]*2, 'question')))
     return pairs
 
-# %% ../../nbs/106_data.tables.ipynb #b36b21ee
-@checked
+# %% ../../nbs/106_data.tables.ipynb #37b59882
 def _text_files(path):
     try:
         return sorted(path.rglob('*.txt'))
@@ -231,6 +230,8 @@ def _content(file):
     except OSError as error:
         raise read_error(file, error) from error
 
+# %% ../../nbs/106_data.tables.ipynb #b36b21ee
+@checked
 def read_folder(
     path:str|Path, # A folder with `.txt` files, at any depth
     label_from_parent:bool=False, # Whether to use the name of a text's folder as its label

@@ -19,7 +19,7 @@ from plum import dispatch
 from fastai.data.core import show_batch, show_results
 from fastai.data.transforms import CategoryMap
 from fastai.interpret import plot_top_losses
-from ..arguments import check_each, check_flag, check_text, check_type, check_whole, checked
+from ..arguments import check_each, check_flag, check_text, check_type, checked
 from ..core import DataError, FastaiTLError, describe, did_you_mean, shorten
 from .class_names import class_list
 from .classification import loaders_of, tokens_dls
@@ -29,7 +29,7 @@ from .hf_tokenizer import HFTokenize, TensorTargets, TensorTokens, encode
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
-from .splits import need_rows, row_lists, split_rows
+from .splits import need_rows, needed_rows, split_rows
 from .tables import column, list_of, row_names, valid_text, valid_texts
 from .tags import inside_tag, tag_scheme, tag_vocab, tags_html
 from .tokenizers import apply_rules
@@ -261,6 +261,7 @@ def words_without_tokens(tok, items):
 # %% ../../nbs/133_data.tagging.ipynb #f13c2d18
 def _tagged_items(words, tags, rows, vocab):
     "Return the words and tags of rows, or raise an error"
+    check_each('vocab', vocab, check_text)
     if unknown := {tag for i in rows for tag in tags[i]}.difference(vocab):
         raise DataError('`vocab` must hold all tags', f'no {shorten(sorted(map(str, unknown)))}')
     return [TaggedWords([words[i], tags[i]]) for i in rows]
@@ -282,12 +283,8 @@ def hf_tagger_dls(
     **kwargs # `sep`, `max_length`, `verbose` and `lang`
 ): # `HFTagDataLoaders`
     "Make DataLoaders for a tagger from checked words and tags"
-    check_whole('bs', bs)
-    check_whole('val_bs', val_bs, or_none=True)
     words, tags = check_tagged(words, tags)
-    train, valid = row_lists(train, valid, len(words))
-    need_rows(train, valid)
-    vocab = check_each('vocab', vocab, check_text)
+    train, valid = needed_rows(train, valid, len(words))
     tok = hf_tokenize_words(tokenizer, [words[i] for i in train], **kwargs)
     items = _tagged_items(words, tags, [*train, *valid], vocab)
     tfms = [[itemgetter(0), tok], [EncodeTags(tok, vocab, label_all)]]

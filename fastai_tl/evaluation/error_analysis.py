@@ -237,10 +237,9 @@ def overused_words(
     "Return words that occur in the marked texts more often than by chance, the most significant first"
     from sklearn.feature_extraction.text import CountVectorizer
     check_whole('n', n, 0, or_none=True)
-    min_texts = check_whole('min_texts', min_texts, 0)
-    alpha = check_number('alpha', alpha, low=0, high=1)
-    check_callable('words', words, or_none=True)
-    texts = check_texts(texts)
+    check_whole('min_texts', min_texts, 0)
+    check_number('alpha', alpha, low=0, high=1)
+    texts, _ = check_texts(texts), check_callable('words', words, or_none=True)
     marked = check_array('marked', marked, 1, low=0, high=1).astype(bool)
     if len(marked) != len(texts):
         raise DataError('Texts and marks must have the same number of rows', f'{len(texts)} and {len(marked)}')

@@ -41,7 +41,8 @@ def check_batches(dl):
     batches = dl if isinstance(dl, (list, tuple)) else ()
     good = [isinstance(batch, (list, tuple)) and len(batch) > 0 and _has_tensor(batch[0]) for batch in batches]
     if bad := [i for i, is_good in enumerate(good) if not is_good]:
-        raise FastaiTLError('`dl` must have batches, which begin with a tensor', f'{describe(batches[bad[0]])} at {bad[0]}')
+        got = f'{describe(batches[bad[0]])} at {bad[0]}'
+        raise FastaiTLError('`dl` must have batches, which begin with a tensor', got)
 
 # %% ../../nbs/500_learners.base.ipynb #bbf8a75d
 def _check_fit(n_epoch, options):

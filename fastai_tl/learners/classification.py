@@ -44,13 +44,14 @@ def _check_range(y_range):
     if len(values) != 2 or values[0] >= values[1]:
         raise FastaiTLError('`y_range` must be the lowest and the highest prediction', describe(y_range))
 
-# %% ../../nbs/505_learners.classification.ipynb #6947d8bb
+# %% ../../nbs/505_learners.classification.ipynb #fa3128dd
 def _check_outputs(dls, task, n_out):
     "Raise an error if the classes of the data need another number of outputs"
     classes = getattr(getattr(dls, 'spec', None), 'classes', None)
     if task == 'classification' and classes and len(classes) != n_out:
         raise FastaiTLError(f'`n_out` must be {len(classes)}, one for each class of the data', str(n_out))
 
+# %% ../../nbs/505_learners.classification.ipynb #6947d8bb
 @checked
 def awd_classifier_learner(
     dls:DataLoaders, # From `classifier_dls`

@@ -112,5 +112,6 @@ def check_drop_mult(
     drop_mult = check_number('drop_mult', drop_mult, low=0)
     largest = max((value for name, value in config.items() if name.endswith('_p')), default=0)
     if drop_mult*largest > 1:
-        raise FastaiTLError(f'`drop_mult` must be at most {1/largest:g}, so that no dropout is above 1', f'{drop_mult:g}')
+        expected = f'`drop_mult` must be at most {1/largest:g}, so that no dropout is above 1'
+        raise FastaiTLError(expected, f'{drop_mult:g}')
     return drop_mult

@@ -364,8 +364,7 @@ def transfer_plan(self:Learner,
 ) -> TransferPlan: # Plan with the methods `table()`, `explain()` and `show()`
     "Return the plan that `fit_transfer` would follow, without changing anything"
     layers = _named_groups(self)
-    family = model_family(self.model)
-    task = _task(self)
+    family, task = model_family(self.model), _task(self)
     n_batches = len(self.dls.train)
     steps = _deciding_steps(epochs, groups, task, family, min_steps, n_batches)
     name, why = _name_recipe(self, recipe, family, len(layers), steps, groups)
