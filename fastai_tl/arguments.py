@@ -8,8 +8,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/arguments.html.md"""
 __all__ = []
 
 # %% ../nbs/012_arguments.ipynb #e322f2a6
-import functools, inspect, math, os, typing
-from collections.abc import Callable, Mapping
+import functools, inspect, math, os, re, typing
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -31,6 +31,16 @@ def _is_finite(value):
 def _is_within(value, low, high, above, below):
     is_high_enough = (low is None or value >= low) and (above is None or value > above)
     return is_high_enough and (high is None or value <= high) and (below is None or value < below)
+
+def _is_whole(number):
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+def _is_flag(flag):
+    return isinstance(flag, (bool, int)) and flag in (0, 1)
+
+def _as_number(number):
+    "Return a number as an `int` or a `float`; a whole number that libraries in C cannot take becomes a `float`"
+    return number if isinstance(number, int) and abs(number) < 2**63 else float(number)
 
 # %% ../nbs/012_arguments.ipynb #e9cc5dad
 def _range_text(kind, low, high, above, below):
@@ -61,7 +71,7 @@ def check_number(
     number = _plain(value)
     is_real = isinstance(number, Real) and not isinstance(number, bool) and _is_finite(number)
     if is_real and _is_within(number, low, high, above, below):
-        return number if isinstance(number, (int, float)) else float(number)
+        return _as_number(number)
     wanted = _range_text('a number', low, high, above, below) + (' or None' if or_none else '')
     upper = below if high is None else high
     raise FastaiTLError(f'`{name}` must be {wanted}', describe(value), todo or _percent_hint(number, upper))
@@ -78,7 +88,7 @@ def check_whole(
     if or_none and value is None:
         return None
     number = _plain(value)
-    is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+    is_whole = _is_whole(number)
     if is_whole and _is_within(number, low, high, None, None):
         return int(number)
     is_shown = high != 2**31-1 or is_whole and number > high # a limit that nobody reaches would only be in the way
@@ -95,7 +105,7 @@ def check_flag(
     if or_none and value is None:
         return None
     flag = _plain(value)
-    if isinstance(flag, (bool, int)) and flag in (0, 1):
+    if _is_flag(flag):
         return bool(flag)
     raise FastaiTLError(f'`{name}` must be True or False{" or None" if or_none else ""}', describe(value))
 
@@ -136,9 +146,11 @@ def check_text(
 
 # %% ../nbs/012_arguments.ipynb #20e9dbbb
 def _is_path(value):
-    "Return whether a value can be a path: lone surrogates and null characters cannot be in one"
+    "Return whether a value can be a path: no lone surrogate, no null character, no name too long for a file system"
     try:
-        return isinstance(value, (str, os.PathLike)) and b'\0' not in os.fsencode(value)
+        path = os.fsdecode(value) if isinstance(value, (str, os.PathLike)) else '\0'
+        is_short = len(path) <= 4096 and all(len(name) <= 255 for name in re.split(r'[/\\]', path))
+        return is_short and b'\0' not in os.fsencode(path)
     except (UnicodeEncodeError, TypeError):
         return False
 
@@ -159,10 +171,11 @@ def check_callable(
     value, # What the user passed
     or_none:bool=False # Whether `None` is allowed
 ): # The value
-    "Raise an error if an argument is not a function, or an object that can be called"
-    if callable(value) or or_none and value is None:
+    "Raise an error if an argument is not a function, or an object that can be called; a class is neither"
+    if callable(value) and not isinstance(value, type) or or_none and value is None:
         return value
-    raise FastaiTLError(f'`{name}` must be a function{" or None" if or_none else ""}', describe(value))
+    todo = f'Pass an object: `{value.__name__}()`' if isinstance(value, type) else ''
+    raise FastaiTLError(f'`{name}` must be a function{" or None" if or_none else ""}', describe(value), todo)
 
 def check_device(
     name:str, # Name of the argument
@@ -285,34 +298,32 @@ def _is_real(value):
         return False
     return _is_finite(number) or isinstance(number, float)
 
-def _is_whole(value):
+def _is_long(value):
     number = _plain(value)
-    return isinstance(number, Integral) and not isinstance(number, bool) and -2**63 <= number < 2**63
-
-def _is_flag(value):
-    flag = _plain(value)
-    return isinstance(flag, (bool, int)) and flag in (0, 1)
+    return _is_whole(number) and -2**63 <= number < 2**63
 
 def _is_items(value):
-    return hasattr(value, '__iter__') and not isinstance(value, bytes) and getattr(value, 'ndim', 1) > 0
+    return hasattr(value, '__iter__') and not isinstance(value, (bytes, type)) and getattr(value, 'ndim', 1) > 0
 
-
+def _as_items(value):
+    "Return an iterator, which can be read only once, or a range, which JSON cannot store, as a list"
+    return list(value) if isinstance(value, (Iterator, range)) else value
 
 # %% ../nbs/012_arguments.ipynb #951d2793
-# annotation -> what it must be, in words, and a test; strings, dictionaries and tables are lists here, and functions
-# that do not read them say what to pass instead
+# annotation -> what it must be, in words, a test, and a function that returns what the decorated function gets;
+# strings, dictionaries and tables are lists here, and functions that do not read them say what to pass instead
 _KINDS = {
-    int: ('a whole number', _is_whole),
-    float: ('a number', _is_real),
-    bool: ('True or False', _is_flag),
-    list: ('a list', _is_items),
-    tuple: ('a list', _is_items),
-    dict: ('a dictionary', lambda o: isinstance(o, Mapping)),
-    str: ('a string', lambda o: isinstance(o, str)),
-    Path: ('a path', _is_path),
-    Callable: ('a function', callable),
-    typing.Callable: ('a function', callable),
-    NoneType: ('None', lambda o: o is None),
+    int: ('a whole number', _is_long, lambda o: int(_plain(o))),
+    float: ('a number', _is_real, lambda o: _as_number(_plain(o))),
+    bool: ('True or False', lambda o: _is_flag(_plain(o)), lambda o: bool(_plain(o))),
+    list: ('a list', _is_items, _as_items),
+    tuple: ('a list', _is_items, _as_items),
+    dict: ('a dictionary', lambda o: isinstance(o, Mapping), None),
+    str: ('a string', lambda o: isinstance(o, str), None),
+    Path: ('a path', _is_path, None),
+    Callable: ('a function', callable, None),
+    typing.Callable: ('a function', callable, None),
+    NoneType: ('None', lambda o: o is None, None),
 }
 
 # %% ../nbs/012_arguments.ipynb #ae67846d
@@ -320,14 +331,15 @@ def _is_of(kind, value):
     return isinstance(value, kind)
 
 def _kinds_of(annotation):
-    "Return what the types of an annotation are in words, and their tests; nothing for one that allows all values"
+    "Return what the types of an annotation are in words, their tests and functions; nothing for one that allows all"
     is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
     types = typing.get_args(annotation) if is_union else (annotation,)
     if Path in types: # which may be written as a string
         types = [kind for kind in types if kind is not str]
     if object in types or not all(isinstance(kind, type) or kind in _KINDS for kind in types):
         return []
-    return [_KINDS.get(kind) or (f'of type {kind.__name__}', functools.partial(_is_of, kind)) for kind in types]
+    return [_KINDS.get(kind) or (f'of type {kind.__name__}', functools.partial(_is_of, kind), None)
+            for kind in types]
 
 def _typed_parameters(f):
     "Return the name, the place, the default and the kinds of each parameter with an annotation"
@@ -336,10 +348,18 @@ def _typed_parameters(f):
         is_named = p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.annotation is not p.empty
         kinds = _kinds_of(p.annotation) if is_named else []
         if kinds and p.name != 'self':
-            words = ' or '.join(dict.fromkeys(text for text, _ in kinds))
             first = math.inf if p.kind == p.KEYWORD_ONLY else place
-            found.append((p.name, first, p.default, words, [test for _, test in kinds]))
+            found.append((p.name, first, p.default, kinds))
     return found
+
+# %% ../nbs/012_arguments.ipynb #0435421a
+def _converted(name, value, kinds):
+    "Return what a function gets for an argument, or raise an error"
+    for _, test, convert in kinds:
+        if test(value):
+            return convert(value) if convert else value
+    words = ' or '.join(dict.fromkeys(text for text, *_ in kinds))
+    raise FastaiTLError(f'`{name}` must be {words}', describe(value))
 
 # %% ../nbs/012_arguments.ipynb #2484826f
 F = TypeVar('F')
@@ -354,11 +374,12 @@ def checked(
     parameters = _typed_parameters(f)
     @functools.wraps(f)
     def check_and_call(*args, **kwargs):
-        for name, place, default, words, tests in parameters:
+        args = list(args)
+        for name, place, default, kinds in parameters:
             if name not in kwargs and place >= len(args):
                 continue
-            value = kwargs[name] if name in kwargs else args[place]
-            if value is not default and not any(test(value) for test in tests):
-                raise FastaiTLError(f'`{name}` must be {words}', describe(value))
+            given, key = (kwargs, name) if name in kwargs else (args, place)
+            if given[key] is not default:
+                given[key] = _converted(name, given[key], kinds)
         return f(*args, **kwargs)
     return check_and_call

@@ -128,6 +128,8 @@ def temporary_sibling(
     suffix:str='.part' # `.part` while it is written, `.old` while it is replaced
 ) -> Path: # A new name in the same folder
     "Return a name for a temporary file that no other process or thread uses"
+    if not path.name: # of the current folder, or of a disk
+        raise FastaiTLError('`path` must have the name of a file or folder', repr(str(path)))
     return path.with_name(f'.{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{suffix}')
 
 # %% ../nbs/035_atomic.ipynb #7efdc0db

@@ -110,9 +110,11 @@ def derive_seed(
     *parts # Values that identify the moment, such as direction, stage and epoch
 ) -> int: # Between 0 and 2**31-1, the same on every machine
     "Derive a seed from `seed` and all of `parts`"
-    if not hasattr(type(seed), '__index__') or getattr(seed, 'ndim', 0):
-        raise FastaiTLError('`seed` must be a whole number', describe(seed))
-    key = '\x1f'.join(map(str, (seed, *parts))).encode()
+    is_single = getattr(seed, 'shape', None) == () and hasattr(seed, 'item') # a number of NumPy, or a tensor
+    number = seed.item() if is_single else seed
+    if not isinstance(number, int) or isinstance(number, bool) or not -2**63 <= number < 2**63:
+        raise FastaiTLError('`seed` must be a whole number of 64 bits', describe(seed))
+    key = '\x1f'.join(map(str, (number, *parts))).encode('utf-8', 'surrogatepass')
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), 'big') & 0x7fffffff
 
 # %% ../nbs/000_core.ipynb #97414145

@@ -13,9 +13,8 @@ import re
 import warnings
 from contextlib import contextmanager
 import numpy as np
-from fastai_tl.arguments import (
-    check_array, check_each, check_flag, check_number, check_option, check_text, check_type, checked
-)
+from .arguments import (
+    check_array, check_each, check_flag, check_number, check_option, check_text, check_type, checked)
 from .locks import exclusive
 from .core import FastaiTLError, describe, did_you_mean, lang_code
 from .resources import read_json
@@ -341,6 +340,7 @@ def plot_curves(
     title, xlabel, ylabel = _axis_texts(title, xlabel, ylabel)
     figsize, log = check_figsize(figsize), check_flag('log', log)
     with figure_style(list(curves), title, xlabel, ylabel) as plt:
+        check_type('ax', ax, plt.Axes, 'Axes of Matplotlib', or_none=True)
         fig, ax = plt.subplots(figsize=figsize) if ax is None else (ax.figure, ax)
         lines = {str(name): _draw_curve(ax, name, curve, i) for i, (name, curve) in enumerate(curves.items())}
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -412,13 +412,13 @@ def plot_stages(
 ):
     "Draw the learning rate of each layer group and the losses over the steps of a run; return the Figure"
     rates = check_array('rates', rates, nan=True)
+    if not rates.size:
+        raise FastaiTLError('`rates` must have the rate of at least one layer group', 'none')
     rates = rates.reshape(len(rates) if rates.ndim else 1, -1)
     losses = check_array('losses', losses, 1, nan=True)
     valid, stages = _pairs('valid', valid), _pairs('stages', stages)
     starts = check_array('stages', [first for first, _ in stages], 1).tolist()
     names, figsize = check_each('stages', [name for _, name in stages], check_text), check_figsize(figsize)
-    if not rates.shape[1]:
-        raise FastaiTLError('`rates` must have the rate of at least one layer group', 'none')
     with figure_style(names, in_words('step')) as plt:
         fig, (rate_ax, loss_ax) = plt.subplots(1, 2, figsize=figsize)
         _draw_rates(rate_ax, rates, plt.cm.viridis(np.linspace(0, .88, rates.shape[1])))

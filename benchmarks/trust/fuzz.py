@@ -1,7 +1,8 @@
 """Calls with wrong arguments, to every public entry point.
 
 Each call takes a valid call of calls.txt and replaces one or two of its arguments, or arguments that it leaves at
-their default, by a value of POOL. It runs in a fork of its own. Allowed are a result and an error of fastai_tl.
+their default, by a value of POOL. Groups of calls share a fork, which is then thrown away; a call that is bad there is
+made again in a fork of its own. Allowed are a result and an error of fastai_tl.
 "Silently wrong" is a result with a number that is not finite, one that misses the condition of its line in calls.txt,
 and a setting that `REFUSED` says must be refused."""
 
@@ -22,6 +23,7 @@ import tempfile
 import time
 import traceback
 import types
+import typing
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -38,11 +40,17 @@ from fastai.data.load import DataLoader
 from fastai.losses import BaseLoss
 from fastai.text.core import Tokenizer
 
-SECONDS, GIB = 30, 3
+SECONDS, GIB, GROUP = 30, 3, 40
 HERE = Path(__file__).parent
 
 
 # --- values ---
+
+
+def len_of(*args, **kwargs):
+    "A function of a user, which takes one argument; an error that it raises is the user's"
+    return len(*args, **kwargs)
+
 
 # what to pass instead of a good value; each is made when it is needed
 POOL = {
@@ -95,7 +103,7 @@ POOL = {
     'set': lambda: {'a'},
     'object': object,
     'class': lambda: int,
-    'function': lambda: len,
+    'function': lambda: len_of,
     'lambda': lambda: lambda *args, **kwargs: None,
     'module': lambda: json,
     'path': lambda: Path('nowhere/x'),
@@ -181,8 +189,30 @@ REFUSED = {
     **dict.fromkeys('cut_frac level warmup'.split(), _number(above=0, below=1)),
     **dict.fromkeys('truncation weighted whole_words pack backwards stratify label_all do_sample'.split(), _flag),
 }
-# the same name with another meaning: entry point, and the name
-OTHER_MEANING = {('plot_', 'temperature')}
+# the same name with another meaning: how the entry point begins, the name, and what is good there
+OTHER_MEANING = {
+    ('plot_', 'temperature'): None,
+    ('generate', 'top_k'): _whole(0),  # 0: all tokens, as in transformers
+    ('awd.generate', 'top_k'): _whole(0),
+    ('lm.generate', 'top_k'): _whole(0),
+    ('wilson_interval', 'k'): None,  # numbers of successes, which may be an array
+    ('Answer', 'start'): None,  # a position in a text; -1 for no answer
+    ('Entity', 'start'): None,
+    ('param_kind', 'p'): None,  # a parameter of a model
+    ('param_kind', 'block'): _flag,
+    ('HFEngine', 'share'): _flag,  # whether the weights are shared
+    ('AWDEngine', 'share'): _flag,
+    ('engine_of', 'share'): _flag,
+    ('Calibrated', 'n_folds'): _whole(0),  # below 2: no estimate across folds
+    ('learn.calibrate', 'n_folds'): _whole(0),
+    ('bidi.calibrate', 'n_folds'): _whole(0),
+    ('SinglePosition', 'tolerance'): lambda value: value == math.inf or _number(above=0)(value),  # no comparison
+    **{(f'{name}Quickstart', 'size'): None for name in ('', 'ULMFiT', 'Transformer', 'Combined')},  # settings
+}
+# passed on by `**kwargs` to a function whose own default, written in its documentation, is `None`
+NONE_BY_DEFAULT = {'max_length', 'max_new_tokens'}
+# functions that fastai or transformers call: what they return is read there
+CALLED_ELSEWHERE = {'metrics', 'loss_func', 'logits_processor', 'stopping_criteria'}
 
 
 # --- calls ---
@@ -252,12 +282,19 @@ class Entry:
         places = [p.name for p in parameters.values() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.POSITIONAL_ONLY)]
         n = len(self.positional)
         self.places = places[:n] + [f'argument {i}' for i in range(len(places), n)]
-        self.defaults = {p.name: p.default for p in named}
+        self.parameters = {p.name: p for p in named}
         elsewhere = {'self', 'cls', *read_elsewhere(self.f)}
         optional = [p.name for p in named if p.default is not kinds.empty]
         is_foreign = bool(parameters) and elsewhere >= set(parameters)  # a class whose `__init__` is another library's
         names = [] if is_foreign else [*self.places, *self.keywords, *optional]
         self.names = [name for name in dict.fromkeys(names) if name not in elsewhere]
+
+    def may_be_none(self, name):
+        "Return whether `None` is documented: as the default, in the annotation, or in the function that gets it"
+        p = self.parameters.get(name)
+        if p is None:
+            return name in NONE_BY_DEFAULT
+        return p.default is None or self.keywords.get(name) == 'None' or type(None) in typing.get_args(p.annotation)
 
     def arguments(self, space, replaced):
         "Return the positional and the keyword arguments, with some of them replaced"
@@ -316,12 +353,10 @@ def numbers_in(result, depth=0):
 def wrong(entry, space, result, used, args, kwargs, replaced, named):
     "Say what is silently wrong with a result; an empty text if nothing is"
     for name, value in replaced.items():
-        is_good = REFUSED.get(name)
-        default = entry.defaults.get(name, inspect.Parameter.empty)
-        may_be_none = default is None or str(entry.keywords.get(name)) == 'None'
-        if is_good and not is_good(value) and not (value is None and may_be_none):
-            if not any(entry.name.startswith(e) and name == n for e, n in OTHER_MEANING):
-                return f'`{name}` accepted'
+        is_good = next((good for (e, n), good in OTHER_MEANING.items() if entry.name.startswith(e) and name == n),
+                       REFUSED.get(name))
+        if is_good and not (value is None and entry.may_be_none(name)) and not is_good(value):
+            return f'`{name}` accepted'
     if not entry.allows_nan:
         for part in (result, used):
             if any(not np.isfinite(o).all() for o in numbers_in(part)):
@@ -366,26 +401,37 @@ def call(entry, space, replaced):
             return 'refused', 'an optional package is missing'
         if isinstance(error, TypeError) and len(frames) == 1:
             return 'refused', f'by Python: {error}'[:300]
+        functions = {name for name, value in replaced.items() if callable(value)}
+        is_read_elsewhere = functions & CALLED_ELSEWHERE and 'fastai_tl/' not in frames[-1].filename
+        if functions and frames[-1].name == 'len_of' or is_read_elsewhere:
+            return 'refused', f'by the function that was passed: {error}'[:300]
         frames = [f for f in frames if 'fastai_tl/' in f.filename and f.name != 'check_and_call']
         own = [f'{Path(f.filename).stem}:{f.name}' for f in frames]
         return 'foreign', f'{stage}: {type(error).__name__}: {str(error)[:160]!r} from {own[-2:]}'
 
 
-# calls that take seconds; they get every third turn only, and the next entry point the others
+# calls that take seconds; they get every tenth turn only, and other entry points the rest
 SLOW = {'onnx_engine', 'exported_transformer', 'learn.export_onnx', 'run_quickstart'}
 
 
 def choose(entries, number, seed):
     "Choose the entry and the replaced arguments of a call by its number; without a seed, none are replaced"
     entry = entries[number % len(entries)]
-    if seed is not None and entry.name in SLOW and number // len(entries) % 3:
-        entry = entries[number // 3 % len(entries)]
+    if seed is not None and entry.name in SLOW and number // len(entries) % 10:
+        others = [e for e in entries if e.name not in SLOW]
+        entry = others[number % len(others)]
     if seed is None:
         return entry, {}
     rng = random.Random(f'{seed} {number}')
     n = min(len(entry.names), 2 if rng.random() < 0.25 else 1)
     names = rng.sample(entry.names, n)
     return entry, {name: rng.choice(list(POOL)) for name in names}
+
+
+def limit_memory():
+    "Limit the memory of this process to `GIB` more than it has now"
+    limit = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (GIB << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def in_fork(f, seconds=SECONDS):
@@ -395,8 +441,7 @@ def in_fork(f, seconds=SECONDS):
     if not pid:
         try:
             os.setpgid(0, 0)
-            limit = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (GIB << 30)
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            limit_memory()
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             os.write(write, json.dumps(f()).encode())
         finally:
@@ -414,8 +459,45 @@ def in_fork(f, seconds=SECONDS):
     return ['hang', f'more than {seconds} seconds'] if is_late else ['died', f'status {status}']
 
 
+def in_one_fork(calls, space):
+    "Make calls one after another in a fork; return their outcomes, up to the one that ended it"
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setpgid(0, 0)
+            limit_memory()
+            for entry, chosen in calls:
+                used = int(time.process_time()) + 1
+                resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
+                start = time.time()
+                outcome = call(entry, space, values_of(chosen))
+                os.write(write, (json.dumps([*outcome, round(time.time() - start, 2)]) + '\n').encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    data = b''
+    while select.select([read], [], [], 4 * SECONDS)[0] and (part := os.read(read, 1 << 16)):
+        data += part
+    os.close(read)
+    os.kill(pid, signal.SIGKILL)  # it waits to be waited for, or hangs
+    os.waitpid(pid, 0)
+    return [json.loads(line) for line in data.decode().split('\n')[:-1]]
+
+
+def alone(entry, chosen, space):
+    "Make a call in a fork of its own"
+    start = time.time()
+    outcome = in_fork(lambda: call(entry, space, values_of(chosen)))
+    return [*outcome, round(time.time() - start, 2)]
+
+
+def values_of(chosen):
+    return {name: POOL[value]() for name, value in chosen.items()}
+
+
 def run_calls(entries, space, numbers, seed, out, deadline):
-    "Make calls, each in a fork, and write their outcomes into a file"
+    "Make calls in groups that share a fork, those that are bad once more in a fork of their own; write the outcomes"
     null = os.open('/dev/null', os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
@@ -424,18 +506,24 @@ def run_calls(entries, space, numbers, seed, out, deadline):
     gc.collect()
     gc.freeze()
     with open(out, 'w') as f:
-        for number in numbers:
-            if time.time() > deadline:
-                break
-            entry, chosen = choose(entries, number, seed)
-            made = {name: POOL[value]() for name, value in chosen.items()}
-            start = time.time()
-            outcome, why = in_fork(lambda entry=entry, made=made: call(entry, space, made))
-            f.write(json.dumps([number, entry.name, chosen, outcome, why, round(time.time() - start, 2)]) + '\n')
+        while numbers and time.time() < deadline:
+            group = [choose(entries, number, seed) for number in numbers[:GROUP]]
+            outcomes = in_one_fork(group, space)
+            empty(folder)
+            for i in range(min(len(outcomes) + 1, len(group))):
+                if i == len(outcomes) or outcomes[i][0] not in ('ok', 'refused'):
+                    outcomes[i:i + 1] = [alone(*group[i], space)]
+                    empty(folder)
+            for number, (entry, chosen), outcome in zip(numbers, group, outcomes):
+                f.write(json.dumps([number, entry.name, chosen, *outcome]) + '\n')
             f.flush()
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            numbers = numbers[len(outcomes):]
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def make_calls(entries, space, numbers, seed, jobs, deadline, folder):

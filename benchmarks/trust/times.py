@@ -201,7 +201,7 @@ def trial(args):
         chosen = {name: f for name, f in functions(d).items() if re.search(args.only, name)}
         null = open(os.devnull, 'w')
         for name, function in chosen.items():
-            for kind in CHARACTERS:
+            for kind in [*CHARACTERS][:: args.every]:
                 if time.time() > end:
                     break
                 found = in_fork(lambda function=function, kind=kind: _quiet(null, seconds_of, function, kind), 60)
@@ -216,7 +216,7 @@ def trial(args):
     worst = {name: max((r[2:3] + r[1:2] for r in rows if r[0] == name), default=None) for name in chosen}
     summary = dict(
         functions=len(chosen),
-        kinds_of_character=len(CHARACTERS),
+        kinds_of_character=len({kind for _, kind, *_ in rows}),
         pairs=len(rows),
         longer_than_5_seconds=len(slow),
         errors_of_other_libraries=len(foreign),

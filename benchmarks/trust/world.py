@@ -412,6 +412,11 @@ class World:
     # --- conditions ---
 
     @staticmethod
+    def has_nan(scores):
+        "Whether scores have NaN or infinity"
+        return not np.isfinite(np.asarray(scores, dtype=float)).all()
+
+    @staticmethod
     def is_distribution(probs):
         probs = np.asarray(probs, dtype=float)
         return bool(np.isfinite(probs).all() and (probs >= 0).all() and (probs <= 1 + 1e-5).all())

@@ -18,15 +18,15 @@ from fastai.text.core import Tokenizer
 from fastai.text.data import LMDataLoader, LMTensorText, Numericalize, Pad_Chunk, SortedDL, TensorText
 from fastai.text.data import make_vocab, reverse_text
 from fastai.torch_core import default_device
-from ..arguments import check_each, check_flag, check_number, check_whole, checked
+from ..arguments import check_each, check_flag, check_number, check_text, check_whole, checked
 from ..core import DataError, derive_seed
 from .chinese import ChineseTokenizer
 from .labels import label_tfms, n_values_of
 from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
-from .splits import check_split
-from .tokenizers import TextTokenizer, TokenizedTexts, WordLevelTokenizer, tokenizer_settings
+from .splits import check_split, row_lists
+from .tokenizers import TextTokenizer, TokenizedTexts, given_tokenizer, tokenizer_settings
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #f8ab6faa
 @checked
@@ -69,7 +69,8 @@ def _fitting_bs(bs, n_tokens, what):
 # %% ../../nbs/127_data.awd_lstm.ipynb #ca7f9666
 def text_tfms(reader, vocab, backwards=False):
     "Return the transforms of a text: tokenize, numericalize, and reverse for a backwards model"
-    return [reader, Numericalize(list(vocab)), *([reverse_text] if check_flag('backwards', backwards) else [])]
+    vocab = check_each('vocab', vocab, check_text)
+    return [reader, Numericalize(vocab), *([reverse_text] if check_flag('backwards', backwards) else [])]
 
 def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
     "Return the spec of texts that are tokenized by fastai"
@@ -99,7 +100,7 @@ def language_model_dls(
     check_whole('seq_len', seq_len)
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][start:end] for part in parts for i, start, end in part]
-    reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
+    reader = TextTokenizer(given_tokenizer(tok), rules)
     n_train = len(parts[0])
     splits = [list(range(n_train)), list(range(n_train, len(items)))]
     dsets = Datasets(items, [text_tfms(reader, vocab, backwards)], splits=splits, dl_type=LMDataLoader)
@@ -152,11 +153,11 @@ def classifier_dls(
 ) -> SpecDataLoaders:
     "Make DataLoaders for a classifier"
     options = ReadingOptions(**kwargs)
-    classes = check_split(labels, task, train, valid, options.classes)
-    n_values = n_values_of(labels, task)
+    train, valid = row_lists(train, valid, min(len(texts), len(labels)))
+    classes, n_values = check_split(labels, task, train, valid, options.classes), n_values_of(labels, task)
     # lists, because fastai applies transforms to each member of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
-    reader = TextTokenizer(tok or WordLevelTokenizer(), rules)
+    reader = TextTokenizer(given_tokenizer(tok), rules)
     tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)],
             [itemgetter(1), *label_tfms(task, classes, n_values)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]

@@ -214,9 +214,9 @@ class ChineseTokenizer:
             pieces = _with_repetitions(text, lambda part: [part]) if _three_equal.search(text) else [text]
             parts += [piece for piece in pieces if not isinstance(piece, _Repetition)]
         runs = list(dict.fromkeys(_runs_of_han.findall('\n'.join(parts))))
-        cuts = list(self.cut(runs)) if runs else []
+        cuts = check_each('what `cut` returns', self.cut(runs)) if runs else []
         for run, words in zip(runs, cuts):
-            if ''.join(words) != run:
+            if ''.join(check_each('the words that `cut` returns', words, check_text)) != run:
                 raise DataError('Cutting must keep all characters', f'{shorten(words)} of {run!r}')
         if len(cuts) != len(runs):
             raise DataError('Cutting must keep all runs', f'{len(cuts)} of {len(runs)}')

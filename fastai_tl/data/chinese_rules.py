@@ -12,7 +12,7 @@ __all__ = ['VARIANTS', 'CHINESE_RULES', 'strip_invisible', 'narrow_letters', 'un
 import re, unicodedata
 from functools import reduce
 from ..arguments import check_callable, check_each, check_text
-from ..core import optional
+from ..core import FastaiTLError, optional
 from .decoding import HAN, normalize_unicode
 from ..resources import read_json
 
@@ -131,7 +131,15 @@ class ToTraditional:
 
     def __getstate__(self): return {'config': self.config, '_converter': None} # OpenCC's object cannot be pickled
 
+    def _loaded(self):
+        opencc = optional('opencc', 'zh', 'Conversion to Traditional Chinese')
+        try:
+            return opencc.OpenCC(self.config)
+        except (RuntimeError, ValueError, OSError) as error: # another one for each package of this name
+            expected = '`config` must be a configuration of OpenCC'
+            raise FastaiTLError(expected, repr(self.config), "Such as 's2twp' or 's2tw'") from error
+
     def __call__(self, text):
         if self._converter is None:
-            self._converter = optional('opencc', 'zh', 'Conversion to Traditional Chinese').OpenCC(self.config)
+            self._converter = self._loaded()
         return self._converter.convert(text)

@@ -38,6 +38,12 @@ def _listed(name, values):
         return list(values)
     return check_each(name, values.tolist() if hasattr(values, 'tolist') else values)
 
+def _named_classes(classes):
+    "Return the classes, or raise an error if one of them has no name"
+    if missing := [i for i, o in enumerate(classes) if pd.api.types.is_scalar(o) and pd.isna(o)]:
+        raise DataError('Each class needs a name', f'none at position {shorten(missing)}')
+    return classes
+
 def class_list(
     classes # Class names in order, or a dictionary such as `id2label` or `label2id` of a transformers config
 ) -> list: # Class names, in the order of the outputs
@@ -45,7 +51,7 @@ def class_list(
     if isinstance(classes, pd.Series) and not isinstance(classes.index, pd.RangeIndex):
         classes = classes.to_dict()
     if not isinstance(classes, Mapping):
-        return _listed('classes', classes)
+        return _named_classes(_listed('classes', classes))
     keys, values = list(classes.keys()), list(classes.values())
     names = _numbered(keys, values)
     if names is None:
@@ -53,7 +59,7 @@ def class_list(
     if names is None:
         raise DataError('A dictionary of class names must number the classes from 0', shorten(classes.items()),
                         "Such as {0: 'neg', 1: 'pos'} or {'neg': 0, 'pos': 1}")
-    return names
+    return _named_classes(names)
 
 # %% ../../nbs/102_data.class_names.ipynb #b8774d75
 def match_names(

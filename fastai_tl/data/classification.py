@@ -25,7 +25,7 @@ from .labels import check_labels, indicator_classes, label_tfms, labels_for, n_v
 from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
-from .splits import check_split, split_rows
+from .splits import check_split, row_lists, split_rows, split_values
 from .readers import pop_reader_options, read_table
 from .tables import check_items, column, list_of, read_folder
 from .tables import text_column
@@ -114,7 +114,10 @@ def hf_classifier_dls(
 # %% ../../nbs/130_data.classification.ipynb #bc3fe589
 def _dls_of_texts(texts, labels, task, splits, tok, lang, options, bs=32, val_bs=None):
     "Make DataLoaders from checked texts and labels with a transform that tokenizes"
-    train, valid = splits
+    texts, labels = list_of(texts), list_of(labels, 'label')
+    if len(texts) != len(labels):
+        raise DataError('Each text needs a label', f'{len(texts)} texts and {len(labels)} labels')
+    train, valid = row_lists(*splits, len(labels))
     classes = check_split(labels, task, train, valid, options.vocab)
     n_values = n_values_of(labels, task)
     items = [LabelledText([texts[i], labels[i]]) for i in train+valid]
@@ -261,7 +264,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
         df = pd.DataFrame(texts, columns=['text', 'pair']) if are_pairs else pd.DataFrame(dict(text=texts))
         df['label'] = pd.Series(labels, dtype=object)
         if valid is not None:
-            df['valid'] = list_of(valid, 'split value')
+            df['valid'] = split_values(valid, len(df))
             kwargs['valid_col'] = 'valid'
         return cls.from_df(df, tokenizer, ['text', 'pair'] if are_pairs else 'text', **kwargs)
 
@@ -315,6 +318,7 @@ class HFTextDataLoaders(HFTableDataLoaders):
         set_batch_types(dls, TensorTokens, TARGET_TYPES[spec.task])
         return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
+    @checked
     def test_dl(self,
         test_items, # Texts or pairs, `(text, label)` items if `with_labels`, or a table with the same columns
         rm_type_tfms=None, # As in fastai's `test_dl`

@@ -10,7 +10,7 @@ __all__ = ['dataset_table', 'two_splits']
 # %% ../../nbs/107_data.hf_datasets.ipynb #3f782d76
 from collections.abc import Mapping
 import pandas as pd
-from ..arguments import check_text, checked
+from ..arguments import check_each, check_text, checked
 from ..core import DataError, did_you_mean, shorten
 from .tables import is_missing, list_of
 
@@ -46,7 +46,7 @@ def dataset_table(
     "Read a Hugging Face dataset as a table"
     if not hasattr(dataset, 'to_pandas') or not hasattr(dataset, 'features'):
         raise DataError('A Hugging Face `Dataset` is needed', f'a {type(dataset).__name__}')
-    numbers = list_of(numbers, 'column name')
+    numbers = check_each('numbers', list_of(numbers, 'column name'), check_text)
     df = dataset.to_pandas()
     for name, feature in (dataset.features or {}).items():
         names = class_names_of(feature)

@@ -22,9 +22,8 @@ from fastai.text.core import TitledStr
 from fastai.text.data import SortedDL, TensorText
 from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory
 from fastai_tl.arguments import (
-    check_array, check_callable, check_each, check_flag, check_number, check_option, check_type, check_whole,
-    checked
-)
+    check_array, check_callable, check_each, check_flag, check_number, check_option, check_text, check_whole,
+    checked)
 from ..locks import exclusive
 from ..core import DataError, FastaiTLError, describe
 from .display import show_rows
@@ -134,7 +133,8 @@ def train_tokenizer(
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special,
+    strings = (check_text(f'texts[{i}]', text) for i, text in enumerate(texts)) # which may be a stream
+    bpe.train_from_iterator(strings, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special,
                                                        initial_alphabet=alphabet, show_progress=False))
     if processor := _post_processor(kind, special):
         bpe.post_processor = processor
@@ -350,6 +350,14 @@ def n_tokens(
         return int(x.windows.as_subclass(torch.Tensor).bincount().max())
     return x.shape[-1]
 
+def _is_sample(dataset):
+    "Return whether the first member of a dataset is a sample: a tuple or a list that begins with a tensor"
+    try:
+        sample = dataset[0]
+    except (KeyError, TypeError): # of a table or a dictionary
+        return False
+    return isinstance(sample, (tuple, list)) and len(sample) > 0 and isinstance(sample[0], torch.Tensor)
+
 class TokensDL(SortedDL):
     "A `SortedDL` that sorts texts by their number of tokens and can sample them by weight"
     def __init__(self,
@@ -359,7 +367,9 @@ class TokensDL(SortedDL):
         weights=None, # Relative sampling frequency of each sample in training
         **kwargs # Passed to `TfmdDL`: `bs`, `shuffle`, …
     ):
-        check_type('dataset', dataset, Sized, 'a dataset with a length')
+        is_map = isinstance(dataset, Sized) and hasattr(dataset, '__getitem__') and getattr(dataset, 'ndim', 1)
+        if not is_map or len(dataset) and not _is_sample(dataset):
+            raise FastaiTLError('`dataset` must have samples `(TensorTokens, …)`', describe(dataset))
         check_callable('sort_func', sort_func, or_none=True)
         if res is None:
             measure = sort_func or n_tokens

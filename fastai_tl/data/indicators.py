@@ -18,6 +18,7 @@ import numpy as np, pandas as pd
 from fastcore.all import L
 from ..arguments import check_whole, checked
 from ..core import DataError, describe, shorten
+from .class_names import class_list
 from .tables import NAME_LISTS, column, is_missing, list_of
 
 # %% ../../nbs/108_data.indicators.ipynb #d17c724f
@@ -157,7 +158,7 @@ def of_indicators(
     classes # The class of each place
 ) -> list: # Classes
     "Return the classes that a row of indicators contains"
-    row, classes = plain_row(label), list_of(classes, 'class name')
+    row, classes = plain_row(label), class_list(classes)
     if not isinstance(row, list) or len(row) != len(classes) or any(not isinstance(o, Number) for o in row):
         raise DataError(f'A row of indicators must have 0 or 1 for each of {len(classes)} classes', describe(label))
     return [c for c, is_on in zip(classes, row) if is_on]

@@ -16,7 +16,7 @@ from fastai.text.core import defaults
 from fastai.torch_core import TensorCategory, TensorMultiCategory
 from torch import Tensor
 from ..arguments import check_device, check_each, check_flag, check_path, check_text, check_type, check_whole
-from ..core import DataError, FastaiTLError, lang_code, shorten
+from ..core import DataError, FastaiTLError, describe, lang_code, shorten
 from .chinese import CHINESE_RULES, ToTraditional, widen_punctuation
 from .labels import check_labels
 from .spec import TextSpec
@@ -64,9 +64,11 @@ def new_items(
     items = list_of(items)
     if not items:
         raise DataError('At least one text is needed', 'none')
-    other = [i for i, item in enumerate(items) if not isinstance(item, (str, list, tuple, L, UserList))]
+    are_good = [isinstance(item, str) or isinstance(item, (list, tuple, L, UserList)) and len(item) > 0
+                for item in items]
+    other = [i for i, is_good in enumerate(are_good) if not is_good]
     if other:
-        got = f'a {type(items[other[0]]).__name__} in row {shorten(other)}'
+        got = f'{describe(items[other[0]])} in row {shorten(other)}'
         raise DataError('Each item must be a text, or a list of a text and its label', got)
     return valid_texts(items)
 

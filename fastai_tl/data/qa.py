@@ -17,7 +17,7 @@ from plum import dispatch
 from fastai.data.core import show_batch, show_results
 from fastai.interpret import plot_top_losses
 from fastai.torch_core import TensorBase
-from ..arguments import check_each, check_type, check_whole, checked
+from ..arguments import check_each, check_number, check_type, check_whole, checked
 from ..core import DataError, FastaiTLError, shorten
 from .classification import loaders_of, tokens_dls
 from .display import show_html
@@ -27,7 +27,7 @@ from .offsets import check_offsets, exact_of_passages, passage_offsets, token_sp
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
-from .splits import need_rows, split_rows
+from .splits import needed_rows, split_rows
 from .tables import check_texts, column, is_missing, list_of, question_pairs, row_names, valid_text
 from .tagging import ShownWords
 from .tokenizers import apply_rules, check_rules, letter_by_letter
@@ -176,7 +176,7 @@ def _answer_list(answers, starts):
     if starts is None or (np.ndim(starts) == 0 and pd.isna(starts)):
         starts = []
     starts = list(starts) if np.ndim(starts) else [starts]
-    starts = [None if is_missing(start) else start for start in starts]
+    starts = [None if is_missing(start) else int(check_number('start', start)) for start in starts]
     starts += [None]*(len(answers)-len(starts))
     return [(answer, start) for answer, start in zip(answers, starts) if not isinstance(answer, str) or answer.strip()]
 
@@ -207,7 +207,7 @@ def check_answers(
 ) -> list: # `QAExample` objects
     "Check questions and answers; raise an error that names the invalid rows"
     questions, contexts = list_of(questions, 'question'), list_of(contexts, 'passage')
-    answers = list_of(answers, 'list of answers')
+    answers = list_of(answers, 'answer list')
     starts = [None]*len(questions) if starts is None else list_of(starts, 'start')
     if len({len(questions), len(contexts), len(answers), len(starts)}) > 1:
         raise DataError('Each question needs a passage and an answer',
@@ -269,11 +269,11 @@ def hf_qa_dls(
     **kwargs # `max_length`, `stride` and `lang`
 ): # `HFQADataLoaders`
     "Make DataLoaders of windows from checked questions"
-    check_each('examples', examples, check_type, QAExample)
-    need_rows(train, valid)
+    examples = check_each('examples', examples, check_type, QAExample)
+    train, valid = needed_rows(train, valid, len(examples))
     tok = hf_tokenize_qa(tokenizer, **kwargs)
     tok.may_be_none = any(not examples[i].answers[0] for i in train)
-    rows = list(range(len(examples)) if rows is None else rows)
+    rows = row_names(len(examples), rows)
     parts = [tok.windows(tok.number([examples[i] for i in idxs]), [rows[i] for i in idxs]) for idxs in (train, valid)]
     windows = parts[0] + parts[1]
     if verbose:
@@ -381,6 +381,7 @@ class HFQADataLoaders(SpecDataLoaders):
         dls = set_batch_types(loaders_of(cls, dsets, 'right', bs), TensorTokens, TensorSpan)
         return dls.with_spec(spec, tok.tokenizer, tok.rules)
 
+    @checked
     def test_dl(self,
         test_items, # `(question, passage)` pairs, `QAExample` or `QAWindow` objects, or a table with the same columns
         rm_type_tfms=None, # As in fastai's `test_dl`

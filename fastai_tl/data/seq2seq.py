@@ -185,6 +185,7 @@ class HFSeq2SeqDataLoaders(HFTableDataLoaders):
         dls = set_batch_types(_pair_loaders(cls, dsets, bs), TensorTokens, TensorTargets)
         return dls.with_spec(spec, tokenizer, rules)
 
+    @checked
     def test_dl(self,
         test_items, # Sources, `(source, target)` pairs if `with_labels`, or a table with the same columns
         rm_type_tfms=None, # As in fastai's `test_dl`

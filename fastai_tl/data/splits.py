@@ -44,7 +44,7 @@ def split_rows(
     labels = list_of(labels, 'label')
     n_rows = len(labels)
     if valid is not None:
-        return _given_split(list_of(valid, 'split value'), n_rows)
+        return _given_split(split_values(valid, n_rows))
     valid_pct = check_number('valid_pct', valid_pct, low=0, below=1)
     rng = np.random.default_rng(derive_seed(seed, 'rows'))
     if task in ('multilabel', 'tagging'):
@@ -113,11 +113,17 @@ def _spared(label_lists, candidates):
             n_left.subtract(own)
     return spared
 
-# %% ../../nbs/112_data.splits.ipynb #090de5d1
-def _given_split(valid, n_rows):
-    "Return the training and validation indexes of a split given by booleans or words"
+# %% ../../nbs/112_data.splits.ipynb #52ecd32c
+def split_values(valid, n_rows):
+    "Return the values of a split as a list, or raise an error unless there is one for each row"
+    valid = list_of(valid, 'split value')
     if len(valid) != n_rows:
         raise DataError(f'The split must have {n_rows} rows, as the table', str(len(valid)))
+    return valid
+
+# %% ../../nbs/112_data.splits.ipynb #090de5d1
+def _given_split(valid):
+    "Return the training and validation indexes of a split given by booleans or words"
     parts = [split_part(value) for value in valid]
     if None in parts:
         bad = [i for i, part in enumerate(parts) if part is None]
@@ -138,6 +144,16 @@ def split_part(
     return 'valid' if value else 'train'
 
 # %% ../../nbs/112_data.splits.ipynb #1d52ceb0
+def row_lists(train, valid, n):
+    "Return the rows of both sides of a split as lists, or raise an error if they are not among `n` rows"
+    return [check_each(name, rows, check_whole, 0, n-1) for name, rows in (('train', train), ('valid', valid))]
+
+def needed_rows(train, valid, n):
+    "Return the rows of both sides as lists, or raise an error unless both have some"
+    train, valid = row_lists(train, valid, n)
+    need_rows(train, valid)
+    return train, valid
+
 def need_rows(train, valid, label_lists=None):
     "Raise an error if one side of a split has no rows; with the labels of the rows it can say why"
     if label_lists and not valid and train and not _spared([label_lists[i] for i in train], range(len(train))):
@@ -159,8 +175,7 @@ def check_split(
     "Return the classes, or raise an error if the split is not suitable for training and validation"
     labels = list_of(labels, 'label')
     check_option('task', task, CLASSIFICATION_TASKS)
-    train, valid = (check_each(name, rows, check_whole, 0, len(labels)-1)
-                    for name, rows in (('train', train), ('valid', valid)))
+    train, valid = row_lists(train, valid, len(labels))
     label_lists = None if task == 'regression' else _label_lists(labels, task)
     need_rows(train, valid, label_lists)
     if task == 'regression':
@@ -290,6 +305,8 @@ def _groups(df, group_col, n_folds):
     if group_col is None:
         return None
     groups = column(df, group_col)
+    if others := [row for row, group in groups.items() if not isinstance(group, Hashable)]:
+        raise DataError('A group must be a name or a number', f'something else in row {shorten(others)}')
     if groups.isna().any():
         raise DataError('Each row needs a group', f'none in row {shorten(df.index[groups.isna()])}',
                         'Give each of them a group of its own')
@@ -332,7 +349,9 @@ def time_folds(
 # %% ../../nbs/112_data.splits.ipynb #6dda9e54
 def _checked_times(times):
     "Return times as an array that can be sorted"
-    times = pd.Series(times)
+    times = times if isinstance(times, pd.Series) else pd.Series(list_of(times, 'time'))
+    if not len(times):
+        raise DataError('At least one time is needed', 'none')
     if times.isna().any():
         missing = shorten(times.index[times.isna()])
         raise DataError('Each row needs a time', f'none in row {missing}', 'Drop those rows first')
@@ -358,7 +377,7 @@ def _limit_by_duration(train, valid_start, times, gap, train_size):
 
 def _duration(value, times, what):
     try:
-        duration = pd.Timedelta(value).to_timedelta64()
+        duration = np.timedelta64(pd.Timedelta(value))
     except (ValueError, TypeError, OverflowError):
         duration = None
     is_duration = duration is not None and not np.isnat(duration) and duration >= np.timedelta64(0)

@@ -15,6 +15,7 @@ import numpy as np, pandas as pd
 from fastcore.all import L
 from ..arguments import check_each, check_flag, check_path, check_text, checked
 from ..core import DataError, did_you_mean, shorten
+from ..files import read_error
 from .readers import decode_text, read_table
 
 # %% ../../nbs/106_data.tables.ipynb #9fcbf1dd
@@ -155,7 +156,8 @@ def column(
                             'Rename or drop one: `df.loc[:, ~df.columns.duplicated()]` keeps the first')
         return df[name]
     n_columns = df.shape[1]
-    if isinstance(name, (int, np.integer)) and -n_columns <= name < n_columns:
+    is_position = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
+    if is_position and -n_columns <= name < n_columns:
         return df.iloc[:,name]
     raise _no_column(df, name)
 
@@ -215,6 +217,19 @@ def question_pairs(
         pairs.append(tuple(valid_texts(list(item), [i]*2, 'question')))
     return pairs
 
+# %% ../../nbs/106_data.tables.ipynb #37b59882
+def _text_files(path):
+    try:
+        return sorted(path.rglob('*.txt'))
+    except OSError as error: # a folder that must not be read, or that is gone
+        raise read_error(path, error) from error
+
+def _content(file):
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise read_error(file, error) from error
+
 # %% ../../nbs/106_data.tables.ipynb #b36b21ee
 @checked
 def read_folder(
@@ -224,15 +239,15 @@ def read_folder(
     encoding:str|None=None # Encoding of the files; `None`: UTF-8
 ) -> pd.DataFrame: # Columns `text`, `file` and, with `label_from_parent`, `label`
     "Read a folder of texts, sorted by file name"
-    skip = (skip,) if isinstance(skip, str) else tuple(list_of(skip, 'folder name'))
+    skip = check_each('skip', [skip] if isinstance(skip, str) else list_of(skip, 'folder name'), check_text)
     label_from_parent = check_flag('label_from_parent', label_from_parent)
-    every = sorted(Path(check_path('path', path)).rglob('*.txt'))
+    every = _text_files(Path(check_path('path', path)))
     files = [file for file in every if not any(part in skip for part in file.relative_to(path).parts[:-1])]
     if len(files) < len(every):
         print(f'{len(every) - len(files)} files in folders named {" or ".join(skip)} are left out')
     if not files:
         raise DataError(f'{path} must hold .txt files', 'none', 'Check the path')
-    texts = [decode_text(file.read_bytes(), file, encoding) for file in files]
+    texts = [decode_text(_content(file), file, encoding) for file in files]
     df = pd.DataFrame(dict(text=texts, file=[str(file.relative_to(path)) for file in files]))
     if label_from_parent:
         df['label'] = [file.parent.name for file in files]

@@ -19,7 +19,7 @@ from plum import dispatch
 from fastai.data.core import show_batch, show_results
 from fastai.data.transforms import CategoryMap
 from fastai.interpret import plot_top_losses
-from ..arguments import check_each, check_flag, check_text, check_type, check_whole, checked
+from ..arguments import check_each, check_flag, check_text, check_type, checked
 from ..core import DataError, FastaiTLError, describe, did_you_mean, shorten
 from .class_names import class_list
 from .classification import loaders_of, tokens_dls
@@ -29,7 +29,7 @@ from .hf_tokenizer import HFTokenize, TensorTargets, TensorTokens, encode
 from .loaders import SpecDataLoaders, empty_datasets, language_rules, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
-from .splits import need_rows, split_rows
+from .splits import need_rows, needed_rows, split_rows
 from .tables import column, list_of, row_names, valid_text, valid_texts
 from .tags import inside_tag, tag_scheme, tag_vocab, tags_html
 from .tokenizers import apply_rules
@@ -115,6 +115,8 @@ class HFTokenizeWords(HFTokenize):
     def tokenize(self, texts):
         "Return one array (3, tokens) per sentence, and the number of truncated sentences"
         words = [self.read(text) for text in list_of(texts, 'sentence')]
+        if not words:
+            raise DataError('At least one sentence is needed', 'none')
         encoded = encode(self.tokenizer, words, is_split_into_words=True, truncation=True, max_length=self.max_length,
                          verbose=False)
         arrays = []
@@ -199,7 +201,7 @@ def check_tagged(
     index=None # Names of the rows, for error messages
 ) -> tuple: # Words and tags, as lists of lists of `str`
     "Check sentences and their tags; raise an error that names the invalid rows"
-    words, tags = list_of(words, 'sentence'), list_of(tags, 'list of tags')
+    words, tags = list_of(words, 'sentence'), list_of(tags, 'tag list')
     if len(words) != len(tags):
         raise DataError('Each sentence needs its tags', f'{len(words)} sentences and {len(tags)} lists of tags')
     if not words:
@@ -231,7 +233,7 @@ def valid_sentences(sentences, rows=None):
 def _check_vocab(tags, train, valid, vocab, rows):
     "Return the tag vocabulary (`vocab`, or the tags of the training rows); raise an error for unknown tags"
     need_rows(train, valid, tags)
-    known = tag_vocab(tags[i] for i in train) if vocab is None else list(vocab)
+    known = tag_vocab(tags[i] for i in train) if vocab is None else check_each('vocab', vocab, check_text)
     if vocab is not None and len(set(known)) < len(known):
         twice = [tag for tag, n in Counter(known).items() if n > 1]
         raise DataError('Each tag must be in the vocabulary once', shorten(twice))
@@ -259,7 +261,7 @@ def words_without_tokens(tok, items):
 # %% ../../nbs/133_data.tagging.ipynb #f13c2d18
 def _tagged_items(words, tags, rows, vocab):
     "Return the words and tags of rows, or raise an error"
-    check_each('rows', rows, check_whole, 0, min(len(words), len(tags))-1)
+    check_each('vocab', vocab, check_text)
     if unknown := {tag for i in rows for tag in tags[i]}.difference(vocab):
         raise DataError('`vocab` must hold all tags', f'no {shorten(sorted(map(str, unknown)))}')
     return [TaggedWords([words[i], tags[i]]) for i in rows]
@@ -281,8 +283,8 @@ def hf_tagger_dls(
     **kwargs # `sep`, `max_length`, `verbose` and `lang`
 ): # `HFTagDataLoaders`
     "Make DataLoaders for a tagger from checked words and tags"
-    check_whole('bs', bs)
-    check_whole('val_bs', val_bs, or_none=True)
+    words, tags = check_tagged(words, tags)
+    train, valid = needed_rows(train, valid, len(words))
     tok = hf_tokenize_words(tokenizer, [words[i] for i in train], **kwargs)
     items = _tagged_items(words, tags, [*train, *valid], vocab)
     tfms = [[itemgetter(0), tok], [EncodeTags(tok, vocab, label_all)]]
@@ -379,6 +381,7 @@ class HFTagDataLoaders(SpecDataLoaders):
         dls = loaders_of(cls, dsets, tok.tokenizer.padding_side, bs)
         return set_batch_types(dls, TensorTokens, TensorTags).with_spec(spec, tok.tokenizer, tok.rules)
 
+    @checked
     def test_dl(self,
         test_items, # Lists of words, strings, `TaggedWords` if `with_labels`, or a table with the same columns
         rm_type_tfms=None, # As in fastai's `test_dl`

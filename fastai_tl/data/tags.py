@@ -191,7 +191,7 @@ def tag_lists(
     sentences # A list of tags for each sentence
 ) -> list: # Lists of tags
     "Return the tags of sentences as lists; raise an error for a table, or where a string stands for a list"
-    return [list_of(tags, 'tag') for tags in list_of(sentences, 'list of tags')]
+    return [list_of(tags, 'tag') for tags in list_of(sentences, 'tag list')]
 
 # %% ../../nbs/131_data.tags.ipynb #8faab45d
 def entity_scheme(tags):

@@ -16,8 +16,14 @@ from .hf_tokenizer import TensorTargets, TensorTokens, encode
 from .tokenizers import apply_rules
 
 # %% ../../nbs/137_data.token_blocks.ipynb #642f29de
+def need_tokenizer(tokenizer):
+    "Raise an error for what is no tokenizer of transformers"
+    if not callable(tokenizer) or not hasattr(tokenizer, 'eos_token_id'):
+        raise FastaiTLError('`tokenizer` must be a tokenizer of transformers', describe(tokenizer))
+
 def frame(tokenizer):
     "Return the special tokens that a tokenizer puts before and after a text"
+    need_tokenizer(tokenizer)
     bare = list(encode(tokenizer, 'a', add_special_tokens=False, verbose=False)['input_ids'])
     full = list(encode(tokenizer, 'a', add_special_tokens=True, verbose=False)['input_ids'])
     n = len(bare)
@@ -26,8 +32,7 @@ def frame(tokenizer):
 
 def end_of_text(tokenizer):
     "Return the id of the token that ends a text: `eos_token`, else `sep_token`; `None` if there is neither"
-    if not callable(tokenizer) or not hasattr(tokenizer, 'eos_token_id'):
-        raise FastaiTLError('`tokenizer` must be a tokenizer of transformers', describe(tokenizer))
+    need_tokenizer(tokenizer)
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 def block_length(tokenizer, max_length=None):

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
+from types import FunctionType
 import numpy as np, torch
 from fastcore.all import L
 from fastai.text.core import SpacyTokenizer, TitledStr, TokenizeWithRules, Tokenizer, defaults
@@ -220,6 +221,16 @@ def _read_cached(file):
         warnings.warn(f'{file} is damaged, so the texts are tokenized again')
         return None
 
+# %% ../../nbs/118_data.tokenizers.ipynb #25877936
+def given_tokenizer(tok):
+    "Return a tokenizer, or a `WordLevelTokenizer` for `None`; raise an error for what is none"
+    if tok is None:
+        return WordLevelTokenizer()
+    if isinstance(check_callable('tok', tok), FunctionType):
+        for tokens in check_each('what `tok` returns', tok(['a'])):
+            check_each('what `tok` returns for a text', tokens, check_text)
+    return tok
+
 # %% ../../nbs/118_data.tokenizers.ipynb #acb2a1f1
 def tokenize_texts_once(
     texts, # Strings, see `read_texts`
@@ -231,7 +242,7 @@ def tokenize_texts_once(
 ) -> TokenizedTexts:
     "Tokenize `texts` with fastai's rules, or read their tokens from the cache"
     texts = check_texts(texts)
-    tok = WordLevelTokenizer() if tok is None else check_callable('tok', tok)
+    tok = given_tokenizer(tok)
     rules = check_rules(defaults.text_proc_rules if rules is None else rules)
     progress = check_flag('progress', progress)
     check_whole('n_workers', n_workers, high=4096, or_none=True)

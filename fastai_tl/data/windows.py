@@ -88,7 +88,8 @@ def unactivate(
     "Return scores that `activate` turns into `probs`"
     check_option('task', task, CLASSIFICATION_TASKS)
     if not isinstance(probs, torch.Tensor):
-        probs = torch.as_tensor(check_array('probs', probs)).float()
+        high = None if task == 'regression' else 1
+        probs = torch.as_tensor(check_array('probs', probs, low=high and 0, high=high)).float()
     if task == 'classification':
         return probs.clamp(min=1e-30).log()
     return torch.logit(probs.double(), eps=1e-12).float() if task == 'multilabel' else probs

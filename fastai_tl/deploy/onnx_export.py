@@ -190,7 +190,8 @@ def check_graph(
     fixed = [f'{i.name}: {i.shape}' for i in graph.session.get_inputs() if any(isinstance(n, int) for n in i.shape)]
     if fixed:
         raise FastaiTLError('A graph must take any number of texts of any length', f'a graph of one size ({fixed[0]})')
-    rows, expected = check_each('rows', rows, check_array, dtype=np.int64), check_each('expected', expected)
+    rows = check_each('rows', rows, check_array, dtype=np.int64)
+    expected = check_each('expected', expected, check_each, check_array, nan=True)
     if not rows or len(rows) != len(expected):
         raise FastaiTLError('Each row needs its outputs', f'{len(rows)} rows and {len(expected)} outputs')
     n = len(rows)

@@ -120,6 +120,9 @@ class Graph:
         rows = check_each('rows', rows, check_array, ndim, dtype=np.int64)
         if not rows:
             raise DataError('At least one row of token ids is needed', 'none')
+        if ndim == 2 and min(len(row) for row in rows) < 1 + ('token_type_ids' in self.names):
+            raise DataError('Each row must have token ids, and token types if the model reads them',
+                            f'{min(len(row) for row in rows)} fields')
         lens = [row.shape[-1] for row in rows]
         limit = self.info['limit']
         if limit and max(lens) > limit:

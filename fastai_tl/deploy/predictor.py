@@ -19,12 +19,12 @@ from ..arguments import check_array, check_number, check_option, check_type, che
 from ..models.finite import need_numbers
 from ..locks import exclusive
 from ..core import DataError, FastaiTLError, shorten
-from ..data.class_names import class_values
+from ..data.class_names import class_list, class_values
 from ..data.display import TextTable
 from ..data.batches import packs
 from ..data.spec import activate
 from ..data.classification import whole_texts_dl
-from ..data.tables import check_is_list, check_items, list_of, text_column
+from ..data.tables import check_is_list, check_items, column, list_of, text_column
 from ..data.windows import pool_scores, split_windows
 from .engines import Engine, engine_of
 from .onnx import onnx_engine
@@ -42,6 +42,37 @@ class Prediction:
     probs:dict|None # Maps each class to its probability; `None` for a regression
     scores:np.ndarray # Logits, of shape (outputs,)
 
+# %% ../../nbs/810_deploy.predictor.ipynb #3471a6c8
+def _given_thresholds(thresholds, task, classes):
+    "Return one threshold for each class, from a list or a table"
+    if task == 'regression':
+        raise FastaiTLError('Thresholds need classes', 'a regression')
+    thresholds = column(thresholds, 'threshold') if isinstance(thresholds, pd.DataFrame) else thresholds
+    return class_values(thresholds, classes, 'Thresholds')
+
+def _checked_classes(classes, task, n):
+    "Return the names of `n` outputs as a list, or raise an error; `None` for a regression"
+    if task == 'regression':
+        return None
+    classes = class_list(() if classes is None else classes)
+    if len(classes) != n:
+        raise DataError(f'`classes` must have a name for each of the {n} outputs', str(len(classes)))
+    return classes
+
+def _checked_texts(texts, n):
+    "Return texts as a list, or raise an error unless there is one, or a pair, for each of `n` rows"
+    if texts is None:
+        return None
+    texts = list_of(texts)
+    if len(texts) != n:
+        raise DataError(f'`texts` must have one for each of the {n} rows', str(len(texts)))
+    if bad := [i for i, t in enumerate(texts) if not isinstance(t, str) and not _is_pair(t)]:
+        raise DataError('Each text must be a string, or a pair of them', f'something else in row {shorten(bad)}')
+    return texts
+
+def _is_pair(item):
+    return isinstance(item, (tuple, list)) and all(isinstance(text, str) for text in item)
+
 # %% ../../nbs/810_deploy.predictor.ipynb #45413ead
 class Predictions:
     "Predictions for a list of texts, in the order of the texts"
@@ -56,9 +87,9 @@ class Predictions:
     ):
         self.scores = check_array('scores', scores, 2, nan=True, dtype=None)
         self.task = task
-        self.classes = classes
-        self.thresholds = thresholds
-        self.texts = texts
+        self.classes = _checked_classes(classes, task, self.scores.shape[1])
+        self.thresholds = None if thresholds is None else _given_thresholds(thresholds, task, self.classes)
+        self.texts = _checked_texts(texts, len(self.scores))
         self.probs = activate(torch.as_tensor(self.scores), task, temperature).numpy()
         need_numbers(self.probs, 'The predictions')
 
@@ -155,13 +186,6 @@ def _temperature_of(temperature, task):
     if value != 1 and task == 'regression':
         raise FastaiTLError('A temperature is for probabilities', 'a regression')
     return value
-
-def _given_thresholds(thresholds, task, classes):
-    "Return one threshold for each class, from a list or a table"
-    if task == 'regression':
-        raise FastaiTLError('Thresholds need classes', 'a regression')
-    thresholds = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
-    return class_values(thresholds, classes, 'Thresholds')
 
 # %% ../../nbs/810_deploy.predictor.ipynb #9d4d265a
 def _checked_engine(source, precision, max_tokens):
@@ -364,7 +388,7 @@ def _compare(learn, engine, precisions, ds_idx=1, n=1000):
 @patch
 @checked
 def compare_precisions(self:Learner|BidirectionalLearner,
-    precisions=('fp32', 'bf16', 'int8'), # Keys of `PRECISIONS`; `fp32` is always measured
+    precisions:list=('fp32', 'bf16', 'int8'), # Keys of `PRECISIONS`; `fp32` is always measured
     ds_idx:int=1, # Index of the dataset: 0 for training, 1 for validation
     n:int=1000, # Maximum number of rows
     engine:str='torch' # What computes: `torch`, or `onnx` for ONNX Runtime, in `fp32` and `int8`
@@ -391,6 +415,8 @@ def describe_change(
         raise DataError('The table must have two rows', str(len(table)), 'Compare a second precision')
     reference, other = table.iloc[0], table.iloc[1]
     measure = 'accuracy' if 'accuracy' in table else 'rmse'
+    for name in (measure, 'max_change', 'texts'):
+        column(table, name)
     if 'same' in table:
         change = f'{other.same:.1%} of the decisions the same, probabilities changed by at most {other.max_change:.3f}'
     else:

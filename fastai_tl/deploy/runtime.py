@@ -11,10 +11,9 @@ __all__ = ['TokenReader', 'TextPredictions', 'ONNXTextModel', 'load_onnx', 'onnx
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from fastai_tl.arguments import (
-    check_array, check_callable, check_each, check_flag, check_number, check_option, check_type, check_whole,
-    checked
-)
+from ..arguments import (
+    check_array, check_callable, check_each, check_flag, check_number, check_option, check_text, check_type,
+    check_whole, checked)
 from ..core import DataError, FastaiTLError, RunError, describe, optional, shorten
 from ..data.batches import packs
 from ..data.offsets import spans_at
@@ -81,6 +80,10 @@ def loss_thresholds(threshold, task, classes, is_binary):
     return np.array([np.nextafter(np.float32(threshold), np.float32(1))]*len(classes))
 
 # %% ../../nbs/804_deploy.runtime.ipynb #072ccdd7
+def _valid(text):
+    "Replace lone surrogates"
+    return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
+
 class TokenReader:
     "Turn texts, or pairs of texts, into rows of token ids with the library `tokenizers`"
     def __init__(self,
@@ -127,7 +130,7 @@ class TokenReader:
         if check_whole('stride', stride, 0) >= self.room:
             raise FastaiTLError(f'`stride` must be smaller than the {self.room} tokens of a window', str(stride))
         windows, owners = [], []
-        for i, text in enumerate(texts):
+        for i, text in enumerate(map(_valid, check_each('texts', texts, check_text))):
             offsets = self.whole.encode(text, add_special_tokens=False).offsets
             of_text = [text[start:end] for start, end in spans_at(text, offsets, self.room, stride)]
             windows += of_text
@@ -135,14 +138,12 @@ class TokenReader:
         return windows, owners
 
 # %% ../../nbs/804_deploy.runtime.ipynb #674012d7
-def _valid(text):
-    "Replace lone surrogates"
-    return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
-
 def _checked_texts(texts, first=0):
     "Return texts, or pairs of texts as tuples, or raise an error that names the rows"
     if isinstance(texts, (str, bytes)) or not hasattr(texts, '__iter__') or not getattr(texts, 'ndim', 1):
         raise DataError('A list of texts is needed', f'one {type(texts).__name__}', 'Put it into a list')
+    if hasattr(texts, 'columns') or hasattr(texts, 'keys') and not hasattr(texts, 'index'):
+        raise DataError('A list of texts is needed', f'a {type(texts).__name__}', "Pass a column, such as `df['text']`")
     items = [text if isinstance(text, str) else _as_pair(text) for text in texts]
     bad = [first+i for i, item in enumerate(items) if item is None or not all(_strings(item))]
     if bad:

@@ -157,7 +157,7 @@ def fast_attention(
     dropout_p = _check_attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
     if torch.is_autocast_enabled('cpu'):
         q, k, v = (o.to(torch.get_autocast_dtype('cpu')) for o in (q, k, v))
-    scale = q.shape[-1]**-.5 if scale is None else scale
+    scale = q.shape[-1]**-.5 if scale is None else float(scale)
     with torch.autocast('cpu', enabled=False):
         hidden, blind = _hidden_keys(attn_mask, q, k, is_causal)
         return Attention.apply(q, k, v, hidden, blind, dropout_p, scale)

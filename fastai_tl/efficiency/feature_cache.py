@@ -8,6 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/efficiency.feature_cache.html.md"""
 __all__ = ['PrefixCache', 'CachedDL', 'CachedPrefix']
 
 # %% ../../nbs/335_efficiency.feature_cache.ipynb #e8337341
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ class PrefixCache:
     ) -> 'PrefixCache': # The same cache
         "Compute the states of all texts"
         check_whole('bs', bs, or_none=True)
-        check_callable('context', context)
+        check_type('context', context, Callable, 'a function')
         self.dl.before_iter()
         self.store.open()
         by_tokens = bs is None and not self.is_pooled and self.dl.device.type == 'cpu'

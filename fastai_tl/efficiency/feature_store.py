@@ -73,7 +73,7 @@ class StateStore:
         check_option('where', where, ('auto', 'memory', 'disk'))
         lengths = check_array('lengths', lengths, 1, low=0, high=2**40)
         self.ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self.width = check_whole('width', width, 0)
+        self.width = check_whole('width', width)
         self.dtype = check_dtype('dtype', dtype)
         if where == 'auto':
             where = 'disk' if self.nbytes > free_memory()/2 else 'memory'
@@ -137,7 +137,7 @@ class StateStore:
         rows:torch.Tensor # (rows, width)
     ):
         "Store the states of a text"
-        i = check_whole('i', i, 0, max(len(self)-1, 0))
+        i = check_whole('i', i, 0, len(self)-1)
         check_tensor('rows', rows, 2)
         if rows.shape != (self.ends[i+1]-self.ends[i], self.width):
             raise FastaiTLError(f'Text {i} needs {self.ends[i+1]-self.ends[i]} states of {self.width} values',

@@ -146,7 +146,7 @@ def linear_cross_entropy(
     dtype = _check_options(reduction, label_smoothing, dtype) or product_dtype(x)
     y = target.reshape(-1)
     rows = x.reshape(-1, x.shape[-1])
-    counted = y != check_whole('ignore_index', ignore_index, None)
+    counted = y != check_whole('ignore_index', ignore_index, -2**63)
     all_count = bool(counted.all())
     if not all_count:
         rows = rows[counted]
@@ -155,7 +155,7 @@ def linear_cross_entropy(
         raise FastaiTLError(f'Targets must be from 0 to {len(weight)-1}', f'{y.min()} to {y.max()}')
     function = _Each if reduction == 'none' else _Summed
     with torch.autocast(x.device.type, enabled=False):
-        loss = function.apply(rows, weight, bias, y, label_smoothing, dtype)
+        loss = function.apply(rows, weight, bias, y, float(label_smoothing), dtype)
     if reduction != 'none':
         return loss/len(y) if reduction == 'mean' else loss
     if not all_count:

@@ -199,7 +199,7 @@ class SinglePosition:
     @checked
     def __init__(self,
         model:nn.Module, # An `HFModel`, or a model of transformers with a head
-        tolerance:float=1e-3 # Maximum difference from the ordinary layer, relative to the largest value of its output
+        tolerance:float=1e-3 # Maximum difference from the ordinary layer, relative to the largest output; `inf`: any
     ):
         self.model = model
         self.top = find_blocks(model)[-1]

@@ -77,7 +77,7 @@ class EvaluationCallback(Callback):
     ):
         check_option('every', every, ('fit', 'epoch'))
         for score in L(scores):
-            if not callable(score):
+            if not callable(score) or isinstance(score, type):
                 check_option('scores', score, WATCHED)
         check_path('path', path, or_none=True)
         check_whole('dpi', dpi, high=5000)

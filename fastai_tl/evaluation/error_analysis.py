@@ -12,7 +12,8 @@ import re
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_dtype
-from ..arguments import check_array, check_callable, check_each, check_number, check_whole, checked
+from ..arguments import (
+    check_array, check_callable, check_each, check_number, check_option, check_whole, checked)
 from ..core import DataError, FastaiTLError, unknown_option
 from ..data.display import TextTable
 from ..data.near_duplicates import UNSPACED, near_duplicates, without_specials
@@ -145,7 +146,7 @@ def slice_errors(
     from scipy.stats import false_discovery_control
     check_whole('bins', bins, high=10**6)
     check_whole('min_rows', min_rows, 0)
-    check_number('level', level, above=0, below=1)
+    level = check_number('level', level, above=0, below=1)
     errors = row_errors(ev)
     of_slice = mean_of_slice if ev.task == 'regression' else rate_of_slice
     table = TextTable([dict(slice=name, value=value, **of_slice(errors, rows, level))
@@ -224,6 +225,7 @@ def text_words(
     return words + [run[i:i+k] for run in runs for k in (1, 2) for i in range(len(run)-k+1)]
 
 # %% ../../nbs/716_evaluation.error_analysis.ipynb #7271688f
+@checked
 def overused_words(
     texts, # List of texts
     marked, # Booleans (texts,) that mark the texts to compare with the others
@@ -237,8 +239,7 @@ def overused_words(
     check_whole('n', n, 0, or_none=True)
     check_whole('min_texts', min_texts, 0)
     check_number('alpha', alpha, low=0, high=1)
-    check_callable('words', words, or_none=True)
-    texts = check_texts(texts)
+    texts, _ = check_texts(texts), check_callable('words', words, or_none=True)
     marked = check_array('marked', marked, 1, low=0, high=1).astype(bool)
     if len(marked) != len(texts):
         raise DataError('Texts and marks must have the same number of rows', f'{len(texts)} and {len(marked)}')
@@ -287,8 +288,7 @@ def overused_error_words(
     texts = texts_of(ev)
     if of is not None:
         classes = ev.classes if ev.task == 'classification' else ()
-        if of not in classes:
-            raise unknown_option('of', of, classes)
+        check_option('of', of, classes)
         rows = np.flatnonzero(ev.targets == classes.index(of))
         wrong = wrong[rows]
         texts = [texts[i] for i in rows]

@@ -25,6 +25,7 @@ from .report import (ScoreTable, confused_pairs, confusion_matrix, plot_confusio
 from .scores import ScoredRows
 from .thresholds import plot_risk_coverage_curve
 from ..data.display import NO_FORMULAS, TextTable
+from ..data.tables import valid_text
 from ..atomic import atomic_folder, atomic_path
 from ..files import write_csv, write_json
 from ..plot import figure_lang, figure_style, in_words, keep_going
@@ -320,5 +321,5 @@ def save_report(
         for name, image in images.items():
             (folder/f'{name}.png').write_bytes(image)
         write_json(folder/'scores.json', scores)
-        (folder/'index.html').write_text(page, encoding='utf-8')
+        (folder/'index.html').write_text(valid_text(page), encoding='utf-8')
     return Path(path)/'index.html'

@@ -102,8 +102,7 @@ def corrected_ttest(
     "Test whether the mean is 0 by the corrected resampled t-test, and return its interval (Nadeau and Bengio 2003)"
     from scipy import stats
     d = check_array('differences', differences, 1)
-    check_number('ratio', ratio, 0)
-    check_number('level', level, above=0, below=1)
+    ratio, level = check_number('ratio', ratio, 0), check_number('level', level, above=0, below=1)
     n_folds = check_whole('the number of scores', len(d))
     mean = d.mean()
     if n_folds < 2:

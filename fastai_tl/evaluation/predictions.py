@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/evaluation.predictions.html.md"""
 __all__ = ['PassCallback']
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #ac17a1e8
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 import numpy as np
 import pandas as pd
 import torch
@@ -23,11 +23,13 @@ from ..locks import exclusive
 from ..callbacks import evaluating, recorder_kept
 from ..core import DataError, FastaiTLError, describe, shorten
 from ..data.classification import HFTextDataLoaders, LabelledText, whole_texts_dl
+from ..data.class_names import class_list
 from ..data.indicators import as_rows, label_column, table_of_dicts
 from ..data.labels import labels_for
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec, activate
 from ..data.tables import check_items, list_of, text_column
 from .scores import columns_of_classes
+from ..learners.base import check_batches
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import row_losses_of, row_texts, spec_of
 
@@ -143,7 +145,8 @@ def check_known(labels, spec, index):
         return
     known = set(spec.classes)
     label_lists = labels if spec.task == 'multilabel' else [[label] for label in labels]
-    bad = [row for row, names in zip(index, label_lists) if not known.issuperset(names)]
+    is_known = lambda name: isinstance(name, Hashable) and name in known
+    bad = [row for row, names in zip(index, label_lists) if not all(map(is_known, names))]
     if bad:
         raise DataError('Labels must be classes of the model', f'others in row {shorten(bad)}',
                         f'The classes are: {shorten(spec.classes, 20)}')
@@ -190,8 +193,9 @@ def labelled_dl(dls, texts, labels):
 def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, data=None, labels=None):
     "Create a `cls` object with one pass of a Learner or `BidirectionalLearner` over its own rows or new rows"
     check_type('learn', learn, (Learner, BidirectionalLearner))
-    check_type('dl', dl, (DataLoader, list, tuple), 'a DataLoader or a list of batches', or_none=True)
-    check_whole('ds_idx', ds_idx, 0)
+    check_batches(dl)
+    ds_idx = check_whole('ds_idx', ds_idx, 0, len(learn.dls.loaders)-1)
+    classes = None if classes is None else class_list(classes)
     spec = spec_of(learn)
     given = dl
     if data is not None:
@@ -255,7 +259,7 @@ def on_device(batch, device):
     move = lambda o: o.to(device) if hasattr(o, 'to') else o
     if hasattr(batch, 'keys'):
         return {name: move(o) for name, o in batch.items()}
-    return [move(o) for o in batch]
+    return [move(o) for o in check_type('a batch', batch, (list, tuple), 'a list, a tuple or a dictionary of tensors')]
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #361a5c60
 def _check_loop(model, loader):
@@ -292,6 +296,6 @@ def rows_of_model(cls, model, loader, classes=None, texts=None, task=None, label
     task, probs, targets, losses = model_pass(model, loader, task, label)
     if task == 'regression':
         classes = None
-    elif classes is None:
-        classes = range(max(probs.shape[1], 2))
+    else:
+        classes = range(max(probs.shape[1], 2)) if classes is None else class_list(classes)
     return cls(two_columns(probs, targets, classes), targets, classes, losses, texts)

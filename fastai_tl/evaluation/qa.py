@@ -75,9 +75,9 @@ class AnswerEvaluation:
         if len(self.preds) != len(self.targets):
             raise DataError('Predictions and targets must have the same number of rows',
                             f'{len(self.preds)} and {len(self.targets)}')
-        if questions is not None and len(questions) != len(self.preds):
+        if questions is not None and len(self.questions) != len(self.preds):
             raise DataError('Questions and predictions must have the same number of rows',
-                            f'{len(questions)} and {len(self.preds)}')
+                            f'{len(self.questions)} and {len(self.preds)}')
         scores = [answer_scores(answer, accepted) for answer, accepted in zip(self.preds, self.targets)]
         self.exact, self.f1 = np.array(scores).reshape(-1, 2).T
         shortest = lambda accepted: min((len(normalize_answer(t)) for t in accepted), default=0)
@@ -100,6 +100,8 @@ class AnswerEvaluation:
             examples = table_examples(data, learn.dls.spec.columns)
         else:
             pairs = question_pairs(data, learn.dls.spec.columns)
+            if not pairs:
+                raise DataError('At least one question is needed', 'none')
             examples = check_answers(*map(list, zip(*pairs)), labels)
         with exclusive(learn), learn.no_bar(), learn.no_logging():
             found = learn.answers([(e.question, e.context) for e in examples])
@@ -116,7 +118,7 @@ class AnswerEvaluation:
     ) -> ScoreTable: # exact | f1 | low | high | interval of | support, by length and for all
         "Return exact match and F1 by the length of the answer, with intervals of F1"
         lengths = check_each('lengths', lengths, check_whole)
-        check_number('level', level, above=0, below=1, or_none=True)
+        level = check_number('level', level, above=0, below=1, or_none=True)
         check_whole('n_boot', n_boot, high=10**7)
         check_whole('seed', seed, 0)
         if not len(self):

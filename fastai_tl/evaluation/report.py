@@ -222,7 +222,7 @@ def score_report(
     seed:int=0 # Random seed of the bootstrap
 ) -> ScoreTable: # precision | recall | f1 | score | low | high | interval of | support, by class, average and score
     "Return class scores, their averages and overall scores with intervals; for a regression, its scores"
-    check_number('level', level, above=0, below=1, or_none=True)
+    level = check_number('level', level, above=0, below=1, or_none=True)
     check_whole('n_boot', n_boot, high=10**7)
     check_whole('seed', seed, 0)
     ranking, wide = check_flag('ranking', ranking), check_flag('wide', wide)

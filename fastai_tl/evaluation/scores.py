@@ -15,7 +15,7 @@ from ..arguments import check_array, check_each, check_number, checked
 from ..core import DataError, shorten
 from ..data.class_names import class_list, class_values, match_names
 from ..data.spec import activate
-from ..data.tables import list_of
+from ..data.tables import column, list_of
 
 # %% ../../nbs/700_evaluation.scores.ipynb #98d60b00
 def row_losses(probs, targets, task):
@@ -119,7 +119,7 @@ def check_targets(targets, n_classes, task):
 # %% ../../nbs/700_evaluation.scores.ipynb #b6851da0
 def target_numbers(targets, classes):
     "Turn class names into class numbers and lists of names into 0/1 indicators; return numbers unchanged"
-    targets = targets.tolist() if hasattr(targets, 'tolist') else check_each('targets', targets)
+    targets = check_each('targets', targets.tolist() if hasattr(targets, 'tolist') else targets)
     lists = (list, tuple, set)
     first = next((t for t in targets if not (isinstance(t, lists) and not len(t))), None)
     several = isinstance(first, lists)
@@ -230,7 +230,7 @@ class ScoredRows:
         "Return one number as it is, and several in the order of the classes"
         if self.classes is None or np.ndim(threshold) == 0 and isinstance(threshold, (int, float, np.number)):
             return threshold
-        threshold = threshold['threshold'] if isinstance(threshold, pd.DataFrame) else threshold
+        threshold = column(threshold, 'threshold') if isinstance(threshold, pd.DataFrame) else threshold
         return class_values(threshold, self.classes, 'Thresholds')
     def _decided(self, threshold):
         if self.task == 'regression':

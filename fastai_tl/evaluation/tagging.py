@@ -11,7 +11,7 @@ __all__ = ['TagEvaluation']
 import re
 import numpy as np
 import pandas as pd
-from ..arguments import check_number, check_type, check_whole, checked
+from ..arguments import check_each, check_number, check_type, check_whole, checked
 from ..learners.tagging import HFTagger
 from ..locks import exclusive
 from ..core import DataError, shorten
@@ -51,7 +51,8 @@ def check_tokens(tokens, targets):
     check_is_list(tokens, 'sentence')
     if len(tokens) != len(targets):
         raise DataError('Tags and words must have the same number of sentences', f'{len(targets)} and {len(tokens)}')
-    bad = [i for i, (words, tags) in enumerate(zip(tokens, targets)) if len(words) != len(tags)]
+    words = [check_each(f'tokens[{i}]', o) for i, o in enumerate(tokens)]
+    bad = [i for i, (words, tags) in enumerate(zip(words, targets)) if len(words) != len(tags)]
     if bad:
         raise DataError('Each sentence needs as many words as tags', f'others in row {shorten(bad)}')
 
@@ -150,7 +151,7 @@ class TagEvaluation:
         seed:int=0 # Random seed of the bootstrap
     ) -> ScoreTable: # precision | recall | f1 | low | high | interval of | support, for each type and average
         "Return precision, recall and F1 of the entities, with intervals of F1"
-        check_number('level', level, above=0, below=1, or_none=True)
+        level = check_number('level', level, above=0, below=1, or_none=True)
         check_whole('n_boot', n_boot, high=10**7)
         check_whole('seed', seed, 0)
         if not len(self) or not self.types:

@@ -14,6 +14,7 @@ import pandas as pd
 from ..arguments import check_each, check_flag, check_number, checked
 from ..core import DataError, FastaiTLError, shorten
 from ..data.class_names import class_values
+from ..data.tables import column
 from .calibration import decisions
 from .report import ScoreTable
 from .scores import ScoredRows, curve, ratio, wilson_interval
@@ -175,7 +176,7 @@ def _threshold_values(ev, thresholds):
     "Return an array with the threshold of each class"
     if ev.task == 'regression':
         raise FastaiTLError('Thresholds need classes', 'a regression')
-    t = thresholds['threshold'] if isinstance(thresholds, pd.DataFrame) else thresholds
+    t = column(thresholds, 'threshold') if isinstance(thresholds, pd.DataFrame) else thresholds
     return class_values(t, ev.classes, 'Thresholds')
 
 @checked

@@ -194,6 +194,7 @@ def stateful_model(
     from transformers import GenerationConfig
     cls = stateful_class()
     reader = AWDReader(model)
+    check_whole('pad_id', pad_id, 0)
     res = cls(cls.config_class(vocab_size=len(reader.emb), pad_token_id=pad_id))
     eos_ids, never = (check_each(name, ids, check_whole, 0) for name, ids in (('eos_ids', eos_ids), ('never', never)))
     res.generation_config = GenerationConfig(pad_token_id=pad_id, eos_token_id=eos_ids or None,

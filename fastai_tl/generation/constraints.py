@@ -68,8 +68,9 @@ def _checked(name, value):
     if name in _AT_LEAST:
         return check_whole(name, value, _AT_LEAST[name])
     if name in _RANGES:
-        return check_number(name, value, **_RANGES[name])
-    return check_flag(name, value) if name in _FLAGS else value
+        return float(check_number(name, value, **_RANGES[name])) # transformers does not take whole numbers
+    is_flag = name in _FLAGS or name == 'early_stopping' and not (isinstance(value, str) and value == 'never')
+    return check_flag(name, value) if is_flag else value
 
 # %% ../../nbs/620_generation.constraints.ipynb #6e26a46b
 @functools.cache

@@ -55,6 +55,8 @@ class GeneratedText:
     def logprobs(self) -> pd.DataFrame: # One row for each token: token, logprob and probability
         "Compute the probability of each generated token, before temperature and other options"
         tm = self.model
+        if tm is None or not self.context:
+            raise FastaiTLError('Probabilities need the model and the token ids of the prompt', 'a text without them')
         if tm.task == 'seq2seq':
             raise FastaiTLError('A causal model or an AWD_LSTM is needed', f'a {type(tm.model).__name__}')
         logprobs = -score_ids(tm, [[*self.context, *self.ids]])[0][len(self.context) - 1:] if self.ids else np.zeros(0)

@@ -130,7 +130,7 @@ def _draw_scale(fig, top, width, height, text_height):
     "Draw the color scale to the right of the text; sizes are in points"
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
-    length = min(text_height - 8, 90)
+    length = max(min(text_height - 8, 90), 1)
     ax = fig.add_axes(((width - 58)/width, (text_height/2 - length/2)/height, 8/width, length/height))
     cmap = LinearSegmentedColormap.from_list('', [_color(i/20)[0] for i in range(21)])
     ticks = [0, top/2, top] if length > 40 else [0, top]

@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/758_interpretation.attributions.ipynb #f3a14c02
 import warnings
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
 import numpy as np
@@ -48,6 +49,8 @@ def _each(target, n, what='target'):
 
 def _index(classes, name, what='target'):
     "Return the number of a class by its name"
+    if not isinstance(name, Hashable):
+        raise unknown_option(what, name, classes)
     if name in classes:
         return list(classes).index(name)
     names = list(map(str, classes))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 import numpy as np
 import pandas as pd
-from ..arguments import check_array, check_each, check_option, check_text, checked
+from ..arguments import check_array, check_each, check_option, check_text, check_whole, checked
 from ..core import DataError, FastaiTLError
 from ..data.display import NO_FORMULAS, TextTable
 from ..plot import PALETTE, figure_style, in_words
@@ -88,6 +88,7 @@ class Attribution:
         self.words = check_each('words', self.words, check_text)
         self.leads = check_each('leads', self.leads, check_text)
         self.values = check_array('values', self.values, 1, nan=True, dtype=None)
+        check_whole('n_nodes', self.n_nodes, or_none=True)
         if not len(self.words) == len(self.leads) == len(self.values):
             got = f'{len(self.words)} words, {len(self.leads)} leads and {len(self.values)} values'
             raise FastaiTLError('Each word needs a lead and a value', got)
@@ -204,6 +205,8 @@ class Attributions(UserList):
         min_texts:int=2 # Minimum number of texts that contain a word
     ) -> pd.DataFrame: # class | word | texts | mean | total | for
         "Return the words that push each target most; `for` is the share of the texts in which a word is positive"
+        check_whole('n', n, 0, or_none=True)
+        check_whole('min_texts', min_texts)
         return push_table(self, target, n, min_texts)
 
     @checked

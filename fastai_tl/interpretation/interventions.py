@@ -411,7 +411,8 @@ def ablate(self:Learner,
     check_option('what', what, ('heads', 'neurons'))
     check_option('by', by, ('mean', 'zero'))
     check_whole('bs', bs)
-    if layers is not None and not len(list_of(layers, 'layer')):
+    layers = None if layers is None else list_of(layers, 'layer')
+    if layers == []:
         raise FastaiTLError('`layers` must name at least one layer', 'none')
     hf = hf_of(self, 'Ablation needs', _TODO)
     stacks = find_taps(hf, what)

@@ -12,7 +12,7 @@ import warnings
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
 from fastai.learner import Learner
-from ..arguments import check_each, check_number, checked
+from ..arguments import check_array, check_each, check_number, check_whole, checked
 from ..core import DataError, FastaiTLError, derive_seed, shorten, unknown_option
 from ..data.classification import whole_texts_dl
 from ..data.tables import column, list_of
@@ -32,7 +32,7 @@ def target_kind(
     kind:str|None=None # `classes`, `several` or `values`; `None`: values if they are floats with decimals
 ) -> tuple: # `classes`, `several` or `values`; and an array: names (rows,), booleans (rows, classes), or values (rows,)
     "Return what kind of targets these are"
-    targets = list(targets)
+    targets = list_of(targets, 'target')
     if kind not in (None, *_METRICS):
         raise unknown_option('kind', kind, _METRICS)
     if kind == 'several' or any(isinstance(t, (list, tuple, set)) for t in targets):
@@ -198,7 +198,8 @@ class LayerProbe:
 
 # %% ../../nbs/768_interpretation.probing.ipynb #c95b948d
 def _check_rows(features, targets, n_folds):
-    lengths = {name: len(o) for name, o in features.items()}
+    lengths = {name: len(check_array(f'features[{name!r}]', o, 2, nan=True, dtype=None))
+               for name, o in features.items()}
     if not features or set(lengths.values()) != {len(targets)}:
         raise DataError(f'Each layer must have a row for each of the {len(targets)} targets', str(lengths))
     if n_folds < 2 or len(targets) < 2*n_folds:
@@ -331,6 +332,7 @@ def probe(self:Learner,
 ) -> LayerProbe:
     "Find out what each layer knows: cross-validated linear probes of all layers, with a control task"
     spec = spec_of(self)
+    check_whole('max_rows', max_rows, or_none=True)
     if spec.task == 'tagging':
         return _probe_words(self, targets, texts, max_rows, seed, **kwargs)
     if targets is None and spec.task == 'regression':

@@ -20,15 +20,29 @@ from ..tune.divergence import StopOnNaN
 from ..models.finite import need_numbers
 from ..locks import exclusive
 from ..callbacks import check_callbacks, check_metrics, recorder_kept
-from ..core import DataError
+from ..core import DataError, FastaiTLError, describe
 from ..data.classification import whole_texts_dl
 from ..data.tables import check_items
 from ..models.layer_groups import layer_splitter
 from ..models.hf import HFEncoder, HFModel, check_lengths, check_tokenizer, load_hf
 from ..efficiency.mixed_precision import AutocastPrecision
 from ..tune.accumulation import LargeBatchGradient
-from ..tune.learning_rates import check_rates, default_lr
-from ..tune.optimizer import LayerwiseOptimizer
+from ..tune.learning_rates import default_lr
+from ..tune.optimizer import LayerwiseOptimizer, check_rates
+
+# %% ../../nbs/500_learners.base.ipynb #fc050398
+def _has_tensor(o):
+    members = o.values() if isinstance(o, dict) else o
+    return isinstance(o, torch.Tensor) or isinstance(o, (list, tuple, dict)) and any(map(_has_tensor, members))
+
+def check_batches(dl):
+    "Raise an error unless `dl` is a DataLoader, a list of batches, or `None`"
+    check_type('dl', dl, (DataLoader, list, tuple), 'a DataLoader or a list of batches', or_none=True)
+    batches = dl if isinstance(dl, (list, tuple)) else ()
+    good = [isinstance(batch, (list, tuple)) and len(batch) > 0 and _has_tensor(batch[0]) for batch in batches]
+    if bad := [i for i, is_good in enumerate(good) if not is_good]:
+        got = f'{describe(batches[bad[0]])} at {bad[0]}'
+        raise FastaiTLError('`dl` must have batches, which begin with a tensor', got)
 
 # %% ../../nbs/500_learners.base.ipynb #bbf8a75d
 def _check_fit(n_epoch, options):
@@ -42,7 +56,7 @@ def _check_fit(n_epoch, options):
 def _check_dl(dls, ds_idx, dl):
     "Raise an error unless there is a DataLoader of this number, or `dl` is one"
     check_whole('ds_idx', ds_idx, 0, len(dls.loaders)-1)
-    check_type('dl', dl, (DataLoader, list, tuple), 'a DataLoader or a list of batches', or_none=True)
+    check_batches(dl)
 
 class HFLearner(Learner):
     "A fastai Learner for a Hugging Face model"

@@ -17,7 +17,7 @@ from fastai.losses import BaseLoss
 from ..arguments import check_flag, check_text, check_type, check_whole, checked
 from ..locks import exclusive
 from ..callbacks import recorder_kept
-from ..core import FastaiTLError
+from ..core import DataError, FastaiTLError, shorten
 from ..data.tables import check_is_list
 from ..models.third_party import spec_of
 
@@ -27,7 +27,10 @@ def text_items(
 ) -> list: # Items for the `test_dl` of a classifier
     "Make unlabelled items from tokenized texts, so that `test_dl` does not tokenize them again"
     check_is_list(texts)
-    return [[texts[i], None] for i in range(len(texts))]
+    items = [[text, None] for text in texts]
+    if bad := [i for i, (text, _) in enumerate(items) if not isinstance(text, (str, list, tuple, L))]:
+        raise DataError('Each text must be a list of tokens', f'something else in row {shorten(bad)}')
+    return items
 
 # %% ../../nbs/530_learners.bidirectional.ipynb #84d964c1
 class BidirectionalLearner:

@@ -24,7 +24,8 @@ from ..tune.divergence import StopOnNaN
 from ..core import DataError, FastaiTLError, describe, shorten
 from ..data.class_names import class_values
 from ..data.spec import CLASSIFICATION_TASKS
-from ..models.awd_lstm import check_awd_config, pool_real_tokens, allow_zero_weight_dropout
+from ..models.awd_lstm import (
+    allow_zero_weight_dropout, check_awd_config, check_drop_mult, pool_real_tokens)
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
 from ..models.third_party import spec_of
@@ -42,6 +43,13 @@ def _check_range(y_range):
     values = check_each('y_range', y_range, check_number)
     if len(values) != 2 or values[0] >= values[1]:
         raise FastaiTLError('`y_range` must be the lowest and the highest prediction', describe(y_range))
+
+# %% ../../nbs/505_learners.classification.ipynb #fa3128dd
+def _check_outputs(dls, task, n_out):
+    "Raise an error if the classes of the data need another number of outputs"
+    classes = getattr(getattr(dls, 'spec', None), 'classes', None)
+    if task == 'classification' and classes and len(classes) != n_out:
+        raise FastaiTLError(f'`n_out` must be {len(classes)}, one for each class of the data', str(n_out))
 
 # %% ../../nbs/505_learners.classification.ipynb #6947d8bb
 @checked
@@ -61,9 +69,10 @@ def awd_classifier_learner(
     check_option('task', task, CLASSIFICATION_TASKS)
     check_whole('n_out', n_out)
     check_whole('seq_len', seq_len)
-    drop_mult = check_number('drop_mult', drop_mult, low=0)
     _check_range(y_range)
+    _check_outputs(dls, task, n_out)
     config = merge(awd_lstm_clas_config, check_awd_config(config))
+    drop_mult = check_drop_mult(drop_mult, config)
     model = get_text_classifier(AWD_LSTM, len(text_vocab(dls)), n_out, seq_len=seq_len, config=config,
                                 drop_mult=drop_mult, y_range=y_range)
     model = pool_real_tokens(allow_zero_weight_dropout(model))

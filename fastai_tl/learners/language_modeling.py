@@ -29,7 +29,7 @@ from ..data.hf_tokenizer import encode
 from ..data.token_blocks import end_of_text, frame
 from ..data.tables import check_texts
 from ..data.tokenizers import apply_rules
-from ..models.awd_lstm import allow_zero_weight_dropout, check_awd_config
+from ..models.awd_lstm import allow_zero_weight_dropout, check_awd_config, check_drop_mult
 from ..models.encoder import text_vocab
 from ..models.layer_groups import layer_splitter
 from ..models.third_party import spec_of
@@ -48,8 +48,8 @@ def awd_lm_learner(
     **kwargs # Passed to `LMLearner`
 ) -> LMLearner:
     "Make a Learner for an AWD_LSTM language model"
-    drop_mult = check_number('drop_mult', drop_mult, low=0)
     config = merge(awd_lstm_lm_config, check_awd_config(config))
+    drop_mult = check_drop_mult(drop_mult, config)
     model = get_language_model(AWD_LSTM, len(text_vocab(dls)), config=config, drop_mult=drop_mult)
     model = allow_zero_weight_dropout(model)
     metrics = [accuracy, Perplexity()] if metrics is None else check_metrics(metrics)

@@ -172,7 +172,7 @@ def generation_metrics(
     **kwargs # Passed to `generate` of transformers: `num_beams`, `max_new_tokens`, …
 ) -> list: # Metrics, for `metrics=`
     "Make metrics that score the same generated texts"
-    n, seed = check_whole('n', n), check_whole('seed', seed, None, None)
+    n, seed = check_whole('n', n), check_whole('seed', seed, -2**63, 2**63-1)
     check_text('tokenize', tokenize, or_none=True)
     for score in scores:
         check_option('scores', score, SCORES)

@@ -208,7 +208,7 @@ class ClassifierOptions:
             check_number(name, getattr(self, name), low=0)
         check_number('spread', self.spread, above=0)
         check_number('lr', self.lr, above=0, or_none=True)
-        check_whole('bs', self.bs)
+        check_whole('bs', self.bs, 2) # for batch normalization
         for name, check in dict(epochs=check_whole, groups=check_whole, lrs=check_number).items():
             if getattr(self, name) is not None:
                 check_each(name, getattr(self, name), check, 0)

@@ -10,9 +10,10 @@ __all__ = ['pool_real_tokens']
 # %% ../../nbs/220_models.awd_lstm.ipynb #276ab7da
 import torch
 from torch import nn
-from fastai.text.models.awdlstm import WeightDropout
+from fastai.text.models.awdlstm import WeightDropout, awd_lstm_clas_config, awd_lstm_lm_config
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder, _pad_tensor
 from ..arguments import check_flag, check_number, check_type, check_whole
+from ..core import FastaiTLError, describe, did_you_mean
 from .padding import moved_places, take_places
 
 # %% ../../nbs/220_models.awd_lstm.ipynb #826870b1
@@ -93,9 +94,24 @@ def check_awd_config(
 ) -> dict: # The same dictionary; an empty one for `None`
     "Raise an error unless the sizes of an AWD_LSTM are whole numbers, and the other numbers are not negative"
     config = check_type('config', config, dict, 'a dictionary', or_none=True) or {}
+    known = {**awd_lstm_lm_config, **awd_lstm_clas_config}
     for name, value in config.items():
+        if name not in known:
+            raise FastaiTLError('`config` must have settings of an AWD_LSTM', describe(name), did_you_mean(name, known))
         if name in _SIZES:
             check_whole(f'config[{name!r}]', value, high=10**6)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             check_number(f'config[{name!r}]', value, low=0)
     return config
+
+def check_drop_mult(
+    drop_mult, # Multiplier on all dropouts
+    config:dict # Settings of the model
+) -> float: # The same
+    "Raise an error if a dropout would be larger than 1"
+    drop_mult = check_number('drop_mult', drop_mult, low=0)
+    largest = max((value for name, value in config.items() if name.endswith('_p')), default=0)
+    if drop_mult*largest > 1:
+        expected = f'`drop_mult` must be at most {1/largest:g}, so that no dropout is above 1'
+        raise FastaiTLError(expected, f'{drop_mult:g}')
+    return drop_mult

@@ -22,7 +22,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from fastai.text.core import SpacyTokenizer, Tokenizer
 from fastai.text.data import LMDataLoader, Numericalize
 from fastai.text.models.core import LinearDecoder
-from ..arguments import check_type, checked
+from ..arguments import check_callable, check_type, checked
 from ..core import DataError, FastaiTLError, shorten
 from ..data.chinese import CHINESE_RULES
 from ..data.hf_tokenizer import HFTokenize
@@ -355,6 +355,7 @@ def plain_loss(
     loss_func # A loss function; may be one of blurr, which uses the loss that the model computed
 ): # `loss_func` itself if it computes a loss from predictions and targets
     "Return the ordinary loss function that a blurr loss function represents"
+    check_callable('loss_func', loss_func, or_none=True)
     if not _is_precalculated(loss_func):
         return loss_func
     if isinstance(loss_func, BCEWithLogitsLossFlat):

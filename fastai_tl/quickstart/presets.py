@@ -10,6 +10,7 @@ __all__ = ['QUICK', 'FULL', 'TRANSFORMER']
 # %% ../../nbs/950_quickstart.presets.ipynb #8b6fcc41
 import re
 import numpy as np
+from ..arguments import check_type
 from ..core import FastaiTLError, derive_seed, shorten
 from ..data.decoding import LETTER, WIDE
 from ..resources import read_json as read_json_resource
@@ -28,7 +29,23 @@ def changed_preset(
     "Return a preset with some settings changed"
     if unknown := set(changes)-set(preset):
         raise FastaiTLError(f'Sizes of a quickstart are {shorten(preset, 20)}', shorten(unknown))
-    return {**preset, **changes}
+    nested = {name: changed_preset(preset[name], check_type(name, value, dict, 'a dictionary'))
+              for name, value in changes.items() if isinstance(preset[name], dict)}
+    return {**preset, **changes, **nested}
+
+def check_preset(
+    size, # Settings of a quickstart
+    preset:dict # The preset that they are a changed copy of
+) -> dict: # The same settings
+    "Raise an error unless settings have all names of a preset"
+    missing = [name for name in preset if name not in check_type('size', size, dict, 'a dictionary')]
+    if missing:
+        raise FastaiTLError('`size` must have all settings of a preset', f'none for {shorten(missing)}',
+                            'Change a copy: `{**QUICK, ...}`')
+    for name, value in preset.items():
+        if isinstance(value, dict):
+            check_preset(size[name], value)
+    return size
 
 # %% ../../nbs/950_quickstart.presets.ipynb #e3f2aed3
 def take_tokens(

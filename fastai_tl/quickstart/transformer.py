@@ -23,7 +23,7 @@ from ..models.hf import minilm_folder
 from ..models.loading import quiet_transformers
 from ..plot import keep_going, plot_panels
 from .base import Quickstart, Trained, best_validated, save_figure, validation_scores
-from .presets import expected_seconds
+from .presets import TRANSFORMER, check_preset, expected_seconds
 from ..tune.resume import ResumableFit
 from ..tune.transfer_plan import TransferPlan
 
@@ -55,7 +55,7 @@ class TransformerQuickstart(Quickstart):
         size:dict, # Settings: `TRANSFORMER` or a changed copy
         **kwargs
     ):
-        super().__init__(out, data, size, **kwargs)
+        super().__init__(out, data, check_preset(size, TRANSFORMER), **kwargs)
         self.model = minilm_folder() if model == 'minilm' else model
         self.label = 'MiniLM, fine-tuned' if model == 'minilm' else f'{Path(model).name}, fine-tuned'
         self.tried = [] # scores of each learning rate

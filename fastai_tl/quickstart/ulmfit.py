@@ -11,12 +11,12 @@ __all__ = ['compare_with_words', 'ULMFiTQuickstart']
 import math
 import numpy as np
 from fastcore.all import delegates
-from ..arguments import check_number, check_whole, checked
+from ..arguments import check_each, check_number, check_option, check_whole, checked
 from ..learners.ulmfit import ULMFiT
 from ..plot import keep_going, plot_panels
 from .base import Quickstart, Trained, best_validated, save_figure, validation_scores
 from .general import general_run
-from .presets import expected_seconds, lstm_weights, take_tokens
+from .presets import QUICK, check_preset, expected_seconds, lstm_weights, take_tokens
 
 # %% ../../nbs/960_quickstart.ulmfit.ipynb #9d7a6f28
 _COUNTING_WINS = ('The bag of words is ahead: many labels and words that give the class away are all it needs. '
@@ -49,6 +49,16 @@ def compare_with_words(
         return _TOO_CLOSE
     return _TRANSFER_WINS if accuracy > bag_of_words else _COUNTING_WINS
 
+# %% ../../nbs/960_quickstart.ulmfit.ipynb #1ff65107
+def _checked_size(size):
+    "Return the settings, or raise an error for values that they cannot have"
+    check_preset(size, QUICK)
+    check_each('classifiers', size['classifiers'], check_option, _CLASSIFIERS)
+    check_each('epochs', size['epochs'], check_whole, 0)
+    for name in ('rates', 'scratch_rates'):
+        check_each(name, size[name], check_number, above=0)
+    return size
+
 # %% ../../nbs/960_quickstart.ulmfit.ipynb #820a2f92
 class ULMFiTQuickstart(Quickstart):
     "Train language models and classifiers in the three stages of ULMFiT"
@@ -61,7 +71,7 @@ class ULMFiTQuickstart(Quickstart):
         bidirectional:bool=False, # Train a forward and a backward model
         **kwargs
     ):
-        super().__init__(out, data, size, **kwargs)
+        super().__init__(out, data, _checked_size(size), **kwargs)
         self.bidirectional = bidirectional
         self.domain = take_tokens(data.domain, size['domain_tokens'], self.seed)
         self.general = None # the run with stage 1

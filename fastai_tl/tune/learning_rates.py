@@ -11,7 +11,7 @@ __all__ = ['discriminative_lrs', 'default_lr', 'create_discriminative_optimizer'
 import numpy as np, torch
 from torch import nn
 from fastai.text.models.awdlstm import AWD_LSTM
-from ..arguments import check_each, check_number, check_option, check_whole, checked
+from ..arguments import check_number, check_option, check_whole, checked
 from ..core import FastaiTLError
 from ..data.spec import LANGUAGE_MODEL_TASKS, TASKS
 from ..models.execution_order import hf_models
@@ -34,22 +34,6 @@ def discriminative_lrs(
         raise FastaiTLError('Each learning rate must be finite', f'{rates.max()} with a factor of {decay}',
                             'Pass a larger `decay` or `spread`')
     return rates
-
-# %% ../../nbs/405_tune.learning_rates.ipynb #c8d10902
-def check_rates(
-    name:str, # Name of the argument
-    lr, # A number, a slice, a list with a rate for each layer group, or `None`
-): # The value
-    "Raise an error if an argument is not a learning rate of at least 0, or several"
-    if isinstance(lr, slice):
-        check_number(name, lr.stop, low=0)
-        check_number(name, lr.start, low=0, or_none=True)
-    elif np.ndim(lr) and not isinstance(lr, str):
-        if not check_each(name, lr, check_number, low=0):
-            raise FastaiTLError(f'`{name}` must have a rate for each layer group', 'none')
-    else:
-        check_number(name, lr, low=0, or_none=True)
-    return lr
 
 # %% ../../nbs/405_tune.learning_rates.ipynb #bdb2d17e
 _PRETRAINED_LR = 5e-5

@@ -9,8 +9,7 @@ __all__ = ['PARAM_KINDS', 'LayerwiseOptimizer']
 
 # %% ../../nbs/400_tune.optimizer.ipynb #597be050
 from collections import defaultdict
-from collections.abc import Iterable
-import torch
+import numpy as np, torch
 from fastai.optimizer import _BaseOptimizer
 from ..arguments import check_each, check_number, check_type, checked
 from ..core import FastaiTLError, describe, shorten
@@ -22,16 +21,35 @@ _NO_DECAY = dict(norm=0, bias=0)
 
 def _param_lists(params):
     "Return one list of parameters per layer group, from a splitter's result or from plain parameters"
-    params = list(check_type('params', params, Iterable, 'lists of parameters'))
+    params = check_each('params', params)
     if params and isinstance(params[0], torch.Tensor):
         params = [params]
-    param_lists = [list(check_type('params', group, Iterable, 'lists of parameters')) for group in params]
-    if not param_lists or not all(isinstance(p, torch.Tensor) for group in param_lists for p in group):
+    param_lists = [check_each('params', group) for group in params]
+    if not any(param_lists) or not all(isinstance(p, torch.Tensor) for group in param_lists for p in group):
         raise FastaiTLError('`params` must be lists of parameters, one for each layer group', describe(params))
     return param_lists
 
 def _kinds_by_shape(param_lists):
     return [['bias' if p.ndim < 2 else 'weight' for p in group] for group in param_lists]
+
+# %% ../../nbs/400_tune.optimizer.ipynb #412d92e4
+def check_rates(
+    name:str, # Name of the argument
+    value, # A number, a slice, a list with a number for each layer group, or `None`
+    or_none:bool=True, # Whether `None` is allowed
+    below:float|None=None # Each number must be smaller than this
+): # The value
+    "Raise an error if an argument is not a number of at least 0, or several, as fastai's optimizers take them"
+    limits = dict(low=0, below=below, high=1e30 if below is None else None) # of 32 bits
+    if isinstance(value, slice):
+        check_number(name, value.stop, **limits)
+        check_number(name, value.start, **limits, or_none=True)
+    elif np.ndim(value) and not isinstance(value, str):
+        if not check_each(name, value, check_number, **limits):
+            raise FastaiTLError(f'`{name}` must have a number for each layer group', 'none')
+    else:
+        check_number(name, value, **limits, or_none=or_none)
+    return value
 
 # %% ../../nbs/400_tune.optimizer.ipynb #8f7eb609
 def _check_kinds(mults, name):
@@ -48,19 +66,11 @@ def _check_group_mults(mults, n_groups):
         raise FastaiTLError(expected, f'{len(mults)} numbers')
     return mults
 
-def _numbers_of(hyper):
-    "The numbers of a setting as fastai takes them: one number, one a layer group, or a `slice`"
-    if isinstance(hyper, slice):
-        return [hyper.stop] if hyper.start is None else [hyper.start, hyper.stop]
-    return hyper if isinstance(hyper, (list, tuple)) else [hyper]
-
 def _check_hypers(opt, sizes, shares):
     if not (isinstance(opt, type) and issubclass(opt, torch.optim.Optimizer)):
         raise FastaiTLError('`opt` must be the class of an optimizer of PyTorch', describe(opt))
     for name, value in (sizes | shares).items():
-        limits = dict(low=0, below=1) if name in shares else dict(low=0)
-        for one in _numbers_of(value):
-            check_number(name, one, **limits)
+        check_rates(name, value, or_none=False, below=1 if name in shares else None)
 
 # %% ../../nbs/400_tune.optimizer.ipynb #c949e1e5
 def _torch_optimizer(cls, groups, eps, kwargs):
@@ -111,6 +121,17 @@ class LayerwiseOptimizer(_BaseOptimizer):
                 groups.append(dict(params=[p for p, k in zip(params, kinds) if k == kind]))
                 self.where.append((i, kind))
         self.opt = _torch_optimizer(cls, groups, eps, kwargs)
+
+    def set_hyper(self,
+        k:str, # Name, such as `lr`
+        v # A number, a list with one for each layer group, or a `slice`
+    ):
+        "Set a hyperparameter"
+        v = v.item() if np.ndim(v) == 0 and hasattr(v, 'item') else v
+        if np.ndim(v) and len(v) not in (1, len(self.param_lists)):
+            expected = f'`{k}` must be a number, or have one for each of the {len(self.param_lists)} layer groups'
+            raise FastaiTLError(expected, f'{len(v)} numbers')
+        super().set_hyper(k, v)
 
     def sync(self):
         "Copy the learning rate, momentum and weight decay of each layer group to the PyTorch optimizer"

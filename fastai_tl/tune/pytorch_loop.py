@@ -60,6 +60,8 @@ def train_epoch(
 def _check_loop(model, loader, loss_func):
     check_type('model', model, nn.Module)
     check_type('loader', loader, Iterable, 'an iterable of batches')
+    if isinstance(loader, (str, bytes, dict)) or not getattr(loader, 'ndim', 1):
+        raise FastaiTLError('`loader` must be batches', describe(loader))
     check_callable('loss_func', loss_func, or_none=True)
 
 # %% ../../nbs/445_tune.pytorch_loop.ipynb #845a7ecb
@@ -99,8 +101,8 @@ def _run_stage(freezer, train_loader, val_loader, opt, epochs, loss_func):
 
 def _plan_stages(n, num_stages, epochs_per_stage, base_lr, final_lr):
     "Return the number of groups, the top group's learning rate and the epochs of each stage"
-    check_number('base_lr', base_lr, above=0)
-    check_number('final_lr', final_lr, above=0)
+    check_number('base_lr', base_lr, above=0, high=1e6)
+    check_number('final_lr', final_lr, above=0, high=1e6)
     check_whole('num_stages', num_stages, 1, n) # at most the number of layer groups
     check_whole('epochs_per_stage', epochs_per_stage)
     stages = [(1 + stage*(n//num_stages), base_lr/2**stage, epochs_per_stage) for stage in range(num_stages)]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier
-from ..arguments import check_option, check_type, check_whole, checked
+from ..arguments import check_each, check_number, check_option, check_type, check_whole, checked
 from torch import nn
+from ..core import FastaiTLError, describe
 from ..resources import read_csv
 from ..models.execution_order import hf_models
 from .gradual import recipe_lrs, recipe_stages
@@ -28,6 +29,18 @@ class Recipe:
     spread:float=2.6 # Learning rate of the top group divided by that of the bottom group
     lr:float=1. # Learning rate of the last stage relative to the model's default
     cache:bool=False # Whether the output of frozen layers is computed only once per stage
+
+    def __post_init__(self):
+        check_number('spread', self.spread, above=0)
+        check_number('lr', self.lr, above=0)
+        object.__setattr__(self, 'stages', tuple(check_each('stages', self.stages))) # of a frozen dataclass
+        for stage in check_each('stages', self.stages, check_each):
+            if len(stage) != 2:
+                raise FastaiTLError('Each stage must have a number of groups and a relative rate', describe(stage))
+            groups, rate = stage
+            if not (isinstance(groups, str) and groups in ('half', 'all')):
+                check_whole('the groups of a stage', groups)
+            check_number('the relative rate of a stage', rate, above=0)
 
     def stages_for(self,
         n:int # Number of layer groups

@@ -67,8 +67,8 @@ class L2SP(Callback):
         beta:float=.01, # Strength for the weights of a new head
         new_head:bool|None=None # Whether the head is new; `None`: yes, except for language models and seq2seq
     ):
-        self.alpha = check_number('alpha', alpha, low=0)
-        self.beta = check_number('beta', beta, low=0)
+        self.alpha = check_number('alpha', alpha, low=0, high=1e6)
+        self.beta = check_number('beta', beta, low=0, high=1e6)
         self.new_head = check_flag('new_head', new_head, or_none=True)
         self.begin = None # weights before fine-tuning, by name
 
@@ -131,7 +131,7 @@ class RDrop(Callback):
     def __init__(self,
         alpha:float=1. # Strength of the penalty; 0 only averages the two losses
     ):
-        self.alpha = check_number('alpha', alpha, low=0)
+        self.alpha = check_number('alpha', alpha, low=0, high=1e6)
 
     def before_fit(self):
         "Check the task"

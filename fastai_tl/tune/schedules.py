@@ -15,7 +15,7 @@ from fastai.callback.schedule import ParamScheduler
 from ..arguments import check_each, check_number, check_whole, checked
 from ..core import FastaiTLError, describe
 from .divergence import with_stop_on_nan
-from .learning_rates import check_rates
+from .optimizer import check_rates
 
 # %% ../../nbs/410_tune.schedules.ipynb #2a3804e2
 class SchedSTLR:

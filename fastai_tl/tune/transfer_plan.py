@@ -349,6 +349,7 @@ def _is_measured(learn, family, layers, groups):
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #c892197d
 @patch
+@checked
 def transfer_plan(self:Learner,
     epochs=None, # Total number of epochs, or a list with the epochs of each stage; the default depends on the model
     recipe:str='auto', # Key of `TRANSFER_RECIPES`; `auto` chooses one for the model and data
@@ -363,8 +364,7 @@ def transfer_plan(self:Learner,
 ) -> TransferPlan: # Plan with the methods `table()`, `explain()` and `show()`
     "Return the plan that `fit_transfer` would follow, without changing anything"
     layers = _named_groups(self)
-    family = model_family(self.model)
-    task = _task(self)
+    family, task = model_family(self.model), _task(self)
     n_batches = len(self.dls.train)
     steps = _deciding_steps(epochs, groups, task, family, min_steps, n_batches)
     name, why = _name_recipe(self, recipe, family, len(layers), steps, groups)

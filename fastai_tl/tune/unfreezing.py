@@ -34,7 +34,7 @@ def freeze_groups(
     "Freeze all groups but the top `n_trainable`, with their norms; the optimizer keeps all moments"
     if not hasattr(opt, 'param_lists'):
         raise FastaiTLError('`opt` must be an optimizer of fastai', describe(opt))
-    n_frozen = len(opt.param_lists) - n_trainable
+    n_frozen = len(opt.param_lists) - check_whole('n_trainable', n_trainable, 0)
     opt.freeze_to(n_frozen)
     for params in list(opt.param_lists)[:n_frozen]:
         freeze_params(params)
