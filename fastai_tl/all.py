@@ -141,6 +141,7 @@ from .deploy.engines import *
 from .deploy.onnx_export import *
 from .deploy.onnx import *
 from .deploy.pruning import *
+from .deploy.predictions import *
 from .deploy.predictor import *
 from .deploy.hub_files import *
 from .deploy.manifest import *

@@ -261,8 +261,7 @@ def words_without_tokens(tok, items):
 # %% ../../nbs/133_data.tagging.ipynb #f13c2d18
 def _tagged_items(words, tags, rows, vocab):
     "Return the words and tags of rows, or raise an error"
-    check_each('vocab', vocab, check_text)
-    if unknown := {tag for i in rows for tag in tags[i]}.difference(vocab):
+    if unknown := {tag for i in rows for tag in tags[i]}.difference(check_each('vocab', vocab, check_text)):
         raise DataError('`vocab` must hold all tags', f'no {shorten(sorted(map(str, unknown)))}')
     return [TaggedWords([words[i], tags[i]]) for i in rows]
 

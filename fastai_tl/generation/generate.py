@@ -8,15 +8,10 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.generate.html.md"""
 __all__ = ['GeneratedText', 'GeneratedTexts', 'generate', 'generate_with_prompt']
 
 # %% ../../nbs/625_generation.generate.ipynb #ef6441e7
-import contextlib
-import html
-import queue
-import threading
+import contextlib, html, queue, threading
 from contextvars import copy_context
 from dataclasses import dataclass, field
-import numpy as np
-import pandas as pd
-import torch
+import numpy as np, pandas as pd, torch
 from torch.overrides import TorchFunctionMode
 from fastcore.all import delegates, listify, patch
 from fastai.learner import Learner
