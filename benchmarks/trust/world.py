@@ -128,6 +128,7 @@ class World:
     ce_x = cached_property(lambda w: torch.randn(6, 4))
     ce_w = cached_property(lambda w: torch.randn(9, 4))
     ce_y = cached_property(lambda w: torch.arange(6))
+    few_labels = cached_property(lambda w: torch.tensor([0, 0, 1, 1, 0, 1]))
     lstm_x = cached_property(lambda w: torch.randn(2, 5, 3))
     lstm_h5 = cached_property(lambda w: torch.zeros(5, 4))
     lstm_h = cached_property(lambda w: torch.zeros(2, 4))
@@ -153,6 +154,11 @@ class World:
         lambda w: GPT2Config(vocab_size=len(w.dec_tok), n_embd=16, n_layer=1, n_head=2, n_positions=64)
     )
     awd_config = cached_property(lambda w: dict(emb_sz=12, n_hid=16, n_layers=2))
+    few_shot = cached_property(lambda w: FewShotClassifier(w.new_config(), w.tok, n_steps=1, verbose=False))
+
+    def new_student(w):
+        return hf_classifier_learner(w.dls, w.new_config())
+
     net = cached_property(lambda w: Net())
     linear = cached_property(lambda w: nn.Linear(3, 2))
     loader = cached_property(lambda w: DataLoader(Pairs(), batch_size=4))
