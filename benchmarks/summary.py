@@ -14,7 +14,7 @@ GROUPS = {
         'transfer_gain trec6_minilm recipes layer_rates few_shot distillation hotel_reviews chinese_ner probing'
     ).split(),
     'Speed and memory': (
-        'training allocator mixed_precision feature_cache compilation prediction serving generation evaluation '
+        'training allocator mixed_precision feature_cache compilation prediction onnx serving generation evaluation '
         'chinese_tokenizers chinese_million import_time gpu'
     ).split(),
     'Coverage': 'architectures blurr_flows'.split(),

@@ -59,6 +59,9 @@ class PausableEvaluation:
             self.__enter__()
 
 # %% ../nbs/020_callbacks.ipynb #a50fcf6d
+def _is_search_or_prediction(learn):
+    return hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds')
+
 def _is_only_entered():
     "Return whether an event comes from `with learn:`, which is how `validate` calls the events around a fit"
     frame = sys._getframe()
@@ -72,7 +75,13 @@ def is_real_fit(
     learn # A Learner, in a Callback's `before_fit`
 ) -> bool: # `False` in `lr_find`, `get_preds` and `validate`
     "Return whether the Learner is really training, rather than finding a learning rate, predicting or validating"
-    return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds') or _is_only_entered())
+    return not _is_search_or_prediction(learn) and not _is_only_entered()
+
+def is_only_validation(
+    learn # A Learner, in a Callback's `before_fit`
+) -> bool: # `True` in `validate`
+    "Return whether the Learner validates outside of a fit"
+    return not _is_search_or_prediction(learn) and _is_only_entered()
 
 # %% ../nbs/020_callbacks.ipynb #ce9ad949
 @contextmanager

@@ -270,7 +270,7 @@ def load_bundle(
 ): # A `Predictor` for a classifier or a regression; otherwise a Learner without data
     "Check all files of a bundle and load it, without running code from it"
     check_option('precision', precision, (*PRECISIONS, None))
-    path, verbose = local_bundle(path, revision), check_flag('verbose', verbose)
+    path, verbose = _folder_of(path, revision), check_flag('verbose', verbose)
     manifest, spec = _read_bundle(path)
     _check_engine(engine, spec)
     if not spec.is_classification:
@@ -291,6 +291,12 @@ def load_bundle(
     return predictor
 
 # %% ../../nbs/820_deploy.bundle.ipynb #5b5cd0e6
+def _folder_of(path, revision):
+    "Return the folder of a bundle; one on the hub is downloaded first"
+    if revision is None and not str(path).startswith('hf:'):
+        return Path(path)
+    return local_bundle(path, revision)
+
 def _read_bundle(path):
     "Check the files of a bundle and return its manifest and spec"
     manifest = check_bundle(path)

@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Recorder, ValueMetric
 from ..arguments import check_callable, check_option, check_path, check_whole, checked
-from ..callbacks import is_real_fit
+from ..callbacks import is_only_validation, is_real_fit
 from ..core import RunError
 from .evaluation import Evaluation
 from .predictions import PassCallback, in_order, rows_of_pass
@@ -61,6 +61,9 @@ def save_or_warn(ev, folder, options):
         warnings.warn(f'The report is not written: {error.message} The evaluation is kept in the attribute `last` '
                       'of the callback: save it with `last.save(folder)`')
 
+def _default_scores(spec):
+    return ('r2', 'spearman') if spec.task == 'regression' else ('macro_f1', 'ece')
+
 # %% ../../nbs/740_evaluation.callback.ipynb #f203bf59
 class EvaluationCallback(Callback):
     "Evaluate each validation pass, add scores to the training table and write a report into a folder"
@@ -80,12 +83,12 @@ class EvaluationCallback(Callback):
             if not callable(score) or isinstance(score, type):
                 check_option('scores', score, WATCHED)
         check_path('path', path, or_none=True)
-        check_whole('dpi', dpi, high=5000)
         check_callable('attributions', attributions, or_none=True)
         figure_lang(lang)
         self.folder = None if path is None else Path(path)
         self.every = every
         self.wanted = scores
+        dpi = check_whole('dpi', dpi, high=5000)
         self.page = dict(figures=figures, lang=lang, dpi=dpi, attributions=attributions)
         self.last = None
         self.rows = []
@@ -102,15 +105,17 @@ class EvaluationCallback(Callback):
     def before_fit(self):
         "Add the scores to the metrics"
         self._remove_metrics()
-        self.run = is_real_fit(self.learn)
+        self._fits = is_real_fit(self.learn)
+        self.run = self._fits or is_only_validation(self.learn)
         if not self.run:
             return
         self._spec = spec_of(self.learn)
         if self._spec.task == 'regression' and getattr(self.dls, 'c', 1) > 1:
             raise several_values(self.dls.c)
-        self._scores = list(self._default_scores() if self.wanted is None else L(self.wanted))
-        self.best = None
-        self.rows = []
+        self._scores = list(_default_scores(self._spec) if self.wanted is None else L(self.wanted))
+        if self._fits:
+            self.best = None
+            self.rows = []
         self._now = {}
         self._trained = False
         self._new = [ValueMetric(lambda k=k: self._now.get(k), k) for k in map(score_name, self._scores)]
@@ -163,6 +168,8 @@ class EvaluationCallback(Callback):
         "Write the evaluation of the model that is loaded at the end of the fit"
         self._remove_metrics()
         self._late = False
+        if not self._fits:
+            return
         if self.best is None:
             if self.rows:
                 warnings.warn('The model that was loaded is of an epoch before this fit was resumed, so nothing is '
@@ -171,12 +178,9 @@ class EvaluationCallback(Callback):
         self.last = self.best
         if self.folder is not None and self.every == 'fit':
             save_or_warn(self.last, self.folder, self.page)
-    def _default_scores(self):
-        return ('r2', 'spearman') if self._spec.task == 'regression' else ('macro_f1', 'ece')
     def _is_best(self):
         "Return whether SaveModelCallback found the last epoch to be the best so far; true without that callback"
-        savers = [cb for cb in self.learn.cbs if isinstance(cb, SaveModelCallback)]
-        savers = [cb for cb in savers if not cb.every_epoch and not cb.at_end]
+        savers = [o for o in self.learn.cbs if isinstance(o, SaveModelCallback) and not (o.every_epoch or o.at_end)]
         return not savers or savers[-1].new_best
     def _remove_metrics(self):
         self.learn.metrics = L(m for m in self.learn.metrics if not any(m is new for new in self._new))
