@@ -271,7 +271,7 @@ def _distill_learner(teacher, scores, student, texts, temperature, alpha, option
     distillation.n_computed = scores.n_computed
     if options.verbose:
         n_found = len(set(map(_key, [*labelled, *unlabelled]))) - scores.n_computed
-        print(f'Distillation from {distillation.summary}. Scores of the teacher: {scores.n_computed:,} computed, '
+        print(f'Distillation from {distillation.description}. Scores of the teacher: {scores.n_computed:,} computed, '
               f'{n_found:,} found')
     return begin_distillation(student, dls, loss, distillation)
 

@@ -209,11 +209,11 @@ class Distillation(Callback):
 
     def __init__(self,
         settings:dict, # Settings that must not change when a run is resumed
-        summary:str='', # One line about the texts
+        description:str='', # One line about the texts
         left_out=None # Table of the texts that were left out, because they are like validation texts
     ):
         self.settings = dict(check_type('settings', settings, dict, 'a dictionary'))
-        self.summary = summary
+        self.description = description
         self.left_out = left_out
         self.n_computed = 0 # number of texts that the teacher has read for it
         self.own = None # the DataLoaders and the loss function that the student had
@@ -248,7 +248,7 @@ class Distillation(Callback):
         return {**self.__dict__, 'own': None, 'left_out': None} # an exported Learner has no data
 
     def __repr__(self):
-        return f'Distillation({self.summary})'
+        return f'Distillation({self.description})'
 
 # %% ../../nbs/446_tune.distillation.ipynb #c18dba59
 def begin_distillation(learn, dls, loss_func, distillation):
