@@ -14,9 +14,6 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.all import delegates, maps, patch
 from fastai.learner import Learner
-from sklearn.base import BaseEstimator
-from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import has_fit_parameter
 from ..arguments import check_flag, check_number, check_path, check_type, check_whole, checked
 from ..core import DataError, FastaiTLError, shorten
 from ..data.near_duplicates import near_duplicates
@@ -153,6 +150,8 @@ def fit_soft(
     classes:list # Names of the classes
 ): # The fitted estimator
     "Fit an estimator to soft labels: each text is repeated for each class, with a weight"
+    from sklearn.pipeline import Pipeline
+    from sklearn.utils.validation import has_fit_parameter
     is_pipeline = isinstance(estimator, Pipeline)
     last = estimator[-1] if is_pipeline else estimator
     if not has_fit_parameter(last, 'sample_weight'):
@@ -291,6 +290,7 @@ def distill_into(self:Learner|BidirectionalLearner,
     check_number('temperature', temperature, above=0, high=1e6, or_none=True)
     options = DistillationOptions(**kwargs)
     teacher = Predictor(engine_of(self, share=True))
+    from sklearn.base import BaseEstimator
     is_estimator = isinstance(student, BaseEstimator)
     owner = self if is_estimator else student
     folder = options.folder or Path(getattr(owner, 'path', '.'))/'teacher_scores'
