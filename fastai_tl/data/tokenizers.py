@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tokenizers.html.md"""
 __all__ = ['WordLevelTokenizer', 'tokenizer_settings', 'TokenizedTexts', 'tokenize_texts_once', 'TextTokenizer']
 
 # %% ../../nbs/118_data.tokenizers.ipynb #52dcc7a8
-import multiprocessing, os, sys, warnings
+import multiprocessing, os, re, sys, warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +27,8 @@ from .tables import check_texts, valid_text
 from ..files import digest, load_tree, save_tree
 
 # %% ../../nbs/118_data.tokenizers.ipynb #6bee65b0
+_RUN = re.compile(r'([^\w\s]|_)\1{9,}') # of one mark
+
 class WordLevelTokenizer(SpacyTokenizer):
     "fastai's word tokenizer, for texts of any length"
     def __init__(self,
@@ -43,6 +45,21 @@ class WordLevelTokenizer(SpacyTokenizer):
             raise FastaiTLError(expected, repr(lang), str(error)[:200]) from None
         self.lang = lang
         self.pipe.__self__.max_length = 10**9 # spaCy's limit bounds the memory of its parser, which does not run here
+
+    def __call__(self,
+        items # Texts
+    ):
+        "Return the tokens of each text"
+        return super().__call__(_RUN.sub(self._cut_run, str(text)) for text in items)
+
+    def _cut_run(self, run):
+        "Cut a run of one mark into words, if spaCy makes a token of each mark anyway"
+        mark, n = run[1], len(run[0])
+        around = run.string[max(0, run.start()-1):run.start()], run.string[run.end():run.end()+1]
+        is_inside = not any(o.isspace() or not o for o in around) # of a word, which stays whole
+        if n < 1000 or is_inside or len(self.pipe.__self__.tokenizer(mark*50)) < 50:
+            return run[0]
+        return ' '.join(mark*min(100, n-start) for start in range(0, n, 100))
 
     def settings(self) -> dict: # Can be saved as JSON
         "Return the settings that the tokens depend on"
