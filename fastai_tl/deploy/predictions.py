@@ -41,6 +41,7 @@ def given_thresholds(
     thresholds = column(thresholds, 'threshold') if isinstance(thresholds, pd.DataFrame) else thresholds
     return class_values(thresholds, classes, 'Thresholds')
 
+# %% ../../nbs/809_deploy.predictions.ipynb #02a88770
 def _checked_classes(classes, task, n):
     "Return the names of `n` outputs as a list, or raise an error; `None` for a regression"
     if task == 'regression':
