@@ -71,12 +71,8 @@ def rebuilt(
     wrong += [name for name in tensors if name not in wanted]
     if wrong:
         raise _refused(hf, f'weights that do not fit a smaller config: {shorten(wrong)}')
-    copies = {}
     for name in wanted:
-        own = tensors[name]
-        if id(own) not in copies:
-            copies[id(own)] = own.clone()
-        _put(new, name, copies[id(own)])
+        _put(new, name, tensors[name].clone())
     new.tie_weights()
     if hf.can_generate():
         new.generation_config = copy.deepcopy(hf.generation_config)
@@ -171,11 +167,15 @@ class Cut:
 
 _FFN_SIZES = ('intermediate_size', 'hidden_dim', 'ffn_dim', 'd_ff', 'd_inner', 'n_inner')
 
+def _is_conv1d(module):
+    "Return whether a module is the linear layer of GPT-2, whose weight has the shape (inputs, outputs)"
+    return type(module).__name__ == 'Conv1D'
+
 def _in_out(module):
     "Return the number of inputs and of outputs of a linear layer, or `None` for another module"
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape) if type(module).__name__ == 'Conv1D' else None
+    return tuple(module.weight.shape) if _is_conv1d(module) else None
 
 def _linears(hf, path):
     "Return the linear layers of a block by their paths"
@@ -226,12 +226,10 @@ def head_cuts(
     return n_heads, n_keys, cuts
 
 # %% ../../nbs/808_deploy.pruning.ipynb #ca529d99
-def _weight(module):
-    "Return the weight of a linear layer as a view of shape (outputs, inputs)"
-    return module.weight.T if type(module).__name__ == 'Conv1D' else module.weight
-
-def _gradient(module):
-    return module.weight.grad.T if type(module).__name__ == 'Conv1D' else module.weight.grad
+def _weight_times_gradient(module):
+    "Return the product of a linear layer's weights and gradients, of shape (outputs, inputs)"
+    product = (module.weight*module.weight.grad).detach()
+    return product.T if _is_conv1d(module) else product
 
 def taylor_scores(
     learn, # Learner with a trained model
@@ -249,7 +247,7 @@ def taylor_scores(
         xb, yb = batch[:dls.n_inp], batch[dls.n_inp:]
         model.zero_grad()
         learn.loss_func(model(*xb), *yb).backward()
-        of_input = torch.stack([(_weight(m)*_gradient(m)).sum(0) for m in readers]).detach()
+        of_input = torch.stack([_weight_times_gradient(m).sum(0) for m in readers])
         total = total + of_input.unflatten(1, (-1, cuts[0].width)).sum(-1).abs()
     return total
 
@@ -272,10 +270,9 @@ def cut_units(
             width = n_rows//(_in_out(hf.get_submodule(cut.columns))[0]//cut.width) # fewer for shared keys and values
             at = _positions(indices, width)
             for leaf in [o for o in ('weight', 'bias') if f'{path}.{o}' in tensors]:
-                transposed = leaf == 'weight' and type(hf.get_submodule(path)).__name__ == 'Conv1D'
+                transposed = leaf == 'weight' and _is_conv1d(hf.get_submodule(path))
                 tensors[f'{path}.{leaf}'] = tensors[f'{path}.{leaf}'].index_select(int(transposed), at)
-        reader = hf.get_submodule(cut.columns)
-        dim = 0 if type(reader).__name__ == 'Conv1D' else 1
+        dim = 0 if _is_conv1d(hf.get_submodule(cut.columns)) else 1
         at = _positions(indices, cut.width)
         tensors[f'{cut.columns}.weight'] = tensors[f'{cut.columns}.weight'].index_select(dim, at)
     config = copy.deepcopy(hf.config)
