@@ -634,3 +634,10 @@ def test_a_line_of_200_000_characters(toks, line):
     want = normalize_chinese(line)
     for name in ('chars', 'mapped', 'subwords'):
         assert round_trip(toks[name], want) == want, name
+
+
+def test_subwords_are_learned_from_a_run_of_any_length():
+    "The trainer of `tokenizers` overflows its stack at a run of 300,000 characters"
+    cut = train_subwords(['中文字' * 100_000, '好看'], 300)
+    assert ''.join(cut(['中文字' * 5])[0]) == '中文字' * 5
+    assert max(len(piece) for piece in cut(['中文字' * 5])[0]) <= 4

@@ -21,7 +21,7 @@ from .chinese_rules import (CHINESE_RULES, VARIANTS, ToTraditional, normalize_ch
                                           widen_punctuation)
 from .decoding import HAN, LETTER, TK_GLUE, TK_SPACE, is_letter, join_marked, undo_rules
 from .tables import text_list
-from .tokenizers import WordLevelTokenizer, check_rules
+from .tokenizers import WordLevelTokenizer, check_rules, short_words
 from ..files import digest
 
 # %% ../../nbs/121_data.chinese.ipynb #7fa7fcf9
@@ -266,7 +266,8 @@ def train_subwords(
     check_whole('vocab_size', vocab_size)
     check_whole('max_length', max_length, high=1000)
     texts = text_list(texts)
-    runs = [run for text in texts for run in _runs_of_han.findall(normalize_chinese(text, rules))]
+    runs = [part for text in texts for run in _runs_of_han.findall(normalize_chinese(text, rules))
+            for part in short_words(run)]
     if not runs:
         raise DataError('Texts to learn from must have runs of Chinese characters', 'none')
     trainer = trainers.UnigramTrainer(vocab_size=vocab_size, unk_token='<unk>', special_tokens=['<unk>'],

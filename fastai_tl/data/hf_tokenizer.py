@@ -31,7 +31,7 @@ from .loaders import language_rules
 from .tables import check_is_list, list_of
 from .tokenizer_calls import checked_items, hub_error, n_truncated
 from .tokenizer_calls import rust_errors, text_key, truncation_message
-from .tokenizers import apply_rules, check_rules
+from .tokenizers import apply_rules, check_rules, short_words
 
 # %% ../../nbs/124_data.hf_tokenizer.ipynb #de71e77b
 class TensorTokens(TensorText):
@@ -133,7 +133,7 @@ def train_tokenizer(
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    strings = (check_text(f'texts[{i}]', text) for i, text in enumerate(texts)) # which may be a stream
+    strings = (part for i, text in enumerate(texts) for part in short_words(check_text(f'texts[{i}]', text)))
     bpe.train_from_iterator(strings, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special,
                                                        initial_alphabet=alphabet, show_progress=False))
     if processor := _post_processor(kind, special):

@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.tokenizers.html.md"""
 __all__ = ['WordLevelTokenizer', 'tokenizer_settings', 'TokenizedTexts', 'tokenize_texts_once', 'TextTokenizer']
 
 # %% ../../nbs/118_data.tokenizers.ipynb #52dcc7a8
-import multiprocessing, os, re, sys, warnings
+import multiprocessing, os, re, sys, unicodedata, warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +27,18 @@ from .tables import check_texts, valid_text
 from ..files import digest, load_tree, save_tree
 
 # %% ../../nbs/118_data.tokenizers.ipynb #6bee65b0
-_RUN = re.compile(r'([^\w\s]|_)\1{9,}') # of one mark
+_LONG = re.compile(r'\S{1000,}') # characters without a space
+
+def _is_mark(letter):
+    "Return whether a character is neither a letter, a digit, nor a part of one"
+    return not letter.isalnum() and unicodedata.category(letter)[0] != 'M'
+
+def _cut_marks(run):
+    "Cut a long run of characters without a space into pieces of 100, if many of them are marks"
+    text = run[0]
+    if sum(map(_is_mark, text)) < 100:
+        return text
+    return ' '.join(text[start:start+100] for start in range(0, len(text), 100))
 
 class WordLevelTokenizer(SpacyTokenizer):
     "fastai's word tokenizer, for texts of any length"
@@ -50,20 +61,24 @@ class WordLevelTokenizer(SpacyTokenizer):
         items # Texts
     ):
         "Return the tokens of each text"
-        return super().__call__(_RUN.sub(self._cut_run, str(text)) for text in items)
-
-    def _cut_run(self, run):
-        "Cut a run of one mark into words, if spaCy makes a token of each mark anyway"
-        mark, n = run[1], len(run[0])
-        around = run.string[max(0, run.start()-1):run.start()], run.string[run.end():run.end()+1]
-        is_inside = not any(o.isspace() or not o for o in around) # of a word, which stays whole
-        if n < 1000 or is_inside or len(self.pipe.__self__.tokenizer(mark*50)) < 50:
-            return run[0]
-        return ' '.join(mark*min(100, n-start) for start in range(0, n, 100))
+        return super().__call__(_LONG.sub(_cut_marks, str(text)) for text in items)
 
     def settings(self) -> dict: # Can be saved as JSON
         "Return the settings that the tokens depend on"
         return dict(tokenizer='word', lang=self.lang)
+
+# %% ../../nbs/118_data.tokenizers.ipynb #380f4433
+def short_words(
+    text:str, # Any text
+    n:int=1000 # Number of characters, at least 1,000
+): # A generator of strings
+    "Yield a text in parts of which none has more than `n` characters without a space"
+    start = 0
+    for run in _LONG.finditer(text):
+        for end in range(run.start()+n, run.end(), n):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 # %% ../../nbs/118_data.tokenizers.ipynb #9f7977e5
 def check_rules(
