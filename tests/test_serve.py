@@ -410,3 +410,17 @@ def test_command_until_sigterm(small_tokenizers, tmp_path):
 def test_command_with_a_wrong_model(tmp_path, capsys):
     assert main(['serve', str(tmp_path)]) == 1
     assert 'must be the folder of a finished quickstart, or a bundle' in capsys.readouterr().err
+
+
+def test_a_port_in_use_and_an_unknown_host_are_errors_of_the_package(predictor):
+    server = serve(predictor, port=0, wait=False, drain=0.0)
+    try:
+        port = int(server.url.rsplit(':', 1)[1])
+        with pytest.raises(RunError, match=f'port {port}.*choose another port'):
+            serve(predictor, port=port, wait=False)
+    finally:
+        server.stop()
+    with pytest.raises(RunError, match='no-such-host'):
+        ModelServer(serving_app(predictor), host='no-such-host.invalid', port=0)
+    with pytest.raises(FastaiTLError, match='`wait`'):
+        serve(predictor, port=0, wait='no')

@@ -68,13 +68,15 @@ class WordLevelTokenizer(SpacyTokenizer):
         return dict(tokenizer='word', lang=self.lang)
 
 # %% ../../nbs/118_data.tokenizers.ipynb #380f4433
+_ONE_KIND = re.compile(rf'{_LONG.pattern}|\s{{1000,}}')
+
 def short_words(
     text:str, # Any text
     n:int=1000 # Number of characters, at least 1,000
 ): # A generator of strings
-    "Yield a text in parts of which none has more than `n` characters without a space"
+    "Yield a text in parts of which none has more than `n` spaces, or `n` other characters, in a row"
     start = 0
-    for run in _LONG.finditer(text):
+    for run in _ONE_KIND.finditer(text):
         for end in range(run.start()+n, run.end(), n):
             yield text[start:end]
             start = end

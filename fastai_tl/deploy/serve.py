@@ -8,12 +8,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.serve.html.md"""
 __all__ = ['serving_app', 'ModelServer', 'serve']
 
 # %% ../../nbs/825_deploy.serve.ipynb #3847cf23
-import asyncio, ctypes, json, logging, math, socket, struct, sys, threading, time, warnings
+import asyncio, ctypes, errno, json, logging, math, socket, struct, sys, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from ..arguments import check_number, check_text, check_type, check_whole
-from ..core import FastaiTLError, optional
+from ..arguments import check_callable, check_flag, check_number, check_text, check_type, check_whole
+from ..core import FastaiTLError, RunError, describe, optional
 from .bundle import load_bundle
 from .openapi import openapi
 from fastai_tl.deploy.served_model import (OPTION_NAMES, Problem, ServedModel, ServingLimits, check_fields, read_items,
@@ -259,9 +259,15 @@ def _server_class():
 
 # %% ../../nbs/825_deploy.serve.ipynb #58069a4c
 def _listen(host, port):
-    "Return a socket that listens"
+    "Return a socket that listens, or raise an error that says why there is none"
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, ValueError) as error: # `ValueError`: a host that no name server could be asked for
+        todo = 'Stop the other server, or choose another port; 0 takes a free one'
+        if getattr(error, 'errno', None) != errno.EADDRINUSE:
+            todo = f'The system says: {str(error)[:200]}'
+        raise RunError(f'A server must be able to listen on {describe(host)}, port {port}', 'an error', todo) from error
 
 def _is_this_machine(host): return host in ('localhost', '::1') or host.startswith('127.')
 
@@ -284,6 +290,7 @@ class ModelServer:
         drain:float=1. # Seconds to go on after SIGTERM or `stop`
     ):
         uvicorn = optional('uvicorn', 'serve', 'A server')
+        check_callable('app', app)
         self.socket = _listen(check_text('host', host), check_whole('port', port, 0, 65535))
         shown = f'[{host}]' if ':' in host else host
         self.url = f'http://{shown}:{self.socket.getsockname()[1]}'
@@ -330,6 +337,7 @@ def serve(
     "Serve a model over HTTP"
     if not _is_this_machine(check_text('host', host)):
         warnings.warn(f'Everyone who reaches {host} can use this server: it has no authentication and no encryption')
+    check_flag('wait', wait)
     app = serving_app(_load(model, precision, engine), limits, window, exact)
     server = ModelServer(app, host, port, drain)
     if not wait:
