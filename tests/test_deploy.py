@@ -967,3 +967,33 @@ def test_peft_is_merged(tok, tmp_path):
     learn.save_bundle(tmp_path/'m')
     assert not list((tmp_path/'m').glob('adapter*'))
     np.testing.assert_allclose(load_bundle(tmp_path/'m').predict_proba(TEXTS), reference(learn, TEXTS), atol=1e-4)
+
+
+@pytest.mark.parametrize('slow', ['fp32', 'int8'])
+def test_auto_takes_int8_only_where_it_is_faster(slow, tok, tmp_path, monkeypatch):
+    "The seconds are set here: one precision takes ten times as long"
+    learn = hf_learner_for('classification', tok)
+    learn.save_bundle(tmp_path/'m', precision='int8')
+    learn.save_bundle(tmp_path/'exact')
+    monkeypatch.setattr('fastai_tl.deploy.predictor._timed_run',
+                        lambda predictor, rows: (predictor.run(rows), 10. if predictor.precision == slow else 1.))
+    fast = dict(fp32='int8', int8='fp32')[slow]
+    engine = engine_of(learn)
+    chosen, table = fastest_precision(engine, engine.encode(TEXTS), ['int8'], seconds=0)
+    assert chosen == fast
+    assert table.ratio.to_dict() == dict(fp32=1, int8=dict(fp32=10, int8=.1)[slow])
+    pred = load_bundle(tmp_path/'m', 'auto', verbose=False)
+    assert pred.precision == fast
+    assert (pred.change is None) == (fast == 'fp32')
+    assert load_bundle(tmp_path/'exact', 'auto').precision == 'fp32'
+
+
+def test_auto_needs_a_comparison_for_int8_and_pytorch(tok, tmp_path):
+    learn = hf_learner_for('classification', tok)
+    assert learn.predictor('auto', check=0).precision != 'int8'
+    assert learn.predictor('auto', engine='onnx', verbose=False).precision in ('fp32', 'int8')
+    learn.save_bundle(tmp_path/'m')
+    with expect_fail(FastaiTLError, 'auto'):
+        load_bundle(tmp_path/'m', 'auto', engine='onnx')
+    with expect_fail(DataError, 'Rows'):
+        fastest_precision(engine_of(learn), [])

@@ -23,7 +23,8 @@ from ..callbacks import evaluating
 from ..data.hf_tokenizer import HFTokenize, TensorTokens, pad_rows
 from ..data.spec import TextSpec, activate
 from ..data.windows import text_windows, unactivate
-from .quantization import PRECISIONS, Int8Linear, Int8LSTMLayer, int8_linears, usable_precision
+from .quantization import (
+    PRECISIONS, Int8Linear, Int8LSTMLayer, int8_linears, native_precisions, usable_precision)
 from ..efficiency.pooled_top_layer import one_position
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.hf import HFModel
@@ -44,6 +45,10 @@ class Engine:
         if self.task == 'regression':
             return None
         return list(range(self.n_out) if self.spec.classes is None else self.spec.classes)
+    @property
+    def precisions(self):
+        "Return the precisions that the device of the engine computes without emulation"
+        return native_precisions(self.device)
     @property
     def threshold(self):
         "Return the probability above which a multi-label model predicts a class"
@@ -155,6 +160,10 @@ class AWDEngine(Engine):
         self.max_len = sentence.max_len
         self.pad_id = sentence.pad_idx
 
+    @property
+    def device(self):
+        "Return the device of the weights"
+        return self.emb.device
     @property
     def backwards(self):
         "Return whether the model reads texts backwards"
@@ -383,6 +392,10 @@ class AveragedEngine(Engine):
     def n_out(self):
         "Return the number of outputs of each model"
         return self.engines[0].n_out
+    @property
+    def device(self):
+        "Return the device of the models"
+        return self.engines[0].device
     @property
     def n_bytes(self):
         "Return the size of all weights in bytes"

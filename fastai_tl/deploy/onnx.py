@@ -138,6 +138,11 @@ class ONNXEngine(Engine):
         "Compute the scores of rows of token ids"
         return torch.from_numpy(self.graph(rows)[0])
 
+    @property
+    def precisions(self):
+        "Return the precisions that ONNX Runtime computes here"
+        return ['fp32', 'int8']
+
     def to_precision(self,
         precision:str # `fp32` or `int8`
     ): # An `ONNXEngine`
