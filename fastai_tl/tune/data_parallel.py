@@ -60,12 +60,20 @@ class StreamRows(GetAttr):
         dl # DataLoader of one process
     ):
         self.bs = dl.bs
+        self.dl = dl
         self.source = dl.new(bs=dl.bs*n_processes())
     def __len__(self):
         return len(self.source)
     def __iter__(self):
+        copy_order(self.dl, self.source)
         for batch in self.source:
             yield tuple(part[process_number()::n_processes()] for part in batch)
+        copy_order(self.source, self.dl) # as if it had been read itself: the next epoch shuffles it again
+
+def copy_order(dl, other):
+    "Give an `LMDataLoader` the order of the texts of another one"
+    other.items.idxs.items[:] = dl.items.idxs.items # in place, because other attributes share it
+    other.make_chunks()
 
 # %% ../../nbs/437_tune.data_parallel.ipynb #16bc11b5
 def own_rows(
@@ -148,7 +156,8 @@ class GradientAverage:
             p.requires_grad_(False) # so that the wrapper does not wait for them
         try:
             if self._used:
-                self._wrapper = DistributedDataParallel(self.model, broadcast_buffers=False, init_sync=False)
+                options = dict(broadcast_buffers=False, init_sync=False) # they are the same in all processes
+                self._wrapper = DistributedDataParallel(self.model, **options)
         finally:
             for p in unused:
                 p.requires_grad_(True)
@@ -245,7 +254,8 @@ class SharedForward:
         self.all_rows = True
         if isinstance(self.model, SequentialRNN):
             if self.n_batches > 1:
-                raise RunError('The first batch of a pass must be the largest', 'a larger one later', 'Use a lower `bs`')
+                raise RunError('The first batch of a pass must be the largest', 'a larger one later',
+                               'Use a lower `bs`')
             self.model.reset() # it has read some of the rows
         return own(*inputs)
 

@@ -18,7 +18,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastai.text.data import LMDataLoader
 from fastai.torch_core import to_detach
 from ..arguments import check_number, checked
 from ..callbacks import AroundBatch, unguard_batches
@@ -72,7 +71,7 @@ class ProcessRows(Callback):
         dl = self.learn.dl
         share_random_state(dl)
         vary_dropout(self.epoch)
-        if id(dl) not in self.dealt or isinstance(dl, LMDataLoader): # a stream begins again in each epoch
+        if id(dl) not in self.dealt:
             self.dealt[id(dl)] = own_rows(dl)
         self.learn.dl = self.dealt[id(dl)]
     def before_validate(self):
@@ -202,6 +201,7 @@ def lost_process(error):
                     'Its own error is above or in its log. Start the same command again; with `ResumableFit`, it '
                     'continues from the last finished epoch')
 
+# %% ../../nbs/438_tune.distributed.ipynb #882a1a0e
 def _callbacks(learn):
     "Return the Callbacks that a Learner needs in several processes"
     gradients = GradientAverage(learn.model)
@@ -226,7 +226,7 @@ def _joined_learner(learn):
         stack.callback(unguard_batches, learn)
         yield learn
 
-# %% ../../nbs/438_tune.distributed.ipynb #b50fec50
+# %% ../../nbs/438_tune.distributed.ipynb #5f2423db
 @patch
 @contextmanager
 @checked
