@@ -164,7 +164,8 @@ def fits(toks, folder, scale):
     run('tagger cache', 'tagger', lambda learn: (learn.freeze_to(-2), learn.fit(1, 1e-3, cbs=cached)), False)
     run('bf16', 'classifier', lambda learn: learn.to_mixed_precision('bf16', force=True).fit(1, 1e-3), False)
     run('several', 'classifier', lambda learn: learn.fit(2, 1e-2, cbs=[RDrop(), EMA(.5), BestEpoch()]))
-    run('accumulate', 'tagger', lambda learn: learn.fit(1, 1e-2, cbs=[GradientAccumulation(10*scale), GradientClip(.1)]))
+    cbs = [GradientAccumulation(10*scale), GradientClip(.1)]
+    run('accumulate', 'tagger', lambda learn: learn.fit(1, 1e-2, cbs=cbs))
     run('chunked', 'chunked_causal_lm', lambda learn: learn.fit(1, 1e-2), False)
     summed = CrossEntropyLossFlat(reduction='sum')
     run('sum', 'classifier', lambda learn: (setattr(learn, 'loss_func', summed), learn.fit(1, 1e-3)))
@@ -260,7 +261,8 @@ def in_child(toks, job, rank, port, out):
 
 def run(toks, job):
     "Run a job in new processes; return codes, results and how long after the first end the last one ended"
-    n, port, folder = max(job['n'], 1), free_port(), Path(job['folder'])
+    n, folder = max(job['n'], 1), Path(job['folder'])
+    port = free_port()
     outs = [folder/f'out_{time.time_ns()}_{rank}.json' for rank in range(n)]
     pids = {}
     for rank, out in enumerate(outs):
@@ -268,7 +270,8 @@ def run(toks, job):
         if not pid:
             in_child(toks, job, rank, port, out)
         pids[pid] = rank
-    codes, ends, cpu = [None]*n, [], 0.
+    codes, ends = [None]*n, []
+    cpu = 0.
     while pids:
         pid, status, used = os.wait3(0)
         cpu += used.ru_utime + used.ru_stime
