@@ -46,11 +46,6 @@ def learner():
     return hf_classifier_learner(dls, config)
 
 
-def padding(dl):
-    "Tokens of all batches of an epoch, with padding"
-    return sum(batch[0].shape[0]*batch[0].shape[-1] for batch in dl)
-
-
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('folder', type=Path)
@@ -61,7 +56,8 @@ if __name__ == '__main__':
     cbs = [GradualUnfreezing(groups=[1, 2, 4]), ResumableFit(args.folder/'fit.safetensors')]
     with learn.distributed(), learn.no_bar():
         learn.fit(4, 1e-3, cbs=cbs + ([] if args.kill is None else [Kill(*args.kill)]))
+        steps = int(learn.train_iter)
         scores = learn.validate()
     weights = digest(*[t.detach().numpy().tobytes() for t in learn.model.state_dict().values()])
-    result = dict(weights=weights, scores=list(map(float, scores)), steps=int(learn.train_iter))
+    result = dict(weights=weights, scores=list(map(float, scores)), steps=steps)
     (args.folder/f'result_{rank_distrib()}.json').write_text(json.dumps(result))
