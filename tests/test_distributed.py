@@ -115,6 +115,31 @@ def test_other_fits(jobs):
         assert difference(together[0][name]['values'], one['values']) < tolerance, name
 
 
+@pytest.mark.parametrize('n', [2, 3, 8])
+def test_padding_is_balanced(monkeypatch, n):
+    "The processes read each text at most once, and nearly the same number of tokens, padding included"
+    import torch
+    from fastai_tl.all import TensorTokens, TokensDL, seed_everything
+    from fastai_tl.tune import data_parallel
+
+    lengths = np.random.default_rng(0).lognormal(4, 1, 2001).astype(int).clip(1, 512)
+    texts = [(TensorTokens(torch.zeros(1, k, dtype=torch.long)), 0) for k in lengths]
+    dl = TokensDL(texts, bs=16, shuffle=True, num_workers=0)
+    monkeypatch.setattr(data_parallel, 'n_processes', lambda: n)
+    orders = []
+    for number in range(n):
+        monkeypatch.setattr(data_parallel, 'process_number', lambda number=number: number)
+        seed_everything(0)
+        orders.append(data_parallel.own_order(dl))
+    rows = [i for order in orders for i in order]
+    assert len(set(rows)) == len(rows) == 2001//n*n
+    batches = [[lengths[order[i:i+16]] for i in range(0, len(order), 16)] for order in orders]
+    padded = [sum(len(b)*b.max() for b in of_process) for of_process in batches]
+    assert max(padded)/min(padded) < 1.05, padded
+    steps = [sum(max(len(b)*b.max() for b in step) for step in zip(*batches)), sum(padded)/n]
+    assert steps[0]/steps[1] < 1.05, steps # and in each step no process waits long for another one
+
+
 # --- predictions ---
 
 def test_predictions_are_in_order_and_without_repetitions(jobs):
