@@ -69,4 +69,5 @@ if __name__ == '__main__':
     good = sum(row['same'] for row in rows)
     print(f'{good} of {len(rows)} went on to the same weights')
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, dict(processes=args.processes, quiet_seconds=quiet_seconds, quiet=quiet, runs=rows))
