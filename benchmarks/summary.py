@@ -18,7 +18,7 @@ GROUPS = {
         'chinese_tokenizers chinese_million import_time gpu'
     ).split(),
     'Coverage': 'architectures blurr_flows'.split(),
-    'Trust': ['attributions', 'trust'],
+    'Trust': ['attributions', 'distributed', 'trust'],
 }
 INTRO = '''# Benchmarks
 

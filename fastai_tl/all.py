@@ -4,6 +4,7 @@ from .core import *
 from .resources import *
 from .arguments import *
 from .locks import *
+from .processes import *
 from .callbacks import *
 from .plot import *
 from .atomic import *
@@ -81,6 +82,8 @@ from .tune.accumulation import *
 from .tune.run_lock import *
 from .tune.resume import *
 from .tune.gradual import *
+from .tune.data_parallel import *
+from .tune.distributed import *
 from .tune.recipes import *
 from .tune.transfer_plan import *
 from .tune.pytorch_loop import *

@@ -42,6 +42,8 @@ QUESTIONS = {
     'accumulated gradients of token means': 'LargeBatchGradient',
     'NaN in a training': 'StopOnNaN',
     'resuming a killed run': 'ResumableFit',
+    'several processes, several GPUs': 'ProcessRows',
+    'values that several processes share': 'from_main_process',
     'locks for threads': 'exclusive',
     'checks of arguments: a number, a whole number, one of several names': 'check_number',
     'NaN in predictions': 'need_numbers',

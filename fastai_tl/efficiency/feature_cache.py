@@ -22,6 +22,7 @@ from fastai.imports import noop
 from fastai.torch_core import to_device
 from ..arguments import check_callable, check_dtype, check_flag, check_option, check_path, check_type, checked
 from ..arguments import check_whole
+from ..processes import from_all_processes, n_processes, process_number
 from ..callbacks import AroundBatch, evaluating, is_real_fit, unguard_batches
 from ..core import DataError, FastaiTLError, shorten
 from ..data.batches import packs
@@ -126,13 +127,23 @@ class PrefixCache:
         single = self.one if self.has_vectors and self.one is not None else nullcontext()
         store_batch = self._store_vectors if self.is_pooled else self._store_states
         with evaluating(self.prefix.model), context(), single:
-            for idxs in batches:
-                x, *targets = draw_items(self.dl, idxs)
-                x = x.as_subclass(torch.Tensor)
-                store_batch(idxs, x, targets, self.prefix.record(x))
+            for part in chunked(batches, n_processes()):
+                drawn = [draw_items(self.dl, idxs) for idxs in part]
+                inputs = [x.as_subclass(torch.Tensor) for x, *_ in drawn]
+                for idxs, x, (_, *targets), states in zip(part, inputs, drawn, self._states(inputs)):
+                    store_batch(idxs, x, targets, states)
         columns = [[target.cpu() for target in column] for column in zip(*self.targets)]
         self.targets = [c if isinstance(c[0], TensorTargets) else torch.stack(c) for c in columns]
         return self
+
+    def _states(self, inputs):
+        "Return the states of some batches; if there are several processes, each computes those of one batch"
+        number = process_number()
+        own = self.prefix.record(inputs[number]) if number < len(inputs) else None
+        if n_processes() == 1:
+            return [own]
+        all_states = from_all_processes(None if own is None else own.cpu())
+        return [states.to(x.device) for x, states in zip(inputs, all_states)]
 
     def _store_vectors(self, idxs, x, targets, states):
         "Store a batch of pooled states"

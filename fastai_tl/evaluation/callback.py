@@ -18,6 +18,7 @@ from fastai.learner import Recorder, ValueMetric
 from ..arguments import check_callable, check_option, check_path, check_whole, checked
 from ..callbacks import is_only_validation, is_real_fit
 from ..core import RunError
+from ..processes import is_main_process
 from .evaluation import Evaluation
 from .predictions import PassCallback, in_order, rows_of_pass
 from .report import ScoreTable
@@ -54,7 +55,9 @@ def scores_by_name(ev, wanted):
 
 # %% ../../nbs/740_evaluation.callback.ipynb #28f3fa65
 def save_or_warn(ev, folder, options):
-    "Write a report; if it cannot be written, say so, since the training goes on"
+    "Write a report, in one of several processes; if it cannot be written, say so, since the training goes on"
+    if not is_main_process():
+        return
     try:
         ev.save(folder, **options)
     except RunError as error:

@@ -15,6 +15,7 @@ from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs
+from ..processes import n_processes
 
 # %% ../../nbs/428_tune.accumulation.ipynb #b988b2c9
 _CROSS_ENTROPIES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
@@ -140,8 +141,14 @@ class LargeBatchGradient(Callback):
         self.unit = None # divisor of a loss with weight 1
 
     @property
+    def _n_processes(self):
+        "Number of processes whose gradients are averaged"
+        is_wrapped = isinstance(self.learn.model, nn.parallel.DistributedDataParallel)
+        return dist.get_world_size() if is_wrapped else n_processes()
+
+    @property
     def _is_distributed(self):
-        return isinstance(self.learn.model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
+        return self._n_processes > 1
 
     def _sum_of_processes(self, value):
         total = torch.tensor(value, dtype=torch.float, device=self.loss_grad.device)
@@ -156,7 +163,8 @@ class LargeBatchGradient(Callback):
         n_rows = find_bs(self.yb)
         share = n_rows/accumulation[0].n_acc if accumulation else 1. # the weight that fastai has given to the loss
         divisor = loss_divisor(self.loss_func, self.yb, self._kind())
-        weight = 1. if divisor is None else self._weight(divisor, n_rows, share)
+        of_sum = float(self._n_processes) # a sum over all rows, although the gradients are averaged
+        weight = of_sum if divisor is None else self._weight(divisor, n_rows, share)
         if weight != share:
             self.learn.loss_grad = self.loss_grad*(weight/share)
 
@@ -164,7 +172,7 @@ class LargeBatchGradient(Callback):
         if self.unit is None:
             self.unit = (divisor or n_rows)/share
             if self._is_distributed:
-                self.unit = self._sum_of_processes(self.unit)/dist.get_world_size()
+                self.unit = self._sum_of_processes(self.unit)/self._n_processes
         self.divisor += divisor
         return divisor/self.unit
 
@@ -174,7 +182,7 @@ class LargeBatchGradient(Callback):
             return
         total = self.divisor
         if self._is_distributed:
-            total = self._sum_of_processes(total)/dist.get_world_size()
+            total = self._sum_of_processes(total)/self._n_processes
         factor = self.unit/total if total else 1.
         if factor != 1.:
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], factor)

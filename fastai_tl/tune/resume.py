@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.resume.html.md"""
 __all__ = ['start_epoch_from_seed', 'check_same', 'ResumableFit', 'RunStage']
 
 # %% ../../nbs/430_tune.resume.ipynb #75e5fb61
-import json, random
+import json, random, warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 import pandas as pd, torch
@@ -24,6 +24,7 @@ from ..models.finite import need_finite, tensors_in
 from ..callbacks import is_real_fit
 from ..core import RunError, derive_seed, seed_everything, shorten
 from ..files import load_tree, read_record, save_tree, write_json
+from ..processes import from_main_process, is_main_process, n_processes, need_same
 from ..efficiency.feature_cache import transforms_of
 
 # %% ../../nbs/430_tune.resume.ipynb #ad4ac71a
@@ -169,14 +170,24 @@ class ResumableFit(Callback):
         self.trained = False # whether the current epoch was trained
         self.resting = [] # trackers that are switched off while epochs are skipped
         self.run = is_real_fit(self.learn)
-        if self.run:
+        if self.run and is_main_process():
             self._lock.acquire()
-        if self.run and self.file.exists():
+        if self.run and self._exists():
             self._resume()
+
+    def _exists(self):
+        "Return whether there is a checkpoint, which process 0 writes and all processes read"
+        from_main_process(None) # it has written that of an earlier fit
+        need_same(f'Whether {self.file} exists', self.file.exists(), 'Put it on a disk that all processes share')
+        return self.file.exists()
 
     def _resume(self):
         self.saved = load_tree(self.file)
         check_same(self.saved['settings'], self._all_settings(), self.file)
+        before = self.saved.get('processes', 1)
+        if before != n_processes() and is_main_process():
+            warnings.warn(f'{self.file} is of a fit with {before} process(es) and goes on with {n_processes()}: from '
+                          'here on, a step has another number of rows')
         self.done = self.saved['epoch']
         self.model.load_state_dict(self.saved['model'])
         _restore_opt(self.opt, self.saved['opt'])
@@ -211,7 +222,8 @@ class ResumableFit(Callback):
         need_finite(tensors_in({part: state[part] for part in ('model', 'opt')}),
                     f'{self.file} still has the last good epoch: run the fit again, with a lower learning rate'
                     if self.file.exists() else 'Nothing was saved: use a lower learning rate')
-        save_tree(self.file, state, self._safe())
+        if is_main_process():
+            save_tree(self.file, state, self._safe())
 
     def after_fit(self):
         "Switch the trackers on again, if no epoch was left to train, and return the lock"
@@ -238,8 +250,9 @@ class ResumableFit(Callback):
 
     def _state(self):
         moments = {name: v for name, v in self.opt.state_dict().items() if name != 'hypers'}
+        processes = dict(processes=n_processes()) if n_processes() > 1 else {}
         return dict(epoch=self.epoch+1, settings=self._all_settings(), model=dict(self.model.state_dict()), opt=moments,
-                    recorder=_state_of_recorder(self.recorder), cbs=_state_of_cbs(self.learn.cbs))
+                    recorder=_state_of_recorder(self.recorder), cbs=_state_of_cbs(self.learn.cbs), **processes)
 
 # %% ../../nbs/430_tune.resume.ipynb #44446965
 class RunStage:

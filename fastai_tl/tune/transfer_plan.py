@@ -22,6 +22,7 @@ from ..arguments import check_each, check_flag, check_number, check_option, chec
 from ..callbacks import check_callbacks
 from .divergence import with_stop_on_nan
 from ..core import FastaiTLError
+from ..processes import n_processes
 from ..models.layer_groups import LayerGroup, group_names, layer_range, layer_splitter
 from ..models.third_party import spec_of
 from ..efficiency.allocator import reuse_memory
@@ -365,7 +366,7 @@ def transfer_plan(self:Learner,
     "Return the plan that `fit_transfer` would follow, without changing anything"
     layers = _named_groups(self)
     family, task = model_family(self.model), _task(self)
-    n_batches = len(self.dls.train)
+    n_batches = math.ceil(len(self.dls.train)/n_processes())
     steps = _deciding_steps(epochs, groups, task, family, min_steps, n_batches)
     name, why = _name_recipe(self, recipe, family, len(layers), steps, groups)
     recipe = TRANSFER_RECIPES[name]

@@ -1,0 +1,224 @@
+"""`learn.distributed()`: what several processes train, predict, decide and write, against one process.
+
+One process imports everything and forks the processes of each job (distributed_run.py)."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repo import ROOT, clean_env
+
+if not hasattr(os, 'fork'):
+    pytest.skip('needs a system that can fork', allow_module_level=True)
+
+
+class Jobs:
+    "Runs jobs in the process that forks; results are kept, so that several tests read those of one job"
+
+    def __init__(self, folder):
+        program = [sys.executable, '-W', 'ignore', str(Path(__file__).with_name('distributed_run.py'))]
+        env = clean_env(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', HF_HUB_OFFLINE='1')
+        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        assert self.process.stdout.readline() == 'ready\n'
+        self.folder = folder
+        self.known = {}
+
+    def run(self, check, n, folder=None, **options):
+        "Codes, results and seconds of a job; `n` is 0 for a process that works alone"
+        folder = folder or self.folder
+        job = dict(check=check, n=n, folder=str(folder), **options)
+        self.process.stdin.write(json.dumps(job) + '\n')
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def results(self, check, n, **options):
+        "What each process of a job returned"
+        key = (check, n, *options.items())
+        if key not in self.known:
+            answer = self.run(check, n, **options)
+            print(check, n, f'{answer["cpu"]:.1f} s of processor time')
+            assert answer['codes'] == [0]*max(n, 1), answer['results']
+            self.known[key] = answer['results']
+        return self.known[key]
+
+    def both(self, check, n=2):
+        "The result of one process whose batches are `n` times as large, and those of `n` processes"
+        return self.results(check, 0, scale=n)[0], self.results(check, n)
+
+
+@pytest.fixture(scope='module')
+def jobs(tmp_path_factory):
+    jobs = Jobs(tmp_path_factory.mktemp('jobs'))
+    yield jobs
+    jobs.process.stdin.close()
+    jobs.process.wait(30)
+
+
+def difference(a, b):
+    "The largest difference of two nested lists of numbers of the same shape"
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        return max((difference(x, y) for x, y in zip(a, b)), default=0.)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max(difference(a[k], b[k]) for k in a)
+    if isinstance(a, str) or a is None:
+        assert a == b
+        return 0.
+    return 0. if a == b or math.isnan(a) and math.isnan(b) else abs(a-b)
+
+
+# --- training ---
+
+KINDS = ('classifier', 'class_weights', 'multilabel', 'tagger', 'causal_lm', 't5', 'answerer', 'ulmfit_lm',
+         'ulmfit_classifier')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_gradients_are_those_of_one_large_batch(jobs, kind):
+    "Each step of an epoch: the same rows, the same gradient and the same loss, in all processes"
+    alone, together = jobs.both('gradients')
+    whole = np.load(alone[kind]['steps'])
+    for of_process in together:
+        steps = np.load(of_process[kind]['steps'])
+        assert steps.shape == whole.shape
+        errors = np.linalg.norm(steps-whole, axis=1)/np.linalg.norm(whole, axis=1)
+        assert errors.max() < 1e-6, errors # most are below 1e-15, in float64
+        assert difference(of_process[kind]['losses'], alone[kind]['losses']) < 1e-5
+
+
+def test_stages_and_weights_are_the_same(jobs):
+    "Gradual unfreezing by epoch and on a plateau: stages and metrics of one process, equal weights in all processes"
+    alone, together = jobs.both('stages')
+    assert together[0] == together[1]
+    for name, one in alone.items():
+        assert together[0][name]['groups'] == one['groups'], name
+        assert together[0][name]['epochs'] == one['epochs'], name
+        assert difference(together[0][name]['values'], one['values']) < 1e-6, name # the losses are of float32
+
+
+FLOAT32 = ('transfer', 'pooled cache', 'tagger cache', 'chunked') # Adam enlarges rounding where a gradient is near 0
+
+
+def test_other_fits(jobs):
+    "Recipes, stored states, accumulation, averages, two passes a batch, bfloat16: as in one process"
+    alone, together = jobs.both('fits')
+    assert together[0] == together[1]
+    for name, one in alone.items():
+        tolerance = dict(bf16=1e-2).get(name, 1e-3 if name in FLOAT32 else 1e-6)
+        assert difference(together[0][name]['values'], one['values']) < tolerance, name
+
+
+@pytest.mark.parametrize('n', [2, 3, 8])
+def test_padding_is_balanced(monkeypatch, n):
+    "The processes read each text at most once, and nearly the same number of tokens, padding included"
+    import torch
+    from fastai_tl.all import TensorTokens, TokensDL, seed_everything
+    from fastai_tl.tune import data_parallel
+
+    lengths = np.random.default_rng(0).lognormal(4, 1, 2001).astype(int).clip(1, 512)
+    texts = [(TensorTokens(torch.zeros(1, k, dtype=torch.long)), 0) for k in lengths]
+    dl = TokensDL(texts, bs=16, shuffle=True, num_workers=0)
+    monkeypatch.setattr(data_parallel, 'n_processes', lambda: n)
+    orders = []
+    for number in range(n):
+        monkeypatch.setattr(data_parallel, 'process_number', lambda number=number: number)
+        seed_everything(0)
+        orders.append(data_parallel.own_order(dl))
+    rows = [i for order in orders for i in order]
+    assert len(set(rows)) == len(rows) == 2001//n*n
+    batches = [[lengths[order[i:i+16]] for i in range(0, len(order), 16)] for order in orders]
+    padded = [sum(len(b)*b.max() for b in of_process) for of_process in batches]
+    assert max(padded)/min(padded) < 1.05, padded
+    steps = [sum(max(len(b)*b.max() for b in step) for step in zip(*batches)), sum(padded)/n]
+    assert steps[0]/steps[1] < 1.05, steps # and in each step no process waits long for another one
+
+
+# --- predictions ---
+
+def test_predictions_are_in_order_and_without_repetitions(jobs):
+    "Predictions, evaluations, losses and perplexities of 5, 7 and 20 rows are those of one process"
+    alone, together = jobs.both('outputs')
+    assert together[0] == together[1]
+    for kind, one in alone.items():
+        assert difference(together[0][kind], one) < 2e-5, kind
+
+
+# --- files and errors ---
+
+def test_files_are_written_once(jobs, tmp_path):
+    "Log, report, checkpoint and best model: the files of one process, and the second fit finds the first one's"
+    alone, together = (tmp_path/name for name in ('alone', 'together'))
+    alone.mkdir()
+    together.mkdir()
+    one = jobs.run('files', 0, folder=alone, scale=2)['results'][0]
+    answer = jobs.run('files', 2, folder=together)
+    assert answer['codes'] == [0, 0], answer['results']
+    two, other = answer['results']
+    assert two['files'] == one['files']
+    assert two['weights'] == other['weights']
+    assert two['weights'] == two['first'] # all epochs were done already
+    lines = [[line.count(',') for line in o['log'].splitlines()] for o in (one, two)]
+    assert lines[0] == lines[1]
+    assert difference(two['report'], one['report']) < 1e-3
+
+
+def test_what_is_not_supported_says_so(jobs):
+    for of_process in jobs.results('errors', 2):
+        assert 'one process' in of_process['lr_find']
+
+
+def test_an_error_in_one_process_ends_the_others(jobs):
+    "The others stop at once, with an error that says what to do"
+    answer = jobs.run('stopped', 2)
+    assert answer['codes'] == [1, 1]
+    assert answer['seconds'] < 60
+    assert 'DataError: An error in one process' in answer['results'][1]
+    assert 'RunError: All processes must run until the end' in answer['results'][0]
+
+
+@pytest.mark.slow
+def test_killed_processes(jobs, tmp_path):
+    "Whichever process is killed, the others stop, and the same call goes on to the same weights"
+    quiet = tmp_path/'quiet'
+    quiet.mkdir()
+    expected = jobs.run('killed', 2, folder=quiet)['results'][0]
+    for number, at in ((0, 7), (1, 12)):
+        folder = tmp_path/f'{number}'
+        folder.mkdir()
+        answer = jobs.run('killed', 2, folder=folder, options=dict(number=number, at=at))
+        assert answer['codes'][number] == -9
+        assert answer['codes'][1-number] == 1
+        assert answer['seconds'] < 60
+        assert 'RunError: All processes must run until the end' in answer['results'][1-number]
+        again = jobs.run('killed', 2, folder=folder)
+        assert again['codes'] == [0, 0], again['results']
+        assert again['results'] == [expected, expected]
+
+
+@pytest.mark.slow
+def test_gradients_of_three_processes(jobs):
+    "20 rows in batches of 12 are 18 for three processes: the first step is that of one process"
+    alone, together = jobs.both('gradients', 3)
+    for kind in ('classifier', 'tagger', 'ulmfit_lm', 'ulmfit_classifier'):
+        whole = np.load(alone[kind]['steps'])[0]
+        for of_process in together:
+            step = np.load(of_process[kind]['steps'])[0]
+            assert np.linalg.norm(step-whole)/np.linalg.norm(whole) < 1e-6, kind
+    assert len(np.load(together[0]['classifier']['steps'])) == 2
+
+
+@pytest.mark.slow
+def test_predictions_and_stages_of_three_processes(jobs):
+    "The predictions are those of all rows, and the weights are the same in all processes"
+    for check in ('outputs', 'stages'):
+        together = jobs.results(check, 3)
+        assert together[0] == together[1] == together[2]
+    for kind, one in jobs.results('outputs', 0, scale=2)[0].items():
+        assert difference(jobs.results('outputs', 3)[0][kind], one) < 2e-5, kind
