@@ -105,6 +105,11 @@ from .generation.constraints import *
 from .generation.generate import *
 from .generation.perplexity import *
 from .generation.surprisal import *
+from .generation.control_codes import *
+from .generation.completions import *
+from .generation.preferences import *
+from .generation.rewards import *
+from .generation.reinforce import *
 from .evaluation.scores import *
 from .evaluation.intervals import *
 from .evaluation.report import *
