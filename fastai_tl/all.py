@@ -56,6 +56,7 @@ from .models.hf import *
 from .models.pooled_states import *
 from .models.awd_lstm import *
 from .models.third_party import *
+from .models.dual_encoder import *
 from .efficiency.lstm_bf16 import *
 from .efficiency.allocator import *
 from .efficiency.mixed_precision import *

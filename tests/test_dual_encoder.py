@@ -22,7 +22,8 @@ def make(kind, n_text=2, n_image=4):
         image = dict(image_size=32, hidden_dim=16, num_hidden_layers=2, width_coefficient=0.1, depth_coefficient=0.1)
     if kind == 'AltCLIP':
         text['project_dim'] = 16
-    config = getattr(transformers, f'{kind}Config')(text_config=text, vision_config=image, projection_dim=8)
+    sizes = dict(text_config=text, vision_config=image, projection_dim=32 if kind == 'Align' else 8)
+    config = getattr(transformers, f'{kind}Config')(**sizes)
     torch.manual_seed(0)
     return getattr(transformers, f'{kind}Model')(config)
 
@@ -108,3 +109,49 @@ def test_other_models_with_two_parts():
     assert [g.name for g in text][1:3] == ['layers.0', 'layers.1']
     image = transformers.CLIPForImageClassification(clip.config)
     assert [g.name for g in layer_groups(image)][1] == 'layers.0'
+
+
+@pytest.mark.parametrize('kind', [*KINDS, 'Align'])
+def test_logits_and_loss_of_transformers(kind):
+    "Similarities, loss and zero-shot scores equal those of the model's own forward pass"
+    from fastai_tl.models.dual_encoder import ZeroShotImages
+
+    hf = make(kind, 2, 2).eval()
+    if kind == 'Siglip2':
+        with pytest.raises(FastaiTLError, match='images of one size'):
+            DualEncoder(hf)
+        return
+    size = 32 if kind == 'Align' else 16
+    if kind == 'Align': # random convolutions give almost nothing until their norms have seen images
+        for module in hf.modules():
+            module.momentum = 1.0
+        hf.train()(input_ids=torch.randint(3, 60, (8, 8)), pixel_values=torch.randn(8, 3, size, size))
+        hf.eval()
+    ids, pixels = torch.randint(3, 60, (3, 8)), torch.randn(3, 3, size, size)
+    ids[:, -1] = 2
+    ids[1, 5:] = torch.tensor([2, 1, 1])
+    mask = (ids != 1).long()
+    model = DualEncoder(hf)
+    with torch.no_grad():
+        theirs = hf(input_ids=ids, attention_mask=mask, pixel_values=pixels, return_loss=True)
+        ours = model(ids.where(mask > 0, -1), pixels.clone())
+    wanted = theirs.logits_per_text
+    # padding is 0 where it is hidden by the mask, so compare the rows without padding for models that pool by id
+    torch.testing.assert_close(ours[[0, 2]], wanted[[0, 2]], atol=1e-4, rtol=1e-4)
+    loss = ImageTextLoss('sigmoid' if model.is_sigmoid else 'softmax')
+    if kind != 'Align': # whose own loss is smoothed
+        torch.testing.assert_close(loss(wanted), theirs.loss, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        features = model.text_features(ids, mask)
+    scores = ZeroShotImages(model, ['a', 'b', 'c'], features).scores(pixels)
+    torch.testing.assert_close(scores, theirs.logits_per_image, atol=1e-4, rtol=1e-4)
+
+
+def test_recall():
+    "Recall@k is the share of the rows whose own column is among the k largest"
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, 40, generator=draw)
+    for k in (1, 3, 10, 40):
+        by_hand = sum(i in row.topk(k).indices.tolist() for i, row in enumerate(scores)) / 40
+        assert retrieval_recall(scores, k) == pytest.approx(by_hand)
+    assert retrieval_recall(torch.zeros(3, 3), 2) == 0

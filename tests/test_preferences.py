@@ -337,3 +337,15 @@ def test_completion_logprobs_of_one_row():
         tm = text_model(source, tokenizer)
         got = CompletionLogprobs(tm)(*pad_completions([[([2, 4], [3])]]))
         assert float(got.detach()) == pytest.approx(float(logprob(tm, [2, 4], [3]).detach()), abs=1e-10)
+
+
+def test_ranked_pairs_leave_out_empty_completions():
+    "A completion that ends at once is in no pair, whatever its reward"
+    learn = small_awd()
+    with torch.no_grad():  # a text ends at once more often than not
+        learn.model[1].decoder.bias[2] += 3
+    pairs = ranked_pairs(learn, ['a'] * 40, lambda texts: [-len(text) for text in texts], seed=0, max_new_tokens=4)
+    assert len(pairs) > 3
+    assert all(text.strip() for name in ('chosen', 'rejected') for text in pairs[name])
+    assert (pairs.chosen_reward > pairs.rejected_reward).all()
+    dpo_learner(learn, pairs, end=False)

@@ -50,6 +50,7 @@ QUESTIONS = {
     'the supervised contrastive loss': 'supervised_contrastive_loss',
     'training loops for plain PyTorch': 'gradual_unfreezing_training',
     'the three stages of ULMFiT': 'ULMFiT',
+    'models with a text and an image tower': 'DualEncoder',
     'text generation': 'generate',
     'generation with an AWD_LSTM': 'stateful_model',
     'perplexity': 'text_perplexity',

@@ -19,7 +19,7 @@ from .completions import (CompletionLogprobs, CompletionsDL, check_rows, complet
                                               completions_learner, pad_completions)
 from .language_model import text_model
 
-# %% ../../nbs/650_generation.preferences.ipynb #571e1df4
+# %% ../../nbs/650_generation.preferences.ipynb #599298ea
 class DPOLoss:
     "The DPO loss of log-probabilities (pairs, 2), the chosen completion first"
     @checked
@@ -49,15 +49,27 @@ class DPOLoss:
         losses = -(1-self.label_smoothing)*F.logsigmoid(margins) - self.label_smoothing*F.logsigmoid(-margins)
         return losses if self.reduction == 'none' else getattr(losses, self.reduction)()
 
-    def preferred(self, logprobs, reference, lens):
+    def preferred(self,
+        logprobs, # As in `margins`
+        reference, # As in `margins`
+        lens # As in `margins`
+    ):
         "Return the share of the pairs with a margin above 0; before any training, all margins are 0"
         return (self.margins(logprobs, reference, lens) > 0).float().mean()
 
-    def margin(self, logprobs, reference, lens):
+    def margin(self,
+        logprobs, # As in `margins`
+        reference, # As in `margins`
+        lens # As in `margins`
+    ):
         "Return the mean margin"
         return self.margins(logprobs, reference, lens).mean()
 
-    def chosen_ratio(self, logprobs, reference, lens):
+    def chosen_ratio(self,
+        logprobs, # As in `margins`
+        reference, # As in `margins`
+        lens # As in `margins`
+    ):
         "Return the mean log-ratio of the chosen completions; below 0 they have become less likely"
         return (logprobs - reference)[:, 0].mean()
 

@@ -24,7 +24,7 @@ from .generate import generate
 from .language_model import TextModel, text_model
 from .rewards import check_rewards
 
-# %% ../../nbs/660_generation.reinforce.ipynb #1beff1f6
+# %% ../../nbs/660_generation.reinforce.ipynb #82f02e06
 class ReinforceLoss:
     "REINFORCE with the mean of the other samples as baseline, and a KL term"
     @checked
@@ -46,11 +46,19 @@ class ReinforceLoss:
     def __call__(self, logprobs, rewards, reference):
         return -(self.advantages(logprobs, rewards, reference)*logprobs).mean()
 
-    def reward(self, logprobs, rewards, reference):
+    def reward(self,
+        logprobs, # As in `advantages`
+        rewards, # As in `advantages`
+        reference # As in `advantages`
+    ):
         "Return the mean reward"
         return rewards.mean()
 
-    def kl(self, logprobs, rewards, reference):
+    def kl(self,
+        logprobs, # As in `advantages`
+        rewards, # As in `advantages`
+        reference # As in `advantages`
+    ):
         "Return the estimated KL divergence from the reference, in nats per completion"
         return (logprobs - reference).mean()
 

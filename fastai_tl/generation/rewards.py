@@ -47,7 +47,7 @@ def class_reward(
         return res
     return reward
 
-# %% ../../nbs/655_generation.rewards.ipynb #515a3e0b
+# %% ../../nbs/655_generation.rewards.ipynb #9257f632
 @checked
 def ranked_pairs(
     model_or_name, # As in `generate`
@@ -68,7 +68,8 @@ def ranked_pairs(
     rows = []
     for i, values in enumerate(rewards):
         texts = out[i*n:(i + 1)*n]
-        best, worst = (texts[k] for k in (values.argmax(), values.argmin()))
-        if values.max() > values.min():
-            rows.append((best.prompt, best.completion, worst.completion, values.max(), values.min()))
+        order = [k for k in values.argsort() if texts[k].completion.strip()]
+        if order and values[order[-1]] > values[order[0]]:
+            best, worst = texts[order[-1]], texts[order[0]]
+            rows.append((best.prompt, best.completion, worst.completion, values[order[-1]], values[order[0]]))
     return TextTable(rows, columns=['prompt', 'chosen', 'rejected', 'chosen_reward', 'rejected_reward'])
