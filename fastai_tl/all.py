@@ -57,6 +57,7 @@ from .models.hf import *
 from .models.pooled_states import *
 from .models.awd_lstm import *
 from .models.third_party import *
+from .models.dual_encoder import *
 from .efficiency.lstm_bf16 import *
 from .efficiency.allocator import *
 from .efficiency.mixed_precision import *
@@ -108,6 +109,11 @@ from .generation.constraints import *
 from .generation.generate import *
 from .generation.perplexity import *
 from .generation.surprisal import *
+from .generation.control_codes import *
+from .generation.completions import *
+from .generation.preferences import *
+from .generation.rewards import *
+from .generation.reinforce import *
 from .evaluation.scores import *
 from .evaluation.intervals import *
 from .evaluation.report import *

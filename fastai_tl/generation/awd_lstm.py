@@ -97,7 +97,8 @@ class AWDReader:
     def _layers(self, x, state, batch_sizes=None):
         "Run PyTorch's LSTM with the raw weights, to which no dropout is applied"
         after = []
-        options = (True, 1, 0., False, False) # biases, layers, dropout, training, bidirectional
+        # biases, layers, dropout, training (cuDNN computes gradients only then), bidirectional
+        options = (True, 1, 0., torch.is_grad_enabled(), False)
         for (lstm, w_hh), (hidden, cell) in zip(self.cells, state.layers):
             before = (hidden[None].contiguous(), cell[None].contiguous())
             weights = [lstm.weight_ih_l0, w_hh, lstm.bias_ih_l0, lstm.bias_hh_l0]

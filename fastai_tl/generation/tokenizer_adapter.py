@@ -47,6 +47,26 @@ def _tokenize_with(tokenizer, rules):
             return [after(token) for token in first(tokenizer([before(text)]))]
     return tokenize
 
+# %% ../../nbs/600_generation.tokenizer_adapter.ipynb #ad80220c
+_code = re.compile(r'\s*(<[^\s<>]+>)')
+
+def _split_codes(adapter, text):
+    "Return the ids of the control codes that a text begins with, and the rest of the text"
+    codes = []
+    while not adapter.backwards and (found := _code.match(text)) and found[1] in adapter.o2i:
+        codes.append(adapter.o2i[found[1]])
+        text = text[found.end():]
+    return codes, text
+
+def _forward_ids(adapter, text):
+    "Return the token ids of a text from left to right, with control codes after `xxbos`"
+    codes, text = _split_codes(adapter, text)
+    if codes and not text.strip():
+        return [*listify(adapter.bos_id), *codes]
+    ids = adapter.numericalize(adapter.tokenize(text) if text.strip() else [BOS])
+    n_before = int(ids[:1] == [adapter.bos_id])
+    return [*ids[:n_before], *codes, *ids[n_before:]]
+
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #d642c597
 class FastaiTokenizerAdapter:
     "Converts texts to token ids of a fastai vocabulary and back"
@@ -96,7 +116,7 @@ class FastaiTokenizerAdapter:
     ) -> list: # Token ids in the order in which the model reads them
         "Return the token ids of a text, as the model reads them"
         text = valid_text(check_text('text', text))
-        ids = self.numericalize(self.tokenize(text) if text.strip() else [BOS])
+        ids = _forward_ids(self, text)
         if not self.backwards:
             return ids
         return [i for i in reversed(ids) if i != self.bos_id] or ids

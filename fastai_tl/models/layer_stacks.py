@@ -226,9 +226,52 @@ def _children_layout(model):
     positions = {name: {index(n) for n in others} for name, others in all_names(model).items()}
     return Layout([p or 'model' for p in paths], positions, set())
 
+def _layout_of(model):
+    "Return the layout of a model with one tower"
+    stacks = find_stacks(model) or find_stacks(model, sequential=True)
+    return _stack_layout(model, stacks) if stacks else _children_layout(model)
+
+# %% ../../nbs/203_models.layer_stacks.ipynb #94f540d4
+_TOWERS = ('text_model', 'vision_model', 'image_model', 'audio_model')
+
+def find_towers(
+    model:nn.Module # Any model
+) -> list: # Paths of the two towers; empty for a model that is no dual encoder
+    "Find the towers of a dual encoder: a module that gives the features of a text and of something else"
+    for path, module in model.named_modules():
+        if not callable(getattr(module, 'get_text_features', None)):
+            continue
+        children = [name for name, child in module.named_children() if has_params(child)]
+        towers = [name for name in children if name in _TOWERS]
+        others = [name for name in children if name not in towers and find_stacks(getattr(module, name))]
+        if 'text_model' in towers and len(towers) == 2 and not others:
+            return [f'{path}.{name}'.lstrip('.') for name in towers]
+    return []
+
+def _paired(position, n_own, n):
+    "Return the layer of `n` that a position in a tower with `n_own` layers belongs to; the head stays the head"
+    return n+1 if position > n_own else -(-position*n//max(n_own, 1))
+
+# %% ../../nbs/203_models.layer_stacks.ipynb #c66620a7
+def _towers_layout(model, towers):
+    "Return the layout of a dual encoder"
+    layouts = {path: _layout_of(model.get_submodule(path)) for path in towers}
+    n_layers = {path: len(layout.names) - 1 - bool(layout.blocks) for path, layout in layouts.items()}
+    n = max(n_layers.values())
+    blocks = {f'{path}.{block}' for path, layout in layouts.items() for block in layout.blocks}
+    positions = {}
+    for name, others in all_names(model).items():
+        found = set()
+        for other in others:
+            path = inside(other, towers)
+            own = path and layouts[path].positions.get(other.removeprefix(f'{path}.'))
+            found |= {_paired(i, n_layers[path], n) for i in own or ()}
+        positions[name] = found or {n+1}
+    return Layout(['embeddings', *(f'layer.{i}' for i in range(n)), 'head'], positions, blocks)
+
 def model_layout(
     model:nn.Module # Any model
 ) -> Layout:
     "Find the layers of a model and the position of each parameter"
-    stacks = find_stacks(model) or find_stacks(model, sequential=True)
-    return _stack_layout(model, stacks) if stacks else _children_layout(model)
+    towers = find_towers(model)
+    return _towers_layout(model, towers) if towers else _layout_of(model)
