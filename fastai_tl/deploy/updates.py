@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.updates.html.md"""
 # %% auto #0
 __all__ = ['Update', 'UpdateOptions', 'load_replay']
 
-# %% ../../nbs/845_deploy.updates.ipynb #5d0b302d
+# %% ../../nbs/845_deploy.updates.ipynb #22ff8442
 import copy, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from ..tune.replay import ClassReservoir
 from .bundle_files import FORMAT_VERSION, check_bundle
 from .manifest import bundle_folder
 
-# %% ../../nbs/845_deploy.updates.ipynb #298ce355
+# %% ../../nbs/845_deploy.updates.ipynb #a5afba1e
 def _check_updatable(learn):
     "Return the spec of a Learner that can be updated, or raise an error"
     spec = spec_of(learn)
@@ -58,7 +58,7 @@ def _own_items(dl):
     "Return the rows of a DataLoader"
     return list(getattr(getattr(dl, 'dataset', None), 'items', None) or ())
 
-# %% ../../nbs/845_deploy.updates.ipynb #a4e4ab76
+# %% ../../nbs/845_deploy.updates.ipynb #a67f7e20
 def _held_out(items, spec, valid_pct, seed):
     "Split rows at random into those for training and those that are held out"
     train, valid = split_rows([item[1] for item in items], spec.task, None, valid_pct, seed)
@@ -68,7 +68,7 @@ def _labels_of(items, spec):
     "Return the set of the labels of rows"
     return {name for item in items for name in (item[1] if spec.task == 'multilabel' else [item[1]])}
 
-# %% ../../nbs/845_deploy.updates.ipynb #c164c374
+# %% ../../nbs/845_deploy.updates.ipynb #5d093110
 @dataclass
 class Rows:
     "The old and the new rows of an update, for training and held out"
@@ -77,7 +77,7 @@ class Rows:
     new:list # New rows for training
     new_valid:list # New rows to judge by
 
-# %% ../../nbs/845_deploy.updates.ipynb #0b0f56da
+# %% ../../nbs/845_deploy.updates.ipynb #b6183e5f
 def _rows(learn, spec, new_df, old_df, options):
     "Collect the rows of an update"
     new, new_valid = _held_out(_as_items(new_df, spec), spec, options.valid_pct, options.seed)
@@ -94,7 +94,7 @@ def _rows(learn, spec, new_df, old_df, options):
                         '`valid_pct`')
     return Rows(old, old_valid, new, new_valid)
 
-# %% ../../nbs/845_deploy.updates.ipynb #72db5737
+# %% ../../nbs/845_deploy.updates.ipynb #41cb099e
 def _loader(dls, items, bs=None, shuffle=False):
     "Return a DataLoader of rows that are read as those of `dls`"
     for tl in getattr(dls.valid.dataset, 'tls', ()):
@@ -110,7 +110,7 @@ def _with_loaders(dls, train, valid):
     new.loaders = [train, valid]
     return new
 
-# %% ../../nbs/845_deploy.updates.ipynb #cdf19eec
+# %% ../../nbs/845_deploy.updates.ipynb #34e77490
 def paired_change(before, after, level=.95):
     "Return the change of the share of right rows and its interval, from booleans of the same rows"
     from scipy.stats import norm
@@ -130,7 +130,7 @@ def _line(before, after):
     change, low, high = paired_change(before, after)
     return dict(rows=len(before), before=before.mean(), after=after.mean(), change=change, low=low, high=high)
 
-# %% ../../nbs/845_deploy.updates.ipynb #ca4e6ba7
+# %% ../../nbs/845_deploy.updates.ipynb #87e5ff8a
 def _class_line(before, after, k):
     "Return the line of a class: recall, or F1 where texts have several labels"
     is_in = before.indicators[:, k]
@@ -153,7 +153,7 @@ def change_table(
     table = pd.DataFrame(lines).T
     return table.assign(rows=table.rows.astype(int)).rename_axis('what')
 
-# %% ../../nbs/845_deploy.updates.ipynb #07bfeffb
+# %% ../../nbs/845_deploy.updates.ipynb #1b98b81e
 class Update:
     "The result of an update: whether it was accepted, and what it changed"
     def __init__(self,
@@ -186,7 +186,7 @@ class Update:
         from html import escape
         return f'<p>{escape(repr(self).splitlines()[0])}</p>{self.table.round(3)._repr_html_()}'
 
-# %% ../../nbs/845_deploy.updates.ipynb #79e09d12
+# %% ../../nbs/845_deploy.updates.ipynb #f975cb10
 @checked
 @dataclass
 class UpdateOptions:
@@ -209,7 +209,7 @@ class UpdateOptions:
         check_whole('bs', self.bs, or_none=True)
         check_whole('seed', self.seed, 0)
 
-# %% ../../nbs/845_deploy.updates.ipynb #88f835aa
+# %% ../../nbs/845_deploy.updates.ipynb #85e5e096
 def _replayed(rows, replay, seed):
     "Return a class-balanced sample of the old rows"
     n = round(replay*len(rows.old))
@@ -229,7 +229,7 @@ def _anchor(name, spec, rows, options):
         return [LearningWithoutForgetting(1. if options.alpha is None else options.alpha, options.temperature, old)]
     return []
 
-# %% ../../nbs/845_deploy.updates.ipynb #d6d47be1
+# %% ../../nbs/845_deploy.updates.ipynb #ef89a30e
 def _evaluated(learn, rows):
     "Evaluate the old and the new held-out rows"
     parts = dict(old=rows.old_valid, new=rows.new_valid)
@@ -243,7 +243,7 @@ def _lost_classes(table, max_drop):
     classes = table.iloc[2:]
     return [name.removeprefix('old ') for name in classes.index[classes.change < -max_drop-1e-9]]
 
-# %% ../../nbs/845_deploy.updates.ipynb #18544f86
+# %% ../../nbs/845_deploy.updates.ipynb #2ddae05b
 def _snapshot(learn):
     "Return a function that puts weights, optimizer and data of a Learner back"
     weights = {name: w.detach().clone() for name, w in learn.model.state_dict().items()}
@@ -266,7 +266,7 @@ def _train(learn, rows, replayed, cbs, options):
         with learn.no_bar(), learn.no_logging():
             learn.fit_one_cycle(options.epochs, lr, cbs=cbs)
 
-# %% ../../nbs/845_deploy.updates.ipynb #9b8dced6
+# %% ../../nbs/845_deploy.updates.ipynb #d86134cb
 def _try_update(learn, rows, replayed, cbs, max_drop, options):
     "Train and judge a Learner; put everything back if it is refused or stops with an error"
     before = _evaluated(learn, rows)
@@ -291,7 +291,7 @@ def _keep_rows(learn, rows, options):
     learn.dls = _with_loaders(learn.dls, train, learn.dls.valid)
     mark_stale(learn, 'an update')
 
-# %% ../../nbs/845_deploy.updates.ipynb #36e2b751
+# %% ../../nbs/845_deploy.updates.ipynb #a56f16de
 @patch
 @delegates(UpdateOptions)
 @checked
@@ -319,7 +319,7 @@ def update(self:Learner,
         print(STALE if result.accepted else f'Refused: {shorten(result.refused)} lost more than {max_drop:.3g}')
     return result
 
-# %% ../../nbs/845_deploy.updates.ipynb #f1e7344e
+# %% ../../nbs/845_deploy.updates.ipynb #f2b81f26
 REPLAY = 'replay.json'
 
 def _columns(spec):
@@ -327,7 +327,7 @@ def _columns(spec):
     names = [spec.columns.get('text', 'text'), spec.columns.get('label', 'label')]
     return [name for o in names for name in ([o] if isinstance(o, str) else o)]
 
-# %% ../../nbs/845_deploy.updates.ipynb #fa8fd25d
+# %% ../../nbs/845_deploy.updates.ipynb #19e4b1da
 @patch
 @checked
 def save_replay(self:Learner,
@@ -354,7 +354,7 @@ def save_replay(self:Learner,
         write_json(folder/REPLAY, dict(columns=list(kept.columns), rows=rows))
     return kept
 
-# %% ../../nbs/845_deploy.updates.ipynb #847c530f
+# %% ../../nbs/845_deploy.updates.ipynb #90afe2e2
 @checked
 def load_replay(
     path:str|Path # Folder of a bundle with rows that `save_replay` added

@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.continual.html.md"""
 # %% auto #0
 __all__ = ['LearningWithoutForgetting']
 
-# %% ../../nbs/448_tune.continual.ipynb #3a9ed6fa
+# %% ../../nbs/448_tune.continual.ipynb #52b1917d
 import copy
 import torch
 from fastai.callback.core import Callback
@@ -18,7 +18,7 @@ from ..core import FastaiTLError
 from ..models.third_party import spec_of
 from .distillation import soft_losses
 
-# %% ../../nbs/448_tune.continual.ipynb #078f9edd
+# %% ../../nbs/448_tune.continual.ipynb #9cb80912
 def _frozen_copy(model):
     "Return a copy of a model in evaluation mode, without gradients"
     if hasattr(model, 'reset'): # the weights of an AWD_LSTM after dropout belong to a graph, which cannot be copied
@@ -26,7 +26,7 @@ def _frozen_copy(model):
             model.reset()
     return copy.deepcopy(model).requires_grad_(False).eval()
 
-# %% ../../nbs/448_tune.continual.ipynb #5ba47220
+# %% ../../nbs/448_tune.continual.ipynb #0e18cc45
 class LearningWithoutForgetting(Callback):
     "Pull the predictions for the old classes to those of the model before the fit"
     order = GradientAccumulation.order - 1 # the loss is complete before it is weighted and scaled
