@@ -5,12 +5,10 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from small_learners import LABELS, N_ROWS, SEVERAL, TEXTS, VALID, bert, classifier, causal_lm, masked_lm, tagger
 from small_learners import ulmfit_classifier, ulmfit_lm
 from transformers import (
-    BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
@@ -26,12 +24,14 @@ from fastai_tl.deploy.drift import drift_table, text_facts
 from fastai_tl.models.class_extension import add_outputs, output_layer
 
 SIZES = dict(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+TINY_DISTILBERT = DistilBertConfig(vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=3)
+TINY_GPT2 = GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, num_labels=3, pad_token_id=0, eos_token_id=1)
 MODELS = dict(
-    distilbert=(DistilBertForSequenceClassification, DistilBertConfig(vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=3)),
+    distilbert=(DistilBertForSequenceClassification, TINY_DISTILBERT),
     electra=(ElectraForSequenceClassification, ElectraConfig(**SIZES, embedding_size=8, num_labels=3)),
-    gpt2=(GPT2ForSequenceClassification, GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, num_labels=3, pad_token_id=0, eos_token_id=1)),
+    gpt2=(GPT2ForSequenceClassification, TINY_GPT2),
     roberta=(RobertaForSequenceClassification, RobertaConfig(**SIZES, num_labels=3)),
-)  # fmt: skip
+)
 
 
 def quiet_fit(learn, n=1, lr=1e-3, **kwargs):

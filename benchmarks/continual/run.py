@@ -61,7 +61,7 @@ def learner(df, classes, a, bs=None):
     seed_everything(a.seed)
     options = dict(bs=a.bs, vocab=classes, max_length=40, seed=a.seed, verbose=False)
     dls = HFTextDataLoaders.from_df(df, minilm_folder(), **options)
-    return common.quiet(hf_classifier_learner(dls, minilm_folder(), metrics=[], lr=a.lr))
+    return common.quiet(hf_classifier_learner(dls, minilm_folder(), metrics=[], lr=a.lr), validate=True)
 
 
 def copied(learn):
@@ -71,14 +71,16 @@ def copied(learn):
     from fastai_tl.all import HFLearner, LayerwiseOptimizer, layer_splitter
 
     options = dict(loss_func=copy.deepcopy(learn.loss_func), opt_func=LayerwiseOptimizer, splitter=layer_splitter())
-    dls = copy.deepcopy(learn.dls)
-    return common.quiet(HFLearner(dls, copy.deepcopy(learn.model), lr=learn.lr, train_bn=False, metrics=[], **options))
+    dls, model = copy.deepcopy(learn.dls), copy.deepcopy(learn.model)
+    new = HFLearner(dls, model, lr=learn.lr, train_bn=False, metrics=[], **options)
+    return common.quiet(new, validate=True)
 
 
 def figures(predict, test):
     "Test accuracy of all questions, of the old classes and of the new ones"
     right = np.array(predict.predict(test.text).labels) == test.label.to_numpy()
-    parts = dict(overall=np.ones(len(test), bool), old=test.label.isin(OLD).to_numpy(), new=test.label.isin(NEW).to_numpy())
+    is_old = test.label.isin(OLD).to_numpy()
+    parts = dict(overall=np.ones(len(test), bool), old=is_old, new=~is_old)
     return {name: float(right[rows].mean()) for name, rows in parts.items()}
 
 
@@ -94,7 +96,8 @@ def one_seed(a):
 
     base = learner(old, OLD, a)
     timed('first tranche', lambda: base.fit_one_cycle(a.epochs))
-    before = float(np.mean(np.array(base.predict_batch(test[test.label.isin(OLD)].text).labels) == test.label[test.label.isin(OLD)]))
+    old_test = test[test.label.isin(OLD)]
+    before = float((np.array(base.predict_batch(old_test.text).labels) == old_test.label.to_numpy()).mean())
     drift = drift_of(base, unseen, shifted, a)
     options = dict(epochs=a.epochs, max_drop=None, seed=a.seed, verbose=False)
     for name, way in WAYS.items():
@@ -137,7 +140,8 @@ def summary(runs):
         share = [way['overall'] / run['ways']['joint']['overall'] for way, run in zip(ways, runs)]
         rows.append([name, *(mean_and_interval([way[k] for way in ways]) for k in ('old', 'new', 'overall')),
                      mean_and_interval(kept), mean_and_interval(share)])
-    print(common.table(['way', 'old classes:', 'new classes:', 'overall:', 'old, of before:', 'overall, of joint:'], rows))
+    heads = ['way', 'old classes:', 'new classes:', 'overall:', 'old, of before:', 'overall, of joint:']
+    print(common.table(heads, rows))
     print('old classes before:', mean_and_interval([run['old_before'] for run in runs]))
     for part in ('before', 'after'):
         weeks = [alarm for run in runs for alarm in run['drift'][part]]
