@@ -113,10 +113,10 @@ def one_seed(a):
     return dict(seed=a.seed, old_before=before, ways=found, drift=drift, seconds=times, rows=a.rows, replay=a.replay)
 
 
-def drift_of(learn, unseen, shifted, a, size=100, weeks=10):
+def drift_of(learn, unseen, shifted, a, size=100, weeks=6):
     "Alarms in weeks of unseen questions of the old classes, then in weeks of the new classes"
-    kept = unseen.iloc[: 4 * size]  # what the weeks are compared with
-    weekly = unseen.iloc[4 * size :]
+    kept = unseen.iloc[: 2 * size]  # what the weeks are compared with
+    weekly = unseen.iloc[2 * size :]
     same = [weekly.text.iloc[i * size : (i + 1) * size] for i in range(min(weeks, len(weekly) // size))]
     other = [shifted.text.iloc[i * size : (i + 1) * size] for i in range(4)]
     asked = lambda batches: [bool(learn.drift(list(o), reference=list(kept.text)).found) for o in batches]
