@@ -54,8 +54,10 @@ from .models.virtual_tokens import *
 from .models.loading import *
 from .models.class_order import *
 from .models.hf import *
+from .models.class_extension import *
 from .models.pooled_states import *
 from .models.awd_lstm import *
+from .models.vocab_extension import *
 from .models.third_party import *
 from .models.dual_encoder import *
 from .efficiency.lstm_bf16 import *
@@ -89,6 +91,8 @@ from .tune.recipes import *
 from .tune.transfer_plan import *
 from .tune.pytorch_loop import *
 from .tune.distillation import *
+from .tune.replay import *
+from .tune.continual import *
 from .learners.base import *
 from .learners.classification import *
 from .learners.language_modeling import *
@@ -101,6 +105,7 @@ from .learners.ulmfit_stages import *
 from .learners.ulmfit import *
 from .learners.few_shot import *
 from .learners.auto import *
+from .learners.extension import *
 from .generation.tokenizer_adapter import *
 from .generation.language_model import *
 from .generation.awd_lstm import *
@@ -168,6 +173,8 @@ from .deploy.model_card import *
 from .deploy.hub import *
 from .deploy.teacher_scores import *
 from .deploy.distillation import *
+from .deploy.drift import *
+from .deploy.updates import *
 from .interop.blurr_compat import *
 from .interop.blurr import *
 from .interop.energy import *

@@ -53,6 +53,7 @@ NAV = {
         'nbs/howto/predict_file.ipynb',
         'nbs/howto/distill.ipynb',
         'nbs/howto/bundle.ipynb',
+        'nbs/howto/update.ipynb',
         'nbs/howto/hub.ipynb',
         'nbs/howto/onnx.ipynb',
         'nbs/howto/serve.ipynb',
