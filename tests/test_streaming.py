@@ -1,6 +1,5 @@
 """Language model text on the disk: the tokens, the order, the batches, fits that resume, and bulk prediction."""
 
-import hashlib
 import json
 import os
 import random
@@ -8,25 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.text.data import LMDataLoader, TensorText
 from transformers import GPT2Config
 
 from fastai_tl.all import *
 from fastai_tl.core import RunError
 from fastai_tl.data.streaming import TokenStream, shuffle_blocks
-from fastai_tl.data.text_parts import TextSource
 from fastai_tl.data.token_files import piece_ends
 
 WORDS = 'the a film was very good bad dull fine plot actor scene slow bright ending music long short story'.split()
 
 
-def texts(n, seed=0, low=2, high=40):
+def texts(n, seed=0, low=2, high=12):
     rng = random.Random(seed)
     return [' '.join(rng.choices(WORDS, k=rng.randint(low, high))) + f' {i}' for i in range(n)]
 
@@ -145,10 +143,10 @@ def test_batches_in_several_processes(tokens, decoder):
     assert all(torch.equal(a, x.ids) for a, (x, _) in zip(alone, other, strict=True))
 
 
-@pytest.mark.parametrize('at', [0, 1, 17, -1])
+@pytest.mark.parametrize('at', [0, 17, -1])
 def test_a_state_continues_with_the_next_batch(tokens, decoder, at):
     def loader():
-        return hf_streamed_lm_dls(tokens, decoder, max_length=32, bs=8).train
+        return hf_streamed_lm_dls(tokens, decoder, max_length=32, bs=16).train
 
     whole = loader()
     expected = [y for _ in range(3) for _, y in whole]
@@ -200,7 +198,7 @@ def test_a_fit_that_was_stopped_ends_with_the_same_weights(kind, tokens, corpus,
         if kind == 'gpt':
             dls = hf_streamed_lm_dls(tokens, decoder, max_length=32, bs=64)
             return hf_causal_lm_learner(dls, small_gpt(decoder))
-        dls = streamed_lm_dls(words, bs=16, seq_len=40)
+        dls = streamed_lm_dls(words, bs=16, seq_len=80)
         return awd_lm_learner(dls, dict(emb_sz=16, n_hid=24, n_layers=2))
 
     def fit(name, *cbs):
@@ -289,22 +287,9 @@ def test_a_damaged_file_is_an_error(tokens, tmp_path):
         TokenFile(tmp_path / 't')
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
 def test_memory_of_reading_is_given_back(tmp_path):
-    "The resident memory of a process that reads a file of 300 MB grows by less than 100 MB"
-    code = '''
-import json, sys
-from pathlib import Path
-import numpy as np
-from fastai_tl.data.token_files import TokenFile
-def now():
-    lines = Path('/proc/self/status').read_text().split(chr(10))
-    return int(next(line for line in lines if line.startswith('VmHWM')).split()[1])
-file = TokenFile(sys.argv[1])
-before = now()
-for start in range(0, file.n_tokens, 1<<18):
-    file.read(start, start+(1<<18))
-print((now()-before)/1024)
-'''
+    "The pages in memory grow by less than 100 MB while a file of 300 MB is read"
     n = 150_000_000
     with open(tmp_path / 'tokens.bin', 'wb') as file:
         file.truncate(2 * n)
@@ -312,10 +297,17 @@ print((now()-before)/1024)
     header = dict(format='fastai_tl.tokens', dtype='<u2', n_tokens=n, n_texts=1, n_pieces=1, n_words=0, n_unknown=0,
                   n_skipped=0, settings={})
     (tmp_path / 'header.json').write_text(json.dumps(header))
-    if not os.path.exists('/proc/self/status'):
-        pytest.skip('needs /proc')
-    grown = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert float(grown.stdout) < 100
+
+    def mapped():
+        lines = Path('/proc/self/status').read_text().split('\n')
+        return int(next(line for line in lines if line.startswith('RssFile')).split()[1]) / 1024
+
+    file = TokenFile(tmp_path)
+    before, most = mapped(), 0
+    for start in range(0, file.n_tokens, 1 << 20):
+        file.read(start, start + (1 << 20))
+        most = max(most, mapped())
+    assert most - before < 100
 
 
 # --- bulk prediction ---
@@ -390,3 +382,10 @@ predict_files(r'{bundle}', r'{tmp_path / "in.csv"}', r'{tmp_path / "out.csv"}', 
     predict_files(bundle, tmp_path / 'in.csv', tmp_path / 'out.csv', size=100)
     predict_files(bundle, tmp_path / 'in.csv', tmp_path / 'quiet.csv', size=100)
     assert (tmp_path / 'out.csv').read_bytes() == (tmp_path / 'quiet.csv').read_bytes()
+
+
+@pytest.mark.slow
+def test_an_error_in_another_process_names_the_row(bundle, tmp_path):
+    pd.DataFrame(dict(text=['good'] * 30 + [None])).to_json(tmp_path / 'in.jsonl', orient='records', lines=True)
+    with pytest.raises(DataError, match='a missing one in row 30'):
+        predict_files(bundle, tmp_path / 'in.jsonl', tmp_path / 'out.csv', processes=2, size=10)

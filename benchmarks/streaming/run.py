@@ -244,7 +244,7 @@ def format_of_files(folder, n_tokens=20_000_000, n=400):
     readers = dict(
         mapped=lambda a, k: mapped[a:a + k].copy(),
         pread=lambda a, k: np.frombuffer(os.pread(handle, 2 * k, 2 * a), '<u2'),
-        arrow=lambda a, k: column.slice(a, k).to_numpy(),
+        arrow=lambda a, k: column.slice(a, k).to_numpy().copy(),
     )
     res = {}
     for k in (512, 1 << 18):

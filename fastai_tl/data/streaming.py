@@ -318,7 +318,7 @@ class StreamedBlocks(CausalBlocks):
     def of_texts(self, texts, with_labels=False):
         return self.new_empty().of_texts(texts)
 
-# %% ../../nbs/144_data.streaming.ipynb #33816447
+# %% ../../nbs/144_data.streaming.ipynb #1fd19c93
 class StreamedBlocksDL(ResumableBatches, TokenTargetsDL):
     "A DataLoader of packed blocks that are read from the disk"
     def __init__(self,
@@ -350,7 +350,13 @@ class StreamedBlocksDL(ResumableBatches, TokenTargetsDL):
 
     def batch(self, k):
         "Return batch `k` of the epoch"
-        return self.do_batch([self.do_item(i) for i in self.rows(k)])
+        rows, n = self.rows(k), self.dataset.max_length
+        has_own = self.after_item.fs or [type(f) for f in self.before_batch.fs] != [PadTokens] # transforms of a user
+        if has_own or (rows[-1]+1)*n >= len(self.dataset.source): # or a last block that may be shorter
+            return self.do_batch([self.do_item(i) for i in rows])
+        found = np.stack([self.dataset.source.read(i*n, (i+1)*n+1) for i in rows])
+        both = torch.from_numpy(found.astype(np.int64))
+        return TensorTokens(both[:, None, :-1].contiguous()), TensorTargets(both[:, 1:].contiguous())
 
     def new(self, dataset=None, **kwargs):
         if dataset is not None and not isinstance(dataset, StreamedBlocks): # new texts, which are in memory
