@@ -107,7 +107,7 @@ def kills(folder, n):
     runs, wrong = 0, 0
     while n_killed < n // 2:
         runs += 1
-        name, last = f'killed{runs}', None
+        name = f'killed{runs}'
         for _ in range(5):
             if (folder / name / 'header.json').exists():
                 break

@@ -14,7 +14,6 @@ import numpy as np, pandas as pd
 from fastcore.all import listify
 from ..core import FastaiTLError, shorten
 from ..data.readers import is_table_file, read_table
-from ..data.spec import TextSpec
 from ..data.tables import valid_texts
 from ..deploy.bulk_prediction import model_inputs_of, predict_files, predicted_columns, spec_of_model
 from ..deploy.bundle import load_bundle

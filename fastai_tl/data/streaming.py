@@ -7,7 +7,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.streaming.html.md"""
 # %% auto #0
 __all__ = ['StreamedLMDataLoader', 'streamed_lm_dls', 'StreamedBlocksDL', 'hf_streamed_lm_dls']
 
-# %% ../../nbs/144_data.streaming.ipynb #4155d897
+# %% ../../nbs/144_data.streaming.ipynb #fb0fac54
 import copy
 from collections import OrderedDict
 import numpy as np, torch
@@ -15,7 +15,7 @@ from fastai.data.core import TfmdDL
 from fastai.text.data import LMDataLoader, LMTensorText, TensorText
 from fastai.torch_core import default_device
 from ..arguments import check_each, check_flag, check_number, check_text, check_type, check_whole, checked
-from ..core import DataError, FastaiTLError, RunError, VocabError, derive_seed
+from ..core import DataError, RunError, VocabError, derive_seed
 from .awd_lstm import awd_lstm_spec, empty_dls, fitting_bs
 from .hf_tokenizer import PadTokens, TensorTargets, TensorTokens, load_tokenizer
 from .language_modeling import HFCausalLMDataLoaders, TokenTargetsDL

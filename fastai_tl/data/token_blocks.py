@@ -35,6 +35,7 @@ def end_of_text(tokenizer):
     need_tokenizer(tokenizer)
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
+# %% ../../nbs/137_data.token_blocks.ipynb #edd25698
 def stream_frame(tokenizer):
     "Return the tokens before and after each text of a stream: the special tokens, and an end-of-text token"
     end = end_of_text(tokenizer)

@@ -7,14 +7,14 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.bulk_prediction.html.md"""
 # %% auto #0
 __all__ = ['predict_files']
 
-# %% ../../nbs/829_deploy.bulk_prediction.ipynb #6f59b276
+# %% ../../nbs/829_deploy.bulk_prediction.ipynb #5d1de840
 import os, shutil, subprocess, sys, threading, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.all import L
 from filelock import FileLock, Timeout
-from ..arguments import check_option, check_path, check_text, check_whole, checked
+from ..arguments import check_option, check_path, check_whole, checked
 from ..atomic import atomic_path, writing
 from ..core import DataError, FastaiTLError, RunError, shorten
 from ..data.readers import is_table_file, table_parts
