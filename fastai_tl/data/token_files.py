@@ -367,9 +367,15 @@ def _write_tokens(path, source, encoder, settings, max_words, n_workers):
     finally:
         writer.close()
 
-# %% ../../nbs/141_data.token_files.ipynb #14cf14de
+# %% ../../nbs/141_data.token_files.ipynb #e82f8d71
 def _encoder_of(tokenizer, lang, rules):
     is_hf = isinstance(tokenizer, (str, Path)) or hasattr(tokenizer, 'model_input_names')
+    if is_hf and rules is not None:
+        raise FastaiTLError('`rules` are for a tokenizer of fastai', 'one of transformers',
+                            "Leave them out, or pass `lang='zh-tw'` for those of Chinese")
+    if not is_hf and lang != 'en':
+        raise FastaiTLError('`lang` is for a tokenizer of transformers', 'one of fastai',
+                            'For Chinese pass `ChineseTokenizer()` and `rules=CHINESE_RULES`')
     return HFEncoder(tokenizer, lang) if is_hf else WordEncoder(tokenizer, rules)
 
 def _lock(path):

@@ -7,14 +7,14 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.bulk_prediction.html.md"""
 # %% auto #0
 __all__ = ['predict_files']
 
-# %% ../../nbs/829_deploy.bulk_prediction.ipynb #5d1de840
+# %% ../../nbs/829_deploy.bulk_prediction.ipynb #5a86be65
 import os, shutil, subprocess, sys, threading, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.all import L
 from filelock import FileLock, Timeout
-from ..arguments import check_option, check_path, check_whole, checked
+from ..arguments import check_each, check_option, check_path, check_whole, checked
 from ..atomic import atomic_path, writing
 from ..core import DataError, FastaiTLError, RunError, shorten
 from ..data.readers import is_table_file, table_parts
@@ -214,12 +214,12 @@ def _run_processes(plan_file, n):
             process.kill()
             process.wait()
 
-# %% ../../nbs/829_deploy.bulk_prediction.ipynb #b5de4fb6
+# %% ../../nbs/829_deploy.bulk_prediction.ipynb #0d32f3b4
 def _jobs(inputs, outputs):
     "Return `(input, output)` paths: one file, or the files of a folder or a list"
     is_one = isinstance(inputs, (str, Path)) and not Path(inputs).is_dir()
-    paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    files = [Path(check_path('inputs', path)) for path in paths]
+    paths = [inputs] if isinstance(inputs, (str, Path)) else inputs
+    files = [Path(path) for path in check_each('inputs', paths, check_path)]
     if len(files) == 1 and files[0].is_dir():
         files = sorted(file for file in files[0].iterdir() if is_table_file(file))
     if not files or not all(map(is_table_file, files)):
