@@ -60,7 +60,11 @@ def split_stream(
     held = set(rng.permutation(n)[:max(1, round(n*valid_pct))].tolist())
     return [text for text in whole if text[0] not in held], [text for text in whole if text[0] in held]
 
-def fitting_bs(bs, n_tokens, what):
+def fitting_bs(
+    bs:int, # Batch size
+    n_tokens:int, # Number of tokens
+    what:str # What they are for, for the error message
+) -> int:
     "Return the batch size, reduced if needed so that each row gets at least sixteen tokens"
     if n_tokens < 4:
         raise DataError(f'A language model needs some tokens for {what}', str(n_tokens), 'Give it more text')

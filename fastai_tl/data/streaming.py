@@ -189,11 +189,15 @@ class StreamedLMDataLoader(ResumableBatches, LMDataLoader):
         "Return what the batches depend on"
         return dict(n_tokens=len(self.stream), seed=self.stream.seed, bs=self.bs, seq_len=self.seq_len)
 
-    def begin_epoch(self, epoch):
+    def begin_epoch(self,
+        epoch # Number of the epoch; `None`: the order of the file
+    ):
         "Set the order of the texts"
         self.stream.arrange(epoch)
 
-    def batch(self, k):
+    def batch(self,
+        k:int # Number of the batch
+    ) -> tuple: # Tokens and targets
         "Return batch `k` of the epoch"
         start, n = k*self.seq_len, self.seq_len if k < self.n_batches-1 else self.last_len
         rows = [self.stream.read(row*self.bl+start, row*self.bl+start+n+1) for row in range(self.bs)]
@@ -337,18 +341,24 @@ class StreamedBlocksDL(ResumableBatches, TokenTargetsDL):
         source = self.dataset.source
         return dict(n_tokens=len(source), seed=source.seed, bs=self.bs, max_length=self.dataset.max_length)
 
-    def begin_epoch(self, epoch):
+    def begin_epoch(self,
+        epoch # Number of the epoch; `None`: the order of the file
+    ):
         "Set the order of the texts"
         self.dataset.arrange(epoch)
 
-    def rows(self, k):
+    def rows(self,
+        k:int # Number of the batch
+    ) -> range:
         "Return the numbers of the blocks of batch `k`"
         n_full = len(self.dataset)//self.bs
         if not self.shuffle or k >= n_full:
             return range(k*self.bs, min((k+1)*self.bs, len(self.dataset)))
         return range(k, n_full*self.bs, n_full)
 
-    def batch(self, k):
+    def batch(self,
+        k:int # Number of the batch
+    ) -> tuple: # Tokens and targets
         "Return batch `k` of the epoch"
         rows, n = self.rows(k), self.dataset.max_length
         has_own = self.after_item.fs or [type(f) for f in self.before_batch.fs] != [PadTokens] # transforms of a user
