@@ -38,7 +38,10 @@ from .data.qa import *
 from .data.token_blocks import *
 from .data.token_masking import *
 from .data.language_modeling import *
+from .data.text_parts import *
+from .data.token_files import *
 from .data.seq2seq import *
+from .data.streaming import *
 from .data.augmentation import *
 from .datasets.corpora import *
 from .datasets.reviews import *
@@ -169,8 +172,10 @@ from .deploy.batching import *
 from .deploy.served_model import *
 from .deploy.openapi import *
 from .deploy.serve import *
+from .deploy.prediction_files import *
 from .deploy.model_card import *
 from .deploy.hub import *
+from .deploy.bulk_prediction import *
 from .deploy.teacher_scores import *
 from .deploy.distillation import *
 from .deploy.drift import *

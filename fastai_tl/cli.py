@@ -36,7 +36,7 @@ def _problem(error):
     "Return a message about an error of the user, of the data or of the operating system; `None` for other errors"
     from fastai_tl.atomic import system_error
     if isinstance(error, FastaiTLError): # with options as they are written here
-        return re.sub(r"`encoding='([\w-]+)'`", r'`--encoding \1`', error.message)
+        return re.sub(r"`encoding='([\w-]+)'`", r'`--encoding \1`', error.message).replace('`text_col`', '`--text`')
     found = system_error(error)
     if found is None:
         return None

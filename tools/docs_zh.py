@@ -49,6 +49,7 @@ NAV = {
         'nbs/howto/plateau.ipynb',
         'nbs/howto/resume.ipynb',
         'nbs/howto/ulmfit_folder.ipynb',
+        'nbs/howto/large_corpus.ipynb',
         'nbs/howto/threshold.ipynb',
         'nbs/howto/predict_file.ipynb',
         'nbs/howto/distill.ipynb',

@@ -85,6 +85,8 @@ def _add_predict(commands):
     add('--text', dest='text_col', action='append', help=_TEXT_COLUMN)
     _add_reader_options(add)
     add('--label-delim', help="separator to put between several labels of a text (that of the training data, or ',')")
+    add('--processes', type=int, help='predict a large file in parts, in this number of processes; the same command '
+                                      'continues after a stop')
 
 # %% ../../nbs/982_commands.arguments.ipynb #d070bd2f
 def _add_evaluate(commands):

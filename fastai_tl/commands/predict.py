@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import listify
-from ..core import FastaiTLError
+from ..core import FastaiTLError, shorten
 from ..data.readers import is_table_file, read_table
-from ..data.spec import TextSpec
-from ..data.tables import question_pairs, text_column, valid_texts
+from ..data.tables import valid_texts
+from ..deploy.bulk_prediction import model_inputs_of, predict_files, predicted_columns, spec_of_model
 from ..deploy.bundle import load_bundle
 from ..deploy.hub_files import local_bundle
+from ..deploy.prediction_files import input_columns
 from ..deploy.predictor import Predictor
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.predictions import labelled_texts
@@ -26,7 +27,7 @@ from ..learners.ulmfit import ULMFiT
 from ..plot import set_language
 from ..quickstart.base import explain_choice, read_summary
 from ..terminal import printable
-from .tables import (check_out, input_columns, lines_of, read_to_predict, reader_options,
+from .tables import (check_out, lines_of, read_to_predict, reader_options,
     with_columns_of, write_predictions)
 
 # %% ../../nbs/986_commands.predict.ipynb #7f8894be
@@ -64,63 +65,6 @@ def _model_of_run(folder, summary):
                  bidirectional=summary['bidirectional'], progress=False, lang=summary.get('lang', 'en'))
     return Predictor(ulm.load_classifier(summary['chosen'][summary['best']]['name']))
 
-def spec_of_model(
-    model # A `Predictor` or a Learner
-) -> TextSpec:
-    "Return the spec of a model"
-    return model.engine.spec if isinstance(model, Predictor) else model.dls.spec
-
-# %% ../../nbs/986_commands.predict.ipynb #90e2c5d9
-def _class_columns(predictions, delim):
-    "Return the columns of a `Predictions` object"
-    probs = {f'p({c})': predictions.probs[:, k] for k, c in enumerate(predictions.classes)}
-    if predictions.task == 'classification':
-        confidence = predictions.probs[np.arange(len(predictions)), predictions.preds]
-        return dict(predicted=predictions.labels, confidence=confidence, **probs)
-    return dict(predicted=[delim.join(map(str, labels)) for labels in predictions.labels], **probs)
-
-def _value_columns(predictions, spec):
-    "Return the columns of a regression"
-    names = spec.columns.get('label', 'label')
-    if predictions.scores.shape[1] == 1:
-        return dict(predicted=predictions.scores[:, 0])
-    names = names if isinstance(names, list) else range(1, predictions.scores.shape[1]+1)
-    return {f'predicted {name}': predictions.scores[:, k] for k, name in enumerate(names)}
-
-def _learner_columns(learn, df):
-    "Return the columns of a model that predicts tags, answers or texts"
-    task = learn.dls.spec.task
-    with learn.no_bar(), learn.no_logging():
-        if task == 'tagging':
-            tagged = learn.tag(list(df.iloc[:, 0]))
-            return dict(predicted=[' '.join(o.tags) for o in tagged],
-                        entities=['; '.join(f'{e.type}: {e.text}' for e in o.entities) for o in tagged])
-        if task == 'qa':
-            answers = learn.answers(question_pairs(df, learn.dls.spec.columns))
-            return dict(predicted=[a.text for a in answers], confidence=[a.confidence for a in answers])
-        return dict(predicted=learn.generate_texts(text_column(df, df.columns[0])))
-
-# %% ../../nbs/986_commands.predict.ipynb #5552ee3f
-def _items(spec, df):
-    "Return what the model reads of each row: a text, or a tuple of two"
-    names = input_columns(spec)
-    rows = text_column(df, names if len(names) > 1 else names[0])
-    return [item if isinstance(item, str) else tuple(item) for item in rows]
-
-def predicted_columns(
-    model, # A `Predictor` or a Learner
-    df:pd.DataFrame, # Table with the columns of the training data
-    label_delim:str|None=None # Separator to put between several labels; `None`: that of the training data
-) -> pd.DataFrame: # One row for each row of `df`
-    "Predict the rows of a table"
-    spec = spec_of_model(model)
-    if not isinstance(model, Predictor):
-        return pd.DataFrame(_learner_columns(model, df))
-    predictions = model.predict(_items(spec, df))
-    if predictions.task == 'regression':
-        return pd.DataFrame(_value_columns(predictions, spec))
-    return pd.DataFrame(_class_columns(predictions, label_delim or spec.label_delim or ','))
-
 # %% ../../nbs/986_commands.predict.ipynb #1b41eea5
 def _line(prediction):
     "Return label and probability of a `Prediction`, separated by a tab"
@@ -130,7 +74,7 @@ def _line(prediction):
 def _print_lines(model, df, texts):
     "Print a line for each text"
     if isinstance(model, Predictor):
-        lines = map(_line, model.predict_iter(_items(spec_of_model(model), df)))
+        lines = map(_line, model.predict_iter(model_inputs_of(spec_of_model(model), df)))
     else:
         rows = predicted_columns(model, df)
         confidence = rows['confidence'].map('{:.3f}'.format) if 'confidence' in rows else ['']*len(rows)
@@ -156,12 +100,33 @@ def _table_to_predict(args, spec):
                             'Give it a .csv file that has both')
     return pd.DataFrame({names[0]: [o.strip() for o in args.texts or lines_of(None, args.encoding)]})
 
+# %% ../../nbs/986_commands.predict.ipynb #96287a47
+def _bundle_of(folder):
+    "Return the folder of a bundle, or of the bundle of a finished run"
+    folder = local_bundle(folder)
+    found = [o for o in (folder, folder/'model') if (o/'bundle.json').exists()]
+    if not found:
+        raise FastaiTLError(f'{folder} must be a bundle, or a run with one, for `--processes`', 'no bundle.json there',
+                            'Leave `--processes` out, or save one with `learn.save_bundle`')
+    return found[0]
+
+def _predict_in_processes(args, out):
+    "Predict the rows of a file in parts"
+    if out is None or len(args.texts) != 1 or not is_table_file(args.texts[0]):
+        raise FastaiTLError('`--processes` needs one .csv, .tsv, .jsonl or .parquet file, and `--out`',
+                            shorten(args.texts) or 'no file')
+    out, = predict_files(_bundle_of(args.model), args.texts[0], out, args.processes, text_col=args.text_col,
+                         label_delim=args.label_delim, **reader_options(args))
+    print(f'Rows with predictions: {out}')
+
 # %% ../../nbs/986_commands.predict.ipynb #1e12efac
 def predict(
     args # Parsed arguments of the subcommand
 ):
     "Predict the rows of a file or some texts"
     out = None if args.out is None else check_out(args.out)
+    if args.processes is not None:
+        return _predict_in_processes(args, out)
     model = load_model(args.model)
     spec = spec_of_model(model)
     df = _table_to_predict(args, spec)

@@ -15,8 +15,7 @@ from ..core import DataError, FastaiTLError, shorten
 from ..data.readers import decode_text, is_table_file, read_table
 from ..data.spec import TextSpec
 from ..data.tables import is_missing
-from ..atomic import atomic_path
-from ..files import write_csv
+from ..deploy.prediction_files import input_columns, target_columns, with_predictions, write_table
 
 # %% ../../nbs/984_commands.tables.ipynb #2c2bc9e7
 def reader_options(
@@ -52,27 +51,6 @@ def read_to_predict(
         raise DataError('`--sep` is for tables', path.name, 'Give the file the extension .csv')
     return pd.DataFrame(dict(text=lines_of(path, reader.get('encoding'))))
 
-# %% ../../nbs/984_commands.tables.ipynb #9c317320
-_INPUTS = dict(tagging=['words'], qa=['question', 'context'], seq2seq=['source'])
-_TARGETS = dict(tagging='tags', qa='answer', seq2seq='target')
-
-def _flat(names):
-    return [one for name in names for one in (name if isinstance(name, (list, tuple)) else [name])]
-
-def input_columns(
-    spec:TextSpec # Spec of a model
-) -> list: # One or two names
-    "Return the names of the columns that a model reads"
-    names = _flat(spec.columns.get(role, role) for role in _INPUTS.get(spec.task, ['text']))
-    return [*names, 'pair'] if spec.pairs and len(names) == 1 else names
-
-def target_columns(
-    spec:TextSpec # Spec of a model
-) -> list: # Names
-    "Return the names of the columns with the labels"
-    role = _TARGETS.get(spec.task, 'label')
-    return _flat([spec.columns.get(role, role)])
-
 # %% ../../nbs/984_commands.tables.ipynb #f5bbd9e3
 def _only_texts(df):
     "Return the names of the columns with strings"
@@ -102,7 +80,8 @@ def with_columns_of(
     labelled:bool=False # Whether the labels are needed
 ) -> pd.DataFrame: # A table with the column names of the training data
     "Return the columns that a model needs, under the names of its training data"
-    wanted, found = input_columns(spec), _found(df, input_columns(spec), text_col, '--text')
+    wanted = input_columns(spec)
+    found = _found(df, wanted, text_col, '--text')
     if labelled:
         wanted = wanted + target_columns(spec)
         found = found + _found(df, target_columns(spec), label_col, '--label')
@@ -144,17 +123,6 @@ def find_columns(
     return text_col, label_col
 
 # %% ../../nbs/984_commands.tables.ipynb #289afa68
-def _write_table(df, path):
-    suffix = path.suffix.lower()
-    if suffix == '.csv':
-        return write_csv(df, path, index=False)
-    if suffix == '.tsv':
-        return write_csv(df, path, index=False, sep='\t')
-    with atomic_path(path) as tmp:
-        if suffix == '.parquet':
-            return df.to_parquet(tmp, index=False)
-        tmp.write_text(df.to_json(orient='records', lines=True, force_ascii=False), encoding='utf-8')
-
 def check_out(
     path # Path of the file to write
 ) -> Path:
@@ -169,7 +137,4 @@ def write_predictions(
     path:Path # Path of the file to write
 ):
     "Write a table with its predictions"
-    if twice := [name for name in predicted.columns if name in df.columns]:
-        raise DataError('The columns of the predictions must be new', f'{shorten(twice)} in the file',
-                        'Rename or remove these columns')
-    _write_table(pd.concat([df.reset_index(drop=True), predicted.reset_index(drop=True)], axis=1), path)
+    write_table(with_predictions(df, predicted), path)

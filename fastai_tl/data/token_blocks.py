@@ -35,6 +35,17 @@ def end_of_text(tokenizer):
     need_tokenizer(tokenizer)
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
+# %% ../../nbs/137_data.token_blocks.ipynb #edd25698
+def stream_frame(tokenizer):
+    "Return the tokens before and after each text of a stream: the special tokens, and an end-of-text token"
+    end = end_of_text(tokenizer)
+    if end is None:
+        raise VocabError('A causal language model needs a token between texts',
+                         'a tokenizer with neither `eos_token` nor `sep_token`',
+                         "Set `tokenizer.eos_token = '…'` to one of its tokens")
+    before, after = frame(tokenizer)
+    return before, after if after[-1:] == [end] else after + [end]
+
 def block_length(tokenizer, max_length=None):
     "Return the number of tokens per block: `max_length`, or the tokenizer's own limit, at most 512"
     return check_whole('max_length', max_length, or_none=True) or min(tokenizer.model_max_length, 512)
@@ -81,13 +92,7 @@ class CausalBlocks:
         self.tokenizer = tokenizer
         self.max_length = check_whole('max_length', max_length)
         self.rules = rules
-        end = end_of_text(tokenizer)
-        if end is None:
-            raise VocabError('A causal language model needs a token between texts',
-                             'a tokenizer with neither `eos_token` nor `sep_token`',
-                             "Set `tokenizer.eos_token = '…'` to one of its tokens")
-        before, after = frame(tokenizer)
-        after = after if after[-1:] == [end] else after + [end]
+        before, after = stream_frame(tokenizer)
         docs = check_each('docs', docs, check_array, 1, low=0, dtype=np.int32)
         self.docs = [np.concatenate([before, doc, after]).astype(np.int32) for doc in docs]
         self.arrange()

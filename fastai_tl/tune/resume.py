@@ -49,7 +49,9 @@ def start_epoch_from_seed(
         dl.rng = random.Random(derive_seed(seed, 'loader', i, *parts))
         for transform in _epoch_transforms(dl):
             transform.start_epoch(*parts)
-        if isinstance(dl, LMDataLoader):
+        if hasattr(type(dl), 'start_epoch'): # a loader of a `TokenFile`
+            dl.start_epoch(*parts)
+        elif isinstance(dl, LMDataLoader):
             _unshuffle(dl)
     seed_everything(seed, *parts)
 
