@@ -15,7 +15,7 @@ GROUPS = {
     ).split(),
     'Speed and memory': (
         'training allocator mixed_precision feature_cache compilation prediction onnx serving generation evaluation '
-        'chinese_tokenizers chinese_million import_time gpu'
+        'chinese_tokenizers chinese_million static_vectors import_time gpu'
     ).split(),
     'Coverage': 'architectures blurr_flows'.split(),
     'Trust': ['attributions', 'trust'],

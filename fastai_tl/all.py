@@ -55,6 +55,7 @@ from .models.class_order import *
 from .models.hf import *
 from .models.pooled_states import *
 from .models.awd_lstm import *
+from .models.static_vectors import *
 from .models.third_party import *
 from .efficiency.lstm_bf16 import *
 from .efficiency.allocator import *
@@ -96,6 +97,7 @@ from .learners.ulmfit_run import *
 from .learners.ulmfit_stages import *
 from .learners.ulmfit import *
 from .learners.few_shot import *
+from .learners.bag_of_words import *
 from .learners.auto import *
 from .generation.tokenizer_adapter import *
 from .generation.language_model import *
@@ -105,6 +107,7 @@ from .generation.constraints import *
 from .generation.generate import *
 from .generation.perplexity import *
 from .generation.surprisal import *
+from .generation.zero_shot import *
 from .evaluation.scores import *
 from .evaluation.intervals import *
 from .evaluation.report import *
@@ -158,6 +161,7 @@ from .deploy.serve import *
 from .deploy.model_card import *
 from .deploy.hub import *
 from .deploy.teacher_scores import *
+from .deploy.blending import *
 from .deploy.distillation import *
 from .interop.blurr_compat import *
 from .interop.blurr import *
