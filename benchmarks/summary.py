@@ -12,11 +12,11 @@ HERE = Path(__file__).resolve().parent
 GROUPS = {
     'Accuracy': (
         'transfer_gain trec6_minilm recipes layer_rates few_shot distillation hotel_reviews chinese_ner probing '
-        'preferences'
+        'preferences continual'
     ).split(),
     'Speed and memory': (
         'training allocator mixed_precision feature_cache compilation prediction onnx serving generation evaluation '
-        'streaming bulk_prediction chinese_tokenizers chinese_million import_time gpu'
+        'streaming bulk_prediction chinese_tokenizers chinese_million static_vectors import_time gpu'
     ).split(),
     'Coverage': 'architectures blurr_flows'.split(),
     'Trust': ['attributions', 'distributed', 'trust'],

@@ -60,6 +60,7 @@ from .models.hf import *
 from .models.class_extension import *
 from .models.pooled_states import *
 from .models.awd_lstm import *
+from .models.static_vectors import *
 from .models.vocab_extension import *
 from .models.third_party import *
 from .models.dual_encoder import *
@@ -107,6 +108,7 @@ from .learners.ulmfit_run import *
 from .learners.ulmfit_stages import *
 from .learners.ulmfit import *
 from .learners.few_shot import *
+from .learners.bag_of_words import *
 from .learners.auto import *
 from .learners.extension import *
 from .generation.tokenizer_adapter import *
@@ -117,6 +119,7 @@ from .generation.constraints import *
 from .generation.generate import *
 from .generation.perplexity import *
 from .generation.surprisal import *
+from .generation.zero_shot import *
 from .generation.control_codes import *
 from .generation.completions import *
 from .generation.preferences import *
@@ -177,6 +180,7 @@ from .deploy.model_card import *
 from .deploy.hub import *
 from .deploy.bulk_prediction import *
 from .deploy.teacher_scores import *
+from .deploy.blending import *
 from .deploy.distillation import *
 from .deploy.drift import *
 from .deploy.updates import *

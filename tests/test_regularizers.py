@@ -1,4 +1,4 @@
-"L2-SP, R-Drop and averaged weights in the fits that people run: gradual unfreezing, a cache, AWD_LSTM, tags, resuming."
+"L2-SP, R-Drop, FGM, averaged weights in the fits that people run: gradual unfreezing, a cache, AWD_LSTM, resuming."
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from fastai.callback.core import Callback
 from small_learners import answerer, classifier, tagger, ulmfit_classifier
 
 from fastai_tl.all import *
+from fastai_tl.tune.regularizers import token_embeddings
 
 
 class Steps(Callback):
@@ -123,3 +124,71 @@ def test_rdrop_refuses_other_tasks_before_the_fit(small_tokenizers):
     with pytest.raises(FastaiTLError, match='tasks classification, multilabel, tagging'):
         quiet(learn, 'fit', 1, cbs=RDrop())
     assert all(torch.equal(p, start[name]) for name, p in weights(learn).items())
+
+
+class Gain(Callback):
+    "Compare the loss at the moved embeddings with the gradients of the embeddings"
+
+    order = FGM.order + 0.1
+
+    def after_loss(self):
+        if not self.training:
+            return
+        layer, chunks = token_embeddings(self.model)
+        kept = []
+        hook = layer.register_forward_hook(lambda module, args, out: kept.append(out))
+        pred = self.model(*self.xb)
+        hook.remove()
+        loss = self.loss_func(pred[0] if isinstance(pred, tuple) else pred, *self.yb)
+        squares = torch.zeros(len(self.yb[0]))
+        for g in torch.autograd.grad(loss, kept):
+            squares[: len(g)] += g.flatten(1).square().sum(1)
+        moved = (self.loss - loss).item()
+        self.gain = (moved - loss.item()) / self.fgm.epsilon
+        self.expected = squares.sqrt().sum().item()
+
+
+@pytest.mark.parametrize('make', [classifier, tagger, ulmfit_classifier])
+def test_fgm_moves_along_the_gradient(make, small_tokenizers):
+    "To first order the loss grows by epsilon times the norm of the gradient of each text"
+    learn = make(small_tokenizers)
+    if make is ulmfit_classifier:
+        learn.model[0].bptt = 8  # texts of several chunks
+    for m in learn.model.modules():
+        for name in ('p', 'embed_p', 'dropout_prob', 'attention_dropout'):
+            if isinstance(getattr(m, name, None), float):
+                setattr(m, name, 0.0)
+        if hasattr(m, 'weight_p'):
+            m.weight_p = 1e-9
+        if isinstance(m, torch.nn.BatchNorm1d):
+            m.momentum = 0.0
+    gain = Gain()
+    quiet(learn, 'fit', 1, 1e-3, cbs=[FGM(epsilon=1e-4), gain])
+    assert gain.gain == pytest.approx(gain.expected, rel=0.05)
+
+
+def test_fgm_resumes_and_leaves_frozen_weights_and_predictions_alone(small_tokenizers, tmp_path):
+    def fit(folder, more=()):
+        seed_everything(3)
+        learn = classifier(small_tokenizers)
+        learn.freeze_to(-1)
+        start = weights(learn)
+        quiet(learn, 'fit', 4, 1e-2, cbs=[FGM(), ResumableFit(folder / 'fit.safetensors'), *more])
+        return learn, start
+
+    learn, start = fit(tmp_path / 'a')
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / 'b', [Crash()])
+    resumed = weights(fit(tmp_path / 'b')[0])
+    trained = {name for name, p in learn.model.named_parameters() if p.requires_grad}
+    for name, p in weights(learn).items():
+        assert torch.equal(p, resumed[name])
+        assert torch.equal(p, start[name]) != (name in trained)
+    assert not learn.model.hf.get_input_embeddings()._forward_hooks
+
+
+def test_fgm_refuses_other_tasks_and_caches(small_tokenizers):
+    with pytest.raises(FastaiTLError, match='tasks classification'):
+        quiet(answerer(small_tokenizers), 'fit', 1, cbs=FGM())
+    with pytest.raises(FastaiTLError, match='Train without a cache'):
+        quiet(classifier(small_tokenizers), 'fit_gradual', cbs=FGM(), cache=True)

@@ -44,6 +44,7 @@ NAV = {
         'nbs/howto/several_labels.ipynb',
         'nbs/howto/rare_classes.ipynb',
         'nbs/howto/few_labels.ipynb',
+        'nbs/howto/blend.ipynb',
         'nbs/howto/lora.ipynb',
         'nbs/howto/early_stopping.ipynb',
         'nbs/howto/plateau.ipynb',

@@ -1,19 +1,23 @@
-"""Traditional Chinese hotel reviews (ChnSentiCorp): what stage 2 of ULMFiT on other reviews is worth.
+"""Traditional Chinese hotel reviews (ChnSentiCorp): stage 2 of ULMFiT on other reviews, both directions, and the blend
+with word counts.
 
     python benchmarks/hotel_reviews/run.py --data FOLDER --out FOLDER
 
 `--data` holds zh_tw/hotel_reviews.csv (text, label, split; 6,212 to train and 1,553 to test, its own split) and
-zh_tw/shopping_reviews.parquet (text, category; its labels are not used). There are three ways:
+zh_tw/shopping_reviews.parquet (text, category; its labels are not used). The ways:
 
-- ULMFiT with `lang='zh-tw'` and characters, whose language model has read `--reviews` shopping reviews (those of
-  hotels first, then a random draw, without reviews that are also test reviews);
-- the same classifier from scratch, all layers at one rate from the start;
-- TF-IDF of character 1- to 3-grams with logistic regression.
+- TF-IDF of character 1- to 3-grams with logistic regression, fitted to the training rows without the validation rows,
+  as in the blends, and with them;
+- from scratch: ULMFiT with `lang='zh-tw'` and characters, all layers at one rate from the start;
+- stages 2 and 3: its language model has read `--reviews` shopping reviews (those of hotels first, then a random draw,
+  without reviews that are also test reviews);
+- both directions: the mean of the probabilities of a forward and a backward classifier;
+- blend: `learn.blend()` of the classifier with TF-IDF; the validation rows decide the weights.
 
-A tenth of the training rows validate; with the first seed they choose each way's rate (ULMFiT) or regularisation
-(TF-IDF). No decision uses the test rows. One language model serves all seeds; it trains in bfloat16 if the machine
-has it. Results that are in --out are kept; an interrupted epoch starts again. Prints a Markdown table and writes
-results.json."""
+A tenth of the training rows validate. With several `--rates` they choose the rate with the first seed, and they choose
+the regularisation of TF-IDF. No decision uses the test rows. One language model for each direction serves all seeds; it
+trains in bfloat16 if the machine has it. Results that are in --out are kept, and training goes on from the last epoch:
+run the same command again to continue. Prints a Markdown table and writes results.json."""
 
 import json
 import sys
@@ -27,8 +31,9 @@ offline(silent=False)
 import numpy as np
 import pandas as pd
 
-WAYS = ('TF-IDF', 'from scratch', 'stages 2 and 3')
-RATES = {'from scratch': (3e-3, 1e-2), 'stages 2 and 3': (1e-2, 3e-2)}
+BLENDS = {'blend, one direction': 'stages 2 and 3', 'blend, both directions': 'both directions'}
+ULMFIT = ('from scratch', *(way for pair in zip(BLENDS.values(), BLENDS) for way in pair))
+WAYS = ('TF-IDF', 'TF-IDF, validation rows too', *ULMFIT)
 
 
 def parse():
@@ -38,9 +43,11 @@ def parse():
     ap.add_argument('--size', type=int, nargs=3, default=(160, 256, 1), help=size)
     ap.add_argument('--reviews', type=int, default=20_000, help='shopping reviews that the language model reads')
     ap.add_argument('--lm-epochs', type=int, default=4)
+    ap.add_argument('--rates', type=float, nargs='+', default=[1e-2], help='rates of the classifiers to choose from')
+    ap.add_argument('--ways', nargs='+', default=['TF-IDF', 'one direction', 'from scratch', 'both'])
     epochs = 'epochs of each stage of unfreezing; the classifier from scratch has their sum'
     ap.add_argument('--epochs', type=int, nargs='+', default=[1, 1, 4], help=epochs)
-    ap.add_argument('--chars', type=int, default=240, help='characters of a review that the ULMFiT classifiers read')
+    ap.add_argument('--chars', type=int, default=240, help='characters of a review that classifiers train on')
     ap.add_argument('--rows', type=int, help='use only so many reviews of each kind, to try the script')
     return ap.parse_args()
 
@@ -64,51 +71,91 @@ def load(a):
     return hotel.reset_index(drop=True), list(shop), int(same.sum())
 
 
-def tfidf(hotel, chosen):
-    "Predictions on the test rows; the validation rows choose the regularisation"
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    train, valid, test = (hotel[hotel.split == s] for s in ('train', 'valid', 'test'))
-    vec = TfidfVectorizer(analyzer='char', ngram_range=(1, 3), sublinear_tf=True, min_df=2)
-    x = vec.fit_transform(train.text)
-    fit = lambda c: LogisticRegression(C=c, max_iter=2000).fit(x, train.label)
-    if chosen is None:
-        chosen = max((1, 3, 10, 30, 100), key=lambda c: fit(c).score(vec.transform(valid.text), valid.label))
-    return list(fit(chosen).predict(vec.transform(test.text))), chosen
+def rows(hotel, *splits):
+    return hotel[hotel.split.isin(splits)]
 
 
-def ulmfit(a, hotel, shop, way, seed, lr):
-    "Validation accuracy, and predictions on the test rows"
+def tfidf(a, hotel, *splits, C=(1, 3, 10, 30, 100)):
+    "A bag of characters, kept in a file; the validation rows choose the regularisation"
+    from fastai_tl.all import BagOfWords
+    from fastai_tl.files import load_tree, save_tree
+    from fastai_tl.learners.bag_of_words import bag_of_words_of_tree, bag_of_words_tree
+
+    file = Path(a.out) / f'tfidf {" ".join(splits)}.safetensors'
+    if not file.exists():
+        train, valid = rows(hotel, *splits), rows(hotel, 'valid')
+        fitted = [BagOfWords('char', C=c).fit(train.text, train.label) for c in C]
+        best = max(fitted, key=lambda bag: np.mean(predicted(bag, valid) == valid.label))
+        save_tree(file, bag_of_words_tree(best))
+    return bag_of_words_of_tree(load_tree(file))
+
+
+def predicted(bag, df):
+    return np.array(bag.classes)[bag.predict_proba(df.text).argmax(1)]
+
+
+def language_models(a, shop, both):
+    "The language model of stage 2, or one for each direction, trained once"
     from fastai_tl.all import AutocastPrecision, LazyLogitsCallback, ULMFiT
 
+    lm = ULMFiT(Path(a.out) / 'runs' / 'lm', bidirectional=both, **options(a))
+    settings = dict(lr=1e-2, drop_mult=0.1, wd=0.01, bs=32, valid_pct=0.02)
+    lm.finetune_lm(shop, encoder=None, epochs=a.lm_epochs, cbs=[AutocastPrecision(), LazyLogitsCallback()], **settings)
+    return lm
+
+
+def options(a):
     cfg = dict(zip(('emb_sz', 'n_hid', 'n_layers'), a.size))
-    options = dict(config=cfg, lang='zh-tw', max_vocab=5000, progress=False)
-    runs = Path(a.out) / 'runs'
-    if way == 'stages 2 and 3':
-        lm = ULMFiT(runs / 'lm', **options)
-        settings = dict(lr=1e-2, drop_mult=0.1, wd=0.01, bs=32, valid_pct=0.02)
-        cbs = [AutocastPrecision(), LazyLogitsCallback()]
-        lm.finetune_lm(shop, encoder=None, epochs=a.lm_epochs, cbs=cbs, **settings)
-        fit = dict(encoder=lm.encoder('domain'), epochs=a.epochs, spread=10)
-    else:
+    return dict(config=cfg, lang='zh-tw', max_vocab=5000, progress=False)
+
+
+def classifier(a, hotel, name, seed, lr, start):
+    "A trained classifier, or a pair for two encoders in `start`"
+    from fastai_tl.all import ULMFiT
+
+    both = start is not None and len(start) == 2
+    if start is None:
         fit = dict(encoder=None, epochs=[sum(a.epochs)], groups=[a.size[2] + 2], spread=1)
-    short = hotel.assign(text=hotel.text.str[: a.chars])
-    ulm = ULMFiT(runs / f'{way} {seed}', seed=seed, **options)
-    learn = ulm.classifier(short, valid_col='split', lr=lr, drop_mult=0.3, bs=32, name=f'lr {lr:g}', **fit)
-    with learn.no_bar():
-        acc = float(learn.validate()[1])
-        p = learn.get_preds(dl=learn.dls.test_dl(list(short[short.split == 'test'].text)))[0]
-    return acc, [learn.dls.vocab[1][i] for i in p.argmax(1)]
+    else:
+        fit = dict(epochs=a.epochs, spread=10)
+    ulm = ULMFiT(Path(a.out) / 'runs' / f'{name} {seed}', bidirectional=both, seed=seed, **options(a))
+    if start is not None:
+        ulm.pretrain(weights=start if both else start[0])
+    short = rows(hotel, 'train', 'valid').assign(text=hotel.text.str[: a.chars])
+    return ulm.classifier(short, valid_col='split', lr=lr, drop_mult=0.3, bs=32, name=f'lr {lr:g}', **fit)
+
+
+def chosen_classifier(a, hotel, name, seed, chosen, start=None):
+    "The classifier with the highest validation accuracy, and its rate"
+    made = {lr: classifier(a, hotel, name, seed, lr, start) for lr in (a.rates if chosen is None else [chosen])}
+    lr = max(made, key=lambda rate: float(made[rate].validate()[1]))
+    return made[lr], lr
 
 
 def run(a, hotel, shop, way, seed, chosen):
+    "Labels of the test rows by each way, what was chosen, and what the blends say of themselves"
+    test = rows(hotel, 'test')
     if way == 'TF-IDF':
-        return tfidf(hotel, chosen)
-    res = {lr: ulmfit(a, hotel, shop, way, seed, lr) for lr in (RATES[way] if chosen is None else [chosen])}
-    print(way, 'validation accuracy by rate:', {k: round(v[0], 4) for k, v in res.items()}, flush=True)
-    lr = max(res, key=lambda k: res[k][0])
-    return res[lr][1], lr
+        bag = tfidf(a, hotel, 'train')
+        whole = tfidf(a, hotel, 'train', 'valid', C=[bag.fitted['C']])
+        return {way: predicted(bag, test), WAYS[1]: predicted(whole, test)}, bag.fitted['C'], {}
+    if way == 'from scratch':
+        learn, lr = chosen_classifier(a, hotel, way, seed, chosen)
+        return {way: labels_of(learn, test)}, lr, {}
+    directions = ('forward', 'backward')[: 2 if way == 'both' else 1]
+    lm = language_models(a, shop, way == 'both')
+    start = [lm.encoder('domain', direction) for direction in directions]
+    learn, lr = chosen_classifier(a, hotel, 'pretrained', seed, chosen, start)
+    blend = learn.blend(tfidf(a, hotel, 'train'), data=rows(hotel, 'valid'), verbose=False)
+    alone, mixed = list(BLENDS.items())[way == 'both'][::-1]
+    tables = {kind: getattr(blend, kind).to_dict('index') for kind in ('table', 'gains')}
+    made = {alone: labels_of(learn, test), mixed: labels_of(blend, test)}
+    said = {mixed: dict(weights=list(blend.weights), **tables)}
+    return made, lr, said
+
+
+def labels_of(learn, test):
+    return np.array(learn.predict_batch(test.text).labels)
 
 
 def scores(pred, true):
@@ -133,10 +180,10 @@ def paired(preds, true, a, b, n=2000):
     return [(m, *np.percentile(d, (2.5, 97.5))) for m, d in zip(means, np.array(draws).T)]
 
 
-def report(rows, true):
+def report(done, true):
     preds = {}
     for w in WAYS:
-        found = [r['positive'] for r in rows if r['way'] == w]
+        found = [r['positive'] for r in done if r['way'] == w]
         if found:
             preds[w] = np.array(found, bool)
     k = min(map(len, preds.values()))
@@ -150,9 +197,10 @@ def report(rows, true):
     title = f'hotel reviews, {len(true):,} test rows, {k} seed(s)'
     against = ['accuracy against TF-IDF, points (95 % interval):', 'macro F1 against TF-IDF:']
     print('\n' + table([title, 'accuracy %, mean ± sd:', 'macro F1 %, mean ± sd:', *against], lines))
-    if {*WAYS[1:]} <= set(preds):
-        accuracy, f1 = map(as_text, paired(preds, true, *WAYS[:0:-1]))
-        print(f'\nStage 2 against none: {accuracy} points of accuracy, {f1} of macro F1')
+    for name, other in {'stages 2 and 3': 'from scratch', **BLENDS}.items():
+        if {name, other} <= set(preds):
+            accuracy, f1 = map(as_text, paired(preds, true, name, other))
+            print(f'\n{name} against {other}: {accuracy} points of accuracy, {f1} of macro F1')
 
 
 def main():
@@ -161,26 +209,28 @@ def main():
     hotel, shop, same = load(a)
     file = Path(a.out) / 'results.json'
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(file.read_text(encoding='utf-8'))['runs'] if file.exists() else []
-    true = (hotel[hotel.split == 'test'].label == '正面').to_numpy()
+    done = json.loads(file.read_text(encoding='utf-8'))['runs'] if file.exists() else []
+    true = (rows(hotel, 'test').label == '正面').to_numpy()
     counts = f'{len(hotel):,} hotel reviews; {len(shop):,} shopping reviews'
     print(f'{counts}; {same:,} more were left out: they are test reviews too', flush=True)
-    for seed in range(a.seeds):
-        for way in WAYS:
-            if any(r['way'] == way and r['seed'] == seed for r in rows):
+    for seed in range(1, a.seeds + 1):
+        for way in a.ways:
+            if any(r['of'] == way and r['seed'] == seed for r in done):
                 continue
-            chosen = next((r['chosen'] for r in rows if r['way'] == way), None)
+            same_rate = ('one direction', 'both') if way == 'both' else (way,)
+            chosen = next((r['chosen'] for r in done if r['of'] in same_rate), None)
             begin = time.perf_counter()
-            pred, chosen = run(a, hotel, shop, way, seed, chosen)
-            positive = np.array(pred) == '正面'
-            accuracy, f1 = map(float, scores(positive, true))
-            row = dict(way=way, seed=seed, chosen=chosen, accuracy=accuracy, macro_f1=f1)
-            row['seconds'] = time.perf_counter() - begin
-            print(row, flush=True)
-            rows.append(dict(row, positive=positive.astype(int).tolist()))
-            settings = dict(settings=vars(a), left_out=same, runs=rows)
+            preds, chosen, said = run(a, hotel, shop, way, seed, chosen)
+            for name, labels in preds.items():
+                positive = labels == '正面'
+                accuracy, f1 = map(float, scores(positive, true))
+                row = dict(way=name, of=way, seed=seed, chosen=chosen, accuracy=accuracy, macro_f1=f1)
+                row |= dict(seconds=time.perf_counter() - begin, blend=said.get(name))
+                print(row, flush=True)
+                done.append(dict(row, positive=positive.astype(int).tolist()))
+            settings = dict(settings=vars(a), left_out=same, runs=done)
             file.write_text(json.dumps(settings, ensure_ascii=False), encoding='utf-8')
-    report(rows, true)
+    report(done, true)
 
 
 if __name__ == '__main__':
