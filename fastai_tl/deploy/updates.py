@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
-from fastai.callback.schedule import fit_one_cycle
+from fastai.callback.schedule import *
 from fastai.learner import Learner
 from ..arguments import check_number, check_option, check_whole, checked
 from ..core import DataError, FastaiTLError, RunError, seed_everything, shorten

@@ -16,7 +16,7 @@ from fastai.data.transforms import Categorize, OneHotEncode
 from fastai.learner import Learner
 from fastai.text.core import defaults
 from fastai.text.data import LMDataLoader, Numericalize
-from ..arguments import check_each, check_flag, check_text, check_whole, checked
+from ..arguments import check_each, check_text, check_whole, checked
 from ..core import DataError, FastaiTLError, shorten
 from ..data.class_names import class_list
 from ..data.chinese import ChineseTokenizer

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from fastai.text.core import defaults
 from fastai.text.models.core import LinearDecoder
-from ..arguments import check_each, check_flag, check_text, checked
-from ..core import FastaiTLError, VocabError, describe, shorten
+from ..arguments import check_each, check_text, checked
+from ..core import FastaiTLError, VocabError, shorten
 from ..locks import exclusive
 from .class_extension import more_rows
 from .encoder import find_encoder
