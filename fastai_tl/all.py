@@ -57,8 +57,8 @@ from .models.virtual_tokens import *
 from .models.loading import *
 from .models.class_order import *
 from .models.hf import *
-from .models.class_extension import *
 from .models.pooled_states import *
+from .models.class_extension import *
 from .models.awd_lstm import *
 from .models.static_vectors import *
 from .models.vocab_extension import *
