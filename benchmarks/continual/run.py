@@ -5,8 +5,8 @@
 
 A model learns three classes (ABBR, DESC, ENTY), then `add_classes` gives it the other three (HUM, LOC, NUM) and
 `update` trains it on their questions: without anything (`naive`), with a replayed sample (`replay`), with replay and an
-anchor (`l2sp`, `lwf`). `joint` is trained on the questions of both tranches from the start. Every way makes the same
-number of epochs with the same rate; nothing is tuned, and no decision uses the 500 test questions, which give all
+anchor (`l2sp`, `lwf`). `joint` is trained on the questions of both tranches from the start. Every fit has the
+same rate, and as many epochs as `update` makes by itself: 3, or those that make 150 steps. Nothing is tuned, and no decision uses the 500 test questions, which give all
 figures. The same model is asked for drift: weekly batches of 100 questions of the old classes that it has not seen,
 then batches of the new classes. One seed a call; the figures of several seeds are joined in FILE."""
 
@@ -36,8 +36,7 @@ WAYS = {
 def parse():
     ap = common.parser(__doc__, 'data', 'threads', 'json')
     ap.add_argument('--seed', type=int, default=1)
-    ap.add_argument('--rows', type=int, default=600, help='questions for training in each tranche')
-    ap.add_argument('--epochs', type=int, default=3)
+    ap.add_argument('--rows', type=int, default=300, help='questions for training in each tranche')
     ap.add_argument('--replay', type=float, default=0.2)
     ap.add_argument('--bs', type=int, default=16)
     ap.add_argument('--lr', type=float, default=2e-4)
@@ -62,6 +61,11 @@ def learner(df, classes, a, bs=None):
     options = dict(bs=a.bs, vocab=classes, max_length=40, seed=a.seed, verbose=False)
     dls = HFTextDataLoaders.from_df(df, minilm_folder(), **options)
     return common.quiet(hf_classifier_learner(dls, minilm_folder(), metrics=[], lr=a.lr), validate=True)
+
+
+def epochs_of(learn):
+    "The number of epochs that `update` would make"
+    return max(3, math.ceil(150 / len(learn.dls.train)))
 
 
 def copied(learn):
@@ -95,11 +99,11 @@ def one_seed(a):
         return res
 
     base = learner(old, OLD, a)
-    timed('first tranche', lambda: base.fit_one_cycle(a.epochs))
+    timed('first tranche', lambda: base.fit_one_cycle(epochs_of(base)))
     old_test = test[test.label.isin(OLD)]
     before = float((np.array(base.predict_batch(old_test.text).labels) == old_test.label.to_numpy()).mean())
     drift = drift_of(base, unseen, shifted, a)
-    options = dict(epochs=a.epochs, max_drop=None, seed=a.seed, verbose=False)
+    options = dict(max_drop=None, seed=a.seed, verbose=False)
     for name, way in WAYS.items():
         learn = copied(base).add_classes(NEW, verbose=False)
         update = timed(name, lambda: learn.update(new, **{'replay': a.replay, **way, **options}))
@@ -107,7 +111,7 @@ def one_seed(a):
         found[name] = dict(figures(learn.predictor(), test), worst_class_change=worst)
         print(a.seed, name, found[name], round(times[name]), flush=True)
     joint = learner(pd.concat([old, new]), OLD + NEW, a)
-    timed('joint', lambda: joint.fit_one_cycle(a.epochs))
+    timed('joint', lambda: joint.fit_one_cycle(epochs_of(joint)))
     found['joint'] = figures(joint.predictor(), test)
     print(a.seed, 'joint', found['joint'], round(times['joint']), flush=True)
     return dict(seed=a.seed, old_before=before, ways=found, drift=drift, seconds=times, rows=a.rows, replay=a.replay)

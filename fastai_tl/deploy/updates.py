@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.updates.html.md"""
 __all__ = ['Update', 'UpdateOptions', 'load_replay']
 
 # %% ../../nbs/845_deploy.updates.ipynb #22ff8442
-import copy, shutil
+import copy, math, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -33,6 +33,7 @@ from ..tune.regularizers import L2SP
 from ..tune.replay import ClassReservoir
 from .bundle_files import FORMAT_VERSION, check_bundle
 from .manifest import bundle_folder
+from ..tune.transfer_plan import MIN_STEPS
 
 # %% ../../nbs/845_deploy.updates.ipynb #a5afba1e
 def _check_updatable(learn):
@@ -191,7 +192,7 @@ class Update:
 @dataclass
 class UpdateOptions:
     "Further options of `update`"
-    epochs:int=3 # Number of epochs
+    epochs:int|None=None # Number of epochs; `None`: 3, or as many as it takes to make 150 optimizer steps
     lr:float|slice|None=None # Maximum learning rate; `None`: the Learner's own
     alpha:float|None=None # Strength of the anchor; `None`: .01 for `l2sp`, 1 for `lwf`
     temperature:float=2. # Temperature of `lwf`
@@ -201,7 +202,7 @@ class UpdateOptions:
     verbose:bool=True # Print the log of the training and what to do next
 
     def __post_init__(self):
-        check_whole('epochs', self.epochs)
+        check_whole('epochs', self.epochs, or_none=True)
         check_rates('lr', self.lr)
         check_number('alpha', self.alpha, low=0, high=1e6, or_none=True)
         check_number('temperature', self.temperature, above=0, high=1e6)
@@ -260,11 +261,12 @@ def _train(learn, rows, replayed, cbs, options):
     learn.dls = _with_loaders(learn.dls, train, _loader(learn.dls, [*rows.old_valid, *rows.new_valid]))
     learn.opt = None # new moments; the old ones are kept for the case that the update is refused
     lr = learn.lr if options.lr is None else options.lr
+    epochs = options.epochs or max(3, math.ceil(MIN_STEPS/len(train))) # fewer steps learn nothing from few rows
     if options.verbose:
-        learn.fit_one_cycle(options.epochs, lr, cbs=cbs)
+        learn.fit_one_cycle(epochs, lr, cbs=cbs)
     else:
         with learn.no_bar(), learn.no_logging():
-            learn.fit_one_cycle(options.epochs, lr, cbs=cbs)
+            learn.fit_one_cycle(epochs, lr, cbs=cbs)
 
 # %% ../../nbs/845_deploy.updates.ipynb #d86134cb
 def _try_update(learn, rows, replayed, cbs, max_drop, options):

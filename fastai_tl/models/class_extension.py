@@ -60,17 +60,25 @@ def more_rows(
     rows = rows.to(weight.device, weight.dtype)
     return nn.Parameter(torch.cat([weight.detach(), rows]), requires_grad=weight.requires_grad)
 
+def _new_rows(weight, n):
+    "Return the mean of the rows of a weight or a bias, `n` times; rows of a weight get random numbers too"
+    mean = weight.mean(0, keepdim=True)
+    rows = mean.expand(n, *weight.shape[1:])
+    if weight.ndim == 1:
+        return rows
+    generator = torch.Generator().manual_seed(len(weight)) # other numbers for the next classes
+    return rows + (weight-mean).std(correction=0)*torch.randn(rows.shape, generator=generator)
+
 @checked
 def add_outputs(
     layer:nn.Linear, # The output layer, which is changed
     n:int # Number of new outputs
 ) -> list: # Pairs: each old parameter and the new one that replaces it
-    "Give a linear layer further outputs, each with the mean of the old rows"
+    "Give a linear layer further outputs that are near the mean of the old ones"
     check_whole('n', n)
     pairs = []
     for name, weight in list(layer.named_parameters(recurse=False)):
-        mean = weight.detach().mean(0, keepdim=True)
-        setattr(layer, name, more_rows(weight, mean.expand(n, *weight.shape[1:])))
+        setattr(layer, name, more_rows(weight, _new_rows(weight.detach().cpu(), n)))
         pairs.append((weight, getattr(layer, name)))
     layer.sizes = [*getattr(layer, 'sizes', [layer.out_features]), n]
     layer.out_features += n
