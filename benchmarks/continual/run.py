@@ -4,11 +4,12 @@
     python benchmarks/continual/run.py --data FOLDER --seed 1 --json FILE
 
 A model learns three classes (ABBR, DESC, ENTY), then `add_classes` gives it the other three (HUM, LOC, NUM) and
-`update` trains it on their questions: without anything (`naive`), with a replayed sample (`replay`), with replay and an
-anchor (`l2sp`, `lwf`). `joint` is trained on the questions of both tranches from the start. Every fit has the
-same rate, and as many epochs as `update` makes by itself: 3, or those that make 150 steps. Nothing is tuned, and no decision uses the 500 test questions, which give all
-figures. The same model is asked for drift: weekly batches of 100 questions of the old classes that it has not seen,
-then batches of the new classes. One seed a call; the figures of several seeds are joined in FILE."""
+`update` trains it on their questions: without anything (`naive`), with a replayed sample (`replay`), with replay and
+an anchor (`l2sp`, `lwf`). `joint` is trained on the questions of both tranches from the start. Every fit has the same
+rate, and as many epochs as `update` makes by itself: 3, or those that make 150 steps. Nothing is tuned, and no
+decision uses the 500 test questions, which give all figures. The same model is asked for drift: weekly batches of 100
+questions of the old classes that it has not seen, then batches of the new classes. One seed a call; the figures of
+several seeds are joined in FILE."""
 
 import json
 import math

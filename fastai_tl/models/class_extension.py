@@ -69,6 +69,7 @@ def _new_rows(weight, n):
     generator = torch.Generator().manual_seed(len(weight)) # other numbers for the next classes
     return rows + (weight-mean).std(correction=0)*torch.randn(rows.shape, generator=generator)
 
+# %% ../../nbs/217_models.class_extension.ipynb #ed3419de
 @checked
 def add_outputs(
     layer:nn.Linear, # The output layer, which is changed
