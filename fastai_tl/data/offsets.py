@@ -52,16 +52,25 @@ def _lost_characters(text, pairs):
             lost.add(pair)
     return lost
 
-# %% ../../nbs/126_data.offsets.ipynb #fd3574b2
-def exact_offsets(
-    text:str, # A text
-    offsets # `(begin, end)` of each token, in the order of the tokens; the windows of a text after each other
-) -> dict: # The exact `(begin, end)` of each pair
-    "Return offsets that cover the characters of each token"
-    pairs = [(int(begin), int(end)) for begin, end in offsets]
-    if any(begin < 0 or begin > end or end > len(text) for begin, end in pairs):
-        raise FastaiTLError(f'A tokenizer must say where its tokens are in the {len(text)} characters of a text',
-                            shorten(pairs), 'Use another tokenizer for this model')
+# %% ../../nbs/126_data.offsets.ipynb #7e7996b0
+def _are_exact(text, pairs):
+    "Return whether tokens are apart from each other, none is empty, and they leave out only characters without a token"
+    letters, of_position = np.unique(np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4'),
+                                     return_inverse=True)
+    if any(_is_accent(chr(letter)) for letter in letters):
+        return False
+    codes = np.array(pairs, dtype=np.int64).reshape(-1, 2) @ [len(text)+1, 1] # one number for each pair
+    begins, ends = np.divmod(np.unique(codes[codes > 0]), len(text)+1) # without (0, 0), which separates windows
+    n_tokens = np.zeros(len(text)+1, dtype=np.int64)
+    np.add.at(n_tokens, begins, 1)
+    np.add.at(n_tokens, ends, -1)
+    n_tokens = n_tokens.cumsum()[:-1]
+    is_part = np.array([_is_part(chr(letter)) for letter in letters], dtype=bool)[of_position]
+    return bool((begins < ends).all() and (n_tokens <= 1).all() and not (is_part & (n_tokens == 0)).any())
+
+# %% ../../nbs/126_data.offsets.ipynb #5bccb6b0
+def _corrected(text, pairs):
+    "Return the exact offsets of pairs one by one"
     # windows of one text can report different offsets for one token, so only tokens that end before it count
     lost = _lost_characters(text, pairs)
     ends = sorted({0, *(end for begin, end in pairs if begin < end), *(end for _, end in lost)})
@@ -74,6 +83,20 @@ def exact_offsets(
         else:
             exact[begin, end] = _grown(text, begin, end, covered, after) if begin < end else (begin, end)
     return exact
+
+# %% ../../nbs/126_data.offsets.ipynb #fd3574b2
+def exact_offsets(
+    text:str, # A text
+    offsets # `(begin, end)` of each token, in the order of the tokens; the windows of a text after each other
+) -> dict: # The exact `(begin, end)` of each pair
+    "Return offsets that cover the characters of each token"
+    pairs = [(int(begin), int(end)) for begin, end in offsets]
+    if any(begin < 0 or begin > end or end > len(text) for begin, end in pairs):
+        raise FastaiTLError(f'A tokenizer must say where its tokens are in the {len(text)} characters of a text',
+                            shorten(pairs), 'Use another tokenizer for this model')
+    if _are_exact(text, pairs): # as in most texts
+        return {pair: pair for pair in pairs}
+    return _corrected(text, pairs)
 
 # %% ../../nbs/126_data.offsets.ipynb #3cf2242c
 def spans_at(
