@@ -300,16 +300,14 @@ class StreamedBlocks(CausalBlocks):
         self.max_length = check_whole('max_length', max_length)
         self.arrange()
 
-    def __len__(self):
-        return -(-max(len(self.source)-1, 0)//self.max_length)
+    @property
+    def n_tokens(self):
+        "Return the number of tokens of all texts"
+        return len(self.source)
 
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        start = i*self.max_length
-        found = self.source.read(start, min(start+self.max_length+1, len(self.source)))
-        tokens = torch.from_numpy(found.astype(np.int64))
-        return TensorTokens(tokens[None, :-1]), TensorTargets(tokens[1:])
+    def read(self, start, end):
+        "Return tokens of the file"
+        return self.source.read(start, end)
 
     def arrange(self, epoch=None):
         "Put the texts into the order of an epoch and rotate the ring; `None`: the order of the file, turned by one"

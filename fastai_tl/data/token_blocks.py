@@ -97,14 +97,27 @@ class CausalBlocks:
         self.docs = [np.concatenate([before, doc, after]).astype(np.int32) for doc in docs]
         self.arrange()
 
+    @property
+    def n_tokens(self):
+        "Return the number of tokens of all texts"
+        return len(self.stream)
+
+    def read(self,
+        start:int, # First token
+        end:int # Token after the last
+    ) -> np.ndarray:
+        "Return tokens of the stream"
+        return self.stream[start:end]
+
     def __len__(self):
-        return -(-max(len(self.stream)-1, 0)//self.max_length)
+        return -(-max(self.n_tokens-1, 0)//self.max_length)
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
         start = i*self.max_length
-        tokens = torch.from_numpy(self.stream[start:start+self.max_length+1].astype(np.int64))
+        found = self.read(start, min(start+self.max_length+1, self.n_tokens))
+        tokens = torch.from_numpy(found.astype(np.int64))
         return TensorTokens(tokens[None, :-1]), TensorTargets(tokens[1:])
 
     @property
@@ -113,7 +126,7 @@ class CausalBlocks:
         if not len(self):
             return []
         full = [self.max_length]*(len(self)-1)
-        return full + [len(self.stream)-1-sum(full)]
+        return full + [self.n_tokens-1-sum(full)]
 
     def arrange(self,
         order=None, # Indexes of the texts; `None`: the original order

@@ -41,7 +41,7 @@ def tokenizer_digest(
     settings = json.loads(backend.to_str())
     return digest({k: v for k, v in settings.items() if k not in ('truncation', 'padding')}) # set by each call
 
-class HFEncoder:
+class SubwordEncoder:
     "Texts to the ids of a transformers tokenizer, with the tokens between texts"
     has_words = False
     def __init__(self, tokenizer, lang='en'):
@@ -376,7 +376,7 @@ def _encoder_of(tokenizer, lang, rules):
     if not is_hf and lang != 'en':
         raise FastaiTLError('`lang` is for a tokenizer of transformers', 'one of fastai',
                             'For Chinese pass `ChineseTokenizer()` and `rules=CHINESE_RULES`')
-    return HFEncoder(tokenizer, lang) if is_hf else WordEncoder(tokenizer, rules)
+    return SubwordEncoder(tokenizer, lang) if is_hf else WordEncoder(tokenizer, rules)
 
 def _lock(path):
     "Return the lock of a folder, so that one process at a time writes to it"

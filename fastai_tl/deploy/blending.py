@@ -28,7 +28,8 @@ from ..evaluation.predictions import labelled_texts
 from ..evaluation.scores import averages, row_losses
 from .teacher_scores import teacher_digest
 from ..files import digest, load_tree, save_tree
-from ..learners.bag_of_words import BagOfWords, bag_of_words_of_tree, bag_of_words_tree, log_losses
+from ..learners.bag_of_words import (
+    BagOfWords, bag_of_words_of_tree, bag_of_words_tree, cut_folds, log_losses)
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import spec_of
 
@@ -85,14 +86,6 @@ def fit_weights(
 
 # %% ../../nbs/833_deploy.blending.ipynb #97f5f4c3
 SOURCES = ('model', 'bag of words')
-
-def _folds(y, task, n_folds, seed):
-    "Return pairs of training rows and validation rows"
-    from sklearn.model_selection import KFold, StratifiedKFold
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning) # a class with fewer texts than folds
-        cutter = KFold if task == 'multilabel' else StratifiedKFold
-        return list(cutter(n_folds, shuffle=True, random_state=seed).split(y, y.argmax(1)))
 
 def out_of_fold(
     parts, # Log-odds of each source, (sources, texts, classes)
@@ -344,7 +337,7 @@ def fit_blend(
     "Fit the weights of a blend, and measure out of fold what it is worth"
     made = Blend(predictor, bag, [1, 0], np.zeros(len(predictor.classes)), None, None, len(texts))
     y, parts = _indicators(labels, made.classes, made.task), made.parts(texts)
-    folds = _folds(y, made.task, n_folds, seed)
+    folds = cut_folds(y if made.task == 'multilabel' else y.argmax(1), n_folds, seed)
     made.table, made.gains = blend_worth(parts, y, made.task, C, folds, predictor.thresholds)
     made.weights, made.bias = fit_weights(parts, y, made.task, C)
     return made

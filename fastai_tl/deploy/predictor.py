@@ -310,7 +310,8 @@ def fastest_precision(
     margin:float=.1 # How much faster than float32 another precision must be, as a share of its speed
 ) -> tuple: # The name of the precision, and a table with the texts a second of each
     "Measure which precision predicts fastest on this processor"
-    check_number('seconds', seconds, 0, 3600), check_number('margin', margin, 0)
+    check_number('seconds', seconds, 0, 3600)
+    check_number('margin', margin, 0)
     if not rows:
         raise DataError('Rows to measure with', 'none', 'Encode some texts: `engine.encode(texts)`')
     names = dict.fromkeys(['fp32', *(engine.precisions if precisions is None else precisions)])

@@ -31,8 +31,7 @@ def usable_precision(
         raise FastaiTLError('int8 is for models on a CPU', f'a model on {device_type!r}', "Use 'bf16' or 'fp16' there")
     if precision == 'int8' and torch.backends.quantized.engine == 'none':
         raise FastaiTLError('int8 needs a PyTorch with quantized operators', 'one without')
-    emulated = (precision == 'bf16' and not has_bf16(device)) or (precision == 'fp16' and device_type == 'cpu')
-    if not emulated:
+    if precision in native_precisions(device):
         return precision
     warnings.warn(f'This {device_type} device has no instructions for {precision}: computing in float32')
     return 'fp32'
@@ -44,7 +43,7 @@ def native_precisions(
     "Return the precisions that a device has instructions for"
     device_type = torch.device(check_device('device', device)).type
     has_int8 = device_type == 'cpu' and torch.backends.quantized.engine != 'none'
-    has = dict(fp32=True, bf16=has_bf16(device), fp16=device_type == 'cuda', int8=has_int8)
+    has = dict(fp32=True, bf16=has_bf16(device), fp16=device_type != 'cpu', int8=has_int8)
     return [name for name in PRECISIONS if has[name]]
 
 # %% ../../nbs/800_deploy.quantization.ipynb #3eec39e6

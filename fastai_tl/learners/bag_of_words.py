@@ -100,7 +100,7 @@ def linear_scores(
 # %% ../../nbs/538_learners.bag_of_words.ipynb #5ba9a7a2
 CS = (1., 3., 10., 30., 100.)
 
-def _folds(y, n_folds, seed):
+def cut_folds(y, n_folds, seed):
     "Return pairs of training rows and validation rows"
     from sklearn.model_selection import KFold, StratifiedKFold
     cutter = StratifiedKFold if y.ndim == 1 else KFold
@@ -145,7 +145,7 @@ def choose_C(
     largest = np.bincount(y).max() if y.ndim == 1 else len(y)
     if largest < 2:
         return CS[1]
-    folds = _folds(y, int(min(3, largest)), seed)
+    folds = cut_folds(y, int(min(3, largest)), seed)
     return min(CS, key=lambda C: sum(_fold_loss(x, y, C, *fold, n) for fold in folds))
 
 # %% ../../nbs/538_learners.bag_of_words.ipynb #fc5ebfaf
