@@ -10,11 +10,17 @@ from transformers import BertConfig
 
 from fastai_tl.all import (
     Evaluation,
+    HFQADataLoaders,
+    HFTagDataLoaders,
     HFTextDataLoaders,
+    cross_validate,
     docstring_corpus,
     hf_classifier_learner,
+    hf_qa_learner,
+    hf_tagger_learner,
     own_data,
     seed_everything,
+    time_series_validate,
     train_tokenizer,
 )
 from fastai_tl.core import DataError
@@ -118,3 +124,60 @@ def test_quickstart_keeps_the_labels(table, tmp_path):
     labelled = own_data(tmp_path / 'mine.csv').labelled
     eq(list(labelled.index), list(range(60)))
     eq(list(labelled[labelled.split == 'test'].text), list(table[table.split == 'test'].text))
+
+
+def test_tagged_sentences(small_tokenizers):
+    "Wrong entities name the sentence by the index of its table: the Learner's own rows, and a new table"
+    from small_learners import TEXTS, bert
+
+    words = [text.split() for text in TEXTS]
+    df = pd.DataFrame(dict(tokens=words, tags=[['B-X' if w == 'film' else 'O' for w in sent] for sent in words]))
+    df.index = [f's{i}' for i in np.random.default_rng(0).permutation(len(df))]
+    df['valid'] = [i % 2 == 0 for i in range(len(df))]
+    dls = HFTagDataLoaders.from_df(df, small_tokenizers['encoder'], valid_col='valid', bs=4, verbose=False)
+    seed_everything(42)
+    learn = hf_tagger_learner(dls, bert(small_tokenizers['encoder']), metrics=[])
+    for ds_idx, part in enumerate((df[~df.valid], df[df.valid])):
+        eq(learn.evaluate(ds_idx).row_labels, list(part.index))
+    ev = learn.evaluate(df[df.valid])
+    errors = ev.errors()
+    assert len(errors)
+    for row in errors.itertuples():
+        eq(' '.join(df.tokens[row.row][row.first : row.last + 1]), row.text)
+    eq(learn.evaluate(words, list(df.tags)).row_labels, list(range(len(df))))
+
+
+def test_answers(small_tokenizers):
+    "The worst answers name the question by the index of its table"
+    from small_learners import TEXTS, bert
+
+    contexts = [f'{text} at noon' for text in TEXTS]
+    df = pd.DataFrame(dict(question=[f'when {i}' for i in range(len(TEXTS))], context=contexts, answer='noon'))
+    df.index = [f'q{i}' for i in np.random.default_rng(0).permutation(len(df))]
+    df['valid'] = [i % 2 == 0 for i in range(len(df))]
+    dls = HFQADataLoaders.from_df(
+        df, small_tokenizers['encoder'], valid_col='valid', bs=4, max_length=48, stride=8, verbose=False
+    )
+    learn = hf_qa_learner(dls, bert(small_tokenizers['encoder']), metrics=[])
+    for ev in (learn.evaluate(1), learn.evaluate(df[df.valid])):
+        worst = ev.worst()
+        eq(list(worst.question), list(df.loc[list(worst.row)].question))
+        eq(ev.row_labels, list(df[df.valid].index))
+
+
+def test_cross_validation(table):
+    "Out-of-fold predictions have the index of the table, also where only later rows are validated"
+    df = table.assign(time=range(len(table)))
+
+    def majority(train, valid, seed):
+        names = sorted(df.label.unique())
+        probs = np.tile([0.9, 0.1], (len(valid), 1))
+        return Evaluation.from_preds(probs, list(valid.label), names, texts=list(valid.text))
+
+    for results in (
+        cross_validate(majority, df, n_folds=3, progress=False),
+        time_series_validate(majority, df, 'time', n_folds=3, progress=False),
+    ):
+        ev = results.evaluation()
+        eq(ev.row_labels, list(df.index[results.rows]))
+        check(ev.to_frame(errors=True), df)

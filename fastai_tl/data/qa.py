@@ -323,13 +323,16 @@ class HFQADataLoaders(SpecDataLoaders):
         valid=None, # The split: booleans, or `train`, `valid` and `test`; `None`: a random split
         valid_pct:float=.2, # Validation fraction; a random split may separate questions with the same passage
         seed:int=42, # Seed for the random split
-        index=None, # Names of the rows, for error messages
+        index=None, # Names of the rows, for error messages and tables of errors
         **kwargs # Passed to `hf_qa_dls`: `lang`, `max_length`, `stride`, `bs`, …
     ): # `HFQADataLoaders`
         "Make DataLoaders from questions, passages and answers in lists"
         examples = check_answers(questions, contexts, answers, starts, index)
         splits = split_rows(examples, 'qa', valid, valid_pct, seed)
-        return hf_qa_dls(examples, *splits, tokenizer, rows=index, **kwargs)
+        dls = hf_qa_dls(examples, *splits, tokenizer, rows=index, **kwargs)
+        rows = row_names(len(examples), index)
+        dls.row_labels = [[rows[i] for i in part] for part in splits] # by which an evaluation names the rows
+        return dls
 
     @classmethod
     @delegates(from_lists, but=['starts', 'valid', 'index'])

@@ -188,11 +188,8 @@ def _is_list(o):
     return isinstance(o, (list, tuple, L, np.ndarray))
 
 def _first_other(items):
-    "Return the first item that is not a string"
-    return repr(next(item for item in items if not isinstance(item, str)))
-
-def _has_others(items):
-    return not all(isinstance(item, str) for item in items)
+    "Return the first item that is not a string as it is written in code; `None` if all are strings"
+    return next((repr(item) for item in items if not isinstance(item, str)), None)
 
 # %% ../../nbs/133_data.tagging.ipynb #4790aca4
 def check_tagged(
@@ -215,9 +212,9 @@ def check_tagged(
                 lambda w, t: f'{len(w)} words and {len(t)} tags')
     _check_each(*given, 'Each sentence must have at least one word', lambda w, t: len(w) == 0,
                 lambda w, t: 'none', 'Drop those rows')
-    _check_each(*given, 'Words must be strings', lambda w, t: _has_others(w),
+    _check_each(*given, 'Words must be strings', lambda w, t: _first_other(w) is not None,
                 lambda w, t: _first_other(w), 'Convert them with `str`')
-    _check_each(*given, 'Tags must be strings', lambda w, t: _has_others(t),
+    _check_each(*given, 'Tags must be strings', lambda w, t: _first_other(t) is not None,
                 lambda w, t: _first_other(t), 'Give names to numbers; a `ClassLabel` has them')
     return valid_sentences(words, given[2]), [list(map(str, t)) for t in tags]
 
@@ -318,15 +315,17 @@ class HFTagDataLoaders(SpecDataLoaders):
         valid_pct:float=.2, # Validation fraction of a random split
         seed:int=42, # Seed for the random split
         vocab:list|dict|None=None, # All tags, or `label2id` of a model; `None`: the tags of the training rows
-        index=None, # Names of the rows, for error messages
+        index=None, # Names of the rows, for error messages and tables of errors
         **kwargs # Passed to `hf_tagger_dls`: `label_all`, `sep`, `lang`, `max_length`, `bs`, …
     ): # `HFTagDataLoaders`
         "Make DataLoaders from words and tags in lists"
         words, tags = check_tagged(words, tags, index)
         splits = split_rows(tags, 'tagging', valid, valid_pct, seed)
-        rows = list(index) if index is not None else range(len(words))
+        rows = row_names(len(words), index)
         vocab = _check_vocab(tags, *splits, None if vocab is None else class_list(vocab), rows)
-        return hf_tagger_dls(words, tags, *splits, tokenizer, vocab, **kwargs)
+        dls = hf_tagger_dls(words, tags, *splits, tokenizer, vocab, **kwargs)
+        dls.row_labels = [[rows[i] for i in part] for part in splits] # by which an evaluation names the rows
+        return dls
 
     @classmethod
     @delegates(from_lists, but=['valid', 'index'])
@@ -403,7 +402,7 @@ def new_sentence(sentence, i, sep):
         return [word for word, *_ in cut_words(valid_text(sentence), sep)]
     if not _is_list(sentence):
         raise DataError('A sentence must be a string or a list of words', f'a {type(sentence).__name__} in row {i}')
-    if _has_others(sentence):
+    if _first_other(sentence) is not None:
         raise DataError('Words must be strings', f'{_first_other(sentence)} in row {i}')
     return [valid_text(word) for word in sentence]
 

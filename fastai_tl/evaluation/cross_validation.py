@@ -23,7 +23,7 @@ from ..core import DataError, FastaiTLError, RunError, TrainingError, seed_every
 from ..data.indicators import indicator_rows, label_column
 from ..data.labels import check_labels
 from ..data.splits import Fold, cross_folds, time_folds
-from ..data.tables import column
+from ..data.tables import column, list_of
 from .evaluation import Evaluation
 from .intervals import corrected_ttest
 from ..files import digest, load_tree, read_record, save_tree, write_json
@@ -124,11 +124,13 @@ class FoldResults:
     def __init__(self,
         folds:list, # List of `Fold` objects
         metrics:dict|None=None, # Additional scores: dictionary from name to function of an `Evaluation`
-        order=None # Row positions in the order that figures use, such as by time
+        order=None, # Row positions in the order that figures use, such as by time
+        index=None # Label of each row of the table, by which an evaluation names them; the positions if `None`
     ):
         self.folds = check_each('folds', folds, check_type, Fold)
         self.metrics = dict(check_type('metrics', metrics, dict, 'a dictionary of functions', or_none=True) or {})
         self.order = None if order is None else check_array('order', order, 1, low=0, dtype=int)
+        self.index = None if index is None else list_of(index, 'row label')
         self.evaluations = {}
         self.seconds = {}
     @property
@@ -170,7 +172,9 @@ class FoldResults:
         folds = [fold for fold in self.done if repeat in (None, fold.repeat)]
         if not folds:
             raise unknown_option('repeat', repeat, sorted({fold.repeat for fold in self.done}))
-        return out_of_fold(folds, [self.evaluations[fold.repeat, fold.number] for fold in folds])
+        ev = out_of_fold(folds, [self.evaluations[fold.repeat, fold.number] for fold in folds])
+        rows = np.unique(np.concatenate([fold.valid for fold in folds])).tolist()
+        return ev.with_row_labels(rows if self.index is None else [self.index[i] for i in rows])
     @checked
     def summary(self,
         level:float=.95 # Confidence level of the interval
@@ -378,7 +382,7 @@ def run_folds(
 ) -> FoldResults:
     "Train and evaluate a fresh Learner for each fold"
     check_flag('progress', progress)
-    results = FoldResults(folds, metrics, order)
+    results = FoldResults(folds, metrics, order, df.index)
     out = begin_folder(out, make_learner, df, folds, seed)
     for fold in progress_bar(folds, leave=False) if progress else folds:
         file = None if out is None else out/f'fold_{fold.repeat}_{fold.number}.safetensors'

@@ -28,7 +28,7 @@ from ..data.indicators import as_rows, label_column, table_of_dicts
 from ..data.labels import labels_for
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec, activate
 from ..data.tables import check_items, list_of, text_column
-from .scores import columns_of_classes
+from .scores import columns_of_classes, labels_of_rows
 from ..learners.base import check_batches
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import row_losses_of, row_texts, spec_of
@@ -127,16 +127,6 @@ def rows_of_pass(cls, spec, dl, probs, targets, losses, classes=None, texts=None
             texts = None
     probs = two_columns(probs, targets, classes)
     return cls(probs, targets, classes, losses, texts, spec.threshold)
-
-def labels_of_rows(dls, ds_idx, dl, data, n):
-    "Return the labels that `n` evaluated rows have in the user's table; `None` if they are not known"
-    if data is not None:
-        return list(data.index) if isinstance(data, pd.DataFrame) else None
-    known = getattr(dls, 'row_labels', ()) if dl is None else ()
-    if ds_idx < len(known) and len(known[ds_idx]) == n:
-        return known[ds_idx]
-    items = getattr(dls[ds_idx] if dl is None else dl, 'items', None) # a table in a fastai DataBlock
-    return list(items.index) if isinstance(items, pd.DataFrame) and len(items) == n else None
 
 # %% ../../nbs/730_evaluation.predictions.ipynb #1a1a45d6
 def check_known(labels, spec, index):

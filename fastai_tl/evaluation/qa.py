@@ -18,6 +18,7 @@ from ..data.qa import check_answers
 from ..data.tables import column, question_pairs
 from .intervals import corrected_resamples, interval_ends
 from .report import ScoreTable
+from .scores import NamedRows, labels_of_rows
 from ..learners.qa import HFAnswerer, answer_scores, normalize_answer
 
 # %% ../../nbs/724_evaluation.qa.ipynb #3ec36959
@@ -62,7 +63,7 @@ def _accepted(target):
     return [target] if isinstance(target, str) else check_each('targets', target, check_text) or ['']
 
 # %% ../../nbs/724_evaluation.qa.ipynb #9b963c1e
-class AnswerEvaluation:
+class AnswerEvaluation(NamedRows):
     "Evaluate predicted answers against accepted answers"
     def __init__(self,
         preds, # Predicted answers; an empty string means that the text does not contain the answer
@@ -82,6 +83,7 @@ class AnswerEvaluation:
         self.exact, self.f1 = np.array(scores).reshape(-1, 2).T
         shortest = lambda accepted: min((len(normalize_answer(t)) for t in accepted), default=0)
         self.lengths = np.array([shortest(accepted) for accepted in self.targets])
+        self.with_row_labels(None)
     @classmethod
     @checked
     def from_learner(cls,
@@ -105,7 +107,8 @@ class AnswerEvaluation:
             examples = check_answers(*map(list, zip(*pairs)), labels)
         with exclusive(learn), learn.no_bar(), learn.no_logging():
             found = learn.answers([(e.question, e.context) for e in examples])
-        return cls([a.text for a in found], [e.answers for e in examples], [e.question for e in examples])
+        ev = cls([a.text for a in found], [e.answers for e in examples], [e.question for e in examples])
+        return ev.with_row_labels(labels_of_rows(learn.dls, ds_idx, None, data, len(ev)))
     def __len__(self):
         return len(self.preds)
     def __repr__(self):
@@ -136,11 +139,11 @@ class AnswerEvaluation:
         return ScoreTable(pd.DataFrame(rows.values(), index=list(rows)))
     def worst(self,
         n:int=10 # Maximum number of rows
-    ) -> pd.DataFrame: # row | question | true | predicted | exact | f1
+    ) -> pd.DataFrame: # row (its label in the table that was evaluated) | question | true | predicted | exact | f1
         "Return the answers with the lowest F1"
         check_whole('n', n, 0)
         rows = np.argsort(self.f1, kind='stable')[:n]
-        df = TextTable(dict(row=rows, true=[' | '.join(self.targets[i]) for i in rows],
+        df = TextTable(dict(row=[self.row_labels[i] for i in rows], true=[' | '.join(self.targets[i]) for i in rows],
             predicted=[self.preds[i] for i in rows], exact=self.exact[rows], f1=self.f1[rows]))
         if self.questions is not None:
             df.insert(1, 'question', [self.questions[i] for i in rows])

@@ -21,7 +21,7 @@ from ..data.tagging import check_tagged
 from ..data.tags import TagScheme, tag_lists, tag_scheme, tag_spans
 from .intervals import corrected_resamples, f1_interval, interval_ends
 from .report import ScoreTable
-from .scores import averages, class_scores
+from .scores import NamedRows, averages, class_scores, labels_of_rows
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #9393bd4c
 def check_tags(preds, targets, scheme=None):
@@ -95,7 +95,7 @@ def match_entity(entity, found):
     return near, 'ends' if near[0] == entity[0] else 'type and ends'
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #408a5c53
-class TagEvaluation:
+class TagEvaluation(NamedRows):
     "Evaluate predicted tags of sentences against their true tags"
     @checked
     def __init__(self,
@@ -112,6 +112,7 @@ class TagEvaluation:
         self.found = entities(self.preds, self.scheme)
         self.true = entities(self.targets, self.scheme)
         self.types = sorted({kind for sentence in self.found+self.true for kind, _, _ in sentence})
+        self.with_row_labels(None)
     @classmethod
     @checked
     def from_learner(cls,
@@ -134,7 +135,8 @@ class TagEvaluation:
         with exclusive(learn), learn.no_bar(), learn.no_logging():
             found = learn.tag([list(sentence) for sentence in words])
         known = {*learn.dls.spec.classes, *(tag for sentence in tags for tag in sentence)}
-        return cls([sentence.tags for sentence in found], tags, words, tag_scheme(known))
+        ev = cls([sentence.tags for sentence in found], tags, words, tag_scheme(known))
+        return ev.with_row_labels(labels_of_rows(learn.dls, ds_idx, None, data, len(ev)))
     def __len__(self):
         return len(self.targets)
     def __repr__(self):
@@ -165,7 +167,7 @@ class TagEvaluation:
             df['interval of'] = 'f1'
         support = parts[1].sum(0)
         return ScoreTable(df.assign(support=[*support, *[support.sum()]*3]))
-    def errors(self) -> pd.DataFrame: # row | kind | true | predicted | first | last | text
+    def errors(self) -> pd.DataFrame: # row (label in the user's table) | kind | true | predicted | first | last | text
         "Return all wrong entities: `missed`, `invented`, or with wrong `type`, wrong `ends` or `type and ends`"
         rows = [error for i in range(len(self)) for error in self._sentence_errors(i)]
         return TextTable(rows, columns=['row', 'kind', 'true', 'predicted', 'first', 'last', 'text'])
@@ -174,6 +176,7 @@ class TagEvaluation:
         return np.array([[sum(e[0] == kind for e in sentence) for kind in self.types] for sentence in sets])
     def _sentence_errors(self, i):
         "Return the errors of one sentence: true entities that were not found, then invented ones"
+        row = self.row_labels[i]
         in_order = lambda entities: sorted(entities, key=lambda e: e[1:])
         found = in_order(self.found[i]-self.true[i])
         rows = []
@@ -181,8 +184,8 @@ class TagEvaluation:
             near, kind = match_entity(entity, found)
             if near:
                 found.remove(near)
-            rows.append((i, kind, entity[0], near and near[0], *entity[1:], self._text(i, entity)))
-        return rows + [(i, 'invented', None, e[0], *e[1:], self._text(i, e)) for e in found]
+            rows.append((row, kind, entity[0], near and near[0], *entity[1:], self._text(i, entity)))
+        return rows + [(row, 'invented', None, e[0], *e[1:], self._text(i, e)) for e in found]
     def _text(self, i, entity):
         if self.tokens is None:
             return None
