@@ -4,10 +4,13 @@ tables and JSON."""
 import argparse
 import json
 import os
-import statistics as st
 import time
 import warnings
+from functools import partial
 from pathlib import Path
+
+from fastai_tl.timing import interleaved_seconds, machine_info, ranged, rotated, seconds_of  # noqa: F401
+from fastai_tl.timing import speed_ratio as ratio  # noqa: F401 (the benchmarks take these from here)
 
 DATA = os.environ.get('FASTAI_TL_DATA', '../shared/data')
 OPTIONS = {
@@ -79,44 +82,24 @@ def synchronize(device):
 
 
 def seconds(f, clock=time.perf_counter, device='cpu'):
-    "Seconds that `f` takes; where `f` returns a float, it has timed itself and that counts"
-    synchronize(device)
-    begin = clock()
-    own = f()
-    synchronize(device)
-    return own if isinstance(own, float) else clock() - begin
+    "Seconds that `f` takes on a device; where `f` returns a float, it has timed itself and that counts"
 
+    def run():
+        own = f()
+        synchronize(device)
+        return own
 
-def rotated(names, i):
-    "The names in an order that changes from round to round"
-    names = list(names)
-    i = i % len(names)
-    return names[i:] + names[:i]
+    synchronize(device)
+    return seconds_of(run, clock)
 
 
 def interleave(variants, rounds, warm_up=1, **kwargs):
     "Seconds of each variant in each round; the first `warm_up` rounds are not counted"
-    times = {name: [] for name in variants}
-    for r in range(rounds + warm_up):
-        for name in rotated(variants, r):
-            t = seconds(variants[name], **kwargs)
-            if r >= warm_up:
-                times[name].append(t)
-    return times
+    timed = {name: partial(seconds, f, **kwargs) for name, f in variants.items()}
+    return interleaved_seconds(timed, rounds, warm_up=warm_up)
 
 
 # --- results ---
-
-
-def ratio(base, other, scale=1.0):
-    "Median, lowest and highest ratio of the rounds, and the ratio of the best rounds"
-    ratios = [scale * b / o for b, o in zip(base, other)]
-    return dict(ratio=st.median(ratios), low=min(ratios), high=max(ratios), best=scale * min(base) / min(other))
-
-
-def ranged(r, digits=2):
-    "A ratio and its range as text"
-    return f"{r['ratio']:.{digits}f} ({r['low']:.{digits}f} to {r['high']:.{digits}f})"
 
 
 def show(name, results, width=16, digits=2):
@@ -136,22 +119,11 @@ def table(columns, rows):
     return '\n'.join([*lines, *(f"| {' | '.join(map(str, r))} |" for r in rows)])
 
 
-def machine():
-    "What the figures depend on: the processor with the flags that matter here, its cores, and the version of torch"
-    from importlib.metadata import version
-
-    text = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    lines = [line.partition(':') for line in text.split('\n')]
-    about = {key.strip(): value.strip() for key, _, value in reversed(lines)}
-    flags = [f for f in about.get('flags', '').split() if f.startswith(('avx', 'amx', 'fma'))]
-    return dict(processor=about.get('model name', ''), cores=os.cpu_count(), flags=flags, torch=version('torch'))
-
-
 def write_json(file, figures, indent=1):
-    "Write the figures to a file, if there is one; named figures get the `machine()` that they come from"
+    "Write the figures to a file, if there is one; named figures get the `machine_info()` that they come from"
     if file:
         if isinstance(figures, dict):
-            figures = dict(figures, machine=machine())
+            figures = dict(figures, machine=machine_info())
         file.write_text(json.dumps(figures, indent=indent) + '\n', encoding='utf-8')
 
 

@@ -30,6 +30,9 @@ does not show.
 
 A benchmark is a folder: `run.py` (its docstring says what it measures and how to call it), `README.md`, and `results/`.
 Timing, ratios and tables are in `common.py`.
+
+`fastai-tl benchmark` measures training and prediction on your machine in about five minutes, compared with
+transformers' Trainer and pipeline and with fastai, and writes the figures with `--json FILE`.
 '''
 QUICKSTART = '''
 `fastai-tl quickstart` is a benchmark of its own: it prints what a majority vote, word counts and training from scratch

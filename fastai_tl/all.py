@@ -10,6 +10,7 @@ from .plot import *
 from .atomic import *
 from .files import *
 from .terminal import *
+from .timing import *
 from .data.spec import *
 from .data.batches import *
 from .data.class_names import *

@@ -1,4 +1,4 @@
-"""The command `fastai-tl` with its subcommands `quickstart`, `train`, `predict`, `evaluate`, `serve`, `status`, `generate` and `perplexity`
+"""The command `fastai-tl` with its subcommands `quickstart`, `train`, `predict`, `evaluate`, `serve`, `status`, `benchmark`, `generate` and `perplexity`
 
 Docs: https://fastai-tl.github.io/fastai_tl/cli.html.md"""
 
@@ -10,6 +10,7 @@ __all__ = ['main']
 # %% ../nbs/990_cli.ipynb #bf459d2e
 import os, re, sys, warnings
 from contextlib import suppress
+from importlib import import_module
 from .core import FastaiTLError
 from .terminal import printable, safe_terminal
 from .commands.arguments import make_parser
@@ -21,8 +22,8 @@ def _command(name):
         from fastai_tl.commands import language_models as module
     elif name in ('predict', 'evaluate'):
         from fastai_tl.commands import predict as module
-    elif name == 'serve':
-        from fastai_tl.commands import serve as module
+    elif name in ('serve', 'benchmark'):
+        module = import_module(f'fastai_tl.commands.{name}')
     else:
         from fastai_tl.commands import runs as module
     return getattr(module, name)

@@ -176,3 +176,21 @@ def test_predict_with_an_interrupted_run(ask, tmp_path, monkeypatch):
     assert status == 1 and 'training is not finished' in err and 'same `fastai-tl train`' in err
     status, _, err = ask('predict', 'nothing', 'a film')
     assert status == 1 and 'not finished' not in err
+
+
+def test_benchmark(ask, tmp_path):
+    "A table on the screen and in a file; wrong options are found before anything is measured"
+    (tmp_path/'file').touch()
+    assert ask('benchmark', '--json', 'file/machine.json')[0] == 1
+    status, _, err = ask('benchmark', '--threads', '0')
+    assert status == 1 and '`--threads` must be' in err
+    status, out, _ = ask('benchmark', '--quick', '--json', 'machine.json')
+    figures = json.loads((tmp_path/'machine.json').read_text())
+    assert status == 0 and figures['machine']['processor'] in out
+    for title, rows in figures['results'].items():
+        assert title in out
+        base, *others = rows
+        assert rows[base]['ratio'] == 1 and others
+        for name in others:
+            assert f"{rows[name]['ratio']:.2f} (" in out
+            assert np.isclose(rows[name]['best'], rows[name]['per_second']/rows[base]['per_second'])

@@ -17,7 +17,7 @@ NOT_THAT_METHOD = {
 }
 
 TOP_LEVEL = ('core', 'resources', 'arguments', 'locks', 'processes', 'callbacks', 'plot', 'atomic', 'files', 'terminal',
-             'cli')
+             'timing', 'cli')
 # The first and the last number of each folder; `data` has the numbers on both sides of those of `datasets`
 FOLDERS = dict(
     data=(100, 199), datasets=(150, 159), models=(200, 299), efficiency=(300, 399), tune=(400, 499),

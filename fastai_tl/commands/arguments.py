@@ -121,6 +121,18 @@ def _add_serve(commands):
     add('--any-batch', action='store_true', help='compute all waiting texts together, also where that changes the last '
                                                  'bits of the scores: faster')
 
+# %% ../../nbs/982_commands.arguments.ipynb #ff9748ec
+def _add_benchmark(commands):
+    parser = commands.add_parser(
+        'benchmark', help='measure how fast this machine trains and predicts',
+        description="Measure how fast this machine trains and predicts, compared with transformers' Trainer and "
+                    'pipeline and with fastai: a table of ratios, in about five minutes, offline.')
+    add = parser.add_argument
+    add('--seconds', type=float, default=300, help='time for all comparisons (300)')
+    add('--threads', type=int, help="PyTorch's threads (one for each core)")
+    add('--json', metavar='FILE', help='also write the figures and the description of the machine to this file')
+    add('--quick', action='store_true', help='tiny models, to see whether everything works; the ratios mean nothing')
+
 # %% ../../nbs/982_commands.arguments.ipynb #390323ee
 def _add_language_model(commands, name, texts, purpose):
     "Add a subcommand with the arguments that `generate` and `perplexity` share"
@@ -163,6 +175,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'fastai-tl {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for add_command in (_add_quickstart, _add_train, _add_predict, _add_evaluate, _add_serve, _add_status,
-                        _add_generate, _add_perplexity):
+                        _add_benchmark, _add_generate, _add_perplexity):
         add_command(commands)
     return parser
