@@ -16,7 +16,6 @@ import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import Adam
 from fastai.text.learner import LMLearner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
@@ -145,7 +144,7 @@ def _language_model(sizes, stack, bs=32, seq_len=72):
     width, n_hid, n_layers = sizes.lstm
     shape = dict(emb_sz=width, n_hid=n_hid, n_layers=n_layers)
     model = get_language_model(AWD_LSTM, len(vocab), config=awd_lstm_lm_config | shape)
-    fastai = LMLearner(same, model, loss_func=CrossEntropyLossFlat(), opt_func=Adam, metrics=[])
+    fastai = LMLearner(same, model, loss_func=CrossEntropyLossFlat(), metrics=[])
     def ours(bf16):
         learn = awd_lm_learner(dls, shape, metrics=[], cbs=[LazyLogitsCallback(), *(_in_bf16() if bf16 else [])])
         learn.dls = same
