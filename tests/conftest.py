@@ -14,8 +14,38 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Tests that took too long in the last run of `pytest --all --write-slow SECONDS`: plain `pytest` leaves them out
+SLOW_TESTS = Path(__file__).with_name('slow_tests.txt')
+SECONDS = {}
+
+
 def pytest_addoption(parser):
-    parser.addoption('--all', action='store_true', help='run every test, those marked `slow` included')
+    parser.addoption('--all', action='store_true', help='run every test, the slow ones included')
+    parser.addoption(
+        '--write-slow',
+        type=float,
+        metavar='SECONDS',
+        help=f'write {SLOW_TESTS.name}: the tests of this run that took longer',
+    )
+
+
+def pytest_runtest_logreport(report):
+    "Keep how long a test took, without the fixtures that it may share with others"
+    if report.when == 'call':
+        SECONDS[report.nodeid] = report.duration
+
+
+def pytest_sessionfinish(session):
+    "Write the list of slow tests, in the process that has the reports of all others"
+    limit = session.config.getoption('--write-slow')
+    if limit is not None and not hasattr(session.config, 'workerinput'):
+        slow = sorted(test for test, seconds in SECONDS.items() if seconds > limit)
+        SLOW_TESTS.write_text(''.join(f'{test}\n' for test in slow), encoding='utf-8')
+
+
+def is_slow(item, listed):
+    "Whether a test is marked `slow` or was found to be"
+    return 'slow' in item.keywords or item.nodeid in listed
 
 
 # These take longest, so they start first: the last files are short, and all processes end at about the same time
@@ -29,16 +59,17 @@ def place(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Put the longest files first. Leave out tests marked `slow`, unless `--all` is given or the test is named on the
+    """Put the longest files first. Leave out the slow tests, unless `--all` is given or the test is named on the
     command line."""
     items.sort(key=place)
     named = any('::' in arg for arg in config.args)
     if config.getoption('--all') or named:
         return
-    slow = [item for item in items if 'slow' in item.keywords]
+    listed = set(SLOW_TESTS.read_text(encoding='utf-8').splitlines()) if SLOW_TESTS.exists() else set()
+    slow = [item for item in items if is_slow(item, listed)]
     if slow:
         config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if 'slow' not in item.keywords]
+        items[:] = [item for item in items if not is_slow(item, listed)]
 
 
 def pytest_runtest_teardown():
