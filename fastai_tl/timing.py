@@ -12,6 +12,7 @@ import os, platform, time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from .arguments import check_callable, check_each, check_number, check_type, check_whole
 from .core import FastaiTLError
 
 # %% ../nbs/046_timing.ipynb #460a7763
@@ -20,7 +21,8 @@ def seconds_of(
     clock=time.perf_counter # Function that returns the time
 ) -> float: # Seconds
     "Return the seconds that a call takes"
-    begin = clock()
+    check_callable('f', f)
+    begin = check_callable('clock', clock)()
     own = f()
     return own if isinstance(own, float) else clock()-begin
 
@@ -30,8 +32,8 @@ def rotated(
     i:int # Number of the round
 ) -> list:
     "Return the names in an order in which each comes first once"
-    names = list(names)
-    first = i % max(len(names), 1)
+    names = check_each('names', names)
+    first = check_whole('i', i, 0) % max(len(names), 1)
     return names[first:] + names[:first]
 
 def interleaved_seconds(
@@ -42,12 +44,15 @@ def interleaved_seconds(
     clock=time.perf_counter # Function that returns the time
 ) -> dict: # A list of seconds for each name, one for each counted round
     "Run all variants in turn, round after round, in an order that changes"
+    check_whole('rounds', rounds)
+    check_whole('warm_up', warm_up, 0)
+    check_number('limit', limit, 0, or_none=True)
+    times = {name: [] for name in check_type('variants', variants, dict, 'a dictionary of functions')}
     begin = time.perf_counter()
-    times = {name: [] for name in variants}
     for i in range(rounds+warm_up):
         if limit is not None and i > warm_up and time.perf_counter()-begin > limit:
             break
-        for name in rotated(variants, i):
+        for name in rotated(list(variants), i):
             t = seconds_of(variants[name], clock)
             if i >= warm_up:
                 times[name].append(t)
@@ -60,6 +65,8 @@ def speed_ratio(
     scale:float=1. # Factor of all ratios, such as the ratio of the work
 ) -> dict: # `ratio` (median), `low`, `high`, and `best` (best round against best round)
     "Return how many times as fast as `base` the other variant is"
+    scale = check_number('scale', scale, above=0)
+    base, other = (check_each(name, each, check_number, above=0) for name, each in (('base', base), ('other', other)))
     if not base or len(base) != len(other):
         raise FastaiTLError('A ratio needs the same rounds of both variants', f'{len(base)} and {len(other)}')
     ratios = [scale*b/o for b, o in zip(base, other)]

@@ -309,6 +309,24 @@ class World:
     token_reader = cached_property(lambda w: TokenReader(w.tok.backend_tokenizer, 16))
     onnx = cached_property(lambda w: load_onnx(w.path / 'onnx', threads=1))
     loss = cached_property(lambda w: nn.CrossEntropyLoss())
+    token_file = cached_property(lambda w: w.path / 'stored')
+    stored = cached_property(lambda w: TokenFile(w.token_file))
+    word_file = cached_property(lambda w: TokenFile(w.path / 'words'))
+    table_file = cached_property(lambda w: w.path / 't.csv')
+    vector_file = cached_property(lambda w: w.path / 'vectors.txt')
+    bag = cached_property(lambda w: BagOfWords(min_df=1).fit(w.texts, w.labels))
+    preferences = cached_property(
+        lambda w: pd.DataFrame(dict(prompt=w.texts[:4], chosen=[' good'] * 4, rejected=[' bad'] * 4))
+    )
+    label_words = cached_property(lambda w: LabelWordClassifier(w.lm, dict(a='good', b='bad')))
+
+    def features_of(w, part):
+        "A function of a user, from a part of a batch to features"
+        return w.linear(part if isinstance(part, torch.Tensor) and part.shape[-1:] == (3,) else torch.zeros(2, 3))
+
+    def length_reward(w, texts):
+        "A reward of a user"
+        return [float(len(text)) for text in texts]
 
     @cached_property
     def blurr(w):
@@ -352,6 +370,10 @@ class World:
             w.ulmfit.classifier(w.df, epochs=[1, 1], groups=[1, 2], bs=6)
         # after the first training: PyTorch's threads for devices of these libraries could not be forked
         w.learn.save_bundle(path / 'onnx', onnx=True)
+        (path / 'lines.csv').write_text('text\n' + '\n'.join(w.texts))
+        tokenize_to_file(path / 'lines.csv', path / 'stored', w.dec_tok, n_workers=1)
+        tokenize_to_file(path / 'lines.csv', path / 'words', n_workers=1)
+        (path / 'vectors.txt').write_text('good 1 2\nbad 3 4\n')
         w.blurr.export(path / 'blurr.pkl')
 
     ulmfit = cached_property(lambda w: ULMFiT(w.path / 'ulmfit', w.awd_config, seq_len=8, progress=False, min_freq=1))
@@ -377,6 +399,13 @@ class World:
         with w.learn.no_bar(), w.learn.no_logging():
             w.learn.fit(2, 1e-3, cbs=cb)
         return [p.detach() for p in w.learn.model.parameters()]
+
+    @staticmethod
+    def fit_of(learn):
+        "Train a Learner for two epochs; the weights must be finite"
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-3)
+        return [p.detach() for p in learn.model.parameters()]
 
     def new_opt(w):
         w.learn.create_opt()

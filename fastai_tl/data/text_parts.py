@@ -49,7 +49,8 @@ def _files_of(path):
     "Return a file, or the text files and tables of a folder"
     path = Path(check_path('source', path))
     if not path.exists():
-        raise DataError(f'{path} must be a file or a folder', 'nothing there')
+        raise DataError(f'{path} must be a file or a folder', 'nothing there',
+                        'Texts in memory can be a dataset: `Dataset.from_dict(dict(text=texts))`')
     files = [path] if path.is_file() else sorted(file for file in path.rglob('*') if _is_text_file(file))
     if not files or not all(map(_is_text_file, files)):
         got = 'none' if path.is_dir() else path.name

@@ -25,7 +25,7 @@ from .predictions import Predictions
 from .predictor import Predictor
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.predictions import labelled_texts
-from ..evaluation.scores import averages, row_losses
+from ..evaluation.scores import averages, check_source, row_losses
 from .teacher_scores import teacher_digest
 from ..files import digest, load_tree, save_tree
 from ..learners.bag_of_words import (
@@ -359,6 +359,7 @@ def blend(self:Learner|BidirectionalLearner,
     check_number('C', C, above=0)
     check_whole('n_folds', n_folds, 2)
     check_whole('seed', seed, 0)
+    check_source(data, labels)
     predictor = Predictor(engine_of(self))
     _check_task(predictor)
     texts, labels = own_rows(self, 1) if data is None else labelled_texts(spec_of(self.dls), data, labels)

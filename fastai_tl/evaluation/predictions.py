@@ -28,7 +28,7 @@ from ..data.indicators import as_rows, label_column, table_of_dicts
 from ..data.labels import labels_for
 from ..data.spec import CLASSIFICATION_TASKS, TextSpec, activate
 from ..data.tables import check_items, list_of, text_column
-from .scores import columns_of_classes, labels_of_rows
+from .scores import check_source, columns_of_classes, labels_of_rows
 from ..learners.base import check_batches
 from ..learners.bidirectional import BidirectionalLearner
 from ..models.third_party import row_losses_of, row_texts, spec_of
@@ -184,6 +184,7 @@ def rows_of_learner(cls, learn, ds_idx=1, dl=None, classes=None, texts=None, dat
     "Create a `cls` object with one pass of a Learner or `BidirectionalLearner` over its own rows or new rows"
     check_type('learn', learn, (Learner, BidirectionalLearner))
     check_batches(dl)
+    check_source(data, labels, dl)
     ds_idx = check_whole('ds_idx', ds_idx, 0, len(learn.dls.loaders)-1)
     classes = None if classes is None else class_list(classes)
     spec = spec_of(learn)

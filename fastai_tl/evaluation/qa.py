@@ -18,7 +18,7 @@ from ..data.qa import check_answers
 from ..data.tables import column, question_pairs
 from .intervals import corrected_resamples, interval_ends
 from .report import ScoreTable
-from .scores import NamedRows, labels_of_rows
+from .scores import NamedRows, check_source, labels_of_rows
 from ..learners.qa import HFAnswerer, answer_scores, normalize_answer
 
 # %% ../../nbs/724_evaluation.qa.ipynb #3ec36959
@@ -95,6 +95,7 @@ class AnswerEvaluation(NamedRows):
         "Evaluate the answers of a Learner; long passages are read in windows, and each question counts once"
         check_type('learn', learn, HFAnswerer)
         check_whole('ds_idx', ds_idx, 0, 1)
+        check_source(data, labels)
         if data is None:
             windows = learn.dls[ds_idx].dataset.items
             examples = list({id(w.example): w.example for w in windows}.values())

@@ -173,6 +173,14 @@ def labels_of_rows(dls, ds_idx, dl, data, n):
     items = getattr(dls[ds_idx] if dl is None else dl, 'items', None) # a table in a fastai DataBlock
     return list(items.index) if isinstance(items, pd.DataFrame) and len(items) == n else None
 
+def check_source(data, labels, dl=None):
+    "Raise an error for arguments that would have no effect: labels without texts, or both texts and a DataLoader"
+    if labels is not None and (data is None or isinstance(data, int)):
+        raise DataError('Labels belong to the texts in `data`', 'labels without texts',
+                        "Pass both; the Learner's own rows have their labels")
+    if data is not None and not isinstance(data, int) and dl is not None:
+        raise DataError('Rows come from `data` or from `dl`', 'both')
+
 # %% ../../nbs/700_evaluation.scores.ipynb #3a0de172
 class ScoredRows(NamedRows):
     "Hold probabilities, targets and losses of a set of rows, in the order of the rows"

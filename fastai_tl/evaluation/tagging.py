@@ -21,7 +21,7 @@ from ..data.tagging import check_tagged
 from ..data.tags import TagScheme, tag_lists, tag_scheme, tag_spans
 from .intervals import corrected_resamples, f1_interval, interval_ends
 from .report import ScoreTable
-from .scores import NamedRows, averages, class_scores, labels_of_rows
+from .scores import NamedRows, averages, check_source, class_scores, labels_of_rows
 
 # %% ../../nbs/720_evaluation.tagging.ipynb #9393bd4c
 def check_tags(preds, targets, scheme=None):
@@ -124,6 +124,7 @@ class TagEvaluation(NamedRows):
         "Tag sentences and compare with the true tags; long sentences are read in windows, and each word counts once"
         check_type('learn', learn, HFTagger)
         check_whole('ds_idx', ds_idx, 0, 1)
+        check_source(data, labels)
         if data is None:
             items = learn.dls[ds_idx].dataset.items
             words, tags = [words for words, _ in items], [tags for _, tags in items]

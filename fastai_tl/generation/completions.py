@@ -56,6 +56,8 @@ def check_rows(
     what:str='text' # What error messages call a row
 ):
     "Raise an error for a model that cannot score completions, and for rows that it cannot read"
+    check_type('tm', tm, TextModel)
+    check_each('rows', rows, check_type, tuple, 'two lists of token ids')
     if tm.task != 'causal_lm':
         raise FastaiTLError('A causal language model or an AWD_LSTM is needed', f'a {type(tm.model).__name__}')
     if tm.adapter.backwards:
@@ -118,7 +120,7 @@ class CompletionLogprobs(nn.Module):
         ends:list|tuple=() # Ids of tokens that all end a text; the completions have the first of them
     ):
         super().__init__()
-        check_rows(check_type('tm', tm, TextModel), [])
+        check_rows(tm, [])
         self.model = tm.model
         self.is_awd_lstm = tm.is_awd_lstm
         self.never = check_each('never', never, check_whole, 0)

@@ -8,6 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/generation.rewards.html.md"""
 __all__ = ['check_rewards', 'class_reward', 'ranked_pairs']
 
 # %% ../../nbs/655_generation.rewards.ipynb #c41de453
+from collections.abc import Hashable
 import numpy as np, pandas as pd
 from ..arguments import check_array, check_callable, check_whole, checked
 from ..core import DataError, FastaiTLError, describe, unknown_option
@@ -21,11 +22,13 @@ def check_rewards(
     n:int # Number of texts
 ) -> np.ndarray: # (texts,)
     "Raise an error unless there is a finite number for each text"
+    check_whole('n', n, 0)
     values = check_array('rewards', values, 1)
     if len(values) != n:
         raise DataError(f'A reward function must return a number for each of the {n} texts', f'{len(values)} numbers')
     return values
 
+# %% ../../nbs/655_generation.rewards.ipynb #0f754fe7
 def class_reward(
     classifier, # A `Predictor`, or a classifier of scikit-learn for texts
     label # The class whose probability is the reward
@@ -37,7 +40,7 @@ def class_reward(
         raise FastaiTLError('`classifier` must have classes and `predict_proba`', describe(classifier),
                             'Pass `learn.predictor()`')
     classes = list(classes)
-    if label not in classes:
+    if not isinstance(label, Hashable) or label not in classes:
         raise unknown_option('label', label, classes)
     def reward(texts):
         rows = [i for i, text in enumerate(texts) if text.strip()]

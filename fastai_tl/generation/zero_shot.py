@@ -9,7 +9,7 @@ __all__ = ['LabelWordClassifier', 'EntailmentClassifier']
 
 # %% ../../nbs/638_generation.zero_shot.ipynb #dbfc2143
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 import numpy as np, torch
 from fastai.learner import Learner
@@ -73,8 +73,9 @@ class Examples:
         words, # The word of each class
         n:int # Number of examples in a prompt
     ):
-        pairs = [tuple(pair) for pair in list_of(examples, 'example')]
-        bad = [i for i, pair in enumerate(pairs) if len(pair) != 2 or pair[1] not in words]
+        is_pair = lambda o: isinstance(o, (list, tuple)) and len(o) == 2 and isinstance(o[1], Hashable)
+        pairs = list_of(examples, 'example')
+        bad = [i for i, pair in enumerate(pairs) if not is_pair(pair) or pair[1] not in words]
         if bad:
             raise DataError('Each example must be a text and the name of a class', f'others at {shorten(bad)}')
         self.n = check_whole('n_examples', n)

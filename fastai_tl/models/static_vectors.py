@@ -187,7 +187,7 @@ class StaticVectors:
     ): # `StaticVectors`
         "Read vectors; of a token that is there twice, the first one counts, with a warning"
         path, skip_bad = Path(check_path('path', path)), check_flag('skip_bad', skip_bad)
-        wanted = None if vocab is None else {form for token in vocab for form in spellings(token)}
+        wanted = vocab if vocab is None else {s for token in check_each('vocab', vocab) for s in spellings(token)}
         try:
             lines, n = _read_lines(path, wanted)
         except OSError as error:
@@ -234,4 +234,5 @@ def spellings(
     token:str # A token of a vocabulary
 ) -> list: # Strings
     "Return the spellings under which the vector of a token is looked up, in this order"
+    check_text('token', token)
     return list(dict.fromkeys([token, token.capitalize(), token.upper()]))

@@ -14,7 +14,8 @@ from fastai.text.core import defaults
 from fastai.text.models.core import LinearDecoder
 from ..arguments import check_each, check_text, checked
 from ..core import FastaiTLError, VocabError, shorten
-from ..locks import exclusive
+from ..data.hf_tokenizer import encode, load_tokenizer
+from ..data.tables import valid_text
 from .class_extension import more_rows
 from .encoder import find_encoder
 from .execution_order import base_model, checked_hf
@@ -43,8 +44,7 @@ def _vocab_parameters(hf):
 
 def _pieces(tokenizer, words):
     "Return the ids of the pieces of each word"
-    with exclusive(tokenizer):
-        ids = tokenizer(words, add_special_tokens=False).input_ids
+    ids = encode(tokenizer, words, add_special_tokens=False).input_ids
     if empty := [word for word, pieces in zip(words, ids) if not pieces]:
         raise VocabError('New words must have characters that the tokenizer reads', f'others: {shorten(empty)}')
     return ids
@@ -75,7 +75,8 @@ def add_words(
     if base_model(checked_hf(hf)) is not hf:
         raise FastaiTLError('The vocabulary of a model inside PEFT cannot be extended', f'a {type(hf).__name__}',
                             'Extend it first, and add the adapters then')
-    words = list(dict.fromkeys(check_each('words', words, check_text)))
+    words = list(dict.fromkeys(map(valid_text, check_each('words', words, check_text))))
+    tokenizer = load_tokenizer(tokenizer)
     pieces = _pieces(tokenizer, words) if words else []
     chosen = [(w, ids) for w, ids in zip(words, pieces) if len(ids) > 1 or ids[0] == tokenizer.unk_token_id]
     new = [w for w, _ in chosen]

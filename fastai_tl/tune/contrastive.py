@@ -11,7 +11,7 @@ __all__ = ['supervised_contrastive_loss', 'backward_in_parts']
 from functools import partial
 import torch, torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from ..arguments import check_callable, check_number, check_tensor, check_whole, checked
+from ..arguments import check_callable, check_each, check_number, check_type, check_tensor, check_whole, checked
 from ..core import DataError
 
 # %% ../../nbs/427_tune.contrastive.ipynb #ae46d724
@@ -73,6 +73,10 @@ def _with_gradient(loss, features):
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 # %% ../../nbs/427_tune.contrastive.ipynb #308e96c7
+def _features(compute, part):
+    "Return the features of a part, which must be a tensor"
+    return check_type('compute(part)', compute(part), torch.Tensor, 'a tensor of features')
+
 @checked
 def backward_in_parts(
     compute, # Function from a part of the batch to its features, (rows, dimensions)
@@ -82,17 +86,18 @@ def backward_in_parts(
     "Add the gradient of a loss over the whole batch to the parameters, in the memory of one part"
     check_callable('compute', compute)
     check_callable('loss', loss)
+    parts = check_each('parts', parts)
     if not parts:
         raise DataError('A batch needs at least one part', 'none')
     if len(parts) == 1:
-        value = loss(compute(parts[0]))
+        value = loss(_features(compute, parts[0]))
         value.backward()
         return value.detach()
     states, features = [], []
     with torch.no_grad():
         for part in parts:
             states.append(_random_states())
-            features.append(compute(part))
+            features.append(_features(compute, part))
     value, gradient = _with_gradient(loss, torch.cat(features))
     for part, before, own in zip(parts, states, gradient.split([len(o) for o in features])):
         _restore_random_states(before)
