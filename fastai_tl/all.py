@@ -187,6 +187,7 @@ from .deploy.updates import *
 from .interop.blurr_compat import *
 from .interop.blurr import *
 from .interop.energy import *
+from .interop.federated import *
 from .quickstart.presets import *
 from .quickstart.steps import *
 from .quickstart.base import *
