@@ -103,6 +103,7 @@ from .learners.language_modeling import *
 from .learners.tagging import *
 from .learners.qa import *
 from .learners.seq2seq import *
+from .learners.dual_encoder import *
 from .learners.bidirectional import *
 from .learners.ulmfit_run import *
 from .learners.ulmfit_stages import *
