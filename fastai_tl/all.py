@@ -104,6 +104,7 @@ from .learners.language_modeling import *
 from .learners.tagging import *
 from .learners.qa import *
 from .learners.seq2seq import *
+from .learners.dual_encoder import *
 from .learners.bidirectional import *
 from .learners.ulmfit_run import *
 from .learners.ulmfit_stages import *
@@ -188,6 +189,7 @@ from .deploy.updates import *
 from .interop.blurr_compat import *
 from .interop.blurr import *
 from .interop.energy import *
+from .interop.federated import *
 from .quickstart.presets import *
 from .quickstart.steps import *
 from .quickstart.base import *

@@ -102,6 +102,7 @@ QUESTIONS = {
     'batches of several requests': 'BatchWorker',
     'blurr on today\'s libraries': 'enable_blurr',
     'energy and emissions of a training': 'EnergyCallback',
+    'federated training, Flower': 'flower_client_app',
     'fonts for Chinese figures': 'find_cjk_font',
     'words of figures and reports in Chinese': 'in_words',
     'seeds': 'derive_seed',

@@ -185,8 +185,9 @@ def check_split(
         new = shorten(sorted(map(str, seen - known)))
         raise DataError('Each label must occur in training', f'{new} in validation alone',
                         'Move some of those rows to training, or drop them')
-    if len(known) < (2 if task == 'classification' else 1):
-        raise DataError('At least two classes are needed', f'only {shorten(known)}' if known else 'no label')
+    names = known if classes is None else class_list(classes)
+    if not known or len(names) < (2 if task == 'classification' else 1):
+        raise DataError('At least two classes are needed', f'only {shorten(names)}' if known else 'no label')
     if classes is None:
         return sorted(known, key=lambda label: (str(type(label)), label))
     return _given_classes(class_list(classes), known)
