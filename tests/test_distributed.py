@@ -39,7 +39,7 @@ class Jobs:
 
     def results(self, check, n, **options):
         "What each process of a job returned"
-        key = (check, n, *options.items())
+        key = (check, n, json.dumps(options))
         if key not in self.known:
             answer = self.run(check, n, **options)
             print(check, n, f'{answer["cpu"]:.1f} s of processor time')
@@ -148,6 +148,68 @@ def test_predictions_are_in_order_and_without_repetitions(jobs):
     assert together[0] == together[1]
     for kind, one in alone.items():
         assert difference(together[0][kind], one) < 2e-5, kind
+
+
+# --- weights that are divided among the processes ---
+
+def largest_difference(a, b):
+    "The largest difference of the weights of two processes"
+    return np.abs(np.load(a['file'])-np.load(b['file'])).max()
+
+
+@pytest.mark.slow
+def test_divided_weights_train_like_whole_ones(jobs):
+    "`fsdp` against `ddp`: weights, predictions, stages and the bundle; each process has about half of the weights"
+    whole = jobs.results('divided', 2, options=dict(strategy='ddp'))
+    parts = jobs.results('divided', 2, options=dict(strategy='fsdp'))
+    assert parts[0].pop('bundle') == whole[0].pop('bundle') # byte by byte
+    for kind, one in whole[0].items():
+        for of_process in parts:
+            assert largest_difference(of_process[kind], one) < 1e-9, kind # float64
+            assert of_process[kind]['stages'] == one['stages'], kind
+            assert difference(of_process[kind]['preds'], one['preds']) < 1e-6, kind
+            assert difference(of_process[kind]['values'], one['values']) < 1e-6, kind
+        assert .45 < parts[0][kind]['share'] < .6 and .45 < parts[1][kind]['share'] < .6
+        assert parts[0][kind]['share_after'] == 1
+
+
+@pytest.mark.slow
+def test_other_fits_with_divided_weights(jobs):
+    "Averages, the best epoch, clipping, accumulation, bfloat16, saved and loaded weights and moments"
+    whole = jobs.results('divided_fits', 2, options=dict(strategy='ddp'))
+    parts = jobs.results('divided_fits', 2, options=dict(strategy='fsdp'))
+    for of_process in parts:
+        assert of_process.pop('frozen_idx') == 2
+    whole[0].pop('frozen_idx')
+    for name, one in whole[0].items():
+        for of_process in parts:
+            assert largest_difference(of_process[name], one) < (1e-3 if name == 'bf16' else 1e-5), name
+            assert difference(of_process[name]['values'], one['values']) < 1e-3, name
+
+
+@pytest.mark.slow
+def test_divided_weights_resume(jobs, tmp_path):
+    "A fit with divided weights continues from the checkpoint of one with whole weights, and the other way round"
+    quiet = tmp_path/'quiet'
+    quiet.mkdir()
+    expected = jobs.run('divided_resumed', 2, folder=quiet, options=dict(strategy='ddp'))['results'][0]
+    for first, then in (('fsdp', 'ddp'), ('ddp', 'fsdp')):
+        folder = tmp_path/first
+        folder.mkdir()
+        answer = jobs.run('divided_resumed', 2, folder=folder, options=dict(strategy=first, stop=True))
+        assert answer['codes'] == [3, 3]
+        answer = jobs.run('divided_resumed', 2, folder=folder, options=dict(strategy=then))
+        assert answer['codes'] == [0, 0], answer['results']
+        for result in answer['results']:
+            assert largest_difference(result, expected) < 1e-6, (first, then)
+
+
+@pytest.mark.slow
+def test_what_needs_whole_weights_says_so(jobs):
+    for of_process in jobs.results('divided_errors', 2):
+        assert 'cache=True' in of_process['cache']
+        assert 'after the `with' in of_process['save_bundle']
+        assert 'Only the weights of a Transformer' in of_process['awd_lstm']
 
 
 # --- files and errors ---
