@@ -18,7 +18,7 @@ from fastai.callback.all import *
 from fastai.text.all import *
 from fastai_tl.all import *
 from fastai_tl.files import digest
-from small_learners import MAKERS, TEXTS, sentences
+from small_learners import LABELS, MAKERS, TEXTS, sentences
 
 warnings.filterwarnings('ignore')
 KINDS = ('classifier', 'class_weights', 'multilabel', 'tagger', 'causal_lm', 't5', 'answerer', 'ulmfit_lm',
@@ -233,6 +233,22 @@ def stopped(toks, folder, scale):
             finally:
                 pass
         learn.fit(1, 1e-2)
+
+
+def ulmfit(toks, folder, scale):
+    "The three stages of ULMFiT, without dropout"
+    texts = sentences(60)
+    df = pd.DataFrame(dict(text=texts[:24], label=LABELS[:20] + ['a', 'b', 'c', 'b'], valid=[False]*20 + [True]*4))
+    run = ULMFiT(Path(folder)/f'ulmfit_{scale}_{os.environ.get("WORLD_SIZE", 1)}', progress=False, min_freq=1,
+                 config=dict(emb_sz=16, n_hid=16, n_layers=1))
+    run.pretrain(texts, epochs=1, lr=1e-2, bs=2*scale, drop_mult=0.)
+    run.finetune_lm(df, epochs=1, lr=1e-2, bs=2*scale, drop_mult=0.)
+    learn = run.classifier(df, valid_col='valid', epochs=[1, 1, 1], lr=1e-2, bs=4*scale, drop_mult=0.)
+    first = weights(learn)
+    learn = run.classifier(df, valid_col='valid', epochs=[1, 1, 1], lr=1e-2, bs=4*scale, drop_mult=0.) # it is done
+    files = sorted(str(p.relative_to(run.path)) for p in run.path.rglob('*') if p.is_file())
+    history = [run.history(name).values.tolist() for name in ('general', 'domain', 'classifier')]
+    return dict(files=files, history=history, weights=weights(learn), first=first)
 
 
 # --- weights that are divided among the processes ---

@@ -57,7 +57,7 @@ def jobs(tmp_path_factory):
     jobs = Jobs(tmp_path_factory.mktemp('jobs'))
     yield jobs
     jobs.process.stdin.close()
-    jobs.process.wait(30)
+    jobs.process.wait(120)
 
 
 def difference(a, b):
@@ -148,6 +148,18 @@ def test_predictions_are_in_order_and_without_repetitions(jobs):
     assert together[0] == together[1]
     for kind, one in alone.items():
         assert difference(together[0][kind], one) < 2e-5, kind
+
+
+@pytest.mark.slow
+def test_stages_of_ulmfit(jobs):
+    "The losses are those of one process, files are written once and read by all, and a second call trains nothing"
+    alone, together = jobs.both('ulmfit')
+    assert together[0] == together[1]
+    assert together[0]['files'] == alone['files']
+    assert together[0]['weights'] == together[0]['first']
+    for k, tolerance in ((0, 1e-5), (1, 1e-5), (2, .03)): # the head of the classifier has dropout of its own
+        losses = [[row[0] for row in o['history'][k]] for o in (together[0], alone)]
+        assert difference(*losses) < tolerance, losses
 
 
 # --- weights that are divided among the processes ---
