@@ -5,6 +5,7 @@ One process imports everything and forks the processes of each job (distributed_
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -296,3 +297,36 @@ def test_predictions_and_stages_of_three_processes(jobs):
         assert together[0] == together[1] == together[2]
     for kind, one in jobs.results('outputs', 0, scale=2)[0].items():
         assert difference(jobs.results('outputs', 3)[0][kind], one) < 2e-5, kind
+
+
+SCRIPT = """
+import json, os, sys
+from small_learners import *
+from fastai_tl.files import digest
+learn = classifier(dict(encoder=train_tokenizer(sentences(200), 400, 'encoder')))
+with learn.distributed(), learn.no_bar(), learn.no_logging():
+    learn.fit(1, 1e-3)
+    rows = len(learn.get_preds()[0])
+weights = digest(*[p.detach().numpy().tobytes() for p in learn.model.parameters()])
+with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", 'w') as file:
+    json.dump(dict(rows=rows, weights=weights, world=os.environ['WORLD_SIZE']), file)
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path):
+    "Two processes on a CPU, with the option that the how-to page names: one model, each with all predictions"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    (tmp_path/'train.py').write_text(SCRIPT)
+    env = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/'tests')]), OMP_NUM_THREADS='1',
+                    HF_HUB_OFFLINE='1', GLOO_SOCKET_IFNAME='lo')
+    options = ['--multi_gpu', '--num_machines', '1', '--num_processes', '2', '--main_process_port', str(port),
+               '--mixed_precision', 'no', '--dynamo_backend', 'no']
+    command = [sys.executable, '-m', 'accelerate.commands.launch', *options, str(tmp_path/'train.py'), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
+    assert first == second
+    assert first['rows'] == 2 and first['world'] == '2'
