@@ -90,6 +90,7 @@ from .tune.accumulation import *
 from .tune.run_lock import *
 from .tune.resume import *
 from .tune.gradual import *
+from .tune.sharding import *
 from .tune.data_parallel import *
 from .tune.distributed import *
 from .tune.recipes import *

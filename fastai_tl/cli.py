@@ -61,7 +61,7 @@ def _flush_output():
 def _run(args):
     "Run a command and return its exit status"
     try:
-        _command(args.command)(args)
+        status = _command(args.command)(args) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         print('\nStopped. The same command continues from the last finished epoch.', file=sys.stderr)
@@ -75,14 +75,16 @@ def _run(args):
         print(f"fastai-tl: {printable(problem, keep=chr(10))}", file=sys.stderr)
         _flush_output()
         return 1
-    return 0
+    return status
 
 # %% ../nbs/990_cli.ipynb #a0612269
 def main(
     args=None # Command-line arguments as a list of strings; `None`: those of the process
 ) -> int: # Exit status: 0 for success, 1 for an error, 130 if stopped with Ctrl-C
     "Run the command `fastai-tl`"
-    args = make_parser().parse_args(args)
+    arguments = sys.argv[1:] if args is None else list(args)
+    args = make_parser().parse_args(arguments)
+    args.arguments = arguments # for a command that starts itself in several processes
     with safe_terminal(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=FutureWarning) # of libraries, which a user cannot change
         warnings.showwarning = _show_warning

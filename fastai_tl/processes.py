@@ -9,7 +9,7 @@ __all__ = []
 
 # %% ../nbs/018_processes.ipynb #25815776
 from contextlib import contextmanager
-import torch.distributed as dist
+import torch, torch.distributed as dist
 from .core import RunError, shorten
 
 # %% ../nbs/018_processes.ipynb #ea4548a6
@@ -65,3 +65,42 @@ def need_same(
     if any(v != values[0] for v in values):
         distinct = shorten(dict.fromkeys(map(str, values)), 4)
         raise RunError(f'{what} must be the same in all processes', distinct, todo)
+
+# %% ../nbs/018_processes.ipynb #a1e30224
+def _has_parts(t):
+    return isinstance(t, torch.Tensor) and hasattr(t, 'full_tensor') # a `DTensor`, without importing it
+
+def is_divided(
+    model # Any model
+) -> bool:
+    "Return whether each process has only a part of the weights of a model"
+    return any(map(_has_parts, model.parameters()))
+
+@torch.no_grad()
+def whole_tensors(
+    tree # A tensor, or nested dictionaries, lists and tuples with tensors in them
+): # The same, in each process; a tensor that was divided is in the memory of the CPU
+    "Put the parts of divided tensors together; other values stay as they are"
+    if isinstance(tree, dict):
+        return type(tree)({name: whole_tensors(value) for name, value in tree.items()})
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([whole_tensors(value) for value in tree])
+    return tree.detach().full_tensor().cpu() if _has_parts(tree) else tree
+
+# %% ../nbs/018_processes.ipynb #cba06178
+def own_part(
+    t # A tensor
+): # A tensor of PyTorch
+    "Return the part of a divided tensor that this process has; other tensors stay as they are"
+    return t.to_local() if _has_parts(t) else t
+
+@torch.no_grad()
+def parts_like(
+    value, # A tensor that is the same in all processes
+    t # A tensor
+):
+    "Divide `value` in the same way as `t`, if `t` is divided and has the same shape"
+    if not _has_parts(t) or _has_parts(value) or value.shape != t.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(t.device), t.device_mesh, t.placements, src_data_rank=None)

@@ -18,7 +18,7 @@ from fastai.callback.all import *
 from fastai.text.all import *
 from fastai_tl.all import *
 from fastai_tl.files import digest
-from small_learners import MAKERS, TEXTS, sentences
+from small_learners import LABELS, MAKERS, TEXTS, sentences
 
 warnings.filterwarnings('ignore')
 KINDS = ('classifier', 'class_weights', 'multilabel', 'tagger', 'causal_lm', 't5', 'answerer', 'ulmfit_lm',
@@ -233,6 +233,123 @@ def stopped(toks, folder, scale):
             finally:
                 pass
         learn.fit(1, 1e-2)
+
+
+def ulmfit(toks, folder, scale):
+    "The three stages of ULMFiT, without dropout"
+    texts = sentences(60)
+    df = pd.DataFrame(dict(text=texts[:24], label=LABELS[:20] + ['a', 'b', 'c', 'b'], valid=[False]*20 + [True]*4))
+    run = ULMFiT(Path(folder)/f'ulmfit_{scale}_{os.environ.get("WORLD_SIZE", 1)}', progress=False, min_freq=1,
+                 config=dict(emb_sz=16, n_hid=16, n_layers=1))
+    run.pretrain(texts, epochs=1, lr=1e-2, bs=2*scale, drop_mult=0.)
+    run.finetune_lm(df, epochs=1, lr=1e-2, bs=2*scale, drop_mult=0.)
+    learn = run.classifier(df, valid_col='valid', epochs=[1, 1, 1], lr=1e-2, bs=4*scale, drop_mult=0.)
+    first = weights(learn)
+    learn = run.classifier(df, valid_col='valid', epochs=[1, 1, 1], lr=1e-2, bs=4*scale, drop_mult=0.) # it is done
+    files = sorted(str(p.relative_to(run.path)) for p in run.path.rglob('*') if p.is_file())
+    history = [run.history(name).values.tolist() for name in ('general', 'domain', 'classifier')]
+    return dict(files=files, history=history, weights=weights(learn), first=first)
+
+
+# --- weights that are divided among the processes ---
+
+def flat_weights(learn, file):
+    "Save all weights as one array; the path of the file"
+    np.save(file, torch.cat([p.detach().double().flatten() for p in learn.model.parameters()]).numpy())
+    return str(file)
+
+
+def share_of_weights(learn):
+    "The share of the weights that this process has in memory"
+    own = sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in learn.model.parameters())
+    return own/sum(p.numel() for p in learn.model.parameters())
+
+
+def divided(toks, folder, scale, strategy):
+    "Fits with unfreezing of several kinds of model, and what the first process saves"
+    folder, res = Path(folder), {}
+    for kind in ('classifier', 'causal_lm', 't5'):
+        learn = maker(toks, kind)
+        with learn.distributed(strategy=strategy), quiet(learn):
+            seed_everything(3)
+            share = share_of_weights(learn)
+            cb = GradualUnfreezing()
+            learn.fit(4, 1e-2, cbs=cb)
+            preds = numbers(first_of_rows(learn.get_preds()[0]))
+        file = flat_weights(learn, folder/f'{kind}_{strategy}_{rank_distrib()}.npy')
+        res[kind] = dict(file=file, share=share, preds=preds, values=numbers(list(learn.recorder.values)),
+                         stages=cb.table().layers.tolist(), share_after=share_of_weights(learn))
+        if kind == 'classifier' and not rank_distrib():
+            learn.save_bundle(folder/strategy)
+            res['bundle'] = {p.name: digest(p.read_bytes()) for p in sorted((folder/strategy).iterdir())
+                             if p.name != 'bundle.json'}
+    return res
+
+
+def divided_fits(toks, folder, scale, strategy):
+    "Fits in float32 with dropout: callbacks that keep, average, clip, accumulate and save; moments that are kept"
+    folder, res = Path(folder), {}
+
+    def run(name, kind, *fits):
+        seed_everything(0)
+        learn = MAKERS[kind](toks)
+        learn.path = folder
+        for fit in fits:
+            with learn.distributed(strategy=strategy), quiet(learn):
+                seed_everything(4)
+                fit(learn)
+        res[name] = dict(file=flat_weights(learn, folder/f'{name}_{strategy}_{rank_distrib()}.npy'),
+                         values=numbers(list(learn.recorder.values)))
+        return learn
+
+    cbs = [EMA(.5), BestEpoch(), GradientClip(.1), SaveModelCallback(fname=strategy)]
+    run('kept', 'classifier', lambda learn: learn.fit(3, 1e-2, cbs=cbs))
+    run('transfer', 'classifier', lambda learn: learn.fit_transfer(recipe='gradual', epochs=[1, 1, 1], lr=1e-3,
+                                                                   cache=False if strategy == 'ddp' else 'auto'))
+    run('bf16', 'classifier', lambda learn: learn.to_mixed_precision('bf16', force=True).fit(1, 1e-3))
+    run('accumulated', 'tagger', lambda learn: learn.fit(1, 1e-2, cbs=GradientAccumulation(10)))
+    run('two passes', 'classifier', lambda learn: learn.fit(1, 1e-2, cbs=RDrop()))
+    again = run('moments', 'classifier', lambda learn: (learn.freeze_to(-2), learn.fit(1, 1e-2)),
+                lambda learn: (learn.save('state'), learn.fit(1, 1e-2), learn.load('state'), learn.fit(1, 1e-2)))
+    res['frozen_idx'] = again.opt.frozen_idx
+    return res
+
+
+class Stop(Callback):
+    "Ends the process in the middle of an epoch"
+
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter) == (2, 1):
+            os._exit(3)
+
+
+def divided_resumed(toks, folder, scale, strategy, stop=False):
+    "A fit that can be resumed, by processes that keep their weights in another way"
+    learn = maker(toks, 'classifier')
+    with learn.distributed(strategy=strategy), quiet(learn):
+        cbs = [GradualUnfreezing(), EMA(.5), BestEpoch(), ResumableFit(Path(folder)/'fit.safetensors')]
+        learn.fit(4, 1e-2, cbs=cbs + [Stop()]*stop)
+    return dict(file=flat_weights(learn, f'{folder}/{strategy}_{rank_distrib()}.npy'))
+
+
+def divided_errors(toks, folder, scale):
+    "What cannot be done with divided weights"
+    res = {}
+    for name, fit in dict(cache=lambda learn: learn.fit(1, cbs=CachedPrefix()),
+                          save_bundle=lambda learn: learn.save_bundle(folder)).items():
+        learn = maker(toks, 'classifier')
+        with learn.distributed(strategy='fsdp'), quiet(learn):
+            try:
+                fit(learn)
+            except FastaiTLError as error:
+                res[name] = str(error)
+    learn = maker(toks, 'ulmfit_classifier')
+    try:
+        with learn.distributed(strategy='fsdp'):
+            pass
+    except FastaiTLError as error:
+        res['awd_lstm'] = str(error)
+    return res
 
 
 # --- processes ---

@@ -149,6 +149,35 @@ def test_train_on_a_file(ask, tmp_path, small_tokenizers):
     assert status == 1 and 'For a regression use Python' in err
 
 
+@pytest.mark.slow
+def test_train_in_two_processes(tmp_path, monkeypatch, small_tokenizers, capfd):
+    "The files are those of one process, process 0 prints, and an error of both is printed once"
+    from transformers import BertForSequenceClassification
+    monkeypatch.chdir(tmp_path)
+    tok = small_tokenizers['encoder']
+    BertForSequenceClassification(bert(tok)).save_pretrained(tmp_path/'bert')
+    tok.save_pretrained(tmp_path/'bert')
+    texts = [f'the film was very {word} story {i}' for i in range(30) for word in ('good', 'bad')]
+    rows = pd.DataFrame(dict(text=texts, label=['pos', 'neg']*30))
+    rows.to_csv(tmp_path/'mine.csv', index=False)
+    (tmp_path/'settings.ini').write_text('[fastai_tl]\nmodel = bert\nepochs = 2\nbs = 8\n')
+    assert main(['train', 'mine.csv', '--quiet', '--out', 'one']) == 0
+    capfd.readouterr()
+    assert main(['train', 'mine.csv', '--quiet', '--out', 'two', '--processes', '2']) == 0
+    printed = capfd.readouterr().out
+    assert printed.splitlines()[-1] == 'Results in two' and printed.count('Results in') == 1
+    one, two = [sorted(str(p.relative_to(tmp_path/out)) for p in (tmp_path/out).rglob('*') if p.is_file())
+                for out in ('one', 'two')]
+    assert one == two
+    assert len(load_bundle(tmp_path/'two'/'model', verbose=False).predict(list(rows.text)).labels) == 60
+    run = json.loads((tmp_path/'two'/'summary.json').read_text())
+    assert run['rows'] == json.loads((tmp_path/'one'/'summary.json').read_text())['rows']
+    assert main(['train', 'mine.csv', '--label', 'grade', '--processes', '2']) == 1
+    assert capfd.readouterr().err.count("'grade'") == 1
+    assert main(['train', 'mine.csv', '--processes', '0']) == 1
+    assert '--processes' in capfd.readouterr().err
+
+
 @pytest.mark.parametrize('sep', [';', '\t'])
 def test_errors_name_options_of_the_command_line(ask, tmp_path, sep):
     "A file with another separator or encoding: the error names the option, and with it the file is read"

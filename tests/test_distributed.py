@@ -5,6 +5,7 @@ One process imports everything and forks the processes of each job (distributed_
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ class Jobs:
 
     def results(self, check, n, **options):
         "What each process of a job returned"
-        key = (check, n, *options.items())
+        key = (check, n, json.dumps(options))
         if key not in self.known:
             answer = self.run(check, n, **options)
             print(check, n, f'{answer["cpu"]:.1f} s of processor time')
@@ -57,7 +58,7 @@ def jobs(tmp_path_factory):
     jobs = Jobs(tmp_path_factory.mktemp('jobs'))
     yield jobs
     jobs.process.stdin.close()
-    jobs.process.wait(30)
+    jobs.process.wait(120)
 
 
 def difference(a, b):
@@ -150,6 +151,80 @@ def test_predictions_are_in_order_and_without_repetitions(jobs):
         assert difference(together[0][kind], one) < 2e-5, kind
 
 
+@pytest.mark.slow
+def test_stages_of_ulmfit(jobs):
+    "The losses are those of one process, files are written once and read by all, and a second call trains nothing"
+    alone, together = jobs.both('ulmfit')
+    assert together[0] == together[1]
+    assert together[0]['files'] == alone['files']
+    assert together[0]['weights'] == together[0]['first']
+    for k, tolerance in ((0, 1e-5), (1, 1e-5), (2, .03)): # the head of the classifier has dropout of its own
+        losses = [[row[0] for row in o['history'][k]] for o in (together[0], alone)]
+        assert difference(*losses) < tolerance, losses
+
+
+# --- weights that are divided among the processes ---
+
+def largest_difference(a, b):
+    "The largest difference of the weights of two processes"
+    return np.abs(np.load(a['file'])-np.load(b['file'])).max()
+
+
+@pytest.mark.slow
+def test_divided_weights_train_like_whole_ones(jobs):
+    "`fsdp` against `ddp`: weights, predictions, stages and the bundle; each process has about half of the weights"
+    whole = jobs.results('divided', 2, options=dict(strategy='ddp'))
+    parts = jobs.results('divided', 2, options=dict(strategy='fsdp'))
+    assert parts[0].pop('bundle') == whole[0].pop('bundle') # byte by byte
+    for kind, one in whole[0].items():
+        for of_process in parts:
+            assert largest_difference(of_process[kind], one) < 1e-9, kind # float64
+            assert of_process[kind]['stages'] == one['stages'], kind
+            assert difference(of_process[kind]['preds'], one['preds']) < 1e-6, kind
+            assert difference(of_process[kind]['values'], one['values']) < 1e-6, kind
+        assert .45 < parts[0][kind]['share'] < .6 and .45 < parts[1][kind]['share'] < .6
+        assert parts[0][kind]['share_after'] == 1
+
+
+@pytest.mark.slow
+def test_other_fits_with_divided_weights(jobs):
+    "Averages, the best epoch, clipping, accumulation, bfloat16, saved and loaded weights and moments"
+    whole = jobs.results('divided_fits', 2, options=dict(strategy='ddp'))
+    parts = jobs.results('divided_fits', 2, options=dict(strategy='fsdp'))
+    for of_process in parts:
+        assert of_process.pop('frozen_idx') == 2
+    whole[0].pop('frozen_idx')
+    for name, one in whole[0].items():
+        for of_process in parts:
+            assert largest_difference(of_process[name], one) < (1e-3 if name == 'bf16' else 1e-5), name
+            assert difference(of_process[name]['values'], one['values']) < 1e-3, name
+
+
+@pytest.mark.slow
+def test_divided_weights_resume(jobs, tmp_path):
+    "A fit with divided weights continues from the checkpoint of one with whole weights, and the other way round"
+    quiet = tmp_path/'quiet'
+    quiet.mkdir()
+    expected = jobs.run('divided_resumed', 2, folder=quiet, options=dict(strategy='ddp'))['results'][0]
+    for first, then in (('fsdp', 'ddp'), ('ddp', 'fsdp')):
+        folder = tmp_path/first
+        folder.mkdir()
+        answer = jobs.run('divided_resumed', 2, folder=folder, options=dict(strategy=first, stop=True))
+        assert answer['codes'] == [3, 3]
+        answer = jobs.run('divided_resumed', 2, folder=folder, options=dict(strategy=then))
+        assert answer['codes'] == [0, 0], answer['results']
+        for result in answer['results']:
+            assert largest_difference(result, expected) < 1e-6, (first, then)
+
+
+@pytest.mark.slow
+def test_what_needs_whole_weights_says_so(jobs):
+    for of_process in jobs.results('divided_errors', 2):
+        assert 'cache=True' in of_process['cache']
+        assert 'after the `with' in of_process['save_bundle']
+        assert 'Only the weights of a Transformer' in of_process['awd_lstm']
+
+
 # --- files and errors ---
 
 def test_files_are_written_once(jobs, tmp_path):
@@ -222,3 +297,36 @@ def test_predictions_and_stages_of_three_processes(jobs):
         assert together[0] == together[1] == together[2]
     for kind, one in jobs.results('outputs', 0, scale=2)[0].items():
         assert difference(jobs.results('outputs', 3)[0][kind], one) < 2e-5, kind
+
+
+SCRIPT = """
+import json, os, sys
+from small_learners import *
+from fastai_tl.files import digest
+learn = classifier(dict(encoder=train_tokenizer(sentences(200), 400, 'encoder')))
+with learn.distributed(), learn.no_bar(), learn.no_logging():
+    learn.fit(1, 1e-3)
+    rows = len(learn.get_preds()[0])
+weights = digest(*[p.detach().numpy().tobytes() for p in learn.model.parameters()])
+with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", 'w') as file:
+    json.dump(dict(rows=rows, weights=weights, world=os.environ['WORLD_SIZE']), file)
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path):
+    "Two processes on a CPU, with the option that the how-to page names: one model, each with all predictions"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    (tmp_path/'train.py').write_text(SCRIPT)
+    env = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/'tests')]), OMP_NUM_THREADS='1',
+                    HF_HUB_OFFLINE='1', GLOO_SOCKET_IFNAME='lo')
+    options = ['--multi_gpu', '--num_machines', '1', '--num_processes', '2', '--main_process_port', str(port),
+               '--mixed_precision', 'no', '--dynamo_backend', 'no']
+    command = [sys.executable, '-m', 'accelerate.commands.launch', *options, str(tmp_path/'train.py'), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
+    assert first == second
+    assert first['rows'] == 2 and first['world'] == '2'

@@ -62,6 +62,8 @@ def _add_train(commands):
     add('data', metavar='FILE', help='a .csv, .tsv, .jsonl or .parquet file, or a folder with a subfolder for each '
                                      'class')
     add('--out', help='folder of the results (trained-mine for mine.csv)')
+    add('--processes', type=int, help='train a Transformer in this number of processes, each with a GPU of its own or '
+                                      'its share of the cores')
     _add_training_options(add)
 
 # %% ../../nbs/982_commands.arguments.ipynb #5781bcb6

@@ -8,9 +8,10 @@ Docs: https://fastai-tl.github.io/fastai_tl/commands.runs.html.md"""
 __all__ = []
 
 # %% ../../nbs/989_commands.runs.ipynb #b01df443
-import os
+import os, sys
 from pathlib import Path
 import pandas as pd
+from ..arguments import check_whole
 from ..data.readers import is_table_file, read_table
 from ..files import write_json
 from ..learners.ulmfit import ULMFiT
@@ -18,6 +19,8 @@ from ..plot import set_font
 from ..quickstart.base import explain_choice, read_summary
 from ..quickstart.presets import FULL, QUICK
 from ..quickstart.run import default_out, run_quickstart
+from ..tune.distributed import is_launched
+from .launch import run_together
 from .settings import SETTINGS, changed_sizes, read_settings
 from .tables import find_columns
 
@@ -63,7 +66,7 @@ def _train(args, compare):
     options = _own_table(options, args.quiet)
     out = options['out']
     summary = run_quickstart(full=full, progress=not args.quiet, compare=compare, **options, **sizes)
-    if args.quiet:
+    if args.quiet and summary:
         print(pd.DataFrame(summary['table']).set_index('model').to_string())
         print(f'Results in {out}')
     return summary
@@ -84,7 +87,11 @@ def quickstart(
 def train(
     args # Parsed arguments of the subcommand
 ):
-    "Train a classifier on a file, without the comparison"
+    "Train a classifier on a file, without the comparison; return the exit status of several processes"
+    n = check_whole('--processes', args.processes, high=1024, or_none=True) or 1
+    if n > 1 and not is_launched():
+        call = 'import sys; from fastai_tl.cli import main; sys.exit(main(sys.argv[1:]))'
+        return run_together([sys.executable, '-c', call, *args.arguments], n)
     _train(args, compare=False)
 
 # %% ../../nbs/989_commands.runs.ipynb #50503013

@@ -9,6 +9,7 @@ __all__ = ['LMOptions', 'TableOptions', 'ClassifierOptions']
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #a3fd6993
 from collections import namedtuple
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import pandas as pd
@@ -24,8 +25,10 @@ from ..data.splits import SPLIT_NAMES, split_rows
 from ..data.tables import column, need_no_options, read_files, read_texts
 from ..data.tokenizers import TextTokenizer
 from ..files import digest, load_tree, save_tree
+from ..processes import from_main_process, is_main_process
 from ..models.encoder import Encoder, text_vocab
 from ..models.third_party import spec_of
+from ..tune.distributed import is_launched
 from ..tune.gradual import STAGE_SCHEDULES
 from ..tune.resume import ResumableFit
 from ..tune.unfreezing import GradualUnfreezing
@@ -69,6 +72,23 @@ def _lm_data(run, stage, source, text_col, options):
     dls.spec = dls.spec.replace(columns=dict(text=text_col))
     return dls, digest(source.words, source.ids.tobytes()), source.counter()
 
+# %% ../../nbs/533_learners.ulmfit_stages.ipynb #656bcd38
+@contextmanager
+def _together(learn, stage):
+    "Train a stage with all processes that were started together, or alone; process 0 holds the lock"
+    with learn.distributed(), stage.lock() if is_main_process() else nullcontext():
+        yield
+        from_main_process(None) # the others wait for its files
+
+def _begin(run, stage, **settings):
+    "Start or resume a stage in process 0; return in each process whether it is done"
+    return from_main_process(run.begin(stage, **settings) if is_main_process() else None)
+
+def _say(run, stage, match):
+    "Print what was found in an encoder, once"
+    if is_main_process():
+        run.say(f'{stage.direction}: {match}')
+
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #d5b3b0d1
 def _fit_lm(run, stage, learn, options, has_encoder, cbs):
     cbs = _fit_callbacks(run, stage, learn, cbs)
@@ -99,15 +119,16 @@ def train_language_model(
     vocab = text_vocab(dls)
     seed_everything(run.seed, stage.direction, stage.name, 'weights')
     learn = awd_lm_learner(dls, run.config, options['drop_mult'], wd=options['wd'], path=stage.folder)
-    with stage.lock():
-        if run.begin(stage, **options, data=data, start=start and start.digest):
+    with _together(learn, stage):
+        if _begin(run, stage, **options, data=data, start=start and start.digest):
             stage.encoder().into(learn.model, vocab)
             return learn
         if start is not None:
-            run.say(f'{stage.direction}: {start.into(learn.model, vocab, counts, run.texts.settings)}')
+            _say(run, stage, start.into(learn.model, vocab, counts, run.texts.settings))
         _fit_lm(run, stage, learn, options, start is not None, cbs)
-        Encoder.from_model(learn.model, vocab, run.texts.settings, stage.backwards).save(stage.encoder_file)
-        stage.close(learn.recorder)
+        if is_main_process():
+            Encoder.from_model(learn.model, vocab, run.texts.settings, stage.backwards).save(stage.encoder_file)
+            stage.close(learn.recorder)
     return learn
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #054387f0
@@ -127,6 +148,9 @@ def take_over(
         raise RunError(f'The {stage.direction} model needs {stage.direction} weights', 'weights of the other direction',
                        'Pass a pair (forward, backward)')
     run.use_config(weights)
+    if is_launched() and not stage.done:
+        raise RunError('Existing weights must be taken over in one process', 'several that were started together',
+                       'Call `pretrain(weights=...)` once without `torchrun`, then start the script again')
     with stage.lock():
         if not run.begin(stage, weights=weights.digest):
             weights.save(stage.encoder_file)
@@ -252,16 +276,17 @@ def train_classifier(
     seed_everything(run.seed, stage.direction, stage.name, 'weights')
     learn = awd_classifier_learner(dls, spec.task, spec.n_out, run.config, run.seq_len, options.drop_mult,
                                    options.y_range, metrics, path=stage.folder)
-    with stage.lock():
-        if run.begin(stage, **asdict(options), task=spec.task, data=data, start=start and start.digest):
+    with _together(learn, stage):
+        if _begin(run, stage, **asdict(options), task=spec.task, data=data, start=start and start.digest):
             learn.model.load_state_dict(load_tree(stage.model_file)['model'])
             return learn
         if start is not None:
-            run.say(f'{stage.direction}: {start.into(learn.model, text_vocab(dls))}')
+            _say(run, stage, start.into(learn.model, text_vocab(dls)))
         with run.quiet(learn):
             learn.unfreezing = options.fit(learn, _fit_callbacks(run, stage, learn, cbs))
-        _save_classifier(run, stage, learn, spec, options)
-        stage.close(learn.recorder)
+        if is_main_process():
+            _save_classifier(run, stage, learn, spec, options)
+            stage.close(learn.recorder)
     return learn
 
 # %% ../../nbs/533_learners.ulmfit_stages.ipynb #827c6d78

@@ -225,6 +225,19 @@ def execution_order(
         offset += len(own)
     return res
 
+# %% ../../nbs/200_models.execution_order.ipynb #0ef63681
+@contextmanager
+def same_order(
+    model # A model that gets other parameters inside the `with` block, under the same names
+):
+    "Keep the order of execution of a model whose parameters are replaced"
+    execution_order(model)
+    known = {hf: dict(_known[hf]) for hf in hf_models(model)}
+    yield
+    for hf, found in known.items():
+        key = tuple((name, id(p)) for name, p in hf.named_parameters())
+        _known[hf] = {what: (key, result) for what, (_, result) in found.items()}
+
 # %% ../../nbs/200_models.execution_order.ipynb #7c44ad14
 class Work:
     "Computes the positions of parameters from the uses in a forward pass"

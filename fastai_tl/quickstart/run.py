@@ -16,6 +16,7 @@ from ..data.readers import pop_reader_options
 from ..data.tables import need_no_options
 from ..datasets.quickstart import imdb_data, offline_data, own_data
 from ..plot import set_language
+from ..tune.distributed import is_launched
 from .combined import CombinedQuickstart
 from .presets import FULL, QUICK, TRANSFORMER, changed_preset
 from .transformer import TransformerQuickstart
@@ -92,6 +93,9 @@ def _check_size(ulmfit, bidirectional, full):
     if not ulmfit and (bidirectional or full):
         got = '`bidirectional`' if bidirectional else '`full`'
         raise FastaiTLError('A quickstart with a Transformer has one direction and one size', got, 'Leave it out')
+    if ulmfit and is_launched():
+        raise FastaiTLError('Several processes can train a Transformer together', 'ULMFiT',
+                            'Name a Transformer with `model`, or train in one process')
 
 # %% ../../nbs/970_quickstart.run.ipynb #d0ee3e75
 @checked

@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 import numpy as np
 from fastcore.all import delegates
+from fastai.torch_core import rank_distrib
 from ..arguments import checked
 from ..core import seed_everything
 from ..data.classification import HFTextDataLoaders
@@ -24,6 +25,7 @@ from ..models.loading import quiet_transformers
 from ..plot import keep_going, plot_panels
 from .base import Quickstart, Trained, best_validated, save_figure, validation_scores
 from .presets import TRANSFORMER, check_preset, expected_seconds
+from ..tune.distributed import is_launched
 from ..tune.resume import ResumableFit
 from ..tune.transfer_plan import TransferPlan
 
@@ -88,11 +90,12 @@ class TransformerQuickstart(Quickstart):
         settings.update(lr=lr, data=self._data_digest())
         resumable = ResumableFit(self.out/'runs'/f'{_stage_name(lr)}.safetensors', self.seed, settings)
         def fit() -> TransferPlan: return learn.fit_transfer(epochs and sum(epochs), lr=lr, cbs=resumable)
-        if self.bars:
-            plan = fit()
-        else:
-            with learn.no_bar(), learn.no_logging():
+        with learn.distributed():
+            if self.bars:
                 plan = fit()
+            else:
+                with learn.no_bar(), learn.no_logging():
+                    plan = fit()
         learn.opt = None # its moments take twice the memory of the model, and the gradients once
         learn.model.zero_grad(set_to_none=True)
         return learn, float(plan.lrs[-1])
@@ -101,6 +104,15 @@ class TransformerQuickstart(Quickstart):
         "Return a checksum of the texts, labels, split, model and language"
         labels = list(map(str, self.rows.label))
         return digest(list(self.rows.text), labels, list(self.rows.split), str(self.model), self.lang)
+
+    def run(self) -> dict: # The summary; empty in another process than that with number 0
+        "Run all steps; of several processes that were started together, process 0 writes the results"
+        if not is_launched() or not rank_distrib():
+            return super().run()
+        dls = self.make_dls()
+        for lr in self.size['rates'] or [None]:
+            self.fit(dls, lr)
+        return {}
 
     def train(self) -> dict: # Maps the name of the model to a `Trained`
         "Train the classifier with each learning rate and evaluate the one with the best validation accuracy"

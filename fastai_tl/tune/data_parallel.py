@@ -99,6 +99,7 @@ def own_rows(
 # %% ../../nbs/437_tune.data_parallel.ipynb #4aff2020
 class GradientAverage:
     "Average the gradients of a model over the processes"
+    wraps_forward = True # each training batch must run in `forward`
     def __init__(self,
         model # A model with the same weights in all processes
     ):

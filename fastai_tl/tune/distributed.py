@@ -19,13 +19,15 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.torch_core import to_detach
-from ..arguments import check_number, checked
+from ..arguments import check_number, check_option, checked
 from ..callbacks import AroundBatch, unguard_batches
 from ..core import FastaiTLError, RunError
-from ..processes import from_main_process, is_main_process, n_processes, need_same, processes_joined
+from ..processes import from_main_process, is_divided, is_main_process, n_processes, need_same
+from ..processes import processes_joined
 from ..efficiency.feature_cache import CachedDL
 from ..efficiency.frozen_features import replaced_forwards
 from .accumulation import LargeBatchGradient, loss_divisor
+from .sharding import ShardedWeights, check_callbacks_can_shard, methods_of_divided
 from .data_parallel import GradientAverage, SharedForward, norms_together, own_rows
 from .data_parallel import share_random_state, vary_dropout
 
@@ -62,6 +64,8 @@ class ProcessRows(Callback):
     def before_fit(self):
         "Leave log files to process 0"
         check_trainable_together(self.learn)
+        if is_divided(self.model):
+            check_callbacks_can_shard(self.learn)
         self.dealt = {}
         for cb in self.learn.cbs:
             if writes_files(cb) and not is_main_process():
@@ -100,7 +104,9 @@ class ProcessBatches(AroundBatch):
         own = self.model.forward
         if self.training:
             self.gradients.begin()
-            forwards = {**norms_together(self.model), self.model: partial(self._train, own)}
+            forwards = norms_together(self.model)
+            if self.gradients.wraps_forward:
+                forwards[self.model] = partial(self._train, own)
         elif isinstance(self.learn.dl, CachedDL):
             forwards = {}
         else:
@@ -165,17 +171,17 @@ def join_group(kind, timeout):
 # %% ../../nbs/438_tune.distributed.ipynb #93641c51
 def move_to(learn, device):
     "Move the model, the optimizer's moments and the batches of a Learner to a device"
-    learn.model.to(device)
     learn.dls.to(device)
+    learn.model.to(device)
     moments = getattr(getattr(learn.opt, 'opt', None), 'state', None) or getattr(learn.opt, 'state', None) or {}
     for state in moments.values():
         state.update({k: v.to(device) for k, v in state.items() if isinstance(v, torch.Tensor) and v.ndim})
 
 @torch.no_grad()
-def share_weights(model):
-    "Give each process the weights and buffers of process 0"
+def share_weights(model, device):
+    "Give each process the weights and buffers of process 0; they pass through a device that can exchange them"
     for t in [*model.parameters(), *model.buffers()]:
-        same = t.detach().contiguous()
+        same = t.detach().to(device).contiguous()
         dist.broadcast(same, 0)
         if same.data_ptr() != t.data_ptr():
             t.copy_(same)
@@ -202,27 +208,40 @@ def lost_process(error):
                     'continues from the last finished epoch')
 
 # %% ../../nbs/438_tune.distributed.ipynb #882a1a0e
-def _callbacks(learn):
+def _callbacks(learn, gradients):
     "Return the Callbacks that a Learner needs in several processes"
-    gradients = GradientAverage(learn.model)
     missing = [] if learn.cbs.attrgot('name').count('large_batch_gradient') else [LargeBatchGradient()]
     return [ProcessRows(gradients), ProcessBatches(gradients, learn.model), *missing]
 
 @contextmanager
-def _joined_learner(learn):
+def _divided(learn, kind):
+    "Divide the weights of the Learner among the processes; after an error they are not put together"
+    weights = ShardedWeights(learn)
+    weights.divide(learn, kind)
+    with methods_of_divided(learn):
+        yield weights
+    weights.join(learn)
+
+# %% ../../nbs/438_tune.distributed.ipynb #00f87ce2
+@contextmanager
+def _joined_learner(learn, device, strategy):
     "Let the Learner work with the other processes"
     with ExitStack() as stack:
         stack.enter_context(processes_joined())
         check_trainable_together(learn)
         check_same_learner(learn)
-        share_weights(learn.model)
+        share_weights(learn.model, device)
         learn.to_detach = partial(to_detach, gather=False) # all processes have all predictions already
-        cbs = _callbacks(learn)
+        if strategy == 'fsdp':
+            gradients = stack.enter_context(_divided(learn, device.type))
+        else:
+            gradients = GradientAverage(learn.model)
+            stack.callback(gradients.forget)
+        cbs = _callbacks(learn, gradients)
         if not is_main_process():
             stack.enter_context(learn.no_bar())
             stack.enter_context(learn.no_logging())
         stack.enter_context(learn.added_cbs(cbs))
-        stack.callback(cbs[0].gradients.forget)
         stack.callback(unguard_batches, learn)
         yield learn
 
@@ -231,10 +250,12 @@ def _joined_learner(learn):
 @contextmanager
 @checked
 def distributed(self:Learner,
-    timeout:float=600. # Seconds that a process waits for the others, for example while process 0 writes a file
+    timeout:float=600., # Seconds that a process waits for the others, for example while process 0 writes a file
+    strategy:str='ddp' # `ddp`: all weights in each process; `fsdp`: a part of each weight, gradient and moment
 ): # The same Learner
     "Train, validate and predict with all processes that `torchrun` or `accelerate launch` has started"
     check_number('timeout', timeout, above=0)
+    check_option('strategy', strategy, ('ddp', 'fsdp'))
     if not is_launched():
         yield self
         return
@@ -242,9 +263,12 @@ def distributed(self:Learner,
         raise FastaiTLError('A Learner can be in `distributed` once at a time', 'a second time')
     device = own_device(torch.device(self.dls.device or next(self.model.parameters()).device).type)
     join_group(device.type, timeout)
-    move_to(self, device)
+    if strategy == 'ddp':
+        move_to(self, device)
+    else:
+        self.dls.to(device) # block by block, the weights follow
     try:
-        with _joined_learner(self):
+        with _joined_learner(self, device, strategy):
             yield self
     except BaseException as error:
         _leave_group() # so that the others do not wait for this process

@@ -9,7 +9,7 @@ __all__ = ['StopOnNaN']
 
 # %% ../../nbs/408_tune.divergence.ipynb #08941c88
 import warnings
-import numpy as np, torch
+import numpy as np, torch, torch.distributed as dist
 from fastcore.all import L
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import NonNativeMixedPrecision
@@ -17,6 +17,7 @@ from fastai.learner import Recorder
 from ..arguments import checked
 from ..callbacks import batch_rows, check_callbacks, is_real_fit
 from ..core import TrainingError, shorten
+from ..processes import is_divided, own_part
 from ..models.finite import not_finite
 
 # %% ../../nbs/408_tune.divergence.ipynb #4d3a4255
@@ -34,9 +35,11 @@ def _size_of_gradients(groups, device):
     "Return the sum of the absolute values of gradients, on `device`: it is finite only if all are"
     total = torch.zeros((), device=device)
     for group in groups:
-        grads = [p.grad for p in group if p.grad is not None]
+        grads = [own_part(p.grad) for p in group if p.grad is not None]
         if grads:
             total += torch.stack(torch._foreach_norm(grads, 1)).float().sum().to(device)
+    if any(own_part(p) is not p for group in groups for p in group): # each process has seen its parts
+        dist.all_reduce(total)
     return total
 
 # %% ../../nbs/408_tune.divergence.ipynb #902555b4
@@ -69,6 +72,9 @@ def _has_scaler(learn):
 def _trained_state(model):
     "Copy the weights that are trained, and the buffers, to the CPU"
     fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
+    if is_divided(model): # each process keeps its parts
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        return {name: w.detach().clone() for name, w in tensors.items() if name not in fixed}
     return {name: w.detach().to('cpu', copy=True) for name, w in model.state_dict().items()
             if isinstance(w, torch.Tensor) and name not in fixed}
 

@@ -24,7 +24,8 @@ from ..models.finite import need_finite, tensors_in
 from ..callbacks import is_real_fit
 from ..core import RunError, derive_seed, seed_everything, shorten
 from ..files import load_tree, read_record, save_tree, write_json
-from ..processes import from_main_process, is_main_process, n_processes, need_same
+from ..processes import from_main_process, is_divided, is_main_process, n_processes, need_same
+from ..processes import parts_like, whole_tensors
 from ..efficiency.feature_cache import transforms_of
 
 # %% ../../nbs/430_tune.resume.ipynb #ad4ac71a
@@ -109,6 +110,8 @@ def _restore_opt(opt, state):
     is_fastai_optimizer = isinstance(opt.state, dict) and not hasattr(opt, 'opt')
     if is_fastai_optimizer: # its `state` is a dict from parameter to moments
         opt.state = {p: {k: _to(v, p.device) for k, v in moments.items()} for p, moments in opt.state.items()}
+    for p, moments in getattr(opt, 'opt', opt).state.items():
+        moments.update({k: parts_like(v, p) for k, v in moments.items() if isinstance(v, torch.Tensor)})
 
 def _to(value, device):
     return value.to(device) if isinstance(value, torch.Tensor) else value
@@ -253,8 +256,10 @@ class ResumableFit(Callback):
     def _state(self):
         moments = {name: v for name, v in self.opt.state_dict().items() if name != 'hypers'}
         processes = dict(processes=n_processes()) if n_processes() > 1 else {}
-        return dict(epoch=self.epoch+1, settings=self._all_settings(), model=dict(self.model.state_dict()), opt=moments,
-                    recorder=_state_of_recorder(self.recorder), cbs=_state_of_cbs(self.learn.cbs), **processes)
+        state = dict(epoch=self.epoch+1, settings=self._all_settings(), model=dict(self.model.state_dict()),
+                     opt=moments, recorder=_state_of_recorder(self.recorder), cbs=_state_of_cbs(self.learn.cbs),
+                     **processes)
+        return whole_tensors(state) if is_divided(self.model) else state
 
 # %% ../../nbs/430_tune.resume.ipynb #44446965
 class RunStage:

@@ -22,7 +22,7 @@ from ..arguments import check_each, check_flag, check_number, check_option, chec
 from ..callbacks import check_callbacks
 from .divergence import with_stop_on_nan
 from ..core import FastaiTLError
-from ..processes import n_processes
+from ..processes import is_divided, n_processes
 from ..models.layer_groups import LayerGroup, group_names, layer_range, layer_splitter
 from ..models.third_party import spec_of
 from ..efficiency.allocator import reuse_memory
@@ -235,6 +235,8 @@ def unchanged_rng():
 # %% ../../nbs/442_tune.transfer_plan.ipynb #1585d9d1
 def _can_cache(learn):
     "Return whether the model can be split below its trained layers and its inputs are the same in every epoch"
+    if is_divided(learn.model):
+        return False
     try:
         with unchanged_rng():
             if not is_pooled(learn.model):

@@ -13,6 +13,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Recorder
 from ..arguments import check_number
 from ..callbacks import is_real_fit
+from ..processes import parts_like
 
 # %% ../../nbs/426_tune.weight_averaging.ipynb #bcdc305c
 def _averaged(model):
@@ -99,10 +100,12 @@ class WeightAverage(Callback):
         sd:dict # Result of `state_dict`
     ):
         "Restore a saved state"
-        device = next(self.model.parameters()).device
-        self.averages = {name: value.to(device) for name, value in sd['averages'].items()}
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        def placed(values):
+            return {name: parts_like(value.to(tensors[name].device), tensors[name]) for name, value in values.items()}
+        self.averages = placed(sd['averages'])
         self.counts = dict(sd['counts'])
-        self.own = sd['own'] and {name: value.to(device) for name, value in sd['own'].items()}
+        self.own = sd['own'] and placed(sd['own'])
 
 # %% ../../nbs/426_tune.weight_averaging.ipynb #dea9f8a2
 class EMA(WeightAverage):
