@@ -3,7 +3,7 @@ against the same students with the labels alone.
 
     pip install "fastai_tl[minilm]"
     python benchmarks/distillation/run.py --data FOLDER --out FOLDER [--set trec6] [--labels 300] [--seeds 3]
-                                          [--students layers3 layers2 awd bag] [--json FILE]
+                                          [--students layers3 layers2 shrunk2 awd bag] [--json FILE]
 
 `--data` holds en/trec6.csv or en/imdb.parquet (text, label, split). A seed draws `--labels` labelled texts, the same
 number of each class as in the data; the other training texts (`--unlabelled` of them) have no labels. The teacher is
@@ -11,6 +11,7 @@ MiniLM with `fit_transfer` on the labelled texts. No decision uses the test text
 are those after the last epoch.
 
 - layers3, layers2: the first layers of MiniLM, `fit_transfer`
+- shrunk3, shrunk2: layers of the fine-tuned teacher (`shrink`: 0, 3 and 5, or 0 and 5, chosen beforehand)
 - awd: an AWD_LSTM without pre-training (100/200/1), `fit_one_cycle`; its vocabulary is from all training texts
 - bag: words and pairs of words (TF-IDF) with logistic regression
 
@@ -31,7 +32,15 @@ import numpy as np
 import pandas as pd
 
 WAYS = ('labels', 'labels, longer', 'distilled')
-STUDENTS = dict(layers3='MiniLM, 3 layers', layers2='MiniLM, 2 layers', awd='AWD_LSTM 100/200/1', bag='bag of words')
+STUDENTS = dict(
+    layers3='MiniLM, 3 layers',
+    layers2='MiniLM, 2 layers',
+    shrunk3='3 layers of the teacher',
+    shrunk2='2 layers of the teacher',
+    awd='AWD_LSTM 100/200/1',
+    bag='bag of words',
+)
+SHRUNK = dict(shrunk3=[0, 3, 5], shrunk2=[0, 5])
 
 
 def parse():
@@ -42,7 +51,7 @@ def parse():
     ap.add_argument('--unlabelled', type=int, help='number of texts without labels; default: all')
     ap.add_argument('--test', type=int, help='number of test texts; default: all')
     ap.add_argument('--max-length', type=int, default=128)
-    ap.add_argument('--students', nargs='+', default=list(STUDENTS), choices=list(STUDENTS))
+    ap.add_argument('--students', nargs='+', default=['layers3', 'layers2', 'awd', 'bag'], choices=list(STUDENTS))
     ap.add_argument('--epochs', type=int, default=6, help='epochs of a distilled Transformer')
     ap.add_argument('--awd-epochs', type=int, default=12, help='epochs of a distilled AWD_LSTM')
     ap.add_argument('--longer', type=int, help='also train on the labels alone for so many times the usual epochs')
@@ -122,7 +131,9 @@ def accuracy(learn, data):
     return float(np.mean([a == b for a, b in zip(labels, data.test.label)]))
 
 
-def make_student(name, data, seed, a):
+def make_student(teacher, name, data, seed, a):
+    if name in SHRUNK:
+        return common.quiet(teacher.shrink(layers=SHRUNK[name], verbose=False))
     return awd(data, seed, a) if name == 'awd' else transformer(data, int(name[-1]), a)
 
 
@@ -160,7 +171,7 @@ def run_student(teacher, name, data, seed, way, folder, a):
     if name == 'bag':
         return run_bag(teacher, data, way, folder, a)
     seed_everything(seed)
-    learn = make_student(name, data, seed, a)
+    learn = make_student(teacher, name, data, seed, a)
     n_computed = None
     if way == 'distilled':
         found = teacher.distill_into(
@@ -272,7 +283,7 @@ def main(a):
                 )
         missing = [name for name in a.students if name not in models]
         if seed == a.seeds - 1:
-            models |= {name: make_student(name, data, seed, a) for name in missing if name != 'bag'}
+            models |= {name: make_student(teacher, name, data, seed, a) for name in missing if name != 'bag'}
             speed = rates(models, test.text.tolist()[:500], a.rounds)
     table, figures = tables(runs, speed, a)
     print(table)

@@ -171,12 +171,13 @@ def summary(rows):
 
 def families(a):
     run = common.load_benchmark('architectures')
-    run.LIMIT_S = 300
+    run.LIMIT_S = 120
     logging.disable(logging.WARNING)
     warnings.simplefilter('ignore')
     import fastai_tl.deploy.onnx_export  # noqa: F401 (once, before the child processes start)
 
     rows = json.loads(a.json.read_text()) if a.json and a.json.exists() and a.resume else []
+    rows = [row for row in rows if 'stopped by signal' not in row.get('why', '')]
     done = {row['cls'] for row in rows}
     for task, config, cls in run.classes():
         if cls.__name__ in done:
@@ -365,7 +366,7 @@ def int8(a):
         with learn.no_bar(), learn.no_logging():
             learn.fit_transfer(3)
         engine = onnx_engine(learn)
-        both = {p: Predictor(engine.to_precision(p)) for p in ('fp32', 'int8')}
+        both = {p: Predictor(engine, p) for p in ('fp32', 'int8')}
         found = {p: f.predict(test.text.tolist()) for p, f in both.items()}
         right = {p: float((test.label.values == found[p].labels).mean()) for p in both}
         same = float((found['fp32'].preds == found['int8'].preds).mean())

@@ -268,10 +268,20 @@ def _deciding_steps(epochs, groups, task, family, min_steps, n_batches):
         return None
     return n_batches * sum(_stage_epochs(epochs, 2, family, min_steps, n_batches))
 
+def _is_shrunk(learn):
+    "Return whether a model was cut out of a trained one by `shrink`"
+    return getattr(learn, 'is_shrunk', False)
+
+def _chosen_recipe(learn, family, n, steps):
+    "Return the name of the recipe that `auto` chooses and the reason"
+    if _is_shrunk(learn):
+        return 'full', 'the head was trained before the model was made smaller, and the layers miss each other'
+    return choose_recipe(family, n, predicts_tokens(learn.model), steps, is_trained(learn.model))
+
 def _name_recipe(learn, recipe, family, n, steps, groups):
     "Return the name of the recipe and the reason for choosing it"
     if check_option('recipe', recipe, ['auto', *TRANSFER_RECIPES]) == 'auto':
-        name, why = choose_recipe(family, n, predicts_tokens(learn.model), steps, is_trained(learn.model))
+        name, why = _chosen_recipe(learn, family, n, steps)
         return name, why if groups is None else f'`groups` as asked; the learning rates are those of {name}'
     return recipe, 'as asked'
 
@@ -348,7 +358,8 @@ def _given(spread, default):
 def _is_measured(learn, family, layers, groups):
     "Return whether the benchmark measured the recipes for such a model; it measured no other stages than theirs"
     has_head = family in ('encoder', 'AWD_LSTM') and not predicts_tokens(learn.model)
-    return groups is None and has_head and len(layers) > 2 and is_trained(learn.model) is not False
+    is_usual = has_head and len(layers) > 2 and not _is_shrunk(learn)
+    return groups is None and is_usual and is_trained(learn.model) is not False
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #c892197d
 @patch
