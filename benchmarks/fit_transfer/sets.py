@@ -110,9 +110,7 @@ class SetData(Data):
             self.sources[kind] = source(kind, a.data)
         pool, test = (with_share(df, share) for df in self.sources[kind])
         pool = pool.sample(frac=1, random_state=seed)
-        self.train, self.dev = (
-            with_wrong_labels(df, wrong, seed) for df in (pool[:size], pool[size : size + N_DEV])
-        )
+        self.train, self.dev = (with_wrong_labels(df, wrong, seed) for df in (pool[:size], pool[size : size + N_DEV]))
         self.test = test[:N_TEST]
         self.classes = sorted(set(pool.label))
         self.prepare()

@@ -1,10 +1,10 @@
-"""The ways that benchmarks/fit_transfer compares, apart from the Trainer: `fit_transfer` and what was tried for it."""
+"""The ways that benchmarks/fit_transfer compares, apart from the Trainer: `fit_transfer` and what was tried for it.
+
+A way is a function of the data, the seed and the options; it gives the models to test with a suffix of the name, the
+clock of the fit, and what else is to be recorded. Ways that share a training are tested from one run of it."""
 
 import sys
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'recipes'))
 from common import load_benchmark
@@ -12,6 +12,7 @@ from task import Clock
 
 
 def learner(d, seed, a):
+    "A Learner that validates nothing and shows nothing"
     learn = load_benchmark('recipes').our_learner(d, seed, a)
     learn.remove_cb(learn.progress)
     learn.logger = lambda *o: None
@@ -19,50 +20,58 @@ def learner(d, seed, a):
     return learn
 
 
-class Smooth:
-    "Cross-entropy with smoothed labels, for training alone"
+def label_smoothing(share):
+    "A Callback that trains with smoothed labels"
+    from fastai.callback.core import Callback
+    from torch.nn import functional as F
 
-    def __new__(cls, share):
-        from fastai.callback.core import Callback
-        from torch.nn import functional as F
+    class LabelSmoothing(Callback):
+        def after_loss(self):
+            loss = F.cross_entropy(self.pred.float(), self.yb[0].long(), label_smoothing=share)
+            self.learn.loss_grad, self.learn.loss = loss, loss.detach()
 
-        class LabelSmoothing(Callback):
-            def after_loss(self):
-                if self.training:
-                    loss = F.cross_entropy(self.pred.float(), self.yb[0].long(), label_smoothing=share)
-                    self.learn.loss_grad = loss
-                    self.learn.loss = loss.detach()
-
-        return LabelSmoothing()
+    return LabelSmoothing()
 
 
-def fit(d, seed, a, smooth=0, swa=None, **kwargs):
-    "`fit_transfer` with options, and training aids that it does not have"
-    from fastai.callback.schedule import fit_one_cycle  # noqa: F401
+def mean_of_last(start):
+    "A Callback that keeps the mean of the weights from a share of the fit on, and leaves those of the last step"
     from fastai_tl.all import SWA
 
+    class Mean(SWA):
+        def after_fit(self):
+            self.final = {name: v.clone() for name, v in self.averages.items()}
+
+    return Mean(start)
+
+
+def fit(d, seed, a, smooth=0, mean=None, **kwargs):
+    "The models of one call of `fit_transfer`: calibrated or not, and the mean of the weights of the last steps"
+    from fastai.callback.schedule import fit_one_cycle  # noqa: F401
+    from fastai_tl.tune.held_out_temperature import scale_scores
+
     learn = learner(d, seed, a)
-    cbs = []
-    if smooth:
-        cbs.append(Smooth(smooth))
-    if swa is not None:
-        cbs.append(SWA(swa))
+    cbs = [label_smoothing(smooth)] if smooth else []
+    if mean is not None:
+        cbs.append(mean_of_last(mean))
     with learn.no_bar(), learn.no_logging(), Clock() as clock:
-        learn.fit_transfer(d.epochs, cbs=cbs, **kwargs)
-    return learn.model.hf, clock, {}
+        plan = learn.fit_transfer(d.epochs, cbs=cbs, **kwargs)
+    temperature = plan.temperature
+    yield '', learn.model.hf, clock, dict(temperature=temperature)
+    if temperature is not None:
+        scale_scores(learn.model, 1 / temperature, len(d.classes))
+        yield ', not calibrated', learn.model.hf, clock, {}
+    if mean is not None:
+        for name, p in learn.model.named_parameters():
+            p.data.copy_(cbs[-1].final.get(name, p.data))
+        yield ', mean of the last third', learn.model.hf, clock, {}
 
 
 WAYS = {
-    'now': fit,
-    'rate 5e-5': partial(fit, lr=5e-5),
-    'rate 1e-4': partial(fit, lr=1e-4),
-    'discriminative': partial(fit, recipe='discriminative'),
-    'discriminative 1e-4': partial(fit, recipe='discriminative', lr=1e-4),
-    'head_then_full': partial(fit, recipe='head_then_full'),
-    'head_then_full 1e-4': partial(fit, recipe='head_then_full', lr=1e-4),
-    'top_layers': partial(fit, recipe='top_layers'),
-    'smooth .05': partial(fit, smooth=0.05),
-    'smooth .1': partial(fit, smooth=0.1),
-    'mean of the last third': partial(fit, swa=2 / 3),
-    'mean of the last half': partial(fit, swa=1 / 2),
+    'fit_transfer': (fit, dict()),
+    'calibrate': (fit, dict(calibrate=True, mean=2 / 3)),
+    'calibrate, top layers': (fit, dict(calibrate=True, recipe='top_layers')),
+    'smooth .1': (fit, dict(smooth=0.1, mean=2 / 3)),
+    'rate 1e-4': (fit, dict(lr=1e-4)),
+    'discriminative': (fit, dict(recipe='discriminative')),
+    'head_then_full': (fit, dict(recipe='head_then_full')),
 }
