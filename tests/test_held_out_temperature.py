@@ -6,7 +6,7 @@ import torch
 from test_recipes import FRAME, TEXTS, awd, classifier, tagger, tok  # noqa: F401
 
 from fastai_tl.all import *
-from fastai_tl.tune.held_out_temperature import held_out_learner, output_layer
+from fastai_tl.tune.held_out_temperature import held_out_learner, scores_layer
 
 
 def fitted(learn, **kwargs):
@@ -24,7 +24,7 @@ def test_only_the_scores_change(make, recipe, tok):  # noqa: F811
     make = awd if make == 'awd' else lambda: classifier(tok)
     _, _, plain = fitted(make(), epochs=3, recipe=recipe, lr=5e-3)
     learn, plan, weights = fitted(make(), epochs=3, recipe=recipe, lr=5e-3, calibrate=True)
-    last = {id(p) for p in output_layer(learn.model, 3).parameters()}
+    last = {id(p) for p in scores_layer(learn.model, 3).parameters()}
     divided = [name for name, p in learn.model.named_parameters() if id(p) in last]
     assert plan.temperature != 1 and divided
     for name, value in weights.items():
