@@ -11,8 +11,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 GROUPS = {
     'Accuracy': (
-        'transfer_gain trec6_minilm recipes layer_rates few_shot distillation shrinking hotel_reviews chinese_ner '
-        'probing preferences continual'
+        'transfer_gain trec6_minilm recipes fit_transfer layer_rates few_shot distillation shrinking hotel_reviews '
+        'chinese_ner probing preferences continual'
     ).split(),
     'Speed and memory': (
         'training allocator mixed_precision feature_cache compilation prediction onnx serving generation evaluation '

@@ -76,6 +76,7 @@ def with_trainer(d, rate, seed, a):
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=False,
+            bf16=getattr(a, 'bf16', False),
         )
         trainer = Trainer(model, args, train_dataset=d.rows[0], data_collator=collate(d.tok))
         with Clock() as c:

@@ -34,7 +34,7 @@ from ..models.pooled_classifier import keep_layers, pooled_class
 from ..models.pooled_states import pooled_states
 from ..models.third_party import spec_of
 from ..tune.contrastive import backward_in_parts, supervised_contrastive_loss
-from ..tune.transfer_plan import unchanged_rng
+from ..tune.held_out_temperature import unchanged_rng
 
 # %% ../../nbs/537_learners.few_shot.ipynb #83d9a068
 @checked

@@ -8,10 +8,9 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.transfer_plan.html.md"""
 __all__ = ['MIN_STEPS', 'TransferPlan']
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #2da39664
-import math, random
-from contextlib import contextmanager
-from dataclasses import dataclass
-import numpy as np, pandas as pd, torch
+import copy, math
+from dataclasses import dataclass, replace
+import numpy as np, pandas as pd
 from fastcore.all import L, delegates, patch
 from fastai.imports import noop
 from fastai.learner import Learner
@@ -39,6 +38,8 @@ from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
 from .recipes import predicts_tokens
+from .held_out_temperature import check_temperature, held_out_learner, held_out_temperature, scale_scores
+from .held_out_temperature import unchanged_rng, wants_temperature
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #8603e2fb
 MIN_STEPS = 150
@@ -131,6 +132,9 @@ def omissions(
     if plan.reinit:
         layers = 'The top layer starts' if plan.reinit == 1 else f'The top {plan.reinit} layers start'
         sentences.append(f'{layers} from random weights.')
+    if plan.calibrate:
+        sentences.append('Before, the stages run on a copy of the model and four fifths of the training rows. The '
+                         'temperature that suits the last fifth divides the scores of the model at the end.')
     if plan.best is not None:
         sentences.append('At the end, the weights of the epoch with the lowest validation loss are restored.')
     return sentences
@@ -156,9 +160,11 @@ class TransferPlan:
     left_out:list|None=None # Groups that train in the stages for which there are too few epochs
     measured:bool=False # Whether the benchmark measured this recipe for such a model
     reinit:int=0 # Number of top layers that start from random weights
+    calibrate:bool=False # Whether a temperature is fitted to training rows that are held out from a first training
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
     unfreezing = None # The fit's `GradualUnfreezing` Callback
     best = None # The fit's `BestEpoch` Callback
+    temperature = None # What the scores were divided by, if `calibrate`
 
     def __repr__(self):
         return f'TransferPlan({self.recipe}: {stages_in_words(self)}; lr={self.lrs[-1]:.3g})'
@@ -219,18 +225,6 @@ class TransferPlan:
         fit(sum(self.epochs), discriminative_lrs(self.lrs[0], n, spread=self.spread), wd=wd,
             cbs=with_stop_on_nan(learn, cbs) + L(self.unfreezing), **{schedule.warmup_name: self.warmup})
         return self
-
-# %% ../../nbs/442_tune.transfer_plan.ipynb #06b59268
-@contextmanager
-def unchanged_rng():
-    "Restore the states of the random number generators of Python, NumPy and PyTorch at the end of the block"
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #1585d9d1
 def _can_cache(learn):
@@ -414,6 +408,28 @@ def _one_position_cbs(learn, one_position):
         return []
     return [SinglePositionTop()]
 
+# %% ../../nbs/442_tune.transfer_plan.ipynb #763d3fff
+def _temperature(learn, plan, wd, aids):
+    "Run a plan on a copy of the model without a fifth of the training rows, and return the temperature for that fifth"
+    with unchanged_rng():
+        first = held_out_learner(learn)
+        cache = plan.cache if isinstance(plan.cache, bool) else True
+        first_plan = replace(plan, layers=_named_groups(first), n_batches=len(first.dls.train), cache=cache)
+        with first.no_bar(), first.no_logging():
+            first_plan.fit(first, wd, copy.deepcopy(aids))
+        return held_out_temperature(first)
+
+def _run(learn, plan, wd, cbs, aids):
+    "Run a plan, and give the model its temperature"
+    is_on_cpu = next(learn.model.parameters()).device.type == 'cpu'
+    with reuse_memory(is_on_cpu):
+        if plan.calibrate:
+            plan.temperature = _temperature(learn, plan, wd, aids)
+        plan.fit(learn, wd, L(cbs) + aids + L(plan.best))
+    if plan.calibrate:
+        scale_scores(learn.model, plan.temperature, check_temperature(learn))
+    return plan
+
 # %% ../../nbs/442_tune.transfer_plan.ipynb #96c11561
 @patch
 @delegates(Learner.transfer_plan)
@@ -427,6 +443,7 @@ def fit_transfer(self:Learner,
     one_position='auto', # Compute only one position in the top layer; `auto` does so if that gives the exact result
     wd:float|None=None, # Weight decay
     cbs=None, # Additional Callbacks
+    calibrate:bool=False, # Also fit a temperature to held-out training rows, by a first training of a copy
     **kwargs # Passed to `transfer_plan`
 ) -> TransferPlan: # The plan that was run; its `unfreezing` has the methods `table()` and `plot()`
     "Choose a fine-tuning recipe for this model and data, explain it and train; accepts the options of `transfer_plan`"
@@ -435,13 +452,10 @@ def fit_transfer(self:Learner,
     plan = self.transfer_plan(epochs, recipe, **kwargs)
     plan.reinit = check_whole('reinit', reinit, 0)
     plan.best = BestEpoch() if check_flag('best', best) else None
+    plan.calibrate = wants_temperature(self, calibrate, best)
     if self.logger is not noop:
         plan.show()
     if reinit:
         reinit_top_layers(self.model, reinit)
-    cbs = L(cbs) + _precision_cbs(self, plan.family, mixed_precision) + _one_position_cbs(self, one_position)
-    if best:
-        cbs = cbs + L(plan.best)
-    is_on_cpu = next(self.model.parameters()).device.type == 'cpu'
-    with reuse_memory(is_on_cpu):
-        return plan.fit(self, wd, cbs)
+    aids = _precision_cbs(self, plan.family, mixed_precision) + _one_position_cbs(self, one_position)
+    return _run(self, plan, wd, cbs, L(aids))
