@@ -93,6 +93,7 @@ from .tune.gradual import *
 from .tune.sharding import *
 from .tune.data_parallel import *
 from .tune.distributed import *
+from .tune.fast_training import *
 from .tune.recipes import *
 from .tune.transfer_plan import *
 from .tune.pytorch_loop import *

@@ -14,7 +14,6 @@ import numpy as np, pandas as pd
 from fastcore.all import L, delegates, patch
 from fastai.imports import noop
 from fastai.learner import Learner
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from ..arguments import check_each, check_flag, check_number, check_option, check_whole, checked
@@ -25,15 +24,14 @@ from ..processes import is_divided, n_processes
 from ..models.layer_groups import LayerGroup, group_names, layer_range, layer_splitter
 from ..models.third_party import spec_of
 from ..efficiency.allocator import reuse_memory
-from ..efficiency.pooled_top_layer import SinglePosition, SinglePositionTop
 from ..efficiency.frozen_features import Prefix, frozen_prefix, is_pooled
 from ..efficiency.feature_cache import CachedPrefix, check_same_each_time
-from ..efficiency.mixed_precision import AutocastPrecision, has_bf16
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #c2a18aff
 from .learning_rates import default_lr, discriminative_lrs
 from .unfreezing import GradualUnfreezing, show_table
 from .best_epoch import BestEpoch
+from .fast_training import fast_training_cbs
 from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
@@ -387,27 +385,6 @@ def transfer_plan(self:Learner,
                         cached=_cached_stages(self.model, layers, stages) if cache else None,
                         measured=_is_measured(self, family, layers, groups), **_schedule(family, schedule, warmup))
 
-# %% ../../nbs/442_tune.transfer_plan.ipynb #41ad1045
-def _precision_cbs(learn, family, mixed_precision):
-    "Return a Callback for bfloat16, unless the Learner already has one for mixed precision"
-    if check_option('mixed_precision', mixed_precision, ('auto', True, False)) == 'auto':
-        mixed_precision = family != 'other' and has_bf16(learn.dls.device or 'cpu')
-    has_own = any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
-    return [AutocastPrecision()] if mixed_precision and not has_own else []
-
-def _one_position_cbs(learn, one_position):
-    "Return a Callback that computes only one position in the top layer, if that gives the exact result"
-    check_option('one_position', one_position, ('auto', True, False))
-    if one_position is False or any(isinstance(cb, SinglePositionTop) for cb in learn.cbs):
-        return []
-    try:
-        SinglePosition(learn.model)
-    except FastaiTLError:
-        if one_position is True:
-            raise
-        return []
-    return [SinglePositionTop()]
-
 # %% ../../nbs/442_tune.transfer_plan.ipynb #763d3fff
 def _temperature(learn, plan, wd, aids):
     "Run a plan on a copy of the model without a fifth of the training rows, and return the temperature for that fifth"
@@ -441,6 +418,7 @@ def fit_transfer(self:Learner,
     best:bool=False, # At the end, restore the weights of the epoch with the lowest validation loss
     mixed_precision='auto', # Train in bfloat16; `auto` does so if the device has bfloat16 instructions
     one_position='auto', # Compute only one position in the top layer; `auto` does so if that gives the exact result
+    fast_dropout='auto', # Dropout that is fast on a CPU; `auto`: for models of transformers
     wd:float|None=None, # Weight decay
     cbs=None, # Additional Callbacks
     calibrate:bool=False, # Also fit a temperature to held-out training rows, by a first training of a copy
@@ -457,5 +435,5 @@ def fit_transfer(self:Learner,
         plan.show()
     if reinit:
         reinit_top_layers(self.model, reinit)
-    aids = _precision_cbs(self, plan.family, mixed_precision) + _one_position_cbs(self, one_position)
+    aids = fast_training_cbs(self, plan.family != 'other', mixed_precision, one_position, fast_dropout)
     return _run(self, plan, wd, cbs, L(aids))
