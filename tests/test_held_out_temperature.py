@@ -64,9 +64,9 @@ def test_temperature_of_the_rows_that_were_held_out(tok):  # noqa: F811
 
 def test_explained(tok):  # noqa: F811
     learn = classifier(tok)
-    assert not learn.transfer_plan(3).calibrate and 'temperature' not in learn.transfer_plan(3).explain()
+    assert not learn.transfer_plan(3).calibrated and 'temperature' not in learn.transfer_plan(3).explain()
     _, plan, _ = fitted(learn, epochs=1, calibrate=True)
-    assert plan.calibrate and 'temperature that suits the last fifth' in plan.explain()
+    assert plan.calibrated and 'temperature that suits the last fifth' in plan.explain()
 
 
 def test_needs_rows_of_classes(tok):  # noqa: F811

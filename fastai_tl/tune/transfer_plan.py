@@ -130,7 +130,7 @@ def omissions(
     if plan.reinit:
         layers = 'The top layer starts' if plan.reinit == 1 else f'The top {plan.reinit} layers start'
         sentences.append(f'{layers} from random weights.')
-    if plan.calibrate:
+    if plan.calibrated:
         sentences.append('Before, the stages run on a copy of the model and four fifths of the training rows. The '
                          'temperature that suits the last fifth divides the scores of the model at the end.')
     if plan.best is not None:
@@ -158,7 +158,7 @@ class TransferPlan:
     left_out:list|None=None # Groups that train in the stages for which there are too few epochs
     measured:bool=False # Whether the benchmark measured this recipe for such a model
     reinit:int=0 # Number of top layers that start from random weights
-    calibrate:bool=False # Whether a temperature is fitted to training rows that are held out from a first training
+    calibrated:bool=False # Whether a temperature is fitted to training rows that are held out from a first training
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
     unfreezing = None # The fit's `GradualUnfreezing` Callback
     best = None # The fit's `BestEpoch` Callback
@@ -400,10 +400,10 @@ def _run(learn, plan, wd, cbs, aids):
     "Run a plan, and give the model its temperature"
     is_on_cpu = next(learn.model.parameters()).device.type == 'cpu'
     with reuse_memory(is_on_cpu):
-        if plan.calibrate:
+        if plan.calibrated:
             plan.temperature = _temperature(learn, plan, wd, aids)
         plan.fit(learn, wd, L(cbs) + aids + L(plan.best))
-    if plan.calibrate:
+    if plan.calibrated:
         scale_scores(learn.model, plan.temperature, check_temperature(learn))
     return plan
 
@@ -430,7 +430,7 @@ def fit_transfer(self:Learner,
     plan = self.transfer_plan(epochs, recipe, **kwargs)
     plan.reinit = check_whole('reinit', reinit, 0)
     plan.best = BestEpoch() if check_flag('best', best) else None
-    plan.calibrate = wants_temperature(self, calibrate, best)
+    plan.calibrated = wants_temperature(self, calibrate, best)
     if self.logger is not noop:
         plan.show()
     if reinit:
