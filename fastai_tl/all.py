@@ -95,6 +95,7 @@ from .tune.data_parallel import *
 from .tune.distributed import *
 from .tune.fast_training import *
 from .tune.recipes import *
+from .tune.held_out_temperature import *
 from .tune.transfer_plan import *
 from .tune.pytorch_loop import *
 from .tune.distillation import *

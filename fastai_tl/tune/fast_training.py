@@ -54,7 +54,7 @@ def fast_training_cbs(
     is_known:bool=True, # Whether the family of the model is known; for others, `auto` leaves float32
     mixed_precision='auto', # Train in bfloat16; `auto`: if the device has bfloat16 instructions
     one_position='auto', # Compute only one position in the top layer; `auto`: if that gives the exact result
-    fast_dropout='auto' # Dropout that is fast on a CPU; `auto`: for models of transformers without gradient checkpointing
+    fast_dropout='auto' # Dropout that is fast on a CPU; `auto`: for transformers models without gradient checkpointing
 ) -> list: # Callbacks for one fit
     "Return the Callbacks that make a fit faster for this model and device"
     precision = _precision_cbs(learn, is_known, mixed_precision)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from fastai.learner import Learner, join_path_file
 from ..atomic import atomic_path
@@ -143,7 +144,7 @@ class ShardedWeights:
     def divide(self, learn, kind):
         "Divide the weights and the moments of the Learner among processes that use the kind of device"
         check_can_shard(learn)
-        mesh = torch.distributed.init_device_mesh(kind, (n_processes(),))
+        mesh = init_device_mesh(kind, (n_processes(),))
         self._before = [_Before(module) for module in self.model.modules()]
         self._params = dict(self.model.named_parameters())
         with _opt_kept(learn), same_order(self.model):
