@@ -15,7 +15,6 @@ from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize, Rando
 from fastai.learner import Learner
 from fastai.torch_core import TensorBase, default_device
 from fasttransform import Transform
-from transformers import AutoModel, PreTrainedConfig
 from ..arguments import check_each, check_number, check_whole, checked
 from ..callbacks import evaluating
 from ..core import DataError
@@ -81,6 +80,7 @@ def image_text_dls(
 # %% ../../nbs/527_learners.dual_encoder.ipynb #3316cffc
 def _dual_encoder(model):
     "Return a `DualEncoder` of a name, a folder, a config or a model"
+    from transformers import AutoModel, PreTrainedConfig # takes seconds
     if isinstance(model, DualEncoder):
         return model
     if isinstance(model, PreTrainedConfig):

@@ -9,12 +9,11 @@ __all__ = ['fast_training_cbs']
 
 # %% ../../nbs/439_tune.fast_training.ipynb #a36874d2
 from fastai.callback.fp16 import MixedPrecision
-from ..arguments import check_option
+from ..arguments import check_flag, check_option
 from ..core import FastaiTLError
 from ..efficiency.fast_dropout import FastDropoutTraining
 from ..efficiency.mixed_precision import AutocastPrecision, has_bf16
 from ..efficiency.pooled_top_layer import SinglePosition, SinglePositionTop
-from ..models.execution_order import hf_models
 
 # %% ../../nbs/439_tune.fast_training.ipynb #bfe6efeb
 def _has(learn, kind):
@@ -41,12 +40,9 @@ def _one_position_cbs(learn, one_position):
 
 # %% ../../nbs/439_tune.fast_training.ipynb #45e4f98c
 def _dropout_cbs(learn, fast_dropout):
-    "Return a Callback for fast dropout in a model of transformers"
-    if check_option('fast_dropout', fast_dropout, ('auto', True, False)) == 'auto':
-        models = hf_models(learn.model)
-        has_checkpoints = any(getattr(m, 'gradient_checkpointing', False) for m in learn.model.modules())
-        fast_dropout = bool(models) and not has_checkpoints
-    return [FastDropoutTraining()] if fast_dropout and not _has(learn, FastDropoutTraining) else []
+    "Return a Callback for fast dropout, unless the Learner already has one"
+    wanted = check_flag('fast_dropout', fast_dropout)
+    return [FastDropoutTraining()] if wanted and not _has(learn, FastDropoutTraining) else []
 
 # %% ../../nbs/439_tune.fast_training.ipynb #3cca9ad6
 def fast_training_cbs(
@@ -54,7 +50,7 @@ def fast_training_cbs(
     is_known:bool=True, # Whether the family of the model is known; for others, `auto` leaves float32
     mixed_precision='auto', # Train in bfloat16; `auto`: if the device has bfloat16 instructions
     one_position='auto', # Compute only one position in the top layer; `auto`: if that gives the exact result
-    fast_dropout='auto' # Dropout that is fast on a CPU; `auto`: for transformers models without gradient checkpointing
+    fast_dropout:bool=False # Dropout that is fast on a CPU with long texts in bfloat16
 ) -> list: # Callbacks for one fit
     "Return the Callbacks that make a fit faster for this model and device"
     precision = _precision_cbs(learn, is_known, mixed_precision)

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from fastai.learner import Learner, join_path_file
 from ..atomic import atomic_path
 from ..core import FastaiTLError, RunError
@@ -61,7 +60,8 @@ def check_can_shard(
 
 # %% ../../nbs/436_tune.sharding.ipynb #af525aff
 _CALLBACKS = dict(CachedPrefix=('the stored states of frozen layers', 'Leave out `cache=True`'),
-                  LazyLogitsCallback=('`learn.chunked_loss()`', 'Call `learn.chunked_loss(False)`'))
+                  LazyLogitsCallback=('`learn.chunked_loss()`', 'Call `learn.chunked_loss(False)`'),
+                  FastDropoutTraining=('`learn.fast_dropout()`', 'Call `learn.fast_dropout(False)`'))
 
 def check_callbacks_can_shard(
     learn # A Learner at the beginning of a fit
@@ -144,6 +144,7 @@ class ShardedWeights:
     def divide(self, learn, kind):
         "Divide the weights and the moments of the Learner among processes that use the kind of device"
         check_can_shard(learn)
+        from torch.distributed.fsdp import fully_shard # imports SymPy, which takes a second
         mesh = init_device_mesh(kind, (n_processes(),))
         self._before = [_Before(module) for module in self.model.modules()]
         self._params = dict(self.model.named_parameters())

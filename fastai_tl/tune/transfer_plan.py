@@ -418,7 +418,7 @@ def fit_transfer(self:Learner,
     best:bool=False, # At the end, restore the weights of the epoch with the lowest validation loss
     mixed_precision='auto', # Train in bfloat16; `auto` does so if the device has bfloat16 instructions
     one_position='auto', # Compute only one position in the top layer; `auto` does so if that gives the exact result
-    fast_dropout='auto', # Dropout that is fast on a CPU; `auto`: for models of transformers
+    fast_dropout:bool=False, # Dropout that is fast on a CPU with long texts in bfloat16
     wd:float|None=None, # Weight decay
     cbs=None, # Additional Callbacks
     calibrate:bool=False, # Also fit a temperature to held-out training rows, by a first training of a copy
