@@ -56,6 +56,16 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp('quick') / 'out'
 
 
+@pytest.fixture
+def finished(out, monkeypatch):
+    "The folder of a finished quickstart"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(out.parent / 'cache'))
+    if not (out / 'runs' / 'stages 1+2').exists():
+        with redirect_stdout(io.StringIO()):
+            ULMFiTQuickstart(out, toy(), TINY, progress=False).run()
+    return out
+
+
 @pytest.mark.parametrize('best', NAMES)
 def test_any_classifier_can_be_the_best(out, best, monkeypatch):
     "All that a quickstart writes and `predict` does belong to the classifier that validated best, first or last"
@@ -114,19 +124,19 @@ def test_explanations():
                                   'learning rate 0.0001 90.0%, learning rate 0.0003 70.0%.')
 
 
-def test_language_model_that_validated_best(out, monkeypatch):
+def test_language_model_that_validated_best(finished, monkeypatch):
     "`generate` and `perplexity` load the encoder with the lowest validation loss, whatever its folder is called"
     loaded = []
     monkeypatch.setattr(Encoder, 'load', loaded.append)
     from fastai_tl.commands.language_models import language_model_of
 
-    files = [out / 'runs' / run / 'forward' / 'domain' for run in ('stage 2', 'stages 1+2')]
+    files = [finished / 'runs' / run / 'forward' / 'domain' for run in ('stage 2', 'stages 1+2')]
     for low, high in (files, files[::-1]):
         for folder, loss in ((low, 1.), (high, 2.)):
             stage = json.loads((folder / 'stage.json').read_text())
             stage['history'][-1]['valid_loss'] = loss
             (folder / 'stage.json').write_text(json.dumps(stage))
-        language_model_of(out)
+        language_model_of(finished)
         assert loaded[-1] == low / 'encoder.safetensors'
 
 
