@@ -134,3 +134,15 @@ def quiet(learn, validate=False):
     if not validate:
         learn._do_epoch_validate = lambda *o, **k: None
     return learn
+
+
+def trained_once(learn, file, train):
+    "Train the Learner, keep its weights in a file, and return what `train()` returns; `None` if the file was there"
+    import torch
+
+    if file.exists():
+        learn.model.load_state_dict(torch.load(file, weights_only=True))
+        return None
+    result = train()
+    torch.save(learn.model.state_dict(), file)
+    return result

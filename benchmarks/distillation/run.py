@@ -185,21 +185,15 @@ def run_student(teacher, name, data, seed, way, folder, a):
 
 def make_teacher(data, seed, a, out):
     "MiniLM fine-tuned on the labelled texts; its weights are kept"
-    import torch
-
     from fastai_tl.all import seed_everything
 
     seed_everything(seed)
     teacher = transformer(data, 6, a)
-    file = out / f'teacher-{seed}.pt'
-    seconds = 0.0
-    if file.exists():
-        teacher.model.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        start = time.process_time()
-        teacher.fit_transfer(3, min_steps=150)
-        seconds = time.process_time() - start
-        torch.save(teacher.model.state_dict(), file)
+
+    def fine_tune():
+        return common.seconds(lambda: teacher.fit_transfer(3, min_steps=150), time.process_time)
+
+    seconds = common.trained_once(teacher, out / f'teacher-{seed}.pt', fine_tune) or 0.0
     return teacher, seconds
 
 

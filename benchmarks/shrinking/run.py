@@ -128,21 +128,16 @@ def accuracy(row):
 
 def large_model(data, seed, runs, a, out):
     "The fine-tuned model; its weights are kept"
-    import torch
-
     from fastai_tl.all import seed_everything
 
     seed_everything(seed)
     learn = learner(data, a)
-    file = out / f'large-{seed}.pt'
-    if file.exists():
-        learn.model.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        start = time.process_time()
-        learn.fit_transfer(3, min_steps=150)
-        took = time.process_time() - start
+
+    def fine_tune():
+        took = common.seconds(lambda: learn.fit_transfer(3, min_steps=150), time.process_time)
         runs.add(model='large', way='labels', seed=seed, right=right(learn, data.test), seconds=took)
-        torch.save(learn.model.state_dict(), file)
+
+    common.trained_once(learn, out / f'large-{seed}.pt', fine_tune)
     return learn
 
 
