@@ -16,16 +16,12 @@ from .terminal import printable, safe_terminal
 from .commands.arguments import make_parser
 
 # %% ../nbs/990_cli.ipynb #f9b2f3f5
+_MODULES = dict(generate='language_models', perplexity='language_models', predict='predict', evaluate='predict',
+                serve='serve', benchmark='benchmark', quickstart='runs', train='runs', status='runs')
+
 def _command(name):
     "Import the function of a subcommand"
-    if name in ('generate', 'perplexity'):
-        from fastai_tl.commands import language_models as module
-    elif name in ('predict', 'evaluate'):
-        from fastai_tl.commands import predict as module
-    elif name in ('serve', 'benchmark'):
-        module = import_module(f'fastai_tl.commands.{name}')
-    else:
-        from fastai_tl.commands import runs as module
+    module = import_module(f'fastai_tl.commands.{_MODULES[name]}')
     return getattr(module, name)
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):

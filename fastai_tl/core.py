@@ -9,6 +9,7 @@ __all__ = ['FastaiTLError', 'DataError', 'VocabError', 'RunError', 'TrainingErro
 
 # %% ../nbs/000_core.ipynb #0e8094cc
 import difflib, hashlib, importlib, inspect
+from contextlib import contextmanager
 
 # %% ../nbs/000_core.ipynb #d7e5a6dc
 class FastaiTLError(ValueError):
@@ -127,6 +128,19 @@ def seed_everything(
     derived = derive_seed(seed, *parts)
     set_seed(derived)
     return derived
+
+# %% ../nbs/000_core.ipynb #f46f058c
+@contextmanager
+def unchanged_rng():
+    "Restore the states of the random number generators of Python, NumPy and PyTorch at the end of the block"
+    import random, numpy as np, torch
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 # %% ../nbs/000_core.ipynb #74975276
 def optional(

@@ -104,3 +104,11 @@ def parts_like(
         return value
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(t.device), t.device_mesh, t.placements, src_data_rank=None)
+
+# %% ../nbs/018_processes.ipynb #d1e9e06f
+def divide_moments(
+    opt # An optimizer whose moments are whole
+):
+    "Divide the moments of an optimizer in the same way as its parameters"
+    for p, moments in getattr(opt, 'opt', opt).state.items():
+        moments.update({name: parts_like(v, p) for name, v in moments.items() if isinstance(v, torch.Tensor)})

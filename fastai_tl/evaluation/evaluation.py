@@ -20,7 +20,7 @@ from .predictions import rows_of_learner, rows_of_model
 from .qa import AnswerEvaluation
 from .report import (accuracy_of, confused_pairs, confusion_matrix, plot_confusion_matrix,
     plot_residual_panels, score_report, total_scores, worst_rows)
-from .scores import ScoredRows, check_source
+from .scores import ScoredRows
 from .tagging import TagEvaluation
 from .thresholds import (abstention_threshold, best_thresholds, decide_by_thresholds,
     plot_risk_coverage_curve, risk_coverage_area, risk_coverage_table, scores_at_thresholds)
@@ -99,7 +99,6 @@ class Evaluation(ScoredRows):
 # %% ../../nbs/732_evaluation.evaluation.ipynb #734518a9
 def evaluated(learn, data=None, labels=None, ds_idx=1, dl=None):
     "Evaluate a Learner with the evaluation class of its task"
-    check_source(data, labels, dl)
     if isinstance(data, int):
         ds_idx = data
         data = None

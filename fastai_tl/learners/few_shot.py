@@ -18,7 +18,7 @@ from fastcore.all import delegates
 from fastai.data.core import DataLoaders
 from ..arguments import check_flag, check_number, check_type, check_whole, checked
 from ..callbacks import evaluating
-from ..core import DataError, FastaiTLError, TrainingError, check_arguments, derive_seed, shorten
+from ..core import DataError, FastaiTLError, TrainingError, check_arguments, derive_seed, shorten, unchanged_rng
 from ..data.classification import HFTextDataLoaders
 from ..data.hf_tokenizer import TensorTokens, pad_rows
 from ..data.tables import list_of
@@ -34,7 +34,6 @@ from ..models.pooled_classifier import keep_layers, pooled_class
 from ..models.pooled_states import pooled_states
 from ..models.third_party import spec_of
 from ..tune.contrastive import backward_in_parts, supervised_contrastive_loss
-from ..tune.held_out_temperature import unchanged_rng
 
 # %% ../../nbs/537_learners.few_shot.ipynb #83d9a068
 @checked

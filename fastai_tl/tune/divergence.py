@@ -17,7 +17,7 @@ from fastai.learner import Recorder
 from ..arguments import checked
 from ..callbacks import batch_rows, check_callbacks, is_real_fit
 from ..core import TrainingError, shorten
-from ..processes import is_divided, own_part
+from ..processes import is_divided, n_processes, own_part
 from ..models.finite import not_finite
 
 # %% ../../nbs/408_tune.divergence.ipynb #4d3a4255
@@ -38,7 +38,7 @@ def _size_of_gradients(groups, device):
         grads = [own_part(p.grad) for p in group if p.grad is not None]
         if grads:
             total += torch.stack(torch._foreach_norm(grads, 1)).float().sum().to(device)
-    if any(own_part(p) is not p for group in groups for p in group): # each process has seen its parts
+    if n_processes() > 1 and any(own_part(p) is not p for group in groups for p in group): # each has seen its parts
         dist.all_reduce(total)
     return total
 

@@ -9,8 +9,7 @@ __all__ = ['shrunk_temperature', 'scores_layer', 'scale_scores', 'held_out_dls',
            'held_out_learner', 'held_out_temperature']
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #83a51d29
-import copy, random
-from contextlib import contextmanager
+import copy
 import numpy as np, torch
 from fastcore.basics import GetAttr, noop
 from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
@@ -103,18 +102,6 @@ def held_out_dls(
     res.loaders = [dl.new(RowsOf(dl.dataset, kept), drop_last=drop_last),
                    dl.new(RowsOf(dl.dataset, held_out), shuffle=False, drop_last=False)]
     return res
-
-# %% ../../nbs/441_tune.held_out_temperature.ipynb #a9f3b411
-@contextmanager
-def unchanged_rng():
-    "Restore the states of the random number generators of Python, NumPy and PyTorch at the end of the block"
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #920f7074
 _OF_MODEL = (ModelResetter, RNNCallback, RNNRegularizer, AutocastPrecision)

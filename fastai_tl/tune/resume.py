@@ -24,8 +24,8 @@ from ..models.finite import need_finite, tensors_in
 from ..callbacks import is_real_fit
 from ..core import RunError, derive_seed, seed_everything, shorten
 from ..files import load_tree, read_record, save_tree, write_json
-from ..processes import from_main_process, is_divided, is_main_process, n_processes, need_same
-from ..processes import parts_like, whole_tensors
+from ..processes import divide_moments, from_main_process, is_divided, is_main_process, n_processes
+from ..processes import need_same, whole_tensors
 from ..efficiency.feature_cache import transforms_of
 
 # %% ../../nbs/430_tune.resume.ipynb #ad4ac71a
@@ -110,8 +110,7 @@ def _restore_opt(opt, state):
     is_fastai_optimizer = isinstance(opt.state, dict) and not hasattr(opt, 'opt')
     if is_fastai_optimizer: # its `state` is a dict from parameter to moments
         opt.state = {p: {k: _to(v, p.device) for k, v in moments.items()} for p, moments in opt.state.items()}
-    for p, moments in getattr(opt, 'opt', opt).state.items():
-        moments.update({k: parts_like(v, p) for k, v in moments.items() if isinstance(v, torch.Tensor)})
+    divide_moments(opt)
 
 def _to(value, device):
     return value.to(device) if isinstance(value, torch.Tensor) else value

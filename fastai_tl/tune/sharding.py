@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fastai.learner import Learner, join_path_file
 from ..atomic import atomic_path
 from ..core import FastaiTLError, RunError
-from ..processes import is_main_process, n_processes, need_same, parts_like, whole_tensors
+from ..processes import divide_moments, is_main_process, n_processes, need_same, parts_like, whole_tensors
 from ..models.execution_order import hf_models, same_order
 from ..models.layer_stacks import all_names, find_stacks
 
@@ -107,15 +107,6 @@ class _Before:
             delattr(self.module, name)
 
 # %% ../../nbs/436_tune.sharding.ipynb #50499a7a
-def divide_moments(
-    opt # An optimizer whose moments are whole
-):
-    "Divide the moments of an optimizer in the same way as its parameters"
-    for p, moments in getattr(opt, 'opt', opt).state.items():
-        for name, value in moments.items():
-            if isinstance(value, torch.Tensor) and value.ndim:
-                moments[name] = parts_like(value, p)
-
 @contextmanager
 def _opt_kept(learn):
     "Make the optimizer of a Learner again after its parameters were replaced"

@@ -19,7 +19,7 @@ from fastai.callback.training import GradientClip
 from ..arguments import check_each, check_flag, check_number, check_option, check_whole, checked
 from ..callbacks import check_callbacks
 from .divergence import with_stop_on_nan
-from ..core import FastaiTLError
+from ..core import FastaiTLError, unchanged_rng
 from ..processes import is_divided, n_processes
 from ..models.layer_groups import LayerGroup, group_names, layer_range, layer_splitter
 from ..models.third_party import spec_of
@@ -37,7 +37,7 @@ from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
 from .recipes import predicts_tokens
 from .held_out_temperature import check_temperature, held_out_learner, held_out_temperature, scale_scores
-from .held_out_temperature import unchanged_rng, wants_temperature
+from .held_out_temperature import wants_temperature
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #8603e2fb
 MIN_STEPS = 150
@@ -162,7 +162,7 @@ class TransferPlan:
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
     unfreezing = None # The fit's `GradualUnfreezing` Callback
     best = None # The fit's `BestEpoch` Callback
-    temperature = None # What the scores were divided by, if `calibrate`
+    temperature = None # What the scores were divided by, if `calibrated`
 
     def __repr__(self):
         return f'TransferPlan({self.recipe}: {stages_in_words(self)}; lr={self.lrs[-1]:.3g})'
