@@ -362,6 +362,7 @@ def free_port():
 
 def in_child(toks, job, rank, port, out):
     "Run the check of a job in this process, write its result, and end"
+    torch.set_num_threads(1) # PyTorch renews its threads after a fork, and two threads must not begin with that at once
     if job['n']:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job['n']), MASTER_ADDR='127.0.0.1',
                           MASTER_PORT=str(port))

@@ -63,6 +63,7 @@ if __name__ == '__main__':
         folder, *kill_at = line.rstrip('\n').split('\t')
         pid = os.fork()
         if not pid:
+            torch.set_num_threads(1)  # as in distributed_run.py
             run(folder, int(kill_at[0]) if kill_at else None)
             os._exit(0)
         print(pid, flush=True)

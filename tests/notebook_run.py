@@ -20,7 +20,10 @@ def run(path, root, log):
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.__stderr__ = sys.stderr = os.fdopen(2, 'w', buffering=1)
+    import torch
     from nbdev.test import test_nb
+
+    torch.set_num_threads(torch.get_num_threads())  # as in distributed_run.py
     finished, _ = test_nb(path, skip_flags=['slow', 'notest'], force_flags=[], basepath=root, showerr=True)
     sys.stderr.flush()
     os._exit(0 if finished else 1)
