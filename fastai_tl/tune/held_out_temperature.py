@@ -24,17 +24,17 @@ from ..processes import n_processes
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #4854da2c
 _PRIOR_SD = .5
-_LOG_BOUNDS = (np.log(.1), np.log(10.))
+_LOG_MAX = np.log(10.)
 
 def shrunk_temperature(
     scores:torch.Tensor, # Logits of rows that the model has not read (rows, classes)
     targets:torch.Tensor # Their classes (rows,)
-) -> float: # A temperature above 1 lowers the confidence
+) -> float: # Temperature of 1 or more; above 1 it lowers the confidence
     "Return the temperature that suits held-out rows, nearer to 1 the fewer there are"
     scores, targets = scores.double(), targets.long()
     def loss(log_t): return F.cross_entropy(scores/np.exp(log_t), targets, reduction='sum').item()
-    found = minimize_scalar(lambda log_t: loss(log_t) + (log_t/_PRIOR_SD)**2/2, bounds=_LOG_BOUNDS, method='bounded')
-    return float(np.exp(found.x))
+    found = minimize_scalar(lambda log_t: loss(log_t) + (log_t/_PRIOR_SD)**2/2, bounds=(0., _LOG_MAX), method='bounded')
+    return float(np.exp(found.x)) if found.fun < loss(0.) else 1.
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #c61eacf5
 def scores_layer(
