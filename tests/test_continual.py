@@ -312,6 +312,48 @@ def test_anchors_hold_the_model_back(small_tokenizers):
     assert change[50.0] < 0.5 * change[0.0]
 
 
+class Adjustments(Callback):
+    "Keeps the offsets of the last training"
+
+    def before_train(self):
+        self.offsets = [cb.offsets.tolist() for cb in self.learn.cbs if isinstance(cb, LogitAdjustment)]
+
+
+@pytest.mark.parametrize('make', [classifier, ulmfit_classifier], ids=['hf', 'awd'])
+def test_old_rows_that_are_not_replayed_are_made_up_for(small_tokenizers, make):
+    "The offsets are the logarithms of the shares that were replayed, counted by hand"
+    learn = make(small_tokenizers).add_classes(['d'], verbose=False)
+    old = pd.Series([item[1] for item in learn.dls.train_ds.items]).value_counts()
+    grab = Adjustments()
+    with learn.added_cbs(grab):
+        update = learn.update(rows(['d'] * 20), replay=0.5, epochs=1, max_drop=None, verbose=False)
+        n_replayed = int(update.description.split(' and ')[1].split()[0])
+        assert 'anchor: l2sp, lwf' in update.description and n_replayed == round(old.sum() / 2)
+        (offsets,) = grab.offsets
+        assert offsets[3] == max(offsets)
+        kept = np.exp(np.array(offsets[:3]) - offsets[3]) * (old[['a', 'b', 'c']] + 0.5) - 0.5
+        assert np.allclose(kept, kept.round(), atol=1e-3) and kept.sum() == pytest.approx(n_replayed, abs=1e-3)
+        learn.update(rows(['d'] * 20), adjust=False, epochs=1, max_drop=None, verbose=False)
+        assert grab.offsets == []
+
+
+@pytest.mark.parametrize('make', [classifier, ulmfit_classifier], ids=['hf', 'awd'])
+def test_the_weights_go_a_part_of_the_way(small_tokenizers, make):
+    found = {}
+    for mix in (1.0, 0.25):
+        seed_everything(0)
+        learn = make(small_tokenizers).add_classes(['d'], verbose=False)
+        old = {name: w.detach().clone() for name, w in learn.model.state_dict().items()}
+        learn.update(rows(['d', 'a'] * 10), mix=mix, max_drop=None, verbose=False)
+        found[mix] = {name: w.detach().clone() for name, w in learn.model.state_dict().items()}
+    moved = 0
+    for name, w in old.items():
+        if w.is_floating_point():
+            assert torch.allclose(found[0.25][name], 0.75 * w + 0.25 * found[1.0][name], atol=1e-6), name
+            moved += not torch.equal(w, found[1.0][name])
+    assert moved > 5
+
+
 def test_several_labels_are_updated(small_tokenizers):
     learn = classifier(small_tokenizers, SEVERAL, data='multi').add_classes(['d'], verbose=False)
     table = pd.DataFrame(dict(text=TEXTS, label=[['d'], ['a', 'd']] * (N_ROWS // 2)))

@@ -11,11 +11,11 @@ __all__ = ['Update', 'UpdateOptions', 'load_replay']
 import copy, math, shutil
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from fastcore.all import delegates, patch
 from fastai.callback.schedule import *
 from fastai.learner import Learner
-from ..arguments import check_number, check_option, check_whole, checked
+from ..arguments import check_each, check_flag, check_number, check_option, check_whole, checked
 from ..core import DataError, FastaiTLError, RunError, seed_everything, shorten
 from ..data.classification import LabelledText
 from ..data.hf_tokenizer import HFTokenize
@@ -27,7 +27,7 @@ from ..files import read_strict_json, write_json
 from ..learners.extension import STALE, mark_stale
 from ..locks import exclusive
 from ..models.third_party import spec_of
-from ..tune.continual import LearningWithoutForgetting
+from ..tune.continual import LearningWithoutForgetting, LogitAdjustment, logit_offsets
 from ..tune.optimizer import check_rates
 from ..tune.regularizers import L2SP
 from ..tune.replay import ClassReservoir
@@ -195,7 +195,9 @@ class UpdateOptions:
     epochs:int|None=None # Number of epochs; `None`: 3, or as many as it takes to make 150 optimizer steps
     lr:float|slice|None=None # Maximum learning rate; `None`: the Learner's own
     alpha:float|None=None # Strength of the anchor; `None`: .01 for `l2sp`, 1 for `lwf`
-    temperature:float=2. # Temperature of `lwf`
+    temperature:float=1. # Temperature of `lwf`
+    adjust:bool=True # Adjust the scores in training for the old rows that are not trained again
+    mix:float=.9 # Share of the way from the old to the new weights that the update goes
     valid_pct:float=.2 # Share of the new rows that is held out
     bs:int|None=None # Batch size; `None`: that of the Learner
     seed:int=0 # Seed of the split, the sample and the training
@@ -206,6 +208,8 @@ class UpdateOptions:
         check_rates('lr', self.lr)
         check_number('alpha', self.alpha, low=0, high=1e6, or_none=True)
         check_number('temperature', self.temperature, above=0, high=1e6)
+        check_flag('adjust', self.adjust)
+        check_number('mix', self.mix, above=0, high=1)
         check_number('valid_pct', self.valid_pct, above=0, below=1)
         check_whole('bs', self.bs, or_none=True)
         check_whole('seed', self.seed, 0)
@@ -220,15 +224,38 @@ def _replayed(rows, replay, seed):
         return []
     return ClassReservoir(n, seed).extend(rows.old, [item[1] for item in rows.old]).rows
 
-def _anchor(name, spec, rows, options):
-    "Return the Callbacks of an anchor"
-    if name == 'l2sp':
-        return [L2SP(.01 if options.alpha is None else options.alpha, new_head=False)]
-    if name == 'lwf':
-        known = _labels_of([*rows.old, *rows.old_valid], spec)
-        old = [k for k, label in enumerate(spec.classes) if label in known]
-        return [LearningWithoutForgetting(1. if options.alpha is None else options.alpha, options.temperature, old)]
-    return []
+def _checked_anchor(anchor, alpha):
+    "Return the names of anchors in a list, or `auto`"
+    if isinstance(anchor, str|None):
+        check_option('anchor', anchor, ('auto', 'l2sp', 'lwf', None))
+        names = [] if anchor is None else [anchor]
+    else:
+        names = [check_option('anchor', name, ('l2sp', 'lwf')) for name in check_each('anchor', anchor)]
+    if alpha is not None and names not in (['l2sp'], ['lwf']):
+        raise FastaiTLError('`alpha` is the strength of one anchor', f'anchor={anchor!r}', 'Pass `anchor=\'l2sp\'` or '
+                            '`anchor=\'lwf\'`')
+    return names
+
+def _anchors(names, spec, rows, options):
+    "Return the Callbacks of anchors, by name"
+    known = _labels_of([*rows.old, *rows.old_valid], spec)
+    old = [k for k, label in enumerate(spec.classes) if label in known]
+    has_new = len(old) < len(spec.classes)
+    if names == ['auto']:
+        names = ['l2sp', 'lwf'] if old and has_new else ['l2sp']
+    strength = lambda default: default if options.alpha is None else options.alpha
+    make = dict(l2sp=lambda: L2SP(strength(.01), new_head=False),
+                lwf=lambda: LearningWithoutForgetting(strength(1.), options.temperature, old, has_new))
+    return {name: make[name]() for name in names}
+
+def _adjustment(spec, rows, replayed):
+    "Return the Callback that makes up for the old rows that are not trained again"
+    count = lambda items: [sum(label in (item[1] if spec.task == 'multilabel' else [item[1]]) for item in items)
+                           for label in spec.classes]
+    trained, used = [*rows.new, *replayed], [*rows.new, *rows.old]
+    totals = (len(trained), len(used)) if spec.task == 'multilabel' else None
+    return LogitAdjustment(logit_offsets(count(trained), count(used), totals))
+
 
 # %% ../../nbs/845_deploy.updates.ipynb #ef89a30e
 def _evaluated(learn, rows):
@@ -246,13 +273,21 @@ def _lost_classes(table, max_drop):
 
 # %% ../../nbs/845_deploy.updates.ipynb #2ddae05b
 def _snapshot(learn):
-    "Return a function that puts weights, optimizer and data of a Learner back"
+    "Return the weights of a Learner, and a function that puts weights, optimizer and data back"
     weights = {name: w.detach().clone() for name, w in learn.model.state_dict().items()}
     own = learn.dls, learn.opt
     def restore():
         learn.model.load_state_dict(weights)
         learn.dls, learn.opt = own
-    return restore
+    return weights, restore
+
+@torch.no_grad()
+def _mix(model, old, share):
+    "Move weights back towards the old ones; those that are shared by several layers, once"
+    if share < 1:
+        new = {w.data_ptr(): (name, w) for name, w in model.state_dict().items() if w.is_floating_point()}
+        for name, w in new.values():
+            w.copy_(old[name] + share*(w - old[name]))
 
 def _train(learn, rows, replayed, cbs, options):
     "Train a Learner on new and replayed rows"
@@ -272,9 +307,10 @@ def _train(learn, rows, replayed, cbs, options):
 def _try_update(learn, rows, replayed, cbs, max_drop, options):
     "Train and judge a Learner; put everything back if it is refused or stops with an error"
     before = _evaluated(learn, rows)
-    restore = _snapshot(learn)
+    weights, restore = _snapshot(learn)
     try:
         _train(learn, rows, replayed, cbs, options)
+        _mix(learn.model, weights, options.mix)
         after = _evaluated(learn, rows)
         table = change_table(before, after)
         refused = _lost_classes(table, max_drop)
@@ -301,22 +337,25 @@ def update(self:Learner,
     new_df:pd.DataFrame, # New labelled rows, with the columns of the training data
     old_df:pd.DataFrame|None=None, # Old labelled rows; `None`: those of the DataLoaders
     replay:float=.1, # Share of the old training rows that is trained again, balanced by class
-    anchor:str|None='l2sp', # `l2sp` (near the old weights), `lwf` (near the old predictions), or `None`
+    anchor:str|list|None='auto', # `l2sp` (near the old weights), `lwf` (near the old predictions), or a list of both
     max_drop:float|None=.05, # Largest loss of recall of an old class; `None`: any
     **kwargs
 ) -> Update: # Has `accepted`, `table`, `forgetting`, `gain` and `refused`
     "Train a deployed model on new rows, and put the old weights back if an old class loses more than allowed"
     options = UpdateOptions(**kwargs)
     replay = check_number('replay', replay, low=0, high=1)
-    check_option('anchor', anchor, ('l2sp', 'lwf', None))
+    anchor = _checked_anchor(anchor, options.alpha)
     max_drop = check_number('max_drop', max_drop, low=0, high=1, or_none=True)
     spec = _check_updatable(self)
     with exclusive(self):
         rows = _rows(self, spec, new_df, old_df, options)
         replayed = _replayed(rows, replay, options.seed)
-        cbs = _anchor(anchor, spec, rows, options)
+        anchors = _anchors(anchor, spec, rows, options)
+        cbs = list(anchors.values())
+        if options.adjust and rows.old:
+            cbs.append(_adjustment(spec, rows, replayed))
         result = _try_update(self, rows, replayed, cbs, max_drop, options)
-    result.description = f'{len(rows.new):,} new rows and {len(replayed):,} old ones, anchor={anchor}'
+    result.description = f'{len(rows.new):,} new rows and {len(replayed):,} old ones, anchor: {shorten(anchors) or None}'
     if options.verbose:
         print(STALE if result.accepted else f'Refused: {shorten(result.refused)} lost more than {max_drop:.3g}')
     return result
