@@ -7,9 +7,9 @@ A model learns three classes (ABBR, DESC, ENTY), then `add_classes` gives it the
 `update` trains it on their questions: without anything (`naive`), and with one more part of `update` in each further
 way, up to its defaults. `joint` is trained on the questions of both tranches from the start. Every fit has the same
 rate, and as many epochs as `update` makes by itself: 3, or those that make 150 steps. No decision uses the 500 test
-questions, which give all figures; what was tried was judged on 1,000 training questions that no model has read. The same model is asked for drift: weekly batches of 100
-questions of the old classes that it has not seen, then batches of the new classes. One seed a call; the figures of
-several seeds are joined in FILE."""
+questions, which give all figures; what was tried was judged on 1,000 training questions that no model has read. The
+same model is asked for drift: weekly batches of 100 questions of the old classes that it has not seen, then batches of
+the new classes. One seed a call; the figures of several seeds are joined in FILE."""
 
 import json
 import math

@@ -38,7 +38,7 @@ CUTS = dict(
     ffn50=('half of the feed-forward units', dict(ffn=0.5)),
     layers4_ffn50=('4 of 6 layers, half of their feed-forward units', dict(layers=4, ffn=0.5)),
 )
-WAYS = ('cut', 'labels', 'distilled')
+WAYS = ('cut', 'labels', 'distilled', 'states')
 
 
 def parse():
@@ -54,6 +54,7 @@ def parse():
     ap.add_argument('--ways', nargs='+', default=['cut', 'distilled'], choices=WAYS)
     ap.add_argument('--epochs', type=int, default=4, help='epochs of a distillation')
     ap.add_argument('--recipe', default='auto', help='recipe of `fit_transfer` for the smaller models')
+    ap.add_argument('--states', type=float, default=100.0, help='weight of the distance of the states')
     ap.add_argument('--int8', action='store_true', help='also the large model with ONNX Runtime, int8 and float32')
     ap.add_argument('--seed', type=int, help='only this seed, without rates')
     ap.add_argument('--summary', action='store_true', help='only the table of the runs in --out')
@@ -164,8 +165,9 @@ def run_cut(large, data, model, seed, runs, a, out):
         small = common.quiet(large.shrink(**options, verbose=False))
         start = time.process_time()
         computed = None
-        if way == 'distilled':
-            found = large.distill_into(small, data.unlabelled, folder=out / 'scores', verbose=False)
+        if way in ('distilled', 'states'):
+            more = dict(states=a.states) if way == 'states' else {}
+            found = large.distill_into(small, data.unlabelled, folder=out / 'scores', verbose=False, **more)
             computed = found.n_computed
         if way != 'cut':
             n_texts = len(data.table) - a.valid + len(data.unlabelled)
@@ -234,17 +236,19 @@ def show_accuracies(rows):
 def tables(runs, speed, a):
     of = lambda model, way: [r for r in runs.rows if (r['model'], r['way']) == (model, way)]
     large = of('large', 'labels')
-    lines = [['MiniLM, 6 layers', len(large), '', '', show_accuracies(large), '', '1']]
+    lines = [['MiniLM, 6 layers', len(large), '', show_accuracies(large), '', '', '', '', '1']]
     figures = {}
-    for name in [o for o in CUTS if of(o, 'distilled')]:
-        lost = difference(runs, name, 'distilled')
+    points_of = lambda lost: f"{lost['points']:.1f} ({lost['low']:.1f} to {lost['high']:.1f})" if lost else ''
+    for name in [o for o in CUTS if of(o, 'distilled') or of(o, 'states')]:
+        lost = {way: difference(runs, name, way) if of(name, way) else None for way in ('distilled', 'states')}
         ratio = common.ratio(speed['large'], speed[name]) if name in speed else None
         figures[name] = dict(lost=lost, speed=ratio)
-        cut, labels, distilled = (show_accuracies(of(name, way)) for way in WAYS)
-        points = f"{lost['points']:.1f} ({lost['low']:.1f} to {lost['high']:.1f})"
+        shown = [show_accuracies(of(name, way)) for way in WAYS]
         rate = common.ranged(ratio, 2) if ratio else ''
-        lines.append([CUTS[name][0], len(of(name, 'distilled')), cut, labels, distilled, points, rate])
-    columns = ['seeds:', 'as cut:', 'labels alone:', 'distilled:', 'points lost (95 %):', 'times as fast (range):']
+        n_seeds = max(len(of(name, way)) for way in ('distilled', 'states'))
+        lines.append([CUTS[name][0], n_seeds, *shown, *map(points_of, lost.values()), rate])
+    columns = ['seeds:', 'as cut:', 'labels alone:', 'distilled:', 'and states:', 'points lost (95 %):',
+               'with states:', 'times as fast (range):']
     return common.table([f'{a.set}, test accuracy in % (range)', *columns], lines), figures
 
 

@@ -21,12 +21,15 @@ from ..data.spec import activate
 from ..data.tables import check_items, is_missing, list_of, text_column
 from .engines import engine_of
 from .predictor import Predictor
-from .teacher_scores import TeacherScores
+from .teacher_scores import TeacherScores, TeacherStates
 from ..files import digest
+from ..interpretation.layer_features import layer_features
 from ..learners.bidirectional import BidirectionalLearner
+from ..models.hf import HFModel
 from ..models.third_party import row_texts, spec_of, text_parts
 from fastai_tl.tune.distillation import (Distillation, DistillationLoss, begin_distillation, end_distillation,
     soft_target_dls)
+from ..tune.patient_distillation import PatientDistillation, matched_layers
 
 # %% ../../nbs/835_deploy.distillation.ipynb #63af4ea3
 def _class_order(teacher, student):
@@ -168,6 +171,8 @@ def fit_soft(
 @dataclass
 class DistillationOptions:
     "Further options of `distill_into`"
+    states:float=0. # Weight of the distance of hidden states; 0: they are not compared
+    layers:list|None=None # Layer of the teacher, from 0, for each of the student; `None`: those `shrink` kept
     max_similarity:float=.9 # Texts at least this similar to a validation text are left out; 1: only copies
     folder:str|Path|None=None # Folder of the stored scores; `None`: `teacher_scores` in the student's `path`
     precision:str='fp32' # Precision of the teacher: `fp32`, `bf16`, `fp16` (on a GPU) or `int8` (on a CPU)
@@ -177,6 +182,9 @@ class DistillationOptions:
     verbose:bool=True # Print what is learnt from
 
     def __post_init__(self):
+        self.states = check_number('states', self.states, low=0, high=1e6)
+        if self.layers is not None and not self.states:
+            raise FastaiTLError('`layers` says which hidden states are compared', '`states=0`', 'Pass `states=100`')
         self.max_similarity = check_number('max_similarity', self.max_similarity, above=0, high=1)
         check_path('folder', self.folder, or_none=True)
         check_whole('bs', self.bs, or_none=True)
@@ -189,8 +197,8 @@ def _check_estimator(teacher, texts, temperature, options):
         raise FastaiTLError('A student of scikit-learn learns one class a text', f'a teacher for {teacher.task}')
     if temperature not in (None, 1):
         raise FastaiTLError('A student of scikit-learn learns at the temperature 1', f'{temperature:g}')
-    if options.bs is not None or options.train_texts is not None:
-        raise FastaiTLError('`bs` and `train_texts` are for a Learner as the student', 'an estimator of scikit-learn')
+    if options.bs is not None or options.train_texts is not None or options.states:
+        raise FastaiTLError('`bs`, `train_texts` and `states` are for a Learner as the student', 'an estimator of scikit-learn')
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError('A student of scikit-learn needs texts', 'pairs' if texts else 'none')
 
@@ -252,6 +260,23 @@ def _summary(n_labelled, n_unlabelled, leaks):
     return text + (f'; {len(leaks):,} left out that are like texts of the validation set' if len(leaks) else '')
 
 # %% ../../nbs/835_deploy.distillation.ipynb #a23f60ff
+def _n_layers(learn, text):
+    return len(layer_features(learn, [text])) - 1 # without the embedding
+
+def _states_of(teacher, student, texts, folder, options):
+    "Return the hidden states of the teacher for texts, and the layers of the student that learn from them"
+    for name, learn in dict(teacher=teacher, student=student).items():
+        if not isinstance(getattr(learn, 'model', None), HFModel):
+            raise FastaiTLError('`states` needs two Hugging Face models', f'another {name}', 'Leave out `states`')
+    n_student, n_teacher = (_n_layers(learn, texts[0]) for learn in (student, teacher))
+    kept = options.layers or getattr(student, 'kept_layers', None)
+    layers = matched_layers(n_student, n_teacher, kept)
+    sizes = [next(iter(layer_features(learn, texts[:1]).values())).shape[1] for learn in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise FastaiTLError('Hidden states must have the same number of dimensions', f'{sizes[0]} and {sizes[1]}',
+                            'Leave out `states`')
+    return TeacherStates(teacher, folder, layers)(texts), len(layers)
+
 def _distill_learner(teacher, scores, student, texts, temperature, alpha, options):
     "Give a student the predictions of a teacher as targets"
     check_type('student', student, Learner, 'a Learner or an estimator of scikit-learn')
@@ -261,18 +286,26 @@ def _distill_learner(teacher, scores, student, texts, temperature, alpha, option
     labelled, unlabelled, leaks = _chosen_texts(student, spec, _given_texts(texts, spec), options)
     _warn_of_teacher(scores.learn, student)
     unlabelled = unlabelled if alpha > 0 else [] # their loss would be 0
-    found = scores([*labelled, *unlabelled])
-    dls = soft_target_dls(student.dls, unlabelled, found if order is None else found[:, order], options.bs)
+    every = [*labelled, *unlabelled]
+    found = scores(every)
+    found = found if order is None else found[:, order]
+    n_scores, helpers = found.shape[1], []
+    settings = dict(teacher=scores.key, alpha=alpha, texts=digest(every))
+    if options.states:
+        states, n_layers = _states_of(scores.learn, student, every, scores.folder, options)
+        helpers.append(PatientDistillation(options.states, n_layers, n_scores))
+        found = np.concatenate([found, states], 1)
+        settings |= dict(states=options.states, layers=n_layers)
+    dls = soft_target_dls(student.dls, unlabelled, found, options.bs, n_scores)
     loss = DistillationLoss(student.loss_func, spec.task, 2. if temperature is None else temperature, alpha)
-    settings = dict(teacher=scores.key, temperature=loss.temperature, alpha=loss.alpha,
-                    texts=digest([*labelled, *unlabelled]))
+    settings['temperature'] = loss.temperature
     distillation = Distillation(settings, _summary(len(labelled), len(unlabelled), leaks), leaks)
     distillation.n_computed = scores.n_computed
     if options.verbose:
-        n_found = len(set(map(_key, [*labelled, *unlabelled]))) - scores.n_computed
+        n_found = len(set(map(_key, every))) - scores.n_computed
         print(f'Distillation from {distillation.description}. Scores of the teacher: {scores.n_computed:,} computed, '
               f'{n_found:,} found')
-    return begin_distillation(student, dls, loss, distillation)
+    return begin_distillation(student, dls, loss, distillation, helpers)
 
 # %% ../../nbs/835_deploy.distillation.ipynb #13c15974
 @patch

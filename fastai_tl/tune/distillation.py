@@ -112,12 +112,14 @@ class SoftTargets(GetAttr):
         source, # Dataset of `(input, label)`
         unlabelled, # Dataset of `(input,)`
         scores, # Scores of all rows (rows, outputs)
-        items # Items of all rows, which error messages show
+        items, # Items of all rows, which error messages show
+        n_shown:int|None=None # Number of scores to show; `None`: all
     ):
         self.source = source
         self.unlabelled = unlabelled
         self.scores = torch.as_tensor(scores, dtype=torch.float)
         self.items = items
+        self.n_shown = n_shown
         self.mark = no_label(torch.as_tensor(source[0][1]))
 
     def __len__(self):
@@ -131,7 +133,7 @@ class SoftTargets(GetAttr):
     def decode(self, sample, full=True):
         "Return a sample as it is shown, with the scores as the last column"
         x, y, *scores = sample
-        shown = [TitledStr([round(float(score), 2) for score in row]) for row in scores]
+        shown = [TitledStr([round(float(score), 2) for score in row[:self.n_shown]]) for row in scores]
         if has_label(torch.as_tensor(y)[None]).all():
             return *self.source.decode((x, y), full=full), *shown
         return self.source.tls[0].decode(x, full=full), TitledStr('none'), *shown
@@ -179,7 +181,8 @@ def soft_target_dls(
     dls, # DataLoaders of the student
     texts:list, # Unlabelled texts
     scores, # Scores of the teacher (rows, outputs): those of the training rows, then those of `texts`
-    bs:int|None=None # Batch size for training; `None`: unchanged
+    bs:int|None=None, # Batch size for training; `None`: unchanged
+    n_shown:int|None=None # Number of scores that `show_batch` shows; `None`: all
 ): # A copy of the DataLoaders; `labelled` is its DataLoader of the labelled rows alone
     "Add unlabelled texts and the scores of a teacher to the training rows"
     dl = dls.train
@@ -190,7 +193,7 @@ def soft_target_dls(
     if len(scores) != n:
         raise DataError(f'Each of the {n} texts needs the scores of the teacher', f'{len(scores)} rows')
     unlabelled = _unlabelled_rows(dls, texts) if len(texts) else []
-    dataset = SoftTargets(dls.train_ds, unlabelled, scores, _all_items(dls, texts))
+    dataset = SoftTargets(dls.train_ds, unlabelled, scores, _all_items(dls, texts), n_shown)
     bs = min(bs or dl.bs, n)
     drop_last = n%bs == 1 and n > 1 if isinstance(dls, SpecDataLoaders) else dl.drop_last
     new = _without_draws(lambda: dl.new(dataset, bs=bs, drop_last=drop_last), dl)
@@ -217,6 +220,7 @@ class Distillation(Callback):
         self.left_out = left_out
         self.n_computed = 0 # number of texts that the teacher has read for it
         self.own = None # the DataLoaders and the loss function that the student had
+        self.helpers = [] # further Callbacks of the distillation
 
     def before_validate(self):
         "Raise an error if the training rows, of which some have no label, are to be validated"
@@ -231,7 +235,7 @@ class Distillation(Callback):
             raise FastaiTLError('The distillation must not have ended', 'one that has')
         learn.dls, learn.loss_func = self.own
         self.own = None
-        learn.remove_cb(self)
+        learn.remove_cbs([self, *self.helpers])
         return learn
 
     def state_dict(self) -> dict: # The settings
@@ -251,12 +255,13 @@ class Distillation(Callback):
         return f'Distillation({self.description})'
 
 # %% ../../nbs/446_tune.distillation.ipynb #c18dba59
-def begin_distillation(learn, dls, loss_func, distillation):
-    "Give a student DataLoaders with soft targets, the loss for them, and the Callback"
+def begin_distillation(learn, dls, loss_func, distillation, helpers=()):
+    "Give a student DataLoaders with soft targets, the loss for them, and the Callbacks"
     distillation.own = learn.dls, learn.loss_func
     learn.dls = dls
     learn.loss_func = loss_func
-    learn.add_cb(distillation)
+    distillation.helpers = list(helpers)
+    learn.add_cbs([distillation, *distillation.helpers])
     return distillation
 
 def end_distillation(learn):

@@ -227,7 +227,7 @@ class TransferPlan:
 # %% ../../nbs/442_tune.transfer_plan.ipynb #1585d9d1
 def _can_cache(learn):
     "Return whether the model can be split below its trained layers and its inputs are the same in every epoch"
-    if is_divided(learn.model):
+    if is_divided(learn.model) or any(getattr(cb, 'needs_all_layers', False) for cb in learn.cbs):
         return False
     try:
         with unchanged_rng():
