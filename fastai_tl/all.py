@@ -101,6 +101,7 @@ from .tune.pytorch_loop import *
 from .tune.distillation import *
 from .tune.replay import *
 from .tune.continual import *
+from .tune.patient_distillation import *
 from .learners.base import *
 from .learners.classification import *
 from .learners.language_modeling import *

@@ -441,6 +441,116 @@ def test_soft_labels_of_scikit_learn(small_tokenizers, folder):
     assert list(counts.classes_) == ['a', 'b', 'c']
 
 
+# --- hidden states of the teacher ---
+
+
+def states_of(learn, layer, texts):
+    "Mean states, by transformers alone"
+    hf, x = learn.model.hf.eval(), learn.dls.tokenizer(texts, padding=True, return_tensors='pt')
+    with torch.no_grad():
+        states = hf(**x, output_hidden_states=True).hidden_states[layer]
+    return (states * x['attention_mask'][..., None]).sum(1) / x['attention_mask'].sum(1, keepdim=True)
+
+
+def distance(teacher, student, texts=TEXTS):
+    "Mean squared distance of the directions of the states after the first layer"
+    a, b = (F.normalize(states_of(learn, 1, texts)) for learn in (teacher, student))
+    return (a - b).square().sum(1).mean().item()
+
+
+@pytest.mark.parametrize('name', ['classifier', 'class_weights', 'multilabel', 'regression'])
+def test_states_come_nearer_to_those_of_the_teacher(name, small_tokenizers, folder):
+    "For each task, more with them than without; the student is an ordinary Learner afterwards"
+    make = MAKERS[name]
+    teacher = seeded(make, small_tokenizers, seed=5)
+    found = {}
+    for weight in (0.0, 30.0):
+        student = seeded(make, small_tokenizers)
+        own, before = student.dls, distance(teacher, student)
+        distill(teacher, student, folder=folder, states=weight)
+        trained(student, 4)
+        found[weight] = distance(teacher, student)
+        inner = student.model.inner[0]
+        assert not inner._forward_hooks and not inner._forward_pre_hooks
+        next(cb for cb in student.cbs if isinstance(cb, Distillation)).end()
+        assert student.dls is own and not [cb for cb in student.cbs if isinstance(cb, PatientDistillation)]
+        student.evaluate()
+    assert found[30.0] < 0.7 * min(before, found[0.0])
+
+
+def test_states_of_a_shrunk_student_begin_at_its_own_layers(small_tokenizers, folder):
+    "The first layer of the student is that of the teacher, so its states are equal before training"
+    teacher = seeded(classifier, small_tokenizers, seed=5)
+    student = teacher.shrink(layers=[0, 1], verbose=False)
+    assert distance(teacher, student) < 1e-10
+    distill(teacher, student, folder=folder, states=1.0)
+    n_scores = student.dls.train_ds.n_shown
+    rows = torch.stack([row[2] for row in student.dls.train_ds])[:20, n_scores:]
+    torch.testing.assert_close(rows, states_of(teacher, 1, [TEXTS[i] for i in range(20)]), rtol=1e-4, atol=1e-5)
+    student.dls.show_batch(max_n=2)
+
+
+def test_states_are_computed_once(small_tokenizers, folder, monkeypatch):
+    from fastai_tl.deploy import teacher_scores
+
+    teacher = seeded(classifier, small_tokenizers, seed=5)
+    distill(teacher, classifier(small_tokenizers), folder=folder, states=1.0)
+    compute, n_read = teacher_scores.TeacherStates._compute, []
+    monkeypatch.setattr(
+        teacher_scores.TeacherStates, '_compute', lambda self, texts: n_read.append(len(texts)) or compute(self, texts)
+    )
+    distill(teacher, classifier(small_tokenizers), folder=folder, states=5.0)
+    assert not n_read
+    distill(teacher, classifier(small_tokenizers), [*NEW, 'one more text'], folder=folder, states=5.0)
+    assert n_read == [1]
+
+
+def test_states_in_every_way_of_training(small_tokenizers, folder, tmp_path):
+    "Stages of frozen layers, two passes, bfloat16, accumulated gradients, one position in the top layer, resuming"
+    teacher = seeded(classifier, small_tokenizers, seed=5)
+    student = lambda **kw: distill(teacher, seeded(classifier, small_tokenizers), folder=folder, states=10.0, **kw)
+    learn = student()
+    with learn.no_bar(), learn.no_logging():
+        plan = learn.fit_transfer(3, recipe='gradual')
+    assert not plan.cache
+    with pytest.raises(FastaiTLError, match='cache=False'), learn.no_bar():
+        learn.freeze()
+        learn.fit(1, cbs=CachedPrefix(verbose=False))
+    assert trained(student().to_bf16(), 1, cbs=[RDrop(), GradientAccumulation(8)]).isfinite().all()
+    weights = {}
+    for one_position in (False, True):
+        learn = student()
+        for m in learn.model.modules():
+            if isinstance(m, torch.nn.Dropout):
+                m.p = 0.0
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_transfer(2, recipe='full', one_position=one_position, mixed_precision=False)
+        weights[one_position] = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    torch.testing.assert_close(weights[True], weights[False], rtol=1e-3, atol=1e-4)
+    fit = lambda name, *cbs: trained(student(), 4, cbs=[ResumableFit(tmp_path / name), *cbs])
+    whole = fit('a')
+    with pytest.raises(KeyboardInterrupt):
+        fit('b', Crash())
+    assert torch.equal(fit('b'), whole)
+
+
+def test_states_that_cannot_be_compared(small_tokenizers, folder):
+    teacher = classifier(small_tokenizers)
+    wide = bert(small_tokenizers['encoder'])
+    wide.update(dict(hidden_size=48))
+    for student, options, message in (
+        (ulmfit_classifier(small_tokenizers), dict(states=1.0), 'two Hugging Face models'),
+        (hf_classifier_learner(classifier(small_tokenizers).dls, wide), dict(states=1.0), 'number of dimensions'),
+        (classifier(small_tokenizers), dict(states=1.0, layers=[0]), 'for each of the 2 layers'),
+        (classifier(small_tokenizers), dict(layers=[0, 1]), '`states=0`'),
+        (classifier(small_tokenizers), dict(states=-1), '`states` must be'),
+        (make_pipeline(CountVectorizer(), LogisticRegression()), dict(states=1.0), 'for a Learner'),
+    ):
+        texts = TEXTS + NEW
+        with pytest.raises(FastaiTLError, match=message):
+            teacher.distill_into(student, texts, folder=folder, verbose=False, **options)
+
+
 # --- bad input ---
 
 

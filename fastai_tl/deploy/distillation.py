@@ -198,7 +198,8 @@ def _check_estimator(teacher, texts, temperature, options):
     if temperature not in (None, 1):
         raise FastaiTLError('A student of scikit-learn learns at the temperature 1', f'{temperature:g}')
     if options.bs is not None or options.train_texts is not None or options.states:
-        raise FastaiTLError('`bs`, `train_texts` and `states` are for a Learner as the student', 'an estimator of scikit-learn')
+        raise FastaiTLError('`bs`, `train_texts` and `states` are for a Learner as the student',
+                            'an estimator of scikit-learn')
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError('A student of scikit-learn needs texts', 'pairs' if texts else 'none')
 
@@ -277,6 +278,7 @@ def _states_of(teacher, student, texts, folder, options):
                             'Leave out `states`')
     return TeacherStates(teacher, folder, layers)(texts), len(layers)
 
+# %% ../../nbs/835_deploy.distillation.ipynb #50508db5
 def _distill_learner(teacher, scores, student, texts, temperature, alpha, options):
     "Give a student the predictions of a teacher as targets"
     check_type('student', student, Learner, 'a Learner or an estimator of scikit-learn')

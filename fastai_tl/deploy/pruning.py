@@ -335,8 +335,7 @@ def shrink(self:HFLearner,
     if heads is not None:
         hf = _with_heads(self, hf, heads, n_batches)
     small = _learner_of(self, hf if hf is not self.model.hf else copy.deepcopy(hf))
-    small.is_shrunk = True # `fit_transfer` trains all layers from the start
-    small.kept_layers = keep # for `distill_into`, which compares the states of these layers
+    small.kept_layers = keep # `fit_transfer` and `distill_into` read it
     if verbose:
         print(_summary(self, small, keep))
     return small

@@ -32,8 +32,7 @@ def _weights_digest(model):
     return digest(*parts)
 
 def _tokenizer_digest(parts):
-    """Return a digest of the vocabulary, or of a tokenizer of transformers that can be written as JSON, without what the
-    last call set: truncation and padding"""
+    "Return a digest of a vocabulary, or of a tokenizer without what its last call set: truncation and padding"
     if parts.vocab is not None:
         return digest(parts.vocab)
     backend = getattr(parts.tokenizer, 'backend_tokenizer', None)

@@ -224,6 +224,7 @@ def _replayed(rows, replay, seed):
         return []
     return ClassReservoir(n, seed).extend(rows.old, [item[1] for item in rows.old]).rows
 
+# %% ../../nbs/845_deploy.updates.ipynb #e2fc3467
 def _checked_anchor(anchor, alpha):
     "Return the names of anchors in a list, or `auto`"
     if isinstance(anchor, str|None):
@@ -248,6 +249,7 @@ def _anchors(names, spec, rows, options):
                 lwf=lambda: LearningWithoutForgetting(strength(1.), options.temperature, old, has_new))
     return {name: make[name]() for name in names}
 
+# %% ../../nbs/845_deploy.updates.ipynb #c31ace46
 def _adjustment(spec, rows, replayed):
     "Return the Callback that makes up for the old rows that are not trained again"
     count = lambda items: [sum(label in (item[1] if spec.task == 'multilabel' else [item[1]]) for item in items)
@@ -289,6 +291,7 @@ def _mix(model, old, share):
         for name, w in new.values():
             w.copy_(old[name] + share*(w - old[name]))
 
+# %% ../../nbs/845_deploy.updates.ipynb #ef755acd
 def _train(learn, rows, replayed, cbs, options):
     "Train a Learner on new and replayed rows"
     seed_everything(options.seed, 'update')
@@ -355,7 +358,8 @@ def update(self:Learner,
         if options.adjust and rows.old:
             cbs.append(_adjustment(spec, rows, replayed))
         result = _try_update(self, rows, replayed, cbs, max_drop, options)
-    result.description = f'{len(rows.new):,} new rows and {len(replayed):,} old ones, anchor: {shorten(anchors) or None}'
+    names = shorten(anchors) or None
+    result.description = f'{len(rows.new):,} new rows and {len(replayed):,} old ones, anchor: {names}'
     if options.verbose:
         print(STALE if result.accepted else f'Refused: {shorten(result.refused)} lost more than {max_drop:.3g}')
     return result

@@ -262,7 +262,7 @@ def _deciding_steps(epochs, groups, task, family, min_steps, n_batches):
 
 def _is_shrunk(learn):
     "Return whether a model was cut out of a trained one by `shrink`"
-    return getattr(learn, 'is_shrunk', False)
+    return getattr(learn, 'kept_layers', None) is not None
 
 def _chosen_recipe(learn, family, n, steps):
     "Return the name of the recipe that `auto` chooses and the reason"
