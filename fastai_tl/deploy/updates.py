@@ -197,7 +197,7 @@ class UpdateOptions:
     alpha:float|None=None # Strength of the anchor; `None`: .01 for `l2sp`, 1 for `lwf`
     temperature:float=1. # Temperature of `lwf`
     adjust:bool=True # Adjust the scores in training for the old rows that are not trained again
-    mix:float=.9 # Share of the way from the old to the new weights that the update goes
+    mix:float|None=None # Share of the way to the new weights; `None`: .9, or 1 if all old rows are trained again
     valid_pct:float=.2 # Share of the new rows that is held out
     bs:int|None=None # Batch size; `None`: that of the Learner
     seed:int=0 # Seed of the split, the sample and the training
@@ -209,7 +209,7 @@ class UpdateOptions:
         check_number('alpha', self.alpha, low=0, high=1e6, or_none=True)
         check_number('temperature', self.temperature, above=0, high=1e6)
         check_flag('adjust', self.adjust)
-        check_number('mix', self.mix, above=0, high=1)
+        check_number('mix', self.mix, above=0, high=1, or_none=True)
         check_number('valid_pct', self.valid_pct, above=0, below=1)
         check_whole('bs', self.bs, or_none=True)
         check_whole('seed', self.seed, 0)
@@ -283,6 +283,10 @@ def _snapshot(learn):
         learn.dls, learn.opt = own
     return weights, restore
 
+def _share_of_way(rows, replayed, options):
+    "Return which share of the way to the new weights is gone"
+    return options.mix or (.9 if len(replayed) < len(rows.old) else 1.)
+
 @torch.no_grad()
 def _mix(model, old, share):
     "Move weights back towards the old ones; those that are shared by several layers, once"
@@ -313,7 +317,7 @@ def _try_update(learn, rows, replayed, cbs, max_drop, options):
     weights, restore = _snapshot(learn)
     try:
         _train(learn, rows, replayed, cbs, options)
-        _mix(learn.model, weights, options.mix)
+        _mix(learn.model, weights, _share_of_way(rows, replayed, options))
         after = _evaluated(learn, rows)
         table = change_table(before, after)
         refused = _lost_classes(table, max_drop)
