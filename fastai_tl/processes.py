@@ -8,6 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/processes.html.md"""
 __all__ = []
 
 # %% ../nbs/018_processes.ipynb #25815776
+import socket
 from contextlib import contextmanager
 import torch, torch.distributed as dist
 from .core import RunError, shorten
@@ -112,3 +113,10 @@ def divide_moments(
     "Divide the moments of an optimizer in the same way as its parameters"
     for p, moments in getattr(opt, 'opt', opt).state.items():
         moments.update({name: parts_like(v, p) for name, v in moments.items() if isinstance(v, torch.Tensor)})
+
+# %% ../nbs/018_processes.ipynb #95e4c739
+def free_port() -> int: # A port of this machine
+    "Return a port that no program listens on at the moment"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]

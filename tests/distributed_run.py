@@ -6,7 +6,6 @@ what each process returned, or the end of what it wrote. test_distributed.py use
 import io
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from fastai.callback.all import *
 from fastai.text.all import *
 from fastai_tl.all import *
 from fastai_tl.files import digest
+from fastai_tl.processes import free_port
 from small_learners import LABELS, MAKERS, TEXTS, sentences
 
 warnings.filterwarnings('ignore')
@@ -353,12 +353,6 @@ def divided_errors(toks, folder, scale):
 
 
 # --- processes ---
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
 
 def in_child(toks, job, rank, port, out):
     "Run the check of a job in this process, write its result, and end"

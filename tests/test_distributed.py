@@ -5,7 +5,6 @@ One process imports everything and forks the processes of each job (distributed_
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -316,13 +315,12 @@ with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", 'w') as file:
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path):
     "Two processes on a CPU, with the option that the how-to page names: one model, each with all predictions"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+    from fastai_tl.processes import free_port
+
     (tmp_path/'train.py').write_text(SCRIPT)
     env = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/'tests')]), OMP_NUM_THREADS='1',
                     HF_HUB_OFFLINE='1', GLOO_SOCKET_IFNAME='lo')
-    options = ['--multi_gpu', '--num_machines', '1', '--num_processes', '2', '--main_process_port', str(port),
+    options = ['--multi_gpu', '--num_machines', '1', '--num_processes', '2', '--main_process_port', str(free_port()),
                '--mixed_precision', 'no', '--dynamo_backend', 'no']
     command = [sys.executable, '-m', 'accelerate.commands.launch', *options, str(tmp_path/'train.py'), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,12 +29,6 @@ TRAIN = Path(__file__).with_name('train.py')
 MESSAGE = 'RunError: All processes must run until the end'
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
 # --- two ways to start the processes ---
 
 
@@ -44,6 +37,7 @@ class Forks:
 
     def __init__(self, folder, n):
         from train import train
+        from fastai_tl.processes import free_port
 
         os.environ.update(WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
         self.folder, self.pids = folder, []

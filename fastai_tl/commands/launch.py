@@ -8,16 +8,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/commands.launch.html.md"""
 __all__ = []
 
 # %% ../../nbs/985_commands.launch.ipynb #ee08b331
-import os, socket, subprocess, sys, tempfile, time
+import os, subprocess, sys, tempfile, time
 from pathlib import Path
+from ..processes import free_port
 from ..terminal import printable
 
 # %% ../../nbs/985_commands.launch.ipynb #572401ae
-def _free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
 def _environment(k, n, port):
     "Return the variables of process `k` of `n`; each has its share of the cores"
     n_threads = str(max(1, (os.cpu_count() or 1)//n))
@@ -56,7 +52,7 @@ def run_together(
     n:int # Number of processes
 ) -> int: # Exit status: that of the first process that failed, or 0
     "Run a command in several processes that can train together; all end if one of them ends with an error"
-    port, processes = _free_port(), []
+    port, processes = free_port(), []
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder)/f'{k}.log' for k in range(n)]
         try:
