@@ -280,8 +280,8 @@ def test_msra_entities_from_scratch(shared_data, capsys):
     """Characters of Traditional Chinese, random weights.
 
     A small model that has read nothing else overfits: 3,000 sentences bring it to about .25, the 1,500 of this test to
-    .18; a linear model with features of neighbouring characters reaches .39 with 3,000. The test is that it learns, and that the
-    figure is the same however it is computed.
+    .18; a linear model with features of neighbouring characters reaches .39 with 3,000. The test is that it learns, and
+    that the figure is the same however it is computed.
     """
     df = pd.read_parquet(shared_data / 'zh_tw' / 'msra_ner.parquet')
     df = pd.concat([df[df.split == 'train'].head(1500), df[df.split == 'test'].head(300)], ignore_index=True)

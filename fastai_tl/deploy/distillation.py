@@ -261,18 +261,15 @@ def _summary(n_labelled, n_unlabelled, leaks):
     return text + (f'; {len(leaks):,} left out that are like texts of the validation set' if len(leaks) else '')
 
 # %% ../../nbs/835_deploy.distillation.ipynb #a23f60ff
-def _n_layers(learn, text):
-    return len(layer_features(learn, [text])) - 1 # without the embedding
-
 def _states_of(teacher, student, texts, folder, options):
     "Return the hidden states of the teacher for texts, and the layers of the student that learn from them"
     for name, learn in dict(teacher=teacher, student=student).items():
         if not isinstance(getattr(learn, 'model', None), HFModel):
             raise FastaiTLError('`states` needs two Hugging Face models', f'another {name}', 'Leave out `states`')
-    n_student, n_teacher = (_n_layers(learn, texts[0]) for learn in (student, teacher))
+    own, known = (list(layer_features(learn, texts[:1]).values()) for learn in (student, teacher)) # from the embedding
     kept = options.layers or getattr(student, 'kept_layers', None)
-    layers = matched_layers(n_student, n_teacher, kept)
-    sizes = [next(iter(layer_features(learn, texts[:1]).values())).shape[1] for learn in (student, teacher)]
+    layers = matched_layers(len(own) - 1, len(known) - 1, kept)
+    sizes = own[1].shape[1], known[1].shape[1]
     if sizes[0] != sizes[1]:
         raise FastaiTLError('Hidden states must have the same number of dimensions', f'{sizes[0]} and {sizes[1]}',
                             'Leave out `states`')
