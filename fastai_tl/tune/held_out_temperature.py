@@ -23,8 +23,8 @@ from ..models.third_party import spec_of
 from ..processes import n_processes
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #4854da2c
-_PRIOR_SD = .5
-_LOG_MAX = np.log(10.)
+_PRIOR_SD = 1.
+_LOG_MAX = np.log(30.)
 
 def shrunk_temperature(
     scores:torch.Tensor, # Logits of rows that the model has not read (rows, classes)
