@@ -337,6 +337,21 @@ def test_old_rows_that_are_not_replayed_are_made_up_for(small_tokenizers, make):
         assert grab.offsets == []
 
 
+def test_adjusted_scores_of_one_output_and_of_two_passes(small_tokenizers):
+    "One score is that of the second class against the first; losses of further passes are refused"
+    one = LogitAdjustment([0.5, 2.0])
+    one.learn = type('Learner', (), dict(pred=torch.zeros(3, 1), training=True))()
+    one.after_pred()
+    assert one.learn.pred.flatten().tolist() == [1.5] * 3
+    learn = classifier(small_tokenizers)
+    before = {name: w.clone() for name, w in learn.model.state_dict().items()}
+    learn.add_cb(FGM())
+    with pytest.raises(FastaiTLError, match='in one pass'):
+        learn.update(rows(['a', 'b'] * 8), replay=0.5, verbose=False)
+    assert all(torch.equal(w, before[name]) for name, w in learn.model.state_dict().items())
+    learn.update(rows(['a', 'b'] * 8), replay=0.5, adjust=False, max_drop=None, verbose=False)
+
+
 @pytest.mark.parametrize('make', [classifier, ulmfit_classifier], ids=['hf', 'awd'])
 def test_the_weights_go_a_part_of_the_way(small_tokenizers, make):
     found = {}

@@ -534,6 +534,71 @@ def test_states_in_every_way_of_training(small_tokenizers, folder, tmp_path):
     assert torch.equal(fit('b'), whole)
 
 
+def without_dropout(learn):
+    for m in learn.model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    return learn
+
+
+@pytest.mark.parametrize('cb', [FGM, RDrop, None])
+def test_states_are_those_of_the_first_pass(cb, small_tokenizers, folder, monkeypatch):
+    "The layers of a shrunk student are those of its teacher, so nothing is left to learn before the first step"
+    from fastai_tl.tune import patient_distillation
+
+    found, compute = [], patient_distillation.state_losses
+    monkeypatch.setattr(patient_distillation, 'state_losses', lambda *o: found.append(compute(*o)) or found[-1])
+    teacher = without_dropout(seeded(classifier, small_tokenizers, seed=5))
+    small = without_dropout(teacher.shrink(layers=[0, 1], verbose=False))
+    student = distill(teacher, small, folder=folder, states=10.0)
+    with student.no_bar(), student.no_logging():
+        student.fit(1, 0.0, cbs=[cb()] if cb else [])
+    assert len(found) == len(student.dls.train) and max(o.max().item() for o in found) < 1e-6
+
+
+def test_states_and_everything_else_that_reads_batches(small_tokenizers, folder, tmp_path):
+    teacher = seeded(classifier, small_tokenizers, seed=5)
+    student = distill(teacher, seeded(classifier, small_tokenizers), folder=folder, states=10.0)
+    with student.no_bar(), student.no_logging():
+        student.validate()
+        student.get_preds()
+        student.lr_find(show_plot=False)
+        student.fit(1, 1e-3)
+        student.lr_find(show_plot=False)
+
+    class Boom(Callback):
+        def after_backward(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), student.no_bar():
+        student.fit(1, 1e-3, cbs=Boom())
+    inner = student.model.inner[0]
+    assert not inner._forward_hooks and not inner._forward_pre_hooks
+    with pytest.raises(FastaiTLError, match='a distillation has ended'):
+        student.add_classes(['d'])
+    next(cb for cb in student.cbs if isinstance(cb, Distillation)).end()
+    student.export(tmp_path / 'student.pkl')
+    trained(student, 1)
+
+
+def test_states_of_a_student_that_was_shrunk_twice(small_tokenizers, folder):
+    "Its layers are found among those of the first model and of the second"
+    from small_learners import bert
+    from transformers import BertConfig
+
+    config = BertConfig(**{**bert(small_tokenizers['encoder']).to_diff_dict(), 'num_hidden_layers': 5})
+    teacher = hf_classifier_learner(classifier(small_tokenizers).dls, config, metrics=[])
+    middle = teacher.shrink(layers=[0, 2, 3, 4], verbose=False)
+    small = middle.shrink(layers=[0, 1, 3], verbose=False)
+    assert small.kept_layers == {5: [0, 2, 4], 4: [0, 1, 3]}
+    distill(teacher, small, folder=folder, states=1.0)
+    n_scores = small.dls.train_ds.n_shown
+    rows = torch.stack([row[2] for row in small.dls.train_ds])[:20, n_scores:]
+    by_hand = torch.cat([states_of(teacher, layer, TEXTS[:20]) for layer in (1, 3)], 1)
+    torch.testing.assert_close(rows, by_hand, rtol=1e-4, atol=1e-5)
+    distill(teacher, small, folder=folder, states=1.0, layers=np.array([0, 3, 4]))
+
+
 def test_states_that_cannot_be_compared(small_tokenizers, folder):
     teacher = classifier(small_tokenizers)
     wide = bert(small_tokenizers['encoder'])

@@ -87,3 +87,10 @@ def test_needs_rows_of_classes(tok):  # noqa: F811
         classifier(tok).fit_transfer(1, calibrate=True, best=True)
     with pytest.raises(FastaiTLError, match='read once'):
         classifier(tok, weighted=True).fit_transfer(1, calibrate=True)
+
+
+def test_a_layer_that_lora_changes_is_refused():
+    "Its last linear layer is not that of the scores, but what is added to them"
+    model = torch.nn.ModuleDict(dict(base_layer=torch.nn.Linear(4, 3), lora_B=torch.nn.Linear(2, 3)))
+    with pytest.raises(FastaiTLError, match='lora_B'):
+        scores_layer(model, 3)

@@ -267,8 +267,12 @@ def _states_of(teacher, student, texts, folder, options):
         if not isinstance(getattr(learn, 'model', None), HFModel):
             raise FastaiTLError('`states` needs two Hugging Face models', f'another {name}', 'Leave out `states`')
     own, known = (list(layer_features(learn, texts[:1]).values()) for learn in (student, teacher)) # from the embedding
-    kept = options.layers or getattr(student, 'kept_layers', None)
-    layers = matched_layers(len(own) - 1, len(known) - 1, kept)
+    n_student, n_teacher = len(own) - 1, len(known) - 1
+    if not 2 <= n_student <= n_teacher:
+        raise FastaiTLError('`states` needs a student of at least 2 layers, and no more than its teacher has',
+                            f'{n_student} and {n_teacher} layers', 'Leave out `states`')
+    kept = (getattr(student, 'kept_layers', None) or {}).get(n_teacher)
+    layers = matched_layers(n_student, n_teacher, kept if options.layers is None else options.layers)
     sizes = own[1].shape[1], known[1].shape[1]
     if sizes[0] != sizes[1]:
         raise FastaiTLError('Hidden states must have the same number of dimensions', f'{sizes[0]} and {sizes[1]}',

@@ -335,12 +335,18 @@ def shrink(self:HFLearner,
     if heads is not None:
         hf = _with_heads(self, hf, heads, n_batches)
     small = _learner_of(self, hf if hf is not self.model.hf else copy.deepcopy(hf))
-    small.kept_layers = keep # `fit_transfer` and `distill_into` read it
+    small.kept_layers = _kept_layers(self, keep) # `fit_transfer` and `distill_into` read it
     if verbose:
         print(_summary(self, small, keep))
     return small
 
 # %% ../../nbs/808_deploy.pruning.ipynb #033debcc
+def _kept_layers(learn, keep):
+    "Return which layers are left of a model, and of those that it was cut out of, by their numbers of layers"
+    earlier = getattr(learn, 'kept_layers', None) or {}
+    found = {n: [layers[k] for k in keep] for n, layers in earlier.items()}
+    return found | {learn.model.hf.config.num_hidden_layers: keep}
+
 def _summary(learn, small, keep):
     "Describe what is left of a model"
     numbers = [sum(p.numel() for p in o.model.parameters()) for o in (learn, small)]

@@ -19,32 +19,9 @@ from ..data.hf_tokenizer import encode, model_max_length
 from ..data.tables import valid_text
 from .reading import check_given, read_hf_text, read_texts
 from ..models.execution_order import base_model, hf_models
+from ..models.pooled_states import hooks_kept
 from ..models.third_party import spec_of, text_parts, unwrap_model
 from ..models.virtual_tokens import n_virtual_tokens
-
-# %% ../../nbs/760_interpretation.model_inputs.ipynb #149f4cac
-_HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
-          '_forward_pre_hooks_with_kwargs')
-_INSTALLED = '_output_capturing_hooks_installed'
-
-@contextmanager
-def hooks_kept(
-    model:nn.Module # Any model
-):
-    "Remove the hooks that are registered inside the `with` block, those of transformers included"
-    modules = list(model.modules())
-    before = [{name: set(vars(m)[name]) for name in _HOOKS if name in vars(m)} for m in modules]
-    marked = [m for m in modules if _INSTALLED in vars(m)]
-    try:
-        yield model
-    finally:
-        for m, ids in zip(modules, before):
-            for name, own in ids.items():
-                hooks = vars(m)[name]
-                for i in set(hooks) - own:
-                    hooks.pop(i)
-            if _INSTALLED in vars(m) and all(m is not o for o in marked):
-                delattr(m, _INSTALLED)
 
 # %% ../../nbs/760_interpretation.model_inputs.ipynb #56e16f39
 @contextmanager

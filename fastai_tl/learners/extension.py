@@ -144,6 +144,9 @@ def add_classes(self:Learner,
 ) -> Learner: # The Learner itself
     "Add classes to a trained classifier; weights, moments and logits of the old classes do not change"
     spec = spec_of(self)
+    if getattr(self.dls, 'labelled', None) is not None: # the teacher has no scores for them
+        raise FastaiTLError('Classes are added when a distillation has ended', 'one that has not',
+                            'Call `end()` of the distillation first')
     names = _checked_names(classes, spec)
     n, n_new = len(spec.classes), len(names)
     with exclusive(self):

@@ -17,6 +17,7 @@ from ..callbacks import is_real_fit
 from ..core import DataError, FastaiTLError
 from ..models.third_party import spec_of
 from .distillation import soft_losses
+from .regularizers import FGM, RDrop
 
 # %% ../../nbs/448_tune.continual.ipynb #9cb80912
 def _frozen_copy(model):
@@ -105,13 +106,24 @@ class LogitAdjustment(Callback):
     ):
         self.offsets = torch.tensor(np.asarray(offsets, dtype=np.float32))
 
+    def before_fit(self):
+        "Refuse Callbacks that compute a loss of a second pass, which would have no offsets"
+        self.run = is_real_fit(self.learn)
+        others = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, FGM|RDrop)]
+        if self.run and others:
+            raise FastaiTLError('Scores are adjusted in one pass', others[0], 'Leave out one of the two')
+
+    def _of_scores(self, n):
+        "The offsets of `n` scores; a single score is that of the second of two classes"
+        offsets = self.offsets[1:] - self.offsets[:1] if (n, len(self.offsets)) == (1, 2) else self.offsets
+        if n != len(offsets):
+            raise FastaiTLError('There must be an offset for each score', f'{len(offsets)} offsets and {n} scores')
+        return offsets.to(self.pred.device)
+
     def after_pred(self):
         "Give the loss the scores with the offsets"
-        if self.pred.shape[-1] != len(self.offsets):
-            raise FastaiTLError('There must be an offset for each score', f'{len(self.offsets)} offsets and '
-                                f'{self.pred.shape[-1]} scores')
         self.scores = self.pred.float()
-        self.learn.pred = self.scores + self.offsets.to(self.pred.device)
+        self.learn.pred = self.scores + self._of_scores(self.pred.shape[-1])
 
     def after_loss(self):
         "Give those that come next the scores of the model"

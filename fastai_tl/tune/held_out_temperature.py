@@ -43,11 +43,12 @@ def scores_layer(
 ) -> nn.Linear:
     "Return the last linear layer of a model, whose results are the scores"
     check_type('model', model, nn.Module)
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == n_out]
-    if not layers:
-        raise FastaiTLError(f'A temperature needs a last linear layer with {n_out} outputs', 'none',
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == n_out]
+    name = layers[-1][0] if layers else 'none'
+    if not layers or 'lora_' in name: # what LoRA adds to the scores
+        raise FastaiTLError(f'A temperature needs a last linear layer with {n_out} outputs', name,
                             'Use `learn.calibrate()` after training')
-    return layers[-1]
+    return layers[-1][1]
 
 @torch.no_grad()
 def scale_scores(

@@ -8,32 +8,33 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.patient_distillation.html.md"""
 __all__ = ['matched_layers', 'state_losses', 'PatientDistillation']
 
 # %% ../../nbs/449_tune.patient_distillation.ipynb #8360852d
+from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from ..arguments import check_each, check_number, check_type, check_whole
-from ..callbacks import is_real_fit
+from ..callbacks import AroundBatch, is_real_fit
 from ..core import FastaiTLError
 from ..efficiency.feature_cache import CachedPrefix
 from ..models.hf import HFModel
+from ..models.pooled_states import hooks_kept
 
 
 # %% ../../nbs/449_tune.patient_distillation.ipynb #f59d0276
 def matched_layers(
     n_student:int, # Number of layers of the student
     n_teacher:int, # Number of layers of the teacher
-    kept:list|None=None # Index of the teacher's layer that each layer of the student comes from, from 0
+    layers:list|None=None # Index of the teacher's layer that each layer of the student comes from, from 0
 ) -> list: # A layer of the teacher for each layer of the student but the last, counted from 1
     "Return which layers of a teacher the lower layers of a student learn from"
     check_whole('n_student', n_student, 2)
     check_whole('n_teacher', n_teacher, n_student)
-    if kept is None:
+    if layers is None:
         return [round(layer*n_teacher/n_student) for layer in range(1, n_student)]
-    kept = check_each('kept', kept, check_whole, 0, n_teacher - 1)
-    if len(kept) != n_student:
-        raise FastaiTLError(f'There must be a layer for each of the {n_student} layers', f'{len(kept)}')
-    return [layer + 1 for layer in kept[:-1]]
+    layers = check_each('layers', layers, check_whole, 0, n_teacher - 1)
+    if len(layers) != n_student:
+        raise FastaiTLError(f'There must be a layer for each of the {n_student} layers', f'{len(layers)}')
+    return [layer + 1 for layer in layers[:-1]]
 
 # %% ../../nbs/449_tune.patient_distillation.ipynb #10aecc35
 def state_losses(
@@ -46,30 +47,32 @@ def state_losses(
 
 # %% ../../nbs/449_tune.patient_distillation.ipynb #06e224bf
 class _StatesOfForward:
-    "Keeps the mean states of some layers in the forward passes of a model of transformers, while it is asked to"
+    "The mean states of some layers in the first forward pass inside the `with` block of a model of transformers"
     def __init__(self, inner, layers):
+        self.inner = inner
         self.layers = layers
-        self.is_asked = False
         self.found = None
-        self.hooks = [inner.register_forward_pre_hook(self._before, with_kwargs=True),
-                      inner.register_forward_hook(self._after, with_kwargs=True)]
+
+    def __enter__(self):
+        self.hooks = [self.inner.register_forward_pre_hook(self._before, with_kwargs=True),
+                      self.inner.register_forward_hook(self._after, with_kwargs=True)]
+        return self
 
     def _before(self, module, args, kwargs):
-        if self.is_asked:
-            return args, {**kwargs, 'output_hidden_states': True}
+        return args, {**kwargs, 'output_hidden_states': True}
 
     def _after(self, module, args, kwargs, out):
-        if self.is_asked:
-            weights = kwargs['attention_mask'][..., None]/kwargs['attention_mask'].sum(1)[:, None, None]
-            states = [out.hidden_states[layer] for layer in self.layers]
-            self.found = torch.stack([(o.float()*weights).sum(1) for o in states], 1)
+        weights = kwargs['attention_mask'][..., None]/kwargs['attention_mask'].sum(1)[:, None, None]
+        states = [out.hidden_states[layer] for layer in self.layers]
+        self.found = torch.stack([(o.float()*weights).sum(1) for o in states], 1)
+        self.__exit__() # further passes, such as that of `FGM`, are of other inputs
 
-    def remove(self):
+    def __exit__(self, *error):
         for hook in self.hooks:
             hook.remove()
 
 # %% ../../nbs/449_tune.patient_distillation.ipynb #8bb06391
-class PatientDistillation(Callback):
+class PatientDistillation(AroundBatch):
     "Pull the hidden states of a student to those of its teacher; made by `learn.distill_into`"
     order = GradientAccumulation.order - 1 # the loss is complete before it is weighted and scaled
     run_valid = False
@@ -83,47 +86,39 @@ class PatientDistillation(Callback):
         self.weight = check_number('weight', weight, above=0, high=1e6)
         self.n_layers = check_whole('n_layers', n_layers)
         self.n_scores = check_whole('n_scores', n_scores)
-        self.states = None
 
     def before_fit(self):
-        "Look into the model"
-        self.close()
-        self.run = is_real_fit(self.learn)
-        if not self.run:
-            return
+        "Check the model"
         check_type('model', self.model, HFModel, 'a Hugging Face model')
         if self.model.by_length:
             raise FastaiTLError('Hidden states are compared for models that read a batch in one pass',
                                 f'a {type(self.model.inner[0]).__name__}, which reads each length on its own')
-        if any(isinstance(cb, CachedPrefix) for cb in self.learn.cbs):
+        if is_real_fit(self.learn) and any(isinstance(cb, CachedPrefix) for cb in self.learn.cbs):
             raise FastaiTLError('Hidden states are those of all layers', '`CachedPrefix`', 'Pass `cache=False`')
-        self.states = _StatesOfForward(self.model.inner[0], range(1, self.n_layers + 1))
 
     def before_batch(self):
-        "Take the states of the teacher from the targets, and ask the model for its own"
+        "Take the states of the teacher from the targets"
         y, targets = self.yb
         self.targets = targets[:, self.n_scores:]
         self.learn.yb = (y, targets[:, :self.n_scores])
-        self.states.is_asked = True
+
+    @contextmanager
+    def around_batch(self):
+        "Ask the model for its states"
+        if not self.training:
+            yield
+            return
+        inner = self.model.inner[0]
+        with hooks_kept(inner), _StatesOfForward(inner, range(1, self.n_layers + 1)) as self.states:
+            yield
+        self.states = self.targets = None
 
     def after_loss(self):
         "Add the distance of the states"
-        self.states.is_asked = False
         states = self.states.found
         loss = self.weight*state_losses(states, self.targets.reshape(states.shape)).mean()
         self.learn.loss_grad = self.loss_grad + loss
         self.learn.loss = self.loss + loss.detach()
-        self.states.found = None
-
-    def after_fit(self):
-        "Leave the model as it was"
-        self.close()
-
-    def close(self):
-        "Remove the hooks"
-        if self.states is not None:
-            self.states.remove()
-            self.states = None
 
     def __getstate__(self):
         return {**self.__dict__, 'states': None, 'targets': None}
