@@ -505,6 +505,13 @@ def test_states_are_computed_once(small_tokenizers, folder, monkeypatch):
     assert n_read == [1]
 
 
+def without_dropout(learn):
+    for m in learn.model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    return learn
+
+
 def test_states_in_every_way_of_training(small_tokenizers, folder, tmp_path):
     "Stages of frozen layers, two passes, bfloat16, accumulated gradients, one position in the top layer, resuming"
     teacher = seeded(classifier, small_tokenizers, seed=5)
@@ -519,10 +526,7 @@ def test_states_in_every_way_of_training(small_tokenizers, folder, tmp_path):
     assert trained(student().to_bf16(), 1, cbs=[RDrop(), GradientAccumulation(8)]).isfinite().all()
     weights = {}
     for one_position in (False, True):
-        learn = student()
-        for m in learn.model.modules():
-            if isinstance(m, torch.nn.Dropout):
-                m.p = 0.0
+        learn = without_dropout(student())
         with learn.no_bar(), learn.no_logging():
             learn.fit_transfer(2, recipe='full', one_position=one_position, mixed_precision=False)
         weights[one_position] = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
@@ -532,13 +536,6 @@ def test_states_in_every_way_of_training(small_tokenizers, folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit('b', Crash())
     assert torch.equal(fit('b'), whole)
-
-
-def without_dropout(learn):
-    for m in learn.model.modules():
-        if isinstance(m, torch.nn.Dropout):
-            m.p = 0.0
-    return learn
 
 
 @pytest.mark.parametrize('cb', [FGM, RDrop, None])
@@ -583,10 +580,8 @@ def test_states_and_everything_else_that_reads_batches(small_tokenizers, folder,
 
 def test_states_of_a_student_that_was_shrunk_twice(small_tokenizers, folder):
     "Its layers are found among those of the first model and of the second"
-    from small_learners import bert
-    from transformers import BertConfig
-
-    config = BertConfig(**{**bert(small_tokenizers['encoder']).to_diff_dict(), 'num_hidden_layers': 5})
+    config = bert(small_tokenizers['encoder'])
+    config.update(dict(num_hidden_layers=5))
     teacher = hf_classifier_learner(classifier(small_tokenizers).dls, config, metrics=[])
     middle = teacher.shrink(layers=[0, 2, 3, 4], verbose=False)
     small = middle.shrink(layers=[0, 1, 3], verbose=False)

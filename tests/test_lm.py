@@ -406,7 +406,7 @@ def unigram_perplexity(train, held, n):
 @pytest.mark.parametrize('kind', ['causal', 'masked'])
 def test_learns_the_general_corpus(shared_data, kind):
     "Well below the unigrams, on texts that were held out"
-    texts = read_texts(shared_data / 'en' / 'general_corpus.parquet')[:30]
+    texts = read_texts(shared_data / 'en' / 'general_corpus.parquet')[:40]
     seed_everything(0)
     cls, k = (HFCausalLMDataLoaders, 'decoder') if kind == 'causal' else (HFMaskedLMDataLoaders, 'encoder')
     tok = train_tokenizer(texts, 2000, k, lowercase=True, max_length=64)
@@ -438,7 +438,7 @@ def test_learns_the_general_corpus(shared_data, kind):
         learn = hf_masked_lm_learner(
             dls, BertConfig(**sizes, initializer_range=0.06, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         )
-    quiet(learn, 'fit_one_cycle', 2 if kind == 'causal' else 4, 5e-3)
+    quiet(learn, 'fit_one_cycle', 3 if kind == 'causal' else 6, 5e-3)
     train = np.concatenate(dls.train_ds.docs if kind == 'causal' else dls.train_ds.blocks)
     held = np.concatenate([y[y != -100].numpy() for _, y in dls.valid])
     base, got = unigram_perplexity(train, held, 2000), learn.recorder.values[-1][3]
@@ -446,4 +446,4 @@ def test_learns_the_general_corpus(shared_data, kind):
         f'{kind}: perplexity {got:.0f}, of the unigrams {base:.0f}; '
         f'epochs {[round(r[3]) for r in learn.recorder.values]}'
     )
-    assert got < (0.5 if kind == 'causal' else 0.8) * base
+    assert got < (0.4 if kind == 'causal' else 0.6) * base

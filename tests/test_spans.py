@@ -279,14 +279,14 @@ def test_conll2000_chunks_with_minilm(shared_data, capsys):
 def test_msra_entities_from_scratch(shared_data, capsys):
     """Characters of Traditional Chinese, random weights.
 
-    A small model that has read nothing else overfits: 3,000 sentences bring it to about .25, the 1,500 of this test to
-    .18; a linear model with features of neighbouring characters reaches .39 with 3,000. The test is that it learns, and
-    that the figure is the same however it is computed.
+    A small model that has read nothing else overfits 3,000 sentences and reaches about .25; a linear model with
+    features of neighbouring characters reaches .39 on the same sentences. The test is that it learns, and that the
+    figure is the same however it is computed.
     """
     df = pd.read_parquet(shared_data / 'zh_tw' / 'msra_ner.parquet')
-    df = pd.concat([df[df.split == 'train'].head(1500), df[df.split == 'test'].head(300)], ignore_index=True)
+    df = pd.concat([df[df.split == 'train'].head(3000), df[df.split == 'test'].head(300)], ignore_index=True)
     tokz = train_tokenizer(
-        [c for t in df.tokens[:1500] for c in t], 6000, max_length=256
+        [c for t in df.tokens[:3000] for c in t], 6000, max_length=256
     )  # of single characters, since words are never read whole
     cfg = BertConfig(
         hidden_size=128,
@@ -312,7 +312,7 @@ def test_msra_entities_from_scratch(shared_data, capsys):
     told, after = learn.recorder.values[-1], valid_f1(learn)
     with capsys.disabled():
         print(f'\nMSRA entities, F1 before {before:.3f}, after {after:.3f}; the fit says {told}')
-    assert before < 0.05 and after > 0.1 and told[-1] == pytest.approx(after, abs=1e-6)
+    assert before < 0.05 and after > 0.2 and told[-1] == pytest.approx(after, abs=1e-6)
 
 
 # --- questions ---

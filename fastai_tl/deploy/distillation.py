@@ -293,15 +293,14 @@ def _distill_learner(teacher, scores, student, texts, temperature, alpha, option
     found = scores(every)
     found = found if order is None else found[:, order]
     n_scores, helpers = found.shape[1], []
-    settings = dict(teacher=scores.key, alpha=alpha, texts=digest(every))
+    loss = DistillationLoss(student.loss_func, spec.task, 2. if temperature is None else temperature, alpha)
+    settings = dict(teacher=scores.key, temperature=loss.temperature, alpha=loss.alpha, texts=digest(every))
     if options.states:
         states, n_layers = _states_of(scores.learn, student, every, scores.folder, options)
         helpers.append(PatientDistillation(options.states, n_layers, n_scores))
         found = np.concatenate([found, states], 1)
         settings |= dict(states=options.states, layers=n_layers)
     dls = soft_target_dls(student.dls, unlabelled, found, options.bs, n_scores)
-    loss = DistillationLoss(student.loss_func, spec.task, 2. if temperature is None else temperature, alpha)
-    settings['temperature'] = loss.temperature
     distillation = Distillation(settings, _summary(len(labelled), len(unlabelled), leaks), leaks)
     distillation.n_computed = scores.n_computed
     if options.verbose:

@@ -17,8 +17,8 @@ from ..callbacks import AroundBatch, is_real_fit
 from ..core import FastaiTLError
 from ..efficiency.feature_cache import CachedPrefix
 from ..models.hf import HFModel
+from ..models.pooled_classifier import pooled_mean
 from ..models.pooled_states import hooks_kept
-
 
 # %% ../../nbs/449_tune.patient_distillation.ipynb #f59d0276
 def matched_layers(
@@ -62,9 +62,8 @@ class _StatesOfForward:
         return args, {**kwargs, 'output_hidden_states': True}
 
     def _after(self, module, args, kwargs, out):
-        weights = kwargs['attention_mask'][..., None]/kwargs['attention_mask'].sum(1)[:, None, None]
-        states = [out.hidden_states[layer] for layer in self.layers]
-        self.found = torch.stack([(o.float()*weights).sum(1) for o in states], 1)
+        mask = kwargs['attention_mask']
+        self.found = torch.stack([pooled_mean(out.hidden_states[layer].float(), mask) for layer in self.layers], 1)
         self.__exit__() # further passes, such as that of `FGM`, are of other inputs
 
     def __exit__(self, *error):
