@@ -80,12 +80,14 @@ def ranged(
     return f"{ratio['ratio']:.{digits}f} ({ratio['low']:.{digits}f} to {ratio['high']:.{digits}f})"
 
 # %% ../nbs/046_timing.ipynb #315d3fa7
-def machine_info() -> dict: # `processor`, `cores`, `flags`, `torch` and `system`
-    "Return what times depend on: the processor with the flags that matter, its cores, and the version of torch"
+def machine_info() -> dict: # `processor`, `cores`, `flags`, `used`, `torch` and `system`
+    "Return what times depend on: the processor, its cores and flags, those that torch uses, and the version of torch"
+    import torch
     file = Path('/proc/cpuinfo')
     lines = [line.partition(':') for line in (file.read_text() if file.exists() else '').split('\n')]
     about = {key.strip(): value.strip() for key, _, value in reversed(lines)}
     flags = [f for f in about.get('flags', about.get('Features', '')).split()
              if f.startswith(('avx', 'amx', 'fma', 'asimd', 'sve', 'bf16'))]
     return dict(processor=about.get('model name') or platform.processor() or platform.machine(), cores=os.cpu_count(),
-                flags=flags, torch=version('torch'), system=platform.system())
+                flags=flags, used=torch.backends.cpu.get_cpu_capability(), torch=version('torch'),
+                system=platform.system())
