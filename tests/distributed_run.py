@@ -218,7 +218,7 @@ def killed(toks, folder, scale, number=None, at=0):
     "A fit that can be resumed, of which one process is killed"
     learn = maker(toks, 'classifier', scale)
     with learn.distributed(), quiet(learn):
-        cbs = [GradualUnfreezing(), ResumableFit(Path(folder)/'fit.safetensors')]
+        cbs = [GradualUnfreezing(groups=[1, 2, 4]), ResumableFit(Path(folder)/'fit.safetensors')]
         learn.fit(4, 1e-2, cbs=cbs + ([] if number is None else [Kill(number, at)]))
     return dict(weights=weights(learn), values=numbers(list(learn.recorder.values)))
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import pytest
@@ -258,22 +259,24 @@ def test_an_error_in_one_process_ends_the_others(jobs):
 
 
 @pytest.mark.slow
-def test_killed_processes(jobs, tmp_path):
+@pytest.mark.parametrize('n,kills', [(2, [(0, 7), (1, 12)]), (3, [(1, 7)])])
+def test_killed_processes(jobs, tmp_path, n, kills):
     "Whichever process is killed, the others stop, and the same call goes on to the same weights"
     quiet = tmp_path/'quiet'
     quiet.mkdir()
-    expected = jobs.run('killed', 2, folder=quiet)['results'][0]
-    for number, at in ((0, 7), (1, 12)):
+    expected = jobs.run('killed', n, folder=quiet)['results'][0]
+    for number, at in kills:
         folder = tmp_path/f'{number}'
         folder.mkdir()
-        answer = jobs.run('killed', 2, folder=folder, options=dict(number=number, at=at))
-        assert answer['codes'][number] == -9
-        assert answer['codes'][1-number] == 1
+        answer = jobs.run('killed', n, folder=folder, options=dict(number=number, at=at))
+        assert answer['codes'] == [-9 if i == number else 1 for i in range(n)]
         assert answer['seconds'] < 60
-        assert 'RunError: All processes must run until the end' in answer['results'][1-number]
-        again = jobs.run('killed', 2, folder=folder)
-        assert again['codes'] == [0, 0], again['results']
-        assert again['results'] == [expected, expected]
+        others = [result for i, result in enumerate(answer['results']) if i != number]
+        assert all('RunError: All processes must run until the end' in result for result in others)
+        assert (folder/'fit.safetensors').exists()
+        again = jobs.run('killed', n, folder=folder)
+        assert again['codes'] == [0]*n, again['results']
+        assert again['results'] == [expected]*n
 
 
 @pytest.mark.slow
@@ -312,19 +315,33 @@ with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", 'w') as file:
 """
 
 
-@pytest.mark.slow
-def test_accelerate_launch(tmp_path):
-    "Two processes on a CPU, with the option that the how-to page names: one model, each with all predictions"
-    from fastai_tl.processes import free_port
-
-    (tmp_path/'train.py').write_text(SCRIPT)
+def launched(folder, command):
+    "Run a script in two processes on a CPU; what each process wrote"
     env = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/'tests')]), OMP_NUM_THREADS='1',
                     HF_HUB_OFFLINE='1', GLOO_SOCKET_IFNAME='lo')
-    options = ['--multi_gpu', '--num_machines', '1', '--num_processes', '2', '--main_process_port', str(free_port()),
-               '--mixed_precision', 'no', '--dynamo_backend', 'no']
-    command = [sys.executable, '-m', 'accelerate.commands.launch', *options, str(tmp_path/'train.py'), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
+    return [json.loads((folder/f'{rank}.json').read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('launcher', ['accelerate launch', 'notebook_launcher'])
+def test_launchers_of_accelerate(tmp_path, launcher):
+    "As the how-to page names them: one model, each process with all predictions"
+    from fastai_tl.processes import free_port
+
+    script, port = tmp_path/'train.py', str(free_port())
+    if launcher == 'accelerate launch':
+        script.write_text(SCRIPT)
+        options = ['--multi_gpu', '--num_machines', '1', '--num_processes', '2', '--main_process_port', port,
+                   '--mixed_precision', 'no', '--dynamo_backend', 'no']
+        command = [sys.executable, '-m', 'accelerate.commands.launch', *options, str(script), str(tmp_path)]
+    else: # the imports in the notebook, the Learner in the function
+        imports, work = SCRIPT.split('learn = ', 1)
+        lines = ['def train():', *indent(f'learn = {work}', '    ').splitlines(),
+                 'from accelerate import notebook_launcher', f"notebook_launcher(train, num_processes=2, use_port={port!r})"]
+        script.write_text(imports + '\n'.join(lines))
+        command = [sys.executable, str(script), str(tmp_path)]
+    first, second = launched(tmp_path, command)
     assert first == second
     assert first['rows'] == 2 and first['world'] == '2'

@@ -117,6 +117,11 @@ class GradientAverage:
         self._found = set() # numbers of those that got one in this batch
         self._wrapper = None
 
+    def begin_epoch(self):
+        "Forget the wrapper where its next sums may have another order in a fit that begins with this epoch"
+        if n_processes() > 2:
+            self.forget()
+
     def begin(self):
         "Prepare the forward pass of a training batch"
         trainable = [p for p in self.model.parameters() if p.requires_grad]

@@ -75,6 +75,7 @@ class ProcessRows(Callback):
         dl = self.learn.dl
         share_random_state(dl)
         vary_dropout(self.epoch)
+        self.gradients.begin_epoch()
         if id(dl) not in self.dealt:
             self.dealt[id(dl)] = own_rows(dl)
         self.learn.dl = self.dealt[id(dl)]
