@@ -288,26 +288,55 @@ def test_a_damaged_file_is_an_error(tokens, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
+def mapped_mb():
+    "Memory of the pages of files that this process sees"
+    lines = Path('/proc/self/status').read_text().split('\n')
+    return int(next(line for line in lines if line.startswith('RssFile')).split()[1]) / 1024
+
+
+def file_of_zeros(folder, n_texts, length):
+    "A `TokenFile` of texts of the same length"
+    n = n_texts * length
+    with open(folder / 'tokens.bin', 'wb') as file:
+        file.truncate(2 * n)
+    np.arange(length, n + 1, length, dtype='<i8').tofile(folder / 'ends.bin')
+    header = dict(format='fastai_tl.tokens', dtype='<u2', n_tokens=n, n_texts=n_texts, n_pieces=n_texts, n_words=0,
+                  n_unknown=0, n_skipped=0, settings={})
+    (folder / 'header.json').write_text(json.dumps(header))
+    return TokenFile(folder)
+
+
 def test_memory_of_reading_is_given_back(tmp_path):
     "The pages in memory grow by less than 100 MB while a file of 300 MB is read"
-    n = 150_000_000
-    with open(tmp_path / 'tokens.bin', 'wb') as file:
-        file.truncate(2 * n)
-    np.array([n], '<i8').tofile(tmp_path / 'ends.bin')
-    header = dict(format='fastai_tl.tokens', dtype='<u2', n_tokens=n, n_texts=1, n_pieces=1, n_words=0, n_unknown=0,
-                  n_skipped=0, settings={})
-    (tmp_path / 'header.json').write_text(json.dumps(header))
-
-    def mapped():
-        lines = Path('/proc/self/status').read_text().split('\n')
-        return int(next(line for line in lines if line.startswith('RssFile')).split()[1]) / 1024
-
-    file = TokenFile(tmp_path)
-    before, most = mapped(), 0
+    file = file_of_zeros(tmp_path, 1, 150_000_000)
+    before, most = mapped_mb(), 0
     for start in range(0, file.n_tokens, 1 << 20):
         file.read(start, start + (1 << 20))
-        most = max(most, mapped())
+        most = max(most, mapped_mb())
     assert most - before < 100
+
+
+def test_memory_of_many_short_texts_is_given_back(tmp_path):
+    "Ends and tokens of 10 million texts are 160 MB; less than 60 MB of that is in memory, at the beginning and later"
+    file = file_of_zeros(tmp_path, 10_000_000, 4)
+    ends, before = file.ends, mapped_mb()
+    found = []
+
+    class Watched(np.ndarray):
+        "Ends that say how much is in memory after each reading"
+        def __getitem__(self, key):
+            values = super().__getitem__(key)
+            found.append(mapped_mb())
+            return values
+
+    file.ends = ends.view(Watched)
+    bounds = shuffle_blocks(file, 20_000)
+    stream = TokenStream(file, bounds, np.arange(len(bounds) - 1))
+    assert len(bounds) == 2001 and (stream.lens == 20_000).all() and len(found) >= 8
+    for place in range(0, 2000, 10):
+        stream.arrange(0).block(place)
+        found.append(mapped_mb())
+    assert max(found) - before < 60
 
 
 # --- bulk prediction ---

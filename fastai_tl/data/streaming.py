@@ -35,7 +35,7 @@ def shuffle_blocks(
     "Divide the texts into blocks of neighbours"
     size = size or max(1, min(_BLOCK, file.n_tokens//100))
     starts = np.arange(0, file.n_tokens, size)
-    firsts = np.searchsorted(file.ends, starts, side='left')
+    firsts = file.pieces_at(starts)
     firsts[1:] += 1 # a text that begins before and ends in a block belongs to the block before
     return np.unique(np.append(firsts[firsts < len(file.ends)], len(file.ends)))
 
@@ -53,8 +53,8 @@ class TokenStream:
         self.file, self.seed = file, seed
         self.numbers, self.backwards = numbers, backwards
         self.firsts, self.lasts = bounds[:-1][blocks], bounds[1:][blocks]
-        self.starts = np.where(self.firsts > 0, file.ends[self.firsts-1], 0)
-        self.lens = file.ends[self.lasts-1]-self.starts
+        self.starts = np.where(self.firsts > 0, file.ends_of(self.firsts-1), 0)
+        self.lens = file.ends_of(self.lasts-1)-self.starts
         self.n_tokens = int(self.lens.sum())
         self.keep = 4 # number of blocks in memory
         self.arrange()

@@ -233,6 +233,7 @@ def _mapped(file, dtype, n):
     return np.frombuffer(mapping, dtype), mapping
 
 _GIVE_BACK = 64<<20 # bytes
+_AROUND = 1<<22 # a small read maps more than its own pages
 _KEYS = ('format', 'dtype', 'n_tokens', 'n_texts', 'n_pieces', 'n_words', 'n_unknown', 'n_skipped', 'settings')
 
 # %% ../../nbs/141_data.token_files.ipynb #2546e087
@@ -281,10 +282,30 @@ class TokenFile:
     ) -> np.ndarray: # A copy, in the type of the file
         "Read some tokens"
         found = self.tokens[start:end].copy()
-        self._n_read += found.nbytes
+        self._n_read += found.nbytes + _AROUND
         if self._n_read > _GIVE_BACK:
             self.release()
         return found
+
+    def _in_parts(self, work, values):
+        "Apply `work` to 512 values at a time, each of which may read another page of the ends"
+        parts = []
+        for i in range(0, len(values), 512):
+            parts.append(work(values[i:i+512]))
+            self.release()
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def ends_of(self,
+        pieces:np.ndarray # Numbers of pieces: a text, or 65,536 tokens of a longer one
+    ) -> np.ndarray: # The token after the last one of each
+        "Find where pieces end, in little memory"
+        return self._in_parts(lambda part: self.ends[part], pieces)
+
+    def pieces_at(self,
+        tokens:np.ndarray # Positions of tokens
+    ) -> np.ndarray: # The number of the first piece that ends there or later
+        "Find the pieces of tokens, in little memory"
+        return self._in_parts(lambda part: np.searchsorted(self.ends, part), tokens)
 
     def release(self):
         "Give back the memory of the pages that were read"
