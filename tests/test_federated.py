@@ -1,10 +1,14 @@
 "Federated training: the core on each kind of model, and Flower's apps if it is installed"
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from fastai.optimizer import SGD
+from repo import ROOT, clean_env
 from small_learners import LABELS, N_ROWS, TEXTS, classifier, ulmfit_classifier
 from transformers import BertConfig
 
@@ -125,3 +129,32 @@ def test_two_rounds_of_four_clients_are_federated_fit(flower):
     far = {name: (kept[0][name] - expected[name]).abs().max().item() for name in expected}
     moved = {name: (kept[0][name] - w).abs().max().item() for name, w in get_update(make_client(0)).items()}
     assert max(far.values()) < 1e-6 and max(moved.values()) > 1e-4, (max(far.values()), max(moved.values()))
+
+
+SIMULATION = """
+from functools import partial
+from flwr.simulation import run_simulation
+from fastai_tl.all import *
+from test_federated import make_client, of_context, quiet_fit
+
+kept = []
+fit = partial(quiet_fit, lr=5.0)
+server = flower_server_app(lambda context: make_client(0), 2, done=lambda learn: kept.append(get_update(learn)))
+resources = dict(client_resources=dict(num_cpus=1, num_gpus=0.0))
+run_simulation(server, flower_client_app(of_context, fit), num_supernodes=4, backend_config=resources)
+expected = federated_fit([make_client(part) for part in range(4)], 2, fit)
+print('farthest', max((kept[0][name] - expected[name]).abs().max().item() for name in expected))
+"""
+
+
+@pytest.mark.slow
+def test_simulation_of_flower_is_federated_fit(tmp_path):
+    "Four clients with different classes in processes of Ray"
+    pytest.importorskip('flwr.simulation')
+    pytest.importorskip('ray', reason='pip install "flwr[simulation]"')
+    (tmp_path / 'script.py').write_text(SIMULATION)
+    env = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / 'tests')]), OMP_NUM_THREADS='1',
+                    HF_HUB_OFFLINE='1', FLWR_TELEMETRY_ENABLED='0')
+    done = subprocess.run([sys.executable, tmp_path / 'script.py'], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert float(done.stdout.split('farthest')[1]) < 1e-6
