@@ -196,6 +196,19 @@ def sizes(folder, mbs):
     return res
 
 
+def draw(measured, file):
+    "Draw seconds and memory of `sizes`"
+    from fastai_tl.all import plot_panels, save_png
+
+    x = [int(name.split()[0]) for name in measured]
+    values = {name: [[row[name][key] for row in measured.values()] for key in ('seconds', 'more_mb')]
+              for name in ('tokenize', 'read')}
+    labels = dict(tokenize='tokenizing, two processes', read='reading one epoch')
+    panels = {title: {labels[name]: (x, both[i]) for name, both in values.items()}
+              for i, title in enumerate(('Time', 'Memory above that of the imports'))}
+    save_png(plot_panels(panels, 'Size of the text, MB', ('seconds', 'MB')), file, dpi=120)
+
+
 # --- loader ---
 
 
@@ -273,6 +286,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only:
             res[name] = work[name](Path(folder))
+            if name == 'sizes' and args.json:
+                draw(res[name], args.json.with_suffix('.png'))
             print(name, json.dumps(res[name]), flush=True)
             write_json(args.json, res)
 
