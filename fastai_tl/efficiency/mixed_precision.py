@@ -30,7 +30,8 @@ def has_bf16(
     kind = torch.device(check_device('device', device, exists=False)).type
     if kind == 'cpu':
         flags = getattr(torch.cpu, 'get_capabilities', dict)() # new in PyTorch 2.11
-        return any(flags.get(name, False) for name in _CPU_BF16)
+        is_limited = torch.backends.cpu.get_cpu_capability() == 'AVX2' # where a variable of the environment says so
+        return not is_limited and any(flags.get(name, False) for name in _CPU_BF16)
     if kind == 'cuda':
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == 'xpu':
