@@ -19,10 +19,10 @@ def packs(
     "Put each row into one batch, together with rows of similar length"
     check_whole('max_tokens', max_tokens)
     lens = check_array('lens', lens, 1, low=0, dtype=int).tolist()
-    batches = []
+    batches, start = [], 0
     order = np.argsort(-np.asarray(lens), kind='stable').tolist()
-    while order:
-        n = max(1, max_tokens//max(lens[order[0]], 1))
-        batches.append(order[:n])
-        order = order[n:]
+    while start < len(order):
+        end = start + max(1, max_tokens//max(lens[order[start]], 1))
+        batches.append(order[start:end])
+        start = end
     return batches

@@ -31,11 +31,22 @@ def f1_interval(tp, true, pred, level=.95):
     share = share_interval(tp, np.add(true, pred)-tp, level)
     return tuple(2*end/(1+end) for end in share)
 
+# %% ../../nbs/702_evaluation.intervals.ipynb #651530ae
+class EachClass:
+    "The matrix (classes, classes) with one number on the diagonal and one elsewhere, which can only be multiplied"
+    __array_ufunc__ = None # NumPy leaves `array@self` to `__rmatmul__`
+    def __init__(self, n_classes, own, other=0):
+        self.n_classes = n_classes
+        self.own, self.other = own, other
+    def __len__(self): return self.n_classes
+    def __rmatmul__(self, weights):
+        return (self.own-self.other)*weights + self.other*weights.sum(-1, keepdims=True)
+
 # %% ../../nbs/702_evaluation.intervals.ipynb #f56fa9c3
 def corrected_resamples(
     counts, # Number of rows of each kind, (kinds,)
     parts, # Matrices (kinds, columns) to sum over the rows
-    wrong, # One matrix (classes, columns) for each part: a wrong row of each class
+    wrong, # One matrix (classes, columns) or `EachClass` for each part: a wrong row of each class
     right, # The same with a right row of each class
     n_boot:int=1000, # Number of bootstrap resamples
     seed:int=0 # Random seed of the bootstrap

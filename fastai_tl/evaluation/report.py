@@ -13,8 +13,8 @@ import pandas as pd
 from ..arguments import check_flag, check_number, check_option, check_whole, checked
 from ..core import DataError, FastaiTLError
 from ..data.display import TextTable
-from fastai_tl.evaluation.intervals import (corrected_resamples, f1_interval, interval_ends, ranking_intervals,
-    share_interval)
+from .intervals import (EachClass, corrected_resamples, f1_interval, interval_ends,
+    ranking_intervals, share_interval)
 from .scores import (ScoredRows, agreement_scores, averages, bootstrap_rows, class_scores,
     mean_ranking, ratio, regression_scores, row_losses)
 from ..plot import PALETTE, check_figsize, figure_style, in_words, plot_heatmap
@@ -67,10 +67,10 @@ def _multi_kinds(ev):
 # %% ../../nbs/704_evaluation.report.ipynb #8a0203b2
 def unseen_rows(n_classes, single):
     "Return a wrong and a right row of each class in the form of `row_kinds`, for the correction of the bootstrap"
-    true = np.eye(n_classes)
-    others = (1-true)/max(n_classes-1, 1)
+    none, true = EachClass(n_classes, 0), EachClass(n_classes, 1)
+    others = EachClass(n_classes, 0, 1/max(n_classes-1, 1))
     by_row = () if single else (np.zeros((n_classes, 4)),)
-    wrong = [0*true, true, others, *by_row]
+    wrong = [none, true, others, *by_row]
     right = [true, true, true, *(1+zeros for zeros in by_row)]
     return right if single and n_classes == 1 else wrong, right # with a single class, no row can be wrong
 
@@ -231,13 +231,16 @@ def score_report(
     return classes_report(ev, level, n_boot, ranking, wide, seed)
 
 # %% ../../nbs/704_evaluation.report.ipynb #cf45b6e2
+def _need_one_class(ev):
+    if ev.task != 'classification':
+        raise FastaiTLError('A confusion matrix needs one class a text', f'a {ev.task} task', 'See `report()`')
+
 @checked
 def confusion_matrix(
     ev:ScoredRows # Rows to evaluate, such as an `Evaluation`
 ) -> pd.DataFrame: # Rows are true classes, columns are predicted classes
     "Return the confusion matrix as counts"
-    if ev.task != 'classification':
-        raise FastaiTLError('A confusion matrix needs one class a text', f'a {ev.task} task', 'See `report()`')
+    _need_one_class(ev)
     n = len(ev.classes)
     counts = np.bincount(ev.targets.astype(int)*n + ev.preds, minlength=n*n).reshape(n, n)
     return TextTable(counts, index=ev.classes, columns=ev.classes)
@@ -278,11 +281,14 @@ def confused_pairs(
 ) -> pd.DataFrame: # true | predicted | count | share
     "Return the pairs of classes that are confused most often"
     check_whole('n', n, 0)
-    m = confusion_matrix(ev)
-    pairs = m.rename_axis('true').stack().rename_axis(['true', 'predicted']).rename('count').reset_index()
-    pairs['share'] = ratio(m.to_numpy(), m.to_numpy().sum(1, keepdims=True)).reshape(-1)
-    wrong = ~np.eye(len(m), dtype=bool).reshape(-1) # by position, since two classes may have the same name
-    pairs = pairs[wrong & (pairs['count'] > 0)]
+    _need_one_class(ev)
+    n_classes, targets = len(ev.classes), ev.targets.astype(int)
+    cells, counts = np.unique(targets*n_classes + ev.preds, return_counts=True) # cells of the matrix that have rows
+    true, predicted = np.divmod(cells, n_classes)
+    names = pd.Index(ev.classes)
+    shares = ratio(counts, np.bincount(targets, minlength=n_classes)[true])
+    pairs = pd.DataFrame({'true': names[true], 'predicted': names[predicted], 'count': counts, 'share': shares})
+    pairs = pairs[true != predicted]
     return ScoreTable(pairs.sort_values('count', ascending=False, kind='stable').head(n).reset_index(drop=True))
 
 # %% ../../nbs/704_evaluation.report.ipynb #4a0c54cd
