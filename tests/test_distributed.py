@@ -339,7 +339,8 @@ def test_launchers_of_accelerate(tmp_path, launcher):
     else: # the imports in the notebook, the Learner in the function
         imports, work = SCRIPT.split('learn = ', 1)
         lines = ['def train():', *indent(f'learn = {work}', '    ').splitlines(),
-                 'from accelerate import notebook_launcher', f"notebook_launcher(train, num_processes=2, use_port={port!r})"]
+                 'from accelerate import notebook_launcher',
+                 f"notebook_launcher(train, num_processes=2, use_port={port!r})"]
         script.write_text(imports + '\n'.join(lines))
         command = [sys.executable, str(script), str(tmp_path)]
     first, second = launched(tmp_path, command)

@@ -155,6 +155,7 @@ def test_simulation_of_flower_is_federated_fit(tmp_path):
     (tmp_path / 'script.py').write_text(SIMULATION)
     env = clean_env(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / 'tests')]), OMP_NUM_THREADS='1',
                     HF_HUB_OFFLINE='1', FLWR_TELEMETRY_ENABLED='0')
-    done = subprocess.run([sys.executable, tmp_path / 'script.py'], env=env, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, tmp_path / 'script.py']
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert float(done.stdout.split('farthest')[1]) < 1e-6

@@ -4,9 +4,10 @@
 
 The model is a BERT of two layers of 64 with random weights, the texts are sentences of the offline corpora, cut at 12
 words, all different (each has its number). One process predicts the file without a stop, then two processes do, and
-then two processes are started again and again, and all are killed with SIGKILL after a random time (a few seconds, and about one part of
-`kills` + 1 of the time of an undisturbed run), until the last call ends by itself. The three files are compared byte by byte. Memory is the peak of the resident memory (VmHWM) of one
-process for a tenth of the rows (of 20,000 or more) and for all rows."""
+then two processes are started again and again, and all are killed with SIGKILL after a random time (a few seconds, and
+about one part of `kills` + 1 of the time of an undisturbed run), until the last call ends by itself. The three files
+are compared byte by byte. Memory is the peak of the resident memory (VmHWM) of one process for a tenth of the rows (of
+20,000 or more) and for all rows."""
 
 import json
 import os

@@ -9,9 +9,9 @@
 - memory: peak memory of the loss of such a batch at a vocabulary of 60,000, full logits against
   `linear_cross_entropy`. Wanted: at most a quarter.
 - finetune: samples a second of MiniLM (`max_length` 128, batches of 16), all layers trained, against transformers'
-  `Trainer` with its defaults, and with length grouping and bfloat16 (if the processor has it); ours also with `fast_dropout()` and, with
-  `--single`, with the single-position top layer. Wanted: at least 2.2 and 1.3 times. Prints the accuracy of each
-  after the same epochs.
+  `Trainer` with its defaults, and with length grouping and bfloat16 (if the processor has it); ours also with
+  `fast_dropout()` and, with `--single`, with the single-position top layer. Wanted: at least 2.2 and 1.3 times.
+  Prints the accuracy of each after the same epochs.
 - accuracy (only if named in `--only`): the same training of `Trainer` and of ours with bfloat16, single-position
   top layer and fast dropout together, on TREC-6 if `--data` has trec6.csv: accuracy of each seed, and samples a
   second.
