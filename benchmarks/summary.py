@@ -16,8 +16,8 @@ GROUPS = {
     ).split(),
     'Speed and memory': (
         'training allocator mixed_precision feature_cache compilation prediction onnx serving generation evaluation '
-        'scaling long_documents streaming bulk_prediction chinese_tokenizers chinese_million static_vectors import_time '
-        'gpu'
+        'scaling long_documents streaming bulk_prediction chinese_tokenizers chinese_million static_vectors '
+        'import_time gpu'
     ).split(),
     'Coverage': 'architectures blurr_flows'.split(),
     'Trust': ['attributions', 'distributed', 'trust'],
