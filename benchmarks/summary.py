@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 GROUPS = {
     'Accuracy': (
         'transfer_gain trec6_minilm recipes fit_transfer layer_rates few_shot distillation shrinking hotel_reviews '
-        'chinese_ner probing preferences continual'
+        'chinese_ner probing preferences continual new_words'
     ).split(),
     'Speed and memory': (
         'training allocator mixed_precision feature_cache compilation prediction onnx serving generation evaluation '
