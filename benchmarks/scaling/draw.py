@@ -60,16 +60,17 @@ def panel(ax, fit):
     ax.margins(x=0.08, y=0.12)
     other = ax.twinx()
     mb = np.array(fit['mb'], float)
-    seen = mb >= 1
-    other.plot(sizes[seen], mb[seen], color=COLORS['memory'], marker='s', markersize=2.4, linewidth=1,
-               linestyle=(0, (3, 2)))
-    other.set(yscale='log')
     # the same number of decades on both sides, so that slopes can be compared
     low, high = ax.get_ylim()
     low = min(low, 0.5 * linear[0]) if linear[0] > 1e-4 else low
     ax.set_ylim(low, high * 6)
     top = max(mb.max(), 4) * 30
-    other.set_ylim(top * low / (high * 6), top)
+    bottom = top * low / (high * 6)
+    seen = mb >= max(1, bottom)
+    other.plot(sizes[seen], mb[seen], color=COLORS['memory'], marker='s', markersize=2.4, linewidth=1,
+               linestyle=(0, (3, 2)))
+    other.set(yscale='log')
+    other.set_ylim(bottom, top)
     return other
 
 
