@@ -1,7 +1,7 @@
 """Texts a second of a `Predictor`, fastai's `learn.predict` and transformers' `pipeline`.
 
     python benchmarks/prediction/run.py [--only awd minilm] [--texts 1000] [--one 16] [--rounds 5] [--threads N]
-                                        [--data FILE] [--json FILE]
+                                        [--cpu-time] [--data FILE] [--json FILE]
 
 - awd: an AWD_LSTM classifier (400/1152/3, vocabulary 30,000). One text at a time against `learn.predict` (wanted:
   4 times), all texts at once against its rate (wanted: 8 times).
@@ -19,14 +19,16 @@ have random weights; `--only accuracy` shows what int8 does to the accuracy of a
 import copy
 import statistics as st
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-from common import interleave, offline, parser, set_threads, write_json
+from common import chosen_clock, interleave, offline, parser, set_threads, write_json
 
 offline()
 PRECISIONS = ('fp32', 'bf16', 'int8')
+CLOCK = time.perf_counter  # `--cpu-time` replaces it
 
 
 def rates(secs, n_texts, base):
@@ -109,7 +111,7 @@ def awd(a):
     many = {f'all at once, {p}': (lambda p=p: preds[p].predict(ts)) for p in PRECISIONS}
     one['learn.predict']()
     n_texts = {k: len(few) for k in one} | {k: len(ts) for k in many}
-    rows = rates(interleave(one | many, a.rounds, warm_up=0), n_texts, 'learn.predict')
+    rows = rates(interleave(one | many, a.rounds, warm_up=0, clock=CLOCK), n_texts, 'learn.predict')
     show('AWD_LSTM', rows, 'learn.predict')
     return res | dict(rows=rows)
 
@@ -147,7 +149,7 @@ def minilm(a):
     theirs = [{o['label']: o['score'] for o in r}['a'] for r in through(8, few)()]
     np.testing.assert_allclose(theirs, preds['fp32'].predict_proba(few)[:, 0], atol=1e-5)
     sizes = ('1', '4', '8', '16', '32')
-    tries = interleave({b: through(int(b), some[::2]) for b in sizes}, 2, warm_up=0)
+    tries = interleave({b: through(int(b), some[::2]) for b in sizes}, 2, warm_up=0, clock=CLOCK)
     tries = rates(tries, dict.fromkeys(sizes, 1), '1')
     best = int(max(tries, key=lambda b: tries[b]['best']))
     print('best batch size of pipeline:', best)
@@ -156,7 +158,7 @@ def minilm(a):
         preds[f'{p}, whole top layer'] = whole_top(learn, p)
     many = {f'all at once, {p}': (lambda p=p: preds[p].predict(ts)) for p in preds}
     peers['learn.predict']()
-    secs = interleave(peers | many, a.rounds, warm_up=0)
+    secs = interleave(peers | many, a.rounds, warm_up=0, clock=CLOCK)
     n_texts = {'learn.predict': len(few), 'pipeline': len(some)} | {k: len(ts) for k in many}
     rows = {base: rates(secs, n_texts, base) for base in peers}
     for b, r in rows.items():
@@ -178,7 +180,7 @@ EXPERIMENTS = dict(awd=awd, minilm=minilm, accuracy=accuracy)
 
 
 def main():
-    p = parser(__doc__, 'rounds', 'threads', 'json')
+    p = parser(__doc__, 'rounds', 'threads', 'cpu-time', 'json')
     p.add_argument('--only', nargs='*', default=['awd', 'minilm'], choices=list(EXPERIMENTS))
     p.add_argument('--texts', type=int, default=1000)
     p.add_argument('--one', type=int, default=16)
@@ -187,7 +189,9 @@ def main():
     a = p.parse_args()
     import torch
 
+    global CLOCK
     set_threads(a.threads)
+    CLOCK = chosen_clock(a.cpu_time)
     results = {n: EXPERIMENTS[n](a) for n in a.only}
     data = Path(a.data).name if a.data else 'docstrings'
     write_json(a.json, dict(threads=torch.get_num_threads(), texts=a.texts, data=data, **results))
