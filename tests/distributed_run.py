@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -16,13 +17,15 @@ from pathlib import Path
 from fastai.callback.all import *
 from fastai.text.all import *
 from fastai_tl.all import *
+from fastai_tl.data.streaming import ResumableBatches
 from fastai_tl.files import digest
 from fastai_tl.processes import free_port
 from small_learners import LABELS, MAKERS, TEXTS, sentences
+from transformers import GPT2Config
 
 warnings.filterwarnings('ignore')
 KINDS = ('classifier', 'class_weights', 'multilabel', 'tagger', 'causal_lm', 't5', 'answerer', 'ulmfit_lm',
-         'ulmfit_classifier')
+         'ulmfit_classifier', 'streamed_causal_lm', 'streamed_lm')
 
 
 class Gradients(Callback):
@@ -45,6 +48,25 @@ class RecordFloat(Callback):
         self.learn.loss = self.loss.float()
 
 
+def token_file(tok=None):
+    "Texts tokenized to a folder of this process"
+    folder = Path(tempfile.mkdtemp())
+    pd.DataFrame(dict(text=sentences(60))).to_json(folder/'texts.jsonl', orient='records', lines=True)
+    return tokenize_to_file(folder/'texts.jsonl', folder/'tokens', tok, n_workers=1)
+
+
+def streamed_causal_lm(toks):
+    tok = toks['decoder']
+    dls = hf_streamed_lm_dls(token_file(tok), tok, max_length=24, bs=4)
+    return hf_causal_lm_learner(dls, GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(tok), n_positions=64),
+                                metrics=[])
+
+
+def streamed_lm(toks):
+    return awd_lm_learner(streamed_lm_dls(token_file(), bs=4, seq_len=17), dict(emb_sz=16, n_hid=16, n_layers=1),
+                          metrics=[])
+
+
 def without_dropout(model):
     for m in model.modules():
         for name, value in vars(m).items():
@@ -58,13 +80,13 @@ def without_dropout(model):
 def maker(toks, kind, n=1, exact=True):
     "A Learner whose steps have the rows that `n` processes would have; `exact` computes in float64"
     seed_everything(0)
-    learn = MAKERS[kind](toks)
+    learn = dict(MAKERS, streamed_causal_lm=streamed_causal_lm, streamed_lm=streamed_lm)[kind](toks)
     without_dropout(learn.model)
     if exact:
         learn.model.double()
         learn.add_cb(RecordFloat())
     dl = learn.dls.train
-    if n > 1 and isinstance(dl, LMDataLoader):
+    if n > 1 and isinstance(dl, LMDataLoader|ResumableBatches):
         learn.dls.loaders[0] = dl.new(bs=dl.bs*n)
     elif n > 1:
         dl.bs *= n
@@ -118,14 +140,16 @@ def outputs(toks, folder, scale):
         learn = maker(toks, kind)
         seed_everything(2)
         with learn.distributed(), quiet(learn):
-            out = dict(loss=learn.validate()[0], train=numbers(first_of_rows(learn.get_preds(0)[0])))
+            out = dict(loss=learn.validate()[0])
+            if kind != 'streamed_lm': # fastai cannot put batches of streams of text together
+                out['train'] = numbers(first_of_rows(learn.get_preds(0)[0]))
             if kind in ('classifier', 'multilabel', 'ulmfit_classifier'):
                 out['new'] = numbers(learn.get_preds(dl=learn.dls.test_dl(TEXTS[:7]))[0])
                 ev = learn.evaluate(ds_idx=0)
                 out['probs'], out['targets'] = ev.probs.tolist(), ev.targets.tolist()
             if kind == 'tagger':
                 out['scores'] = learn.evaluate(ds_idx=0).report().to_dict('list')
-            if kind in ('causal_lm', 'ulmfit_lm', 'masked_lm'):
+            if kind in ('causal_lm', 'ulmfit_lm', 'streamed_causal_lm', 'streamed_lm'):
                 out['perplexity'] = learn.perplexity(TEXTS[:5]).texts.perplexity.tolist()
         res[kind] = out
     return res

@@ -78,7 +78,7 @@ def difference(a, b):
 # --- training ---
 
 KINDS = ('classifier', 'class_weights', 'multilabel', 'tagger', 'causal_lm', 't5', 'answerer', 'ulmfit_lm',
-         'ulmfit_classifier')
+         'ulmfit_classifier', 'streamed_causal_lm', 'streamed_lm')
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -431,3 +431,18 @@ def test_an_error_in_another_process_names_the_row(bundle, tmp_path, monkeypatch
     monkeypatch.setattr(bulk, '_run_processes', in_this_process)
     with pytest.raises(DataError, match='a missing one in row 30'):
         predict_files(bundle, file, tmp_path / 'out.csv', processes=2, size=10)
+
+
+def test_predictions_of_all_blocks_in_order(tokens, decoder):
+    "As many rows as the validation set has blocks, each with its own predictions"
+    dls = hf_streamed_lm_dls(tokens, decoder, max_length=64, bs=3)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(decoder), n_positions=64)
+    learn = hf_causal_lm_learner(dls, config)
+    blocks = dls.valid.dataset
+    with learn.no_bar():
+        preds, targets = learn.get_preds()
+    assert len(preds) == len(targets) == len(blocks) > 2 * len(dls.valid)
+    for i in range(len(blocks)):
+        x, y = dls.valid.do_batch([dls.valid.do_item(i)])
+        assert torch.equal(torch.as_tensor(targets[i]), y[0])
+        assert torch.allclose(learn.model(x)[0].softmax(-1), torch.as_tensor(preds[i]), atol=1e-5)

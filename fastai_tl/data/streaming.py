@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.streaming.html.md"""
 __all__ = ['StreamedLMDataLoader', 'streamed_lm_dls', 'StreamedBlocksDL', 'hf_streamed_lm_dls']
 
 # %% ../../nbs/144_data.streaming.ipynb #fb0fac54
-import copy
+import copy, json
 from collections import OrderedDict
 import numpy as np, torch
 from fastai.data.core import TfmdDL
@@ -16,6 +16,7 @@ from fastai.text.data import LMDataLoader, LMTensorText, TensorText
 from fastai.torch_core import default_device
 from ..arguments import check_each, check_flag, check_number, check_text, check_type, check_whole, checked
 from ..core import DataError, RunError, VocabError, derive_seed
+from ..files import digest
 from .awd_lstm import awd_lstm_spec, empty_dls, fitting_bs
 from .hf_tokenizer import PadTokens, TensorTargets, TensorTokens, load_tokenizer
 from .language_modeling import HFCausalLMDataLoaders, TokenTargetsDL
@@ -76,6 +77,11 @@ class TokenStream:
         self.cache = OrderedDict() # place of a block in the order -> its tokens
         return self
 
+    def settings(self):
+        "Return what the stream depends on"
+        texts = digest(json.dumps(self.file.settings, sort_keys=True))
+        return dict(n_tokens=self.n_tokens, seed=self.seed, texts=texts)
+
     def texts_of(self, block):
         "Return the numbers of the texts of a block, in their order"
         texts = np.arange(self.firsts[block], self.lasts[block])
@@ -130,6 +136,11 @@ class ResumableBatches:
     position = 0 # batches of it that were given
     _first = _resume_at = 0
 
+    @property
+    def is_in_epoch(self):
+        "Return whether the next loop begins after the first batch"
+        return self._resume_at > 0
+
     def start_epoch(self, *parts):
         "Set the number of the next epoch, or the values that identify it"
         self.epoch = parts[0] if len(parts) == 1 else derive_seed(0, *parts)
@@ -141,17 +152,19 @@ class ResumableBatches:
 
     def load_state_dict(self, state):
         "Continue where the loader that `state` is from was"
-        if state.get('settings') != self.settings():
+        if check_type('state', state, dict).get('settings') != self.settings():
             raise RunError('The state must be that of a loader with the same texts and settings',
                            str(state.get('settings')), f'This loader has {self.settings()}')
-        self.epoch = state['epoch']
-        self.position = self._resume_at = state['position']
+        epoch = check_whole("state['epoch']", state.get('epoch'), 0)
+        position = check_whole("state['position']", state.get('position'), 0, len(self))
+        self.epoch, self.position, self._resume_at = epoch, position, position
 
     def get_idxs(self):
-        return range(self._first, len(self))
+        "Return the numbers of the rows, in the order in which they are read"
+        return range(self.n)
 
     def sample(self):
-        return (k for i, k in enumerate(self._DataLoader__idxs) if i%self.num_workers == self.offs) # fastai's name
+        return range(self._first + self.offs, len(self), self.num_workers) # batches
 
     def create_batches(self, samps):
         return map(self.batch, samps)
@@ -187,7 +200,7 @@ class StreamedLMDataLoader(ResumableBatches, LMDataLoader):
 
     def settings(self):
         "Return what the batches depend on"
-        return dict(n_tokens=len(self.stream), seed=self.stream.seed, bs=self.bs, seq_len=self.seq_len)
+        return dict(self.stream.settings(), bs=self.bs, seq_len=self.seq_len)
 
     def begin_epoch(self,
         epoch # Number of the epoch; `None`: the order of the file
@@ -336,8 +349,7 @@ class StreamedBlocksDL(ResumableBatches, TokenTargetsDL):
 
     def settings(self):
         "Return what the batches depend on"
-        source = self.dataset.source
-        return dict(n_tokens=len(source), seed=source.seed, bs=self.bs, max_length=self.dataset.max_length)
+        return dict(self.dataset.source.settings(), bs=self.bs, max_length=self.dataset.max_length)
 
     def begin_epoch(self,
         epoch # Number of the epoch; `None`: the order of the file
@@ -353,6 +365,12 @@ class StreamedBlocksDL(ResumableBatches, TokenTargetsDL):
         if not self.shuffle or k >= n_full:
             return range(k*self.bs, min((k+1)*self.bs, len(self.dataset)))
         return range(k, n_full*self.bs, n_full)
+
+    def get_idxs(self):
+        "Return the numbers of the blocks, in the order in which they are read"
+        if not self.shuffle:
+            return range(self.n)
+        return np.concatenate([np.array(self.rows(k)) for k in range(len(self))])
 
     def batch(self,
         k:int # Number of the batch

@@ -18,6 +18,7 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models.core import SequentialRNN
 from fastai.torch_core import apply
 from ..core import DataError, RunError, derive_seed
+from ..data.streaming import ResumableBatches
 from ..processes import from_main_process, n_processes, need_same, process_number
 from ..efficiency.frozen_features import is_pooled
 
@@ -54,21 +55,32 @@ def own_order(
     return order[process_number():len(order)//n*n:n]
 
 class StreamRows(GetAttr):
-    "The rows of this process in the batches of an `LMDataLoader`, whose rows are continuous streams of text"
+    "The rows of this process in batches that have the rows of all, for loaders that make whole batches"
     _default = 'source'
     def __init__(self,
-        dl # DataLoader of one process
+        dl # An `LMDataLoader`, whose rows are continuous streams of text, or one that reads a `TokenFile`
     ):
         self.bs = dl.bs
         self.dl = dl
         self.source = dl.new(bs=dl.bs*n_processes())
+        self.copy = copy_epoch if isinstance(dl, ResumableBatches) else copy_order
     def __len__(self):
-        return len(self.source)
+        n_full, rest = divmod(self.source.n, self.source.bs)
+        return n_full + (rest >= n_processes())
     def __iter__(self):
-        copy_order(self.dl, self.source)
+        self.copy(self.dl, self.source)
         for batch in self.source:
-            yield tuple(part[process_number()::n_processes()] for part in batch)
-        copy_order(self.source, self.dl) # as if it had been read itself: the next epoch shuffles it again
+            n = len(batch[0])//n_processes()*n_processes() # the last batch may have other rows
+            if n:
+                yield tuple(part[process_number():n:n_processes()] for part in batch)
+        self.copy(self.source, self.dl) # as if it had been read itself: the next epoch shuffles it again
+
+def copy_epoch(dl, other):
+    "Give a loader of a `TokenFile` the epoch of another one"
+    if dl.is_in_epoch:
+        raise DataError('Several processes read whole epochs', f'a loader that continues at batch {dl.position}',
+                        'Finish the epoch with one process, or call `start_epoch`')
+    other.start_epoch(dl.epoch)
 
 def copy_order(dl, other):
     "Give an `LMDataLoader` the order of the texts of another one"
@@ -81,9 +93,9 @@ def own_rows(
 ): # A DataLoader that reads the rows of this process
     "Deal the rows of a DataLoader in turn to the processes"
     state = random.getstate() # a new DataLoader draws a seed, which one process would not
-    if isinstance(dl, LMDataLoader):
+    if isinstance(dl, LMDataLoader|ResumableBatches):
         rows = StreamRows(dl)
-        n = rows.source.bl
+        n = len(rows)
     elif getattr(dl, 'indexed', False) and dl.bs is not None and dl.n is not None:
         rows = dl.new(get_idxs=partial(own_order, dl))
         n = rows.n = dl.n//n_processes()
