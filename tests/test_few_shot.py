@@ -192,3 +192,14 @@ def test_data_that_cannot_be(small_tokenizers):
         maker.fit(df.assign(label='a'))
     with pytest.raises(FastaiTLError, match='tokenizer'):
         FewShotClassifier(bert(small_tokenizers['encoder']))
+
+
+@pytest.mark.parametrize('n', [8, 16, 17])
+def test_a_plan_for_very_few_texts_names_few_shot_learner(n):
+    labels = ['a', 'b'] * (n + 1)
+    texts = [f'{label} text {i}' for i, label in enumerate(labels)]
+    dls = HFTextDataLoaders.from_lists(texts, labels, minilm_folder(), valid=[i >= 2 * n for i in range(len(texts))],
+                                       bs=16, max_length=16, verbose=False)
+    plan = hf_classifier_learner(dls, minilm_folder()).transfer_plan()
+    assert ('few_shot_learner' in plan.explain()) == (n <= 16)
+    assert plan.few == (n if n <= 16 else None)

@@ -17,6 +17,7 @@ from torch import nn
 from ..core import FastaiTLError, describe
 from ..resources import read_csv
 from ..models.execution_order import hf_models
+from ..models.third_party import spec_of
 from .gradual import recipe_lrs, recipe_stages
 
 # %% ../../nbs/440_tune.recipes.ipynb #86b7ff02
@@ -131,6 +132,23 @@ def is_trained(
 def _is_norm(module):
     weight = getattr(module, 'weight', None)
     return 'norm' in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and len(weight) > 1
+
+# %% ../../nbs/440_tune.recipes.ipynb #888f60d9
+FEW_TEXTS = 16 # a class
+
+def few_texts(
+    learn, # A Learner
+    family # Its model family, from `model_family`
+): # Training texts a class, if they are so few that `few_shot_learner` was more accurate; otherwise `None`
+    "Say whether a classifier has very few texts"
+    try:
+        spec = spec_of(learn)
+    except FastaiTLError:
+        return None
+    if family != 'encoder' or spec.task != 'classification' or spec.pairs or not is_trained(learn.model):
+        return None
+    n = len(learn.dls.train_ds)/max(spec.n_out, 1)
+    return n if n <= FEW_TEXTS else None
 
 # %% ../../nbs/440_tune.recipes.ipynb #8a903791
 _FEW_STEPS = 128

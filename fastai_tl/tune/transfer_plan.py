@@ -35,7 +35,7 @@ from .fast_training import fast_training_cbs
 from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
-from .recipes import predicts_tokens
+from .recipes import few_texts, predicts_tokens
 from .held_out_temperature import check_temperature, held_out_learner, held_out_temperature, scale_scores
 from .held_out_temperature import wants_temperature
 
@@ -137,6 +137,15 @@ def omissions(
         sentences.append('At the end, the weights of the epoch with the lowest validation loss are restored.')
     return sentences
 
+def few_in_words(
+    plan # A `TransferPlan`
+) -> str:
+    "Name another way for very few texts"
+    if plan.few is None:
+        return ''
+    return (f'\nWith {plan.few:.3g} texts a class, `few_shot_learner` was more accurate: '
+            'https://fastai-tl.github.io/fastai_tl/howto/few_labels.html')
+
 # %% ../../nbs/442_tune.transfer_plan.ipynb #141c6a8d
 @dataclass
 class TransferPlan:
@@ -159,6 +168,7 @@ class TransferPlan:
     measured:bool=False # Whether the benchmark measured this recipe for such a model
     reinit:int=0 # Number of top layers that start from random weights
     calibrated:bool=False # Whether a temperature is fitted to training rows that are held out from a first training
+    few:float|None=None # Training texts a class, if `few_shot_learner` was more accurate with so few
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
     unfreezing = None # The fit's `GradualUnfreezing` Callback
     best = None # The fit's `BestEpoch` Callback
@@ -193,7 +203,7 @@ class TransferPlan:
         evidence = f' Evidence: {self.evidence}' if self.measured else ''
         sentences = [f'{self.recipe}: {stages_in_words(self)}.', *omissions(self)]
         return (f'{" ".join(sentences)}\nWhy: {self.why}.{evidence}\n'
-                f'Learning rate within each stage: {schedule}{clipping}.')
+                f'Learning rate within each stage: {schedule}{clipping}.{few_in_words(self)}')
 
     def show(self):
         "Print the explanation and display the table"
@@ -383,6 +393,7 @@ def transfer_plan(self:Learner,
     return TransferPlan(name, why + remark, family, stages, epochs, lrs, _given(spread, recipe.spread),
                         cache, layers, n_batches, left_out=left_out, clip=_clip(self, family, task, clip),
                         cached=_cached_stages(self.model, layers, stages) if cache else None,
+                        few=few_texts(self, family),
                         measured=_is_measured(self, family, layers, groups), **_schedule(family, schedule, warmup))
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #763d3fff
