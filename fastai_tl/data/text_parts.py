@@ -8,10 +8,12 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.text_parts.html.md"""
 __all__ = []
 
 # %% ../../nbs/140_data.text_parts.ipynb #335c7141
+import codecs, hashlib, json, warnings
+from itertools import islice
 from pathlib import Path
 from ..arguments import check_flag, check_path, check_text, checked
-from ..core import DataError, FastaiTLError, describe, shorten
-from .readers import encoding_error, is_table_file, table_parts, with_bom
+from ..core import DataError, FastaiTLError, RunError, describe, shorten
+from .readers import encoding_error, is_table_file, pop_reader_options, table_parts, with_bom
 from .tables import check_texts, column
 from ..files import digest
 
@@ -29,21 +31,27 @@ def _txt_pieces(path, encoding, size=_PIECE):
     encoding = with_bom(encoding)
     try:
         with open(path, encoding=encoding) as file:
-            rest = ''
+            ready, rest = '', ''
             while block := file.read(size):
                 rest += _check_plain(block, path)
                 cut = rest.rfind('\n') + 1 or len(rest)
                 if len(rest) > size and rest[:cut].strip():
-                    yield rest[:cut]
-                    rest = rest[cut:]
-            if rest:
-                yield rest
+                    if ready:
+                        yield ready
+                    ready, rest = rest[:cut], rest[cut:]
+        yield from filter(None, [ready, rest] if rest.strip() else [ready+rest]) # blank lines at the end are no text
     except (LookupError, UnicodeError):
         raise encoding_error(Path(path).read_bytes(), path, encoding) from None
+    except OSError as error:
+        raise DataError(f'{path} must be readable', error.strerror) from error
 
 # %% ../../nbs/140_data.text_parts.ipynb #7c47a1f9
 def _is_text_file(path):
     return path.suffix.lower() == '.txt' or is_table_file(path)
+
+def _is_words(path):
+    "Return whether a file is the list of words that `tokenize_to_file` writes"
+    return path.name == 'words.txt' and all((path.parent/name).exists() for name in ('tokens.bin', 'ends.bin'))
 
 def _files_of(path):
     "Return a file, or the text files and tables of a folder"
@@ -51,12 +59,25 @@ def _files_of(path):
     if not path.exists():
         raise DataError(f'{path} must be a file or a folder', 'nothing there',
                         'Texts in memory can be a dataset: `Dataset.from_dict(dict(text=texts))`')
-    files = [path] if path.is_file() else sorted(file for file in path.rglob('*') if _is_text_file(file))
+    found = [path] if path.is_file() else sorted(file for file in path.rglob('*') if _is_text_file(file))
+    files = [file for file in found if not file.is_dir() and (file == path or not _is_words(file))]
     if not files or not all(map(_is_text_file, files)):
         got = 'none' if path.is_dir() else path.name
         raise DataError(f'{path} must be, or hold, .txt, .csv, .tsv, .jsonl or .parquet files', got)
+    if lost := [str(file) for file in files if not file.exists()]:
+        raise DataError('Each link to a text file must lead to a file', shorten(lost), 'Mend or delete those links')
     return files
 
+def _once(files):
+    "Return each file once, in order, with a warning if one comes again"
+    kept = {}
+    again = [str(file) for file in files if kept.setdefault(file.resolve(), file) is not file]
+    if again:
+        warnings.warn(f'Files that come more than once are read once: {shorten(again)}')
+    return list(kept.values())
+
+
+# %% ../../nbs/140_data.text_parts.ipynb #9331587f
 def _is_dataset(source):
     "Return whether a source is a `Dataset` or an `IterableDataset` of the library `datasets`"
     return hasattr(source, 'features') and hasattr(source, 'iter')
@@ -64,29 +85,63 @@ def _is_dataset(source):
 def _rows_of_dataset(dataset, text_col):
     "Yield `(name, number of the first row, texts)`"
     first = 0
-    for batch in dataset.iter(batch_size=1000):
-        if text_col not in batch:
-            raise DataError(f'The dataset must have a column {text_col!r}', f'columns {shorten(batch, 12)}')
-        yield 'dataset', first, batch[text_col]
-        first += len(batch[text_col])
+    for batch in dataset.iter(batch_size=1000): # a dict, or what `with_format` makes of it
+        names = list(getattr(batch, 'column_names', batch))
+        if text_col not in names:
+            raise DataError(f'The dataset must have a column {text_col!r}', f'columns {shorten(names, 12)}')
+        found = batch[text_col]
+        texts = found.to_pylist() if hasattr(found, 'to_pylist') else list(found)
+        yield 'dataset', first, texts
+        first += len(texts)
+
 
 # %% ../../nbs/140_data.text_parts.ipynb #3f642ec1
-def _table_options(path, text_col, encoding):
+def _table_options(path, text_col, encoding, reader):
     "Return the options with which a table is read; only the column of the texts, where the format has columns"
-    if path.suffix.lower() != '.parquet':
-        return dict(encoding=encoding)
+    kind = path.suffix.lower()
+    if kind != '.parquet':
+        return dict(encoding=encoding, **(reader if kind in ('.csv', '.tsv') else {}))
     from pyarrow.parquet import read_schema
-    return dict(columns=[text_col]) if text_col in read_schema(path).names else {}
+    try:
+        return dict(columns=[text_col]) if text_col in read_schema(path).names else {}
+    except (ValueError, OSError): # `table_parts` says what is wrong
+        return {}
 
-def _rows_of_files(files, text_col, encoding):
+def _rows_of_files(files, text_col, encoding, reader):
     "Yield `(name, number of the first row, texts)`"
     for file in files:
         if file.suffix.lower() == '.txt':
             for i, piece in enumerate(_txt_pieces(file, encoding)):
                 yield file, i, [piece]
             continue
-        for df in table_parts(file, 1000, **_table_options(file, text_col, encoding)):
-            yield file, df.index[0], column(df, text_col).tolist()
+        for df in table_parts(file, 1000, **_table_options(file, text_col, encoding, reader)):
+            texts = column(df, text_col).tolist()
+            if texts: # a table may have only a header
+                yield file, df.index[0], texts
+
+
+# %% ../../nbs/140_data.text_parts.ipynb #d02d7577
+def add_texts(
+    total, # A digest of `hashlib`
+    part:list # Texts
+):
+    "Add texts to a digest"
+    total.update(json.dumps(list(part)).encode())
+
+def _check_reader(reader, files):
+    "Return the options of the reader of tables, or raise an error if they are none or are for no file"
+    reader = dict(reader)
+    found = pop_reader_options(dict(reader))
+    if others := reader.keys()-found.keys():
+        raise FastaiTLError('The options must be those of `pandas.read_csv`', shorten(sorted(others)))
+    if reader and not any(file.suffix.lower() in ('.csv', '.tsv') for file in files):
+        raise FastaiTLError(f'{shorten(sorted(reader))} must be left out', 'no .csv or .tsv file that it is for')
+    try:
+        return json.loads(json.dumps(reader))
+    except (TypeError, ValueError):
+        raise FastaiTLError('The options of the reader must be strings, numbers, lists or dicts',
+                            describe(reader)) from None
+
 
 # %% ../../nbs/140_data.text_parts.ipynb #2aea6bde
 class TextSource:
@@ -96,7 +151,8 @@ class TextSource:
         source, # A file, a folder, a list of them, or a `Dataset` or `IterableDataset` of the library `datasets`
         text_col:str='text', # Column of the texts of a table or a dataset
         encoding:str|None=None, # Encoding of the files; `None`: UTF-8
-        skip_blank:bool=False # Leave out texts of white space instead of raising an error
+        skip_blank:bool=False, # Leave out texts of white space instead of raising an error
+        **reader # Options of `pandas.read_csv` for `.csv` and `.tsv` files, such as `sep`
     ):
         self.text_col, self.encoding = check_text('text_col', text_col), encoding
         self.skip_blank = check_flag('skip_blank', skip_blank)
@@ -105,7 +161,8 @@ class TextSource:
         if self.dataset is None and not all(isinstance(path, (str, Path)) for path in paths):
             raise FastaiTLError('`source` must be files, folders, or a dataset of the library `datasets`',
                                 describe(source), 'Texts in memory need no file: `language_model_dls`, `from_texts`')
-        self.files = [] if self.dataset is not None else [file for path in paths for file in _files_of(path)]
+        self.files = [] if self.dataset is not None else _once([file for path in paths for file in _files_of(path)])
+        self.reader = _check_reader(reader, self.files)
         self.n_skipped = 0
 
     def identity(self) -> str|None: # `None` for an `IterableDataset`, of which nothing is known before it is read
@@ -115,6 +172,13 @@ class TextSource:
             return None if fingerprint is None else digest(fingerprint, len(self.dataset))
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
         return digest(*[f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in stats])
+
+    def settings(self) -> dict: # As JSON can store it
+        "Return what the texts depend on"
+        encoding = with_bom(self.encoding)
+        encoding = None if encoding == 'utf-8-sig' else codecs.lookup(encoding).name
+        return dict(texts=self.identity(), text_col=self.text_col, skip_blank=self.skip_blank, encoding=encoding,
+                    reader=self.reader or None)
 
     def _checked(self, name, first, texts):
         rows = [f'{first+i} of {name}' for i in range(len(texts))]
@@ -129,7 +193,7 @@ class TextSource:
         n_chars:int=_PIECE # A part ends with the text that reaches this number of characters
     ): # Yields lists of strings
         "Read the texts from the beginning"
-        rows = _rows_of_files(self.files, self.text_col, self.encoding)
+        rows = _rows_of_files(self.files, self.text_col, self.encoding, self.reader)
         if self.dataset is not None:
             rows = _rows_of_dataset(self.dataset, self.text_col)
         self.n_skipped = 0
@@ -143,3 +207,18 @@ class TextSource:
                     part, length = [], 0
         if part:
             yield part
+
+    def after(self,
+        n:int|None, # Number of parts that are done; `None`: all of them
+        expected:str|None, # Digest of their texts
+        path # Where they are stored, for the error message
+    ) -> tuple: # An iterator over the other parts, and the digest, to which `add_texts` adds them
+        "Read the parts that are done, and raise an error if they have changed"
+        parts, total = self.parts(), hashlib.blake2b(digest_size=16)
+        for part in islice(parts, n):
+            add_texts(total, part)
+        if n != 0 and total.hexdigest() != expected:
+            todo = 'Give it the same texts in the same order, choose another folder, or delete it to begin again'
+            raise RunError(f'{path} must be continued with the same texts', 'others', todo)
+        return parts, total
+

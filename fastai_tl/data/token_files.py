@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.token_files.html.md"""
 __all__ = ['TokenFile', 'tokenize_to_file']
 
 # %% ../../nbs/141_data.token_files.ipynb #11d8e369
-import hashlib, json, mmap, multiprocessing, os, threading, time
+import json, mmap, multiprocessing, os, threading, time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +23,7 @@ from ..atomic import writing
 from ..core import DataError, FastaiTLError, RunError, shorten
 from .hf_tokenizer import encode, load_tokenizer
 from .loaders import language_rules, rule_names
-from .text_parts import TextSource
+from .text_parts import TextSource, add_texts
 from .token_blocks import stream_frame
 from .tokenizer_calls import rust_errors
 from .tokenizers import apply_rules, can_fork, check_rules, given_tokenizer
@@ -341,23 +341,25 @@ def _need_same(saved, now, path):
         raise RunError(f'{path} must hold the tokens of the same texts, with the same settings',
                        f'others: {shorten(changed)}', 'Choose another folder, or delete it to tokenize again')
 
+def _check_finished(tokens, settings, source):
+    "Raise an error if a finished folder has other tokens; a stream has no identity, so it is read and compared"
+    _need_same(tokens.settings, settings, tokens.path)
+    if settings['texts'] is None:
+        source.after(None, tokens.header.get('texts_digest'), tokens.path)
+
 def _saved_state(path, settings):
     "Return the state to continue from"
     if not (path/PROGRESS).exists():
+        if foreign := [name for name in ('tokens.bin', 'ends.bin', 'words.txt') if (path/name).exists()]:
+            raise RunError(f'{path} must be a new folder, or one of `tokenize_to_file`',
+                           f'one with other {shorten(foreign)}',
+                           'Choose another folder, so that they are not overwritten')
         return new_state()
     state = read_record(path/PROGRESS, (*new_state(), 'settings'))
     _need_same(state.pop('settings'), settings, path)
     return state
 
 # %% ../../nbs/141_data.token_files.ipynb #493f2d45
-def _skip(parts, state, total, path):
-    "Read the parts that are done, and raise an error if they have changed"
-    for part in islice(parts, state['parts']):
-        total.update('\0'.join(part).encode('utf-8', 'surrogatepass'))
-    if state['parts'] and total.hexdigest() != state['texts_digest']:
-        raise RunError(f'{path} must be continued with the same texts', 'others',
-                       'Give it the same texts in the same order, or delete it to begin again')
-
 def _check_lens(lens, state):
     empty = [state['n_texts']+i for i, n in enumerate(lens) if not n]
     if empty:
@@ -366,17 +368,18 @@ def _check_lens(lens, state):
 
 # %% ../../nbs/141_data.token_files.ipynb #d68843dd
 def _write_tokens(path, source, encoder, settings, max_words, n_workers):
-    "Write the tokens of a source; continue what an earlier call has begun"
-    state, total = _saved_state(path, settings), hashlib.blake2b(digest_size=16)
-    parts = source.parts()
-    _skip(parts, state, total, path)
+    "Write the tokens of a source; continue what an earlier call has begun, and check what is finished"
+    if (path/HEADER).exists():
+        return _check_finished(TokenFile(path), settings, source)
+    state = _saved_state(path, settings)
+    parts, total = source.after(state['parts'], state['texts_digest'], path)
     writer = TokenWriter(path, encoder, state, max_words)
     try:
         due = time.monotonic() + _SECONDS
         for part, (words, ids, lens) in encoded_parts(parts, encoder, n_workers):
             _check_lens(lens, writer.state)
             writer.add(words, ids, lens)
-            total.update('\0'.join(part).encode('utf-8', 'surrogatepass'))
+            add_texts(total, part)
             if time.monotonic() >= due:
                 writer.commit(total.hexdigest(), settings)
                 due = time.monotonic() + _SECONDS
@@ -384,7 +387,8 @@ def _write_tokens(path, source, encoder, settings, max_words, n_workers):
             raise DataError('At least one text is needed', 'none')
         writer.commit(total.hexdigest(), settings)
         keys = {k: v for k, v in writer.state.items() if k.startswith('n_')}
-        writer.finish(dict(format=FORMAT, dtype=encoder.dtype, **keys, n_skipped=source.n_skipped, settings=settings))
+        writer.finish(dict(format=FORMAT, dtype=encoder.dtype, **keys, n_skipped=source.n_skipped, settings=settings,
+                           texts_digest=total.hexdigest()))
     finally:
         writer.close()
 
@@ -423,22 +427,20 @@ def tokenize_to_file(
     n_workers:int|None=None, # Number of processes; `None`: one per core, at most eight
     max_words:int=1_000_000, # For a tokenizer of fastai: maximum number of distinct words
     encoding:str|None=None, # Encoding of the files; `None`: UTF-8
-    skip_blank:bool=False # Leave out texts of white space instead of raising an error
+    skip_blank:bool=False, # Leave out texts of white space instead of raising an error
+    **reader # Options of `pandas.read_csv` for `.csv` and `.tsv` files, such as `sep`
 ) -> TokenFile:
-    "Tokenize texts once; the same call continues after a kill, and returns at once when all is done"
+    "Tokenize texts once; the same call continues after a kill, and only checks the texts when all is done"
     check_whole('n_workers', n_workers, high=4096, or_none=True)
-    path, source = Path(check_path('path', path)), TextSource(source, text_col, encoding, skip_blank)
+    path, source = Path(check_path('path', path)), TextSource(source, text_col, encoding, skip_blank, **reader)
     encoder = _encoder_of(tokenizer, lang, rules)
-    settings = dict(encoder.settings(), texts=source.identity(), text_col=text_col, skip_blank=source.skip_blank)
+    settings = dict(encoder.settings(), **source.settings())
     if encoder.has_words:
         settings['max_words'] = check_whole('max_words', max_words)
     with writing(path, 'What is tokenized is kept: the same call continues'):
         lock = _lock(path)
         try:
-            if (path/HEADER).exists():
-                _need_same(TokenFile(path).settings, settings, path)
-            else:
-                _write_tokens(path, source, encoder, settings, max_words, n_workers)
+            _write_tokens(path, source, encoder, settings, max_words, n_workers)
         finally:
             lock.release()
     return TokenFile(path)
