@@ -252,7 +252,7 @@ def _read_csv(path, **options):
 # %% ../../nbs/105_data.readers.ipynb #41d54232
 def _read_jsonl(path, **options):
     "Read a table with one JSON object per line; strings of digits stay strings"
-    return pd.read_json(path, **{'lines': True, 'dtype': False, **options})
+    return pd.read_json(path, **{'lines': True, 'dtype': False, 'precise_float': True, **options})
 
 _readers = {
     '.csv': _read_csv,

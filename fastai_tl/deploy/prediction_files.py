@@ -47,7 +47,8 @@ def with_predictions(
     if twice := [name for name in predicted.columns if name in df.columns]:
         raise DataError('The columns of the predictions must be new', f'{shorten(twice)} in the file',
                         'Rename or remove these columns')
-    return pd.concat([df.reset_index(drop=True), predicted.reset_index(drop=True)], axis=1)
+    is_numbered = isinstance(df.index, pd.RangeIndex) and df.index.name is None # otherwise row names, which are kept
+    return pd.concat([df.reset_index(drop=is_numbered), predicted.reset_index(drop=True)], axis=1)
 
 
 # %% ../../nbs/826_deploy.prediction_files.ipynb #62c16deb
@@ -92,10 +93,10 @@ def _write_jsonl(df, path):
     names = list(map(str, df.columns))
     if len(set(names)) < len(names):
         raise DataError('The columns of a .jsonl file must have different names', shorten(names, 12))
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'), allow_nan=False).encode
     with open(path, 'w', encoding='utf-8', newline='\n') as file:
         for row in zip(*[_plain_cells(df.iloc[:, k]) for k in range(len(names))]):
-            row = dict(zip(names, row))
-            file.write(json.dumps(row, ensure_ascii=False, separators=(',', ':'), allow_nan=False) + '\n')
+            file.write(encode(dict(zip(names, row))) + '\n')
 
 # %% ../../nbs/826_deploy.prediction_files.ipynb #a11818ad
 def _write_parquet(df, path, types):
