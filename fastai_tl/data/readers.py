@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/data.readers.html.md"""
 __all__ = ['read_table', 'table_parts']
 
 # %% ../../nbs/105_data.readers.ipynb #7be41408
-import codecs, inspect, json, re, warnings
+import codecs, inspect, io, json, re, warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -166,6 +166,48 @@ def _own_missing(path, options):
         of_column[name] = ['', *([own] if pd.api.types.is_scalar(own) else own)]
     return dict(keep_default_na=False, na_values=of_column)
 
+# %% ../../nbs/105_data.readers.ipynb #8890ce3e
+_OTHER_LINES = {'skip_blank_lines', 'comment', 'compression', 'memory_map', 'dialect'}
+
+def _is_one_column(path, options):
+    "Return whether a file has one column, so that a blank line is a row"
+    if _OTHER_LINES & options.keys():
+        return False
+    kept = {name: options[name] for name in {*_HEADER_OPTIONS, 'header', 'names'} & options.keys()}
+    whole, lines = [pd.read_csv(path, nrows=1, dtype=str, skip_blank_lines=skip, **kept) for skip in (True, False)]
+    return whole.shape[1] == 1 and list(lines.columns) == list(whole.columns)
+
+def _without_end(path, options):
+    "Yield the lines of a file without the blank ones at its end"
+    blank = []
+    with open(path, encoding=options.get('encoding'), errors=options.get('encoding_errors'), newline='') as file:
+        for line in file:
+            blank.append(line)
+            if line.strip():
+                yield from blank
+                blank = []
+
+# %% ../../nbs/105_data.readers.ipynb #fe095e2d
+class _Lines(io.TextIOBase):
+    "A file of the lines that a generator yields"
+    def __init__(self, lines):
+        self.lines = lines
+
+    def readable(self):
+        return True
+
+    def readline(self, size=-1):
+        return next(self.lines, '')
+
+    def read(self, size=-1):
+        return ''.join(islice(self.lines, 1000))
+
+def _read_rows(path, options):
+    "Read a table with pandas; in one of a single column, blank lines are rows"
+    if not _is_one_column(path, options):
+        return pd.read_csv(path, **options)
+    return pd.read_csv(_Lines(_without_end(path, options)), **options, skip_blank_lines=False)
+
 # %% ../../nbs/105_data.readers.ipynb #bf419bd5
 def _keep_zeros(df, path, options):
     "Keep columns of codes such as `01` as text, and say so; as numbers they would lose their zeros"
@@ -173,7 +215,7 @@ def _keep_zeros(df, path, options):
     if not numbers:
         return df
     only = {} if {'usecols', 'index_col'} & options.keys() else dict(usecols=[df.columns.get_loc(n) for n in numbers])
-    words = pd.read_csv(path, **{**options, **only, 'dtype': str})
+    words = _read_rows(path, {**options, **only, 'dtype': str})
     codes = [name for name in numbers if _has_leading_zeros(words[name])]
     for name in codes:
         df[name] = words[name].str.strip()
@@ -195,7 +237,7 @@ def _read_csv(path, **options):
     if 'usecols' in options: # pandas does not count the fields of columns that it does not read
         whole = {name: options[name] for name in _HEADER_OPTIONS & options.keys()}
         _check_fields(pd.read_csv(path, dtype=str, na_filter=False, **whole), path, options)
-    df = pd.read_csv(path, **options)
+    df = _read_rows(path, options)
     if not isinstance(df, pd.DataFrame): # an iterator over parts
         return df
     _check_fields(df, path, options)
@@ -210,7 +252,7 @@ def _read_csv(path, **options):
 # %% ../../nbs/105_data.readers.ipynb #41d54232
 def _read_jsonl(path, **options):
     "Read a table with one JSON object per line; strings of digits stay strings"
-    return pd.read_json(path, **{'lines': True, 'dtype': False, **options})
+    return pd.read_json(path, **{'lines': True, 'dtype': False, 'precise_float': True, **options})
 
 _readers = {
     '.csv': _read_csv,
@@ -308,17 +350,46 @@ def _jsonl_parts(path, size, encoding):
         while part := list(islice(lines, size)):
             yield pd.DataFrame([_jsonl_row(line, i, path) for i, line in part], dtype=object)
 
+# %% ../../nbs/105_data.readers.ipynb #5f3c2f61
+def _exact_table(batch):
+    "Return a pyarrow batch as a DataFrame; whole numbers stay whole where some are missing"
+    import pyarrow as pa
+    gaps = {cells.type for cells in batch.columns if cells.null_count and pa.types.is_integer(cells.type)}
+    whole = {kind: pd.api.types.pandas_dtype(str(kind).replace('ui', 'UI').replace('i', 'I')) for kind in gaps}
+    df = batch.to_pandas(types_mapper=whole.get)
+    for name, cells in zip(batch.schema.names, batch.columns):
+        if _has_gaps(cells) and list(df.columns).count(name) == 1:
+            df[name] = pd.Series(cells.to_pylist(), df.index, dtype=object)
+    return df
+
+def _has_gaps(cells):
+    "Say whether a column has lists of whole numbers in which some are missing"
+    import pyarrow as pa
+    types = pa.types
+    is_list = types.is_list(cells.type) or types.is_large_list(cells.type) or types.is_fixed_size_list(cells.type)
+    return is_list and types.is_integer(cells.type.value_type) and cells.flatten().null_count > 0
+
 # %% ../../nbs/105_data.readers.ipynb #8781ea7c
 def _parquet_parts(path, size, **options):
     from pyarrow.parquet import ParquetFile
     for batch in ParquetFile(path).iter_batches(batch_size=size, **options):
-        yield batch.to_pandas()
+        yield _exact_table(batch)
 
 _part_readers = {
     '.csv': _csv_parts,
     '.tsv': lambda path, size, **options: _csv_parts(path, size, **{'sep': '\t', **options}),
     '.parquet': _parquet_parts,
     '.jsonl': _jsonl_parts}
+
+# %% ../../nbs/105_data.readers.ipynb #ec96a63f
+def _with_row_names(df):
+    "Return a table with its row names as columns; `attrs` has the names of these columns"
+    if isinstance(df.index, pd.RangeIndex) and df.index.name is None:
+        return df
+    attrs, own = df.attrs, list(df.columns)
+    df = df.reset_index()
+    df.attrs = {**attrs, 'row_names': list(df.columns[:df.shape[1]-len(own)])}
+    return df
 
 # %% ../../nbs/105_data.readers.ipynb #66771411
 def table_parts(
@@ -337,6 +408,7 @@ def table_parts(
     first = 0
     with _reading(path, kind, options):
         for df in _part_readers[kind](path, size, **options):
+            df = _with_row_names(df)
             df.index = pd.RangeIndex(first, first+len(df))
             first += len(df)
             yield df
