@@ -157,7 +157,8 @@ class ResumableBatches:
                            str(state.get('settings')), f'This loader has {self.settings()}')
         epoch = check_whole("state['epoch']", state.get('epoch'), 0)
         position = check_whole("state['position']", state.get('position'), 0, len(self))
-        self.epoch, self.position, self._resume_at = epoch, position, position
+        self.epoch = epoch
+        self.position = self._resume_at = position
 
     def get_idxs(self):
         "Return the numbers of the rows, in the order in which they are read"

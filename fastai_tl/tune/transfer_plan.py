@@ -390,10 +390,9 @@ def transfer_plan(self:Learner,
     left_out, stages, rates, epochs = _kept_stages(stages, rates, epochs)
     lrs = rates*check_number('lr', recipe.lr*_last_stage_lr(self, task) if lr is None else lr, above=0)
     cache = _plan_cache(self, cache, recipe, stages[0] < len(layers))
-    return TransferPlan(name, why + remark, family, stages, epochs, lrs, _given(spread, recipe.spread),
-                        cache, layers, n_batches, left_out=left_out, clip=_clip(self, family, task, clip),
+    return TransferPlan(name, why + remark, family, stages, epochs, lrs, _given(spread, recipe.spread), cache, layers,
+                        n_batches, left_out=left_out, clip=_clip(self, family, task, clip), few=few_texts(self, family),
                         cached=_cached_stages(self.model, layers, stages) if cache else None,
-                        few=few_texts(self, family),
                         measured=_is_measured(self, family, layers, groups), **_schedule(family, schedule, warmup))
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #763d3fff
