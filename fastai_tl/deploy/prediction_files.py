@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.prediction_files.html.md"""
 __all__ = ['one_type_error', 'write_table', 'without_surrogates']
 
 # %% ../../nbs/826_deploy.prediction_files.ipynb #223cd07d
-import datetime, decimal, json, warnings
+import datetime, decimal, json, math, warnings
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..atomic import atomic_path
@@ -56,6 +56,8 @@ def _plain(value):
     "Return a cell as JSON can write it; what is missing or not finite as `None`"
     if isinstance(value, (str, int)) or value is None: # also booleans
         return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple, set, np.ndarray)):
@@ -70,11 +72,9 @@ def _plain(value):
 
 def _plain_number(value):
     if isinstance(value, np.float32):
-        value = float(str(value)) # the shortest that is the same number
+        return _plain(float(str(value))) # the shortest that is the same number
     if isinstance(value, np.generic):
         return _plain(value.item())
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
     if isinstance(value, decimal.Decimal):
         is_exact = decimal.Decimal(repr(float(value))) == value
         return float(value) if is_exact else str(value)
@@ -84,7 +84,7 @@ def _plain_number(value):
 def _plain_cells(cells):
     "Return a column as a list of values that JSON can write"
     if cells.dtype == np.float32:
-        return [_plain(value) for value in cells.to_numpy()]
+        return [_plain_number(value) for value in cells.to_numpy()]
     if isinstance(cells.dtype, np.dtype) and cells.dtype.kind in 'biu':
         return cells.tolist()
     return [_plain(value) for value in cells.tolist()]
