@@ -6,6 +6,7 @@ import os
 import warnings
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ import pytest
 from small_learners import classifier, sentences, tagger
 
 from fastai_tl.all import *
-from fastai_tl.core import RunError
+from fastai_tl.commands.predict import predict
+from fastai_tl.core import FastaiTLError, RunError
 from fastai_tl.data.tables import text_column
 from fastai_tl.deploy import bulk_prediction
 
@@ -261,3 +263,12 @@ def test_the_output_is_never_the_input(bundle):
         with pytest.raises(FastaiTLError, match='another file than the input'):
             predict_files(bundle, inputs, output)
     assert Path('in.csv').read_bytes() == before
+
+
+def test_the_command_never_writes_over_its_input(bundle, tmp_path):
+    file = tmp_path / 'in.csv'
+    file.write_text('text\ngood film\n')
+    before = file.read_text()
+    with pytest.raises(FastaiTLError, match='another file'):
+        predict(SimpleNamespace(model=bundle, texts=[str(file)], out=str(file), processes=None))
+    assert file.read_text() == before

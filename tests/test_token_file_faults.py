@@ -231,3 +231,13 @@ def test_a_missing_text_of_a_formatted_dataset(kind):
 
     with pytest.raises(DataError, match='a missing one in row 1 of dataset'):
         list(TextSource(Dataset.from_dict(dict(text=['good', None, 'bad'])).with_format(kind)).parts())
+
+
+def test_empty_lines_of_a_table_are_skipped_with_skip_blank(tmp_path):
+    (tmp_path / 'one.csv').write_text('text\ngood film\n\n \nbad film\n')
+    (tmp_path / 'two.csv').write_text('id,text\n1,good film\n2,\n')
+    file = tokenize_to_file(tmp_path / 'one.csv', tmp_path / 'a', n_workers=1, skip_blank=True)
+    assert len(file) == 2 and file.header['n_skipped'] == 2
+    assert len(tokenize_to_file(tmp_path / 'two.csv', tmp_path / 'b', n_workers=1, skip_blank=True)) == 1
+    with pytest.raises(DataError):
+        tokenize_to_file(tmp_path / 'one.csv', tmp_path / 'c', n_workers=1)

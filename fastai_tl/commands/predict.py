@@ -125,6 +125,9 @@ def predict(
 ):
     "Predict the rows of a file or some texts"
     out = None if args.out is None else check_out(args.out)
+    inputs = [Path(text) for text in args.texts if is_table_file(text)]
+    if out is not None and out.exists() and any(file.exists() and out.samefile(file) for file in inputs):
+        raise FastaiTLError('`--out` must be another file than the one with the texts', str(args.out))
     if args.processes is not None:
         return _predict_in_processes(args, out)
     model = load_model(args.model)

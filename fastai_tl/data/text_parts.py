@@ -144,6 +144,9 @@ def _check_reader(reader, files):
 
 
 # %% ../../nbs/140_data.text_parts.ipynb #2aea6bde
+def _is_blank(text):
+    return not text.strip() if isinstance(text, str) else text is None or text != text
+
 class TextSource:
     "The texts of files or of a dataset, in parts"
     @checked
@@ -151,7 +154,7 @@ class TextSource:
         source, # A file, a folder, a list of them, or a `Dataset` or `IterableDataset` of the library `datasets`
         text_col:str='text', # Column of the texts of a table or a dataset
         encoding:str|None=None, # Encoding of the files; `None`: UTF-8
-        skip_blank:bool=False, # Leave out texts of white space instead of raising an error
+        skip_blank:bool=False, # Leave out missing texts and texts of white space instead of raising an error
         **reader # Options of `pandas.read_csv` for `.csv` and `.tsv` files, such as `sep`
     ):
         self.text_col, self.encoding = check_text('text_col', text_col), encoding
@@ -183,7 +186,7 @@ class TextSource:
     def _checked(self, name, first, texts):
         rows = [f'{first+i} of {name}' for i in range(len(texts))]
         if self.skip_blank:
-            kept = [i for i, text in enumerate(texts) if not isinstance(text, str) or text.strip()]
+            kept = [i for i, text in enumerate(texts) if not _is_blank(text)]
             self.n_skipped += len(texts)-len(kept)
             texts, rows = [texts[i] for i in kept], [rows[i] for i in kept]
         return check_texts(texts, rows) if texts else []

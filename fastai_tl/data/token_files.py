@@ -427,7 +427,7 @@ def tokenize_to_file(
     n_workers:int|None=None, # Number of processes; `None`: one per core, at most eight
     max_words:int=1_000_000, # For a tokenizer of fastai: maximum number of distinct words
     encoding:str|None=None, # Encoding of the files; `None`: UTF-8
-    skip_blank:bool=False, # Leave out texts of white space instead of raising an error
+    skip_blank:bool=False, # Leave out missing and blank texts instead of raising an error
     **reader # Options of `pandas.read_csv` for `.csv` and `.tsv` files, such as `sep`
 ) -> TokenFile:
     "Tokenize texts once; the same call continues after a kill, and only checks the texts when all is done"
