@@ -39,7 +39,7 @@ def recipe(folder):
 
 @pytest.mark.slow
 def test_recipe_of_the_page(tmp_path):
-    pytest.importorskip('ray', reason='pip install "fastai_tl[ray]"')
+    pytest.importorskip('ray.data', reason='pip install "fastai_tl[ray]"')
     classifier(dict(encoder=train_tokenizer(sentences(200), 400, 'encoder'))).save_bundle(tmp_path/'model')
     df = pd.DataFrame(dict(id=range(500), text=[f'{i} {TEXTS[i % len(TEXTS)][:60]}' for i in range(500)]))
     (tmp_path/'new').mkdir()
