@@ -287,7 +287,9 @@ def test_a_damaged_file_is_an_error(tokens, tmp_path):
         TokenFile(tmp_path / 't')
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
+needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
+
+
 def mapped_mb():
     "Memory of the pages of files that this process sees"
     lines = Path('/proc/self/status').read_text().split('\n')
@@ -306,6 +308,7 @@ def file_of_zeros(folder, n_texts, length):
     return TokenFile(folder)
 
 
+@needs_proc
 def test_memory_of_reading_is_given_back(tmp_path):
     "The pages in memory grow by less than 100 MB while a file of 300 MB is read"
     file = file_of_zeros(tmp_path, 1, 150_000_000)
@@ -316,6 +319,7 @@ def test_memory_of_reading_is_given_back(tmp_path):
     assert most - before < 100
 
 
+@needs_proc
 def test_memory_of_many_short_texts_is_given_back(tmp_path):
     "Ends and tokens of 10 million texts are 160 MB; less than 60 MB of that is in memory, at the beginning and later"
     file = file_of_zeros(tmp_path, 10_000_000, 4)
