@@ -146,3 +146,32 @@ def trained_once(learn, file, train):
     result = train()
     torch.save(learn.model.state_dict(), file)
     return result
+
+
+def memory_mb(name):
+    "A line of /proc/self/status in MB: `VmRSS` now, `VmHWM` at its peak"
+    lines = Path('/proc/self/status').read_text().split('\n')
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+# --- seeds ---
+
+
+def mean_and_interval(values):
+    "Mean and 95 % interval of Student's t over the seeds, in %"
+    import numpy as np
+    from scipy.stats import t
+
+    v = 100 * np.array(values)
+    half = t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else float('nan')
+    return f'{v.mean():.1f} ± {half:.1f}'
+
+
+def runs_of_seeds(a, one_seed):
+    "The runs in the file `a.json`, with those of `a.seed` made anew by `one_seed`, unless only `a.summary` is wanted"
+    runs = json.loads(a.json.read_text())['runs'] if a.json and a.json.exists() else []
+    for seed in [] if a.summary else a.seed:
+        run = one_seed(argparse.Namespace(**vars(a) | dict(seed=seed)))
+        runs = sorted([old for old in runs if old['seed'] != seed] + [run], key=lambda run: run['seed'])
+        write_json(a.json, dict(runs=runs))
+    return runs

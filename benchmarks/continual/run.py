@@ -222,26 +222,17 @@ def one_seed(a):
     return dict(seed=a.seed, old_before=before, ways=found, drift=drift, seconds=times, rows=a.rows, replay=a.replay)
 
 
-def mean_and_interval(values):
-    "Mean and 95 % interval of Student's t over the seeds, in %"
-    from scipy.stats import t
-
-    v = 100 * np.array(values)
-    half = t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else float('nan')
-    return f'{v.mean():.1f} ± {half:.1f}'
-
-
 def summary(runs):
     rows = []
     for name in runs[0]['ways']:
         ways = [run['ways'][name] for run in runs]
         kept = [way['old'] / run['old_before'] for way, run in zip(ways, runs)]
         share = [way['overall'] / run['ways']['joint']['overall'] for way, run in zip(ways, runs)]
-        rows.append([name, *(mean_and_interval([way[k] for way in ways]) for k in ('old', 'new', 'overall')),
-                     mean_and_interval(kept), mean_and_interval(share)])
+        rows.append([name, *(common.mean_and_interval([way[k] for way in ways]) for k in ('old', 'new', 'overall')),
+                     common.mean_and_interval(kept), common.mean_and_interval(share)])
     heads = ['way', 'old classes:', 'new classes:', 'overall:', 'old, of before:', 'overall, of joint:']
     print(common.table(heads, rows))
-    print('old classes before:', mean_and_interval([run['old_before'] for run in runs]))
+    print('old classes before:', common.mean_and_interval([run['old_before'] for run in runs]))
     for part in ('before', 'after'):
         weeks = [alarm for run in runs for alarm in (run['drift'] or {}).get(part, ())]
         print(f'drift alarms {part} the shift: {sum(weeks)} of {len(weeks)} weeks')
@@ -250,9 +241,4 @@ def summary(runs):
 if __name__ == '__main__':
     a = parse()
     common.set_threads(a.threads)
-    runs = json.loads(a.json.read_text())['runs'] if a.json and a.json.exists() else []
-    for seed in [] if a.summary else a.seed:
-        run = one_seed(common.argparse.Namespace(**vars(a) | dict(seed=seed)))
-        runs = sorted([old for old in runs if old['seed'] != seed] + [run], key=lambda run: run['seed'])
-        common.write_json(a.json, dict(runs=runs))
-    summary(runs)
+    summary(common.runs_of_seeds(a, one_seed))

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import offline, parser, write_json
+from common import memory_mb, offline, parser, write_json
 
 KINDS, STEPS, N = ('awd', 'windows'), ('fit', 'validate', 'predict'), 4
 
@@ -50,12 +50,6 @@ def learner(kind, train, valid):
     return awd_classifier_learner(dls, 'classification', 2, dict(emb_sz=400, n_hid=1152, n_layers=3))
 
 
-def memory(name):
-    "A line of /proc/self/status in MB"
-    lines = Path('/proc/self/status').read_text().split('\n')
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
 def child(kind, step, n_words):
     "Print the processor seconds and the memory of one step"
     from fastai_tl.all import seed_everything
@@ -69,9 +63,9 @@ def child(kind, step, n_words):
         work['predict'] = lambda: model.predict(long)
     with learn.no_bar(), learn.no_logging():
         Path('/proc/self/clear_refs').write_text('5') # the peak begins here
-        before, start = memory('VmRSS'), time.process_time()
+        before, start = memory_mb('VmRSS'), time.process_time()
         work[step]()
-    print(json.dumps(dict(seconds=round(time.process_time() - start, 1), more_mb=round(memory('VmHWM') - before))))
+    print(json.dumps(dict(seconds=round(time.process_time() - start, 1), more_mb=round(memory_mb('VmHWM') - before))))
 
 
 def main():

@@ -213,13 +213,7 @@ def counted(week, added, new_of):
 
 
 def summary(runs):
-    from scipy.stats import t
-
-    def mean(values):
-        v = 100 * np.array(values)
-        half = t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else float('nan')
-        return f'{v.mean():.1f} ± {half:.1f}'
-
+    mean = common.mean_and_interval
     accuracy = {way: np.array([run['accuracy'][way] for run in runs]) for way in WAYS}
     rows = []
     for way in WAYS:
@@ -240,9 +234,4 @@ def summary(runs):
 if __name__ == '__main__':
     a = parse()
     common.set_threads(a.threads)
-    runs = json.loads(a.json.read_text())['runs'] if a.json and a.json.exists() else []
-    for seed in [] if a.summary else a.seed:
-        run = one_seed(common.argparse.Namespace(**vars(a) | dict(seed=seed)))
-        runs = sorted([old for old in runs if old['seed'] != seed] + [run], key=lambda run: run['seed'])
-        common.write_json(a.json, dict(runs=runs))
-    summary(runs)
+    summary(common.runs_of_seeds(a, one_seed))

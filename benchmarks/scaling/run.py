@@ -24,18 +24,12 @@ from math import log
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from common import offline, parser, table, write_json
+from common import memory_mb, offline, parser, table, write_json
 
 RESULTS = Path(__file__).parent / 'results'
 
 
 # --- one measurement ---
-
-
-def status(name):
-    "A line of /proc/self/status in MB"
-    lines = Path('/proc/self/status').read_text().split('\n')
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def processor_seconds():
@@ -46,12 +40,12 @@ def timed(step):
     "Processor seconds of a step, and its peak of memory above that before"
     gc.collect()
     Path('/proc/self/clear_refs').write_text('5')
-    before, start = status('VmRSS'), processor_seconds()
+    before, start = memory_mb('VmRSS'), processor_seconds()
     begin = time.process_time()
     result = step()
     seconds = time.process_time() - begin
     of_children = processor_seconds() - start - seconds
-    mb = status('VmHWM') - before
+    mb = memory_mb('VmHWM') - before
     del result
     return seconds + (of_children if of_children > 0.1 else 0), max(mb, 0)
 

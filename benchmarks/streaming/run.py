@@ -30,7 +30,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import interleave, offline, parser, ratio, write_json
+from common import interleave, memory_mb, offline, parser, ratio, write_json
 
 HERE = Path(__file__).resolve()
 
@@ -57,12 +57,6 @@ def tokenizer_of(folder):
         tokenizer = train_tokenizer(docstring_corpus().text[:3000], 8000, 'decoder')
         tokenizer.save_pretrained(folder / 'tokenizer')
     return folder / 'tokenizer'
-
-
-def peak():
-    "Peak of the resident memory of this process in MB"
-    lines = Path('/proc/self/status').read_text().split('\n')
-    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) / 1024
 
 
 def digest_of(folder):
@@ -165,25 +159,26 @@ def child_tokenize(folder, mb):
     from fastai_tl.all import load_tokenizer, tokenize_to_file
 
     tok = load_tokenizer(folder / 'tokenizer')
-    before, start = peak(), time.perf_counter()
+    before, start = memory_mb('VmHWM'), time.perf_counter()
     file = tokenize_to_file(folder / f'{mb}.jsonl', folder / f'tokens{mb}', tok, n_workers=2)
     seconds = time.perf_counter() - start
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return dict(tokens=file.n_tokens, seconds=round(seconds, 1), imports_mb=round(before),
-                more_mb=round(peak() - before), child_mb=round(largest), file_mb=round(file.tokens.nbytes / 1e6, 1))
+                more_mb=round(memory_mb('VmHWM') - before), child_mb=round(largest),
+                file_mb=round(file.tokens.nbytes / 1e6, 1))
 
 
 def child_read(folder, mb):
     from fastai_tl.all import TokenFile, hf_streamed_lm_dls, load_tokenizer
 
     tok = load_tokenizer(folder / 'tokenizer')
-    before = peak()
+    before = memory_mb('VmHWM')
     dls = hf_streamed_lm_dls(TokenFile(folder / f'tokens{mb}'), tok, max_length=512, bs=16)
     start = time.perf_counter()
     n = sum(y.numel() for _, y in dls.train)
     seconds = time.perf_counter() - start
     return dict(tokens=n, seconds=round(seconds, 2), million_tokens_a_second=round(n / seconds / 1e6, 1),
-                more_mb=round(peak() - before))
+                more_mb=round(memory_mb('VmHWM') - before))
 
 
 def sizes(folder, mbs):
