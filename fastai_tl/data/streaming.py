@@ -369,9 +369,10 @@ class StreamedBlocksDL(ResumableBatches, TokenTargetsDL):
 
     def get_idxs(self):
         "Return the numbers of the blocks, in the order in which they are read"
-        if not self.shuffle:
-            return range(self.n)
-        return np.concatenate([np.array(self.rows(k)) for k in range(len(self))])
+        every = np.arange(self.n)
+        n_full = self.n//self.bs if self.shuffle else 0 # batches whose rows are far apart, see `rows`
+        mixed, rest = np.split(every, [n_full*self.bs])
+        return np.append(mixed.reshape(self.bs, n_full).T, rest)
 
     def batch(self,
         k:int # Number of the batch
