@@ -174,8 +174,8 @@ def _is_one_column(path, options):
     if _OTHER_LINES & options.keys():
         return False
     kept = {name: options[name] for name in {*_HEADER_OPTIONS, 'header', 'names'} & options.keys()}
-    whole, lines = [pd.read_csv(path, nrows=1, dtype=str, skip_blank_lines=skip, **kept) for skip in (True, False)]
-    return whole.shape[1] == 1 and list(lines.columns) == list(whole.columns)
+    names = lambda skip: list(pd.read_csv(path, nrows=1, dtype=str, skip_blank_lines=skip, **kept).columns)
+    return len(found := names(True)) == 1 and names(False) == found
 
 def _without_end(path, options):
     "Yield the lines of a file without the blank ones at its end"
