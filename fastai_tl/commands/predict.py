@@ -18,7 +18,7 @@ from ..data.tables import valid_texts
 from ..deploy.bulk_prediction import model_inputs_of, predict_files, predicted_columns, spec_of_model
 from ..deploy.bundle import load_bundle
 from ..deploy.hub_files import local_bundle
-from ..deploy.prediction_files import input_columns
+from ..deploy.prediction_files import check_other_file, input_columns
 from ..deploy.predictor import Predictor
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.predictions import labelled_texts
@@ -125,9 +125,8 @@ def predict(
 ):
     "Predict the rows of a file or some texts"
     out = None if args.out is None else check_out(args.out)
-    inputs = [Path(text) for text in args.texts if is_table_file(text)]
-    if out is not None and out.exists() and any(file.exists() and out.samefile(file) for file in inputs):
-        raise FastaiTLError('`--out` must be another file than the one with the texts', str(args.out))
+    if out is not None:
+        check_other_file(out, [Path(text) for text in args.texts if is_table_file(text)])
     if args.processes is not None:
         return _predict_in_processes(args, out)
     model = load_model(args.model)

@@ -23,8 +23,8 @@ from ..data.tables import column, question_pairs, text_column
 from ..data.token_files import stop_with_parent
 from .bundle import load_bundle
 from .hub_files import local_bundle
-from .prediction_files import (input_columns, one_type_error, with_predictions, without_surrogates,
-                                               write_table)
+from .prediction_files import (check_other_file, input_columns, one_type_error, with_predictions,
+                                               without_surrogates, write_table)
 from .predictor import ENGINES, Predictor
 from ..files import digest, read_json, read_record, write_json
 
@@ -256,11 +256,9 @@ def _run_processes(plan_file, n):
 
 # %% ../../nbs/829_deploy.bulk_prediction.ipynb #95a155a9
 def _checked_jobs(jobs):
-    "Raise an error if an output would overwrite an input, also under another name of it"
-    there = [output for _, output in jobs if output.exists()]
-    if own := [output for output in there for file, _ in jobs if file.exists() and output.samefile(file)]:
-        raise FastaiTLError('The output must be another file than the input', shorten(map(str, own)),
-                            'Write to a new file')
+    "Raise an error if an output would overwrite an input"
+    for _, output in jobs:
+        check_other_file(output, [file for file, _ in jobs])
     return jobs
 
 # %% ../../nbs/829_deploy.bulk_prediction.ipynb #0d32f3b4

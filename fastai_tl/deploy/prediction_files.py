@@ -12,7 +12,7 @@ import datetime, decimal, json, math, warnings
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..atomic import atomic_path
-from ..core import DataError, shorten
+from ..core import DataError, FastaiTLError, shorten
 from ..data.spec import TextSpec
 from ..data.tables import is_missing, valid_text
 from ..files import write_csv
@@ -139,6 +139,15 @@ def write_table(
         if suffix == '.parquet':
             return _write_parquet(df, tmp, types)
         _write_jsonl(df, tmp)
+
+# %% ../../nbs/826_deploy.prediction_files.ipynb #e071dba1
+def check_other_file(
+    output:Path, # File to write
+    inputs # Files that are read
+):
+    "Raise an error if an output would overwrite an input, also under another name of it"
+    if output.exists() and any(file.exists() and output.samefile(file) for file in inputs):
+        raise FastaiTLError('The output must be another file than the input', str(output), 'Write to a new file')
 
 # %% ../../nbs/826_deploy.prediction_files.ipynb #df1ab56d
 def _valid_cell(cell):
