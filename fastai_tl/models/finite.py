@@ -61,16 +61,17 @@ def with_finite_scores(
     return {**options, 'logits_processor': [FiniteScores(), *(options.get('logits_processor') or [])]}
 
 # %% ../../nbs/208_models.finite.ipynb #cf472d6f
-def _highest(tensors):
-    "Return the largest absolute value of each tensor, on the CPU"
-    norms = torch._foreach_norm(tensors, float('inf')) if tensors else []
+def _have_finite_lengths(tensors):
+    "Return for each tensor whether its Euclidean norm is a finite number"
+    norms = torch._foreach_norm(tensors, 2) if tensors else []
     by_device = {}
     for i, norm in enumerate(norms):
-        by_device.setdefault(norm.device, []).append((i, norm))
-    res = torch.zeros(len(norms))
+        by_device.setdefault(norm.device, []).append((i, norm.isfinite()))
+    res = [True]*len(norms)
     for found in by_device.values():
         idxs, values = zip(*found)
-        res[list(idxs)] = torch.stack([value.float() for value in values]).cpu()
+        for i, value in zip(idxs, torch.stack(values).tolist()):
+            res[i] = value
     return res
 
 def not_finite(
@@ -79,8 +80,8 @@ def not_finite(
     "Return the names of the tensors that have NaN or infinity among their values"
     named = [(name, t.detach().as_subclass(torch.Tensor)) for name, t in named if isinstance(t, torch.Tensor)]
     named = [(name, t) for name, t in named if t.is_floating_point() and t.numel() and not t.is_sparse]
-    highest = _highest([t for _, t in named])
-    return [name for (name, _), ok in zip(named, highest.isfinite().tolist()) if not ok]
+    are_good = _have_finite_lengths([t for _, t in named])
+    return [name for (name, t), is_good in zip(named, are_good) if not (is_good or t.isfinite().all())]
 
 # %% ../../nbs/208_models.finite.ipynb #57c1dab0
 def tensors_in(
