@@ -122,6 +122,7 @@ from .generation.language_model import *
 from .generation.awd_lstm import *
 from .generation.scoring import *
 from .generation.constraints import *
+from .generation.generated_texts import *
 from .generation.generate import *
 from .generation.perplexity import *
 from .generation.surprisal import *

@@ -461,3 +461,59 @@ def test_walkthrough_gpt2(gpt, capsys):
         ids = [*output.context, *output.ids]
         grams = list(zip(ids, ids[1:]))
         assert len(grams) == len(set(grams))
+
+
+# --- away_from ---
+
+
+def moved(learn, wanted, other, scale, n):
+    "Greedy text whose scores move from one prefix to another, by hand: both texts are read anew in each step"
+    tm, new = text_model(learn), []
+
+    def log_probs(prefix):
+        ids = [*tm.adapter.encode(prefix), *new]
+        scores = awd_logits(learn, [ids])[0] if tm.is_awd_lstm else tm.model(torch.tensor([ids])).logits[0, -1]
+        return scores.float().log_softmax(-1)
+
+    for _ in range(n):
+        with torch.no_grad():
+            a, b = log_probs(wanted), log_probs(other)
+        scores = b + scale*(a-b)
+        scores[list(tm.adapter.never)] = -torch.inf
+        new.append(int(scores.argmax()))
+    return new
+
+
+@pytest.mark.parametrize('scale', [0., 1., 2.5])
+def test_scores_move_away_from_another_prefix(awd, hf_learner, scale):
+    for learn in (awd, hf_learner):
+        learn.model.eval()
+        options = dict(prefix='the number', away_from='If True', guidance_scale=scale, max_new_tokens=8)
+        out = learn.generate('of', do_sample=False, **options)[0]
+        sep = ' ' if learn is awd else ''
+        expected = moved(learn, f'the number{sep}of', f'If True{sep}of', scale, 8)
+        assert out.ids == expected[:len(out.ids)] and (len(out.ids) == 8 or out.finish == 'end')
+        assert ''.join(learn.generate('of', do_sample=False, stream=True, **options)) == out.completion
+
+
+def test_away_from_in_batches(awd, hf_learner):
+    "Several texts for several prompts of different lengths, each as alone"
+    prompts = ['of', 'of the', 'is', 'of']
+    for learn in (awd, hf_learner):
+        options = dict(prefix='the number', away_from='a', max_new_tokens=6)
+        together = learn.generate(prompts, bs=3, do_sample=False, **options)
+        alone = [learn.generate(prompt, do_sample=False, **options)[0].ids for prompt in prompts]
+        assert [o.ids for o in together] == alone
+        several = learn.generate(prompts, num_return_sequences=3, temperature=1e-3, seed=0, **options)
+        assert [o.ids for o in several] == [ids for ids in alone for _ in range(3)]
+        default = learn.generate('of', do_sample=False, **options)[0].ids
+        assert default == learn.generate('of', do_sample=False, guidance_scale=2, **options)[0].ids
+
+
+def test_no_away_from_with_beams_or_an_encoder(awd):
+    with pytest.raises(FastaiTLError, match='without beams'):
+        awd.generate('of', away_from='a', num_beams=2)
+    with pytest.raises(FastaiTLError, match='`away_from`'):
+        awd.generate('of', away_from=['a'])
+    with pytest.raises(FastaiTLError, match='guidance_scale'):
+        awd.generate('of', away_from='a', guidance_scale=-1)

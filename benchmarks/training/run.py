@@ -1,11 +1,13 @@
 """What training costs, as ratios to other libraries.
 
-    python benchmarks/training/run.py [--only lm memory finetune accuracy overhead padding] [--rounds 5] [--threads N]
-                                      [--single] [--cpu-time] [--data FOLDER] [--json FILE]
+    python benchmarks/training/run.py [--only lm classifier memory finetune accuracy overhead padding] [--rounds 5]
+                                      [--threads N] [--single] [--cpu-time] [--data FOLDER] [--json FILE]
 
 - lm: tokens a second of an AWD_LSTM language model with all its dropouts (400/1152/3, vocabulary 30,000, batches
   of 32 x 72) in fastai's own Learner, and in `awd_lm_learner` with `chunked_loss()` and `to_mixed_precision()`.
   Wanted: at least 1.5 times.
+- classifier: tokens a second of an AWD_LSTM classifier (400/1152/3, texts of up to 400 words, batches of 16), all
+  layers trained, in fastai's `text_classifier_learner` and in `awd_classifier_learner`. Wanted: 1.5 times.
 - memory: peak memory of the loss of such a batch at a vocabulary of 60,000, full logits against
   `linear_cross_entropy`. Wanted: at most a quarter.
 - finetune: samples a second of MiniLM (`max_length` 128, batches of 16), all layers trained, against transformers'
@@ -122,6 +124,43 @@ def lm(a):
         loss=parity,
         loss_after=after,
     )
+
+
+def classifier(a, bs=16):
+    "An AWD_LSTM classifier on texts of up to 400 words, all layers trained"
+    from fastai.text.all import AWD_LSTM, Adam, awd_lstm_clas_config, text_classifier_learner
+    from fastai_tl.all import awd_classifier_learner, classifier_dls, has_bf16, seed_everything
+    from fastai_tl.all import texts_vocab, tokenize_texts_once
+
+    train, valid, labels = texts_and_labels(a, a.samples, bs)
+    texts = [' '.join(text.split()[:400]) for text in [*train.text, *valid.text]]
+    tok = tokenize_texts_once(texts, progress=False)
+    classes = [str(label) for label in [*train.label, *valid.label]]
+    vocab = texts_vocab(tok, min_freq=1)
+    rows = list(range(len(texts)))
+    dls = classifier_dls(tok, classes, 'classification', rows[: len(train)], rows[len(train) :], vocab, bs=bs)
+    sizes = dict(emb_sz=400, n_hid=1152, n_layers=3)
+
+    def theirs():
+        seed_everything(0)
+        config = dict(awd_lstm_clas_config, **sizes)
+        options = dict(opt_func=Adam, pretrained=False, config=config, metrics=[], seq_len=72)
+        return text_classifier_learner(dls, AWD_LSTM, n_out=len(labels), **options)
+
+    def ours():
+        seed_everything(0)
+        return awd_classifier_learner(dls, 'classification', len(labels), sizes, metrics=[])
+
+    learners = {'fastai': theirs(), 'ours, float32': ours()}
+    if has_bf16():
+        learners |= {'fastai, to_mixed_precision': theirs().to_mixed_precision()}
+        learners |= {'ours, bfloat16': ours().to_mixed_precision()}
+    for learn in learners.values():
+        learn._do_epoch_validate = lambda *o, **k: None  # training alone is timed
+    secs = interleave({k: timed_fit(l, 1e-3) for k, l in learners.items()}, a.rounds, clock=CLOCK)
+    res = {k: ratio(secs['fastai'], v) for k, v in secs.items() if k != 'fastai'}
+    n_words = sum(tok.lens[: len(train)].tolist())
+    return dict(res, tokens_a_second={k: n_words / min(v) for k, v in secs.items()})
 
 
 def peak_memory(f):
@@ -443,7 +482,15 @@ def padding(a, bs=16):
     return dict(factor=factors)
 
 
-EXPERIMENTS = dict(lm=lm, memory=memory, finetune=finetune, accuracy=accuracy, overhead=overhead, padding=padding)
+EXPERIMENTS = dict(
+    lm=lm,
+    classifier=classifier,
+    memory=memory,
+    finetune=finetune,
+    accuracy=accuracy,
+    overhead=overhead,
+    padding=padding,
+)
 
 
 def main():

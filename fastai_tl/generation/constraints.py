@@ -37,13 +37,14 @@ class GenerationOptions:
     required_words:str|list|None=None # Words or phrases that must appear
     stop_strings:str|list|None=None # Strings that end a text
     prefix:str='' # Text that the model reads before each prompt, such as a control code; not in the result
+    away_from:str|None=None # Prefix of texts to move away from, with the strength `guidance_scale` (2 if not given)
     logits_processor:list|tuple=() # Functions of `(input_ids, scores)` that return changed scores
     stopping_criteria:list|tuple=() # Functions of `(input_ids, scores)` that return a boolean for each text
     generation_config:object=None # A transformers `GenerationConfig` with defaults
 
 # %% ../../nbs/620_generation.constraints.ipynb #337faade
-_OWN_OPTIONS = ('bad_words', 'required_words', 'stop_strings', 'prefix', 'logits_processor', 'stopping_criteria',
-                'generation_config')
+_OWN_OPTIONS = ('bad_words', 'required_words', 'stop_strings', 'prefix', 'away_from', 'logits_processor',
+                'stopping_criteria', 'generation_config')
 
 def split_options(options):
     "Split options into those that this package handles and those that are passed to transformers"
@@ -60,7 +61,7 @@ _GREEDY = 'For the most likely token at each step: do_sample=False, and no tempe
 _RANGES = dict(temperature=dict(low=1e-6, high=1e6, todo=_GREEDY),
                repetition_penalty=dict(low=1e-6, high=1e6),
                top_p=dict(above=0, high=1), typical_p=dict(above=0, high=1), min_p=dict(low=0, high=1),
-               length_penalty=dict())
+               length_penalty=dict(), guidance_scale=dict(low=0, high=1e3))
 _FLAGS = ('do_sample', 'use_cache', 'renormalize_logits', 'remove_invalid_values')
 
 def _checked(name, value):
