@@ -641,3 +641,26 @@ def test_subwords_are_learned_from_a_run_of_any_length():
     cut = train_subwords(['中文字' * 100_000, '好看'], 300)
     assert ''.join(cut(['中文字' * 5])[0]) == '中文字' * 5
     assert max(len(piece) for piece in cut(['中文字' * 5])[0]) <= 4
+
+
+# --- rules that belong to the tokenizer ---
+
+
+def test_a_chinese_tokenizer_brings_its_own_rules(tmp_path):
+    "fastai's rules write `xxbos` into a text, and a Chinese tokenizer would cut it"
+    texts = ['很好！ 房間 OK', 'ＡＢＣ，真的']*40
+    expected = [list(o) for o in tokenize_texts_once(texts, ChineseTokenizer(), CHINESE_RULES, progress=False)]
+    found = tokenize_texts_once(texts, ChineseTokenizer(), progress=False)
+    assert [list(o) for o in found] == expected and all(o[0] == 'xxbos' and 'x' not in o for o in expected)
+
+    vocab = texts_vocab(found, min_freq=1)
+    dls = language_model_dls(found, vocab, ChineseTokenizer(), bs=2, seq_len=5)
+    given = language_model_dls(found, vocab, ChineseTokenizer(), CHINESE_RULES, bs=2, seq_len=5)
+    assert dls.spec == given.spec and dls.spec.rules == tuple(rule.__name__ for rule in CHINESE_RULES)
+
+    file = tokenize_to_file(texts, tmp_path/'words', ChineseTokenizer())
+    assert file.settings == tokenize_to_file(texts, tmp_path/'again', ChineseTokenizer(), rules=CHINESE_RULES).settings
+
+    tok, rules = language_tools('en', ChineseTokenizer())
+    assert rules == CHINESE_RULES
+    assert language_tools('en')[1] != CHINESE_RULES

@@ -26,7 +26,7 @@ from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
 from .spec import TextSpec
 from .splits import check_split, row_lists
-from .tokenizers import TextTokenizer, TokenizedTexts, given_tokenizer, tokenizer_settings
+from .tokenizers import TextTokenizer, TokenizedTexts, given_rules, given_tokenizer, tokenizer_settings
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #f8ab6faa
 @checked
@@ -91,7 +91,7 @@ def language_model_dls(
     texts:TokenizedTexts, # Tokenized texts
     vocab:list, # The token of each id
     tok=None, # Tokenizer for new texts; `None`: a `WordLevelTokenizer`
-    rules=None, # Rules applied to new texts before they are tokenized; `None`: fastai's
+    rules=None, # Rules applied to new texts before they are tokenized; `None`: the tokenizer's own, or fastai's
     valid_pct:float=.1, # Validation fraction
     bs:int=64, # Batch size
     seq_len:int=72, # Sequence length: tokens per row of a batch
@@ -104,7 +104,8 @@ def language_model_dls(
     check_whole('seq_len', seq_len)
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][start:end] for part in parts for i, start, end in part]
-    reader = TextTokenizer(given_tokenizer(tok), rules)
+    tok = given_tokenizer(tok)
+    reader = TextTokenizer(tok, given_rules(tok, rules))
     n_train = len(parts[0])
     splits = [list(range(n_train)), list(range(n_train, len(items)))]
     dsets = Datasets(items, [text_tfms(reader, vocab, backwards)], splits=splits, dl_type=LMDataLoader)
@@ -150,7 +151,7 @@ def classifier_dls(
     valid:list, # Row indexes for validation
     vocab:list, # The token of each id, as in the language model
     tok=None, # Tokenizer for new texts; `None`: a `WordLevelTokenizer`
-    rules=None, # Rules applied to new texts before they are tokenized; `None`: fastai's
+    rules=None, # Rules applied to new texts before they are tokenized; `None`: the tokenizer's own, or fastai's
     bs:int=64, # Batch size
     seq_len:int=72, # `seq_len` of the classifier; padding comes in chunks of this length
     **kwargs # `backwards`, `path` and `classes`
@@ -161,7 +162,8 @@ def classifier_dls(
     classes, n_values = check_split(labels, task, train, valid, options.classes), n_values_of(labels, task)
     # lists, because fastai applies transforms to each member of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
-    reader = TextTokenizer(given_tokenizer(tok), rules)
+    tok = given_tokenizer(tok)
+    reader = TextTokenizer(tok, given_rules(tok, rules))
     tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)],
             [itemgetter(1), *label_tfms(task, classes, n_values)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]

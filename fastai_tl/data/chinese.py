@@ -21,7 +21,7 @@ from .chinese_rules import (CHINESE_RULES, VARIANTS, ToTraditional, normalize_ch
                                           widen_punctuation)
 from .decoding import HAN, LETTER, TK_GLUE, TK_SPACE, is_letter, join_marked, undo_rules
 from .tables import text_list
-from .tokenizers import WordLevelTokenizer, check_rules, short_words
+from .tokenizers import WordLevelTokenizer, check_rules, given_rules, short_words
 from ..files import digest
 
 # %% ../../nbs/121_data.chinese.ipynb #7fa7fcf9
@@ -167,6 +167,8 @@ def map_cuts(
 # %% ../../nbs/121_data.chinese.ipynb #fb10f62f
 class ChineseTokenizer:
     "Tokenize Chinese texts for fastai's pipeline, and decode tokens"
+    default_rules = CHINESE_RULES # where no rules are given; fastai's write words such as `xxbos` into the texts
+
     def __init__(self,
         cut='chars', # `chars`, `jieba`, `mapped`, or a function from runs to lists of pieces (`train_subwords`)
         bos:bool=True # Whether each text begins with `xxbos`, as with fastai's rules
@@ -393,7 +395,7 @@ def language_tools(
     "Return the tokenizer and the rules of a language"
     if lang_code(lang) == 'en':
         tok = WordLevelTokenizer() if tok is None else check_callable('tok', tok)
-        return tok, check_rules(defaults.text_proc_rules if rules is None else rules)
+        return tok, given_rules(tok, rules)
     if tok is None or isinstance(tok, str):
         tok = ChineseTokenizer('chars' if tok is None else tok)
     return check_callable('tok', tok), check_rules(CHINESE_RULES if rules is None else rules)

@@ -15,7 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
 import numpy as np
-from fastai.text.core import defaults
 from fastai.text.data import make_vocab
 from filelock import FileLock, Timeout
 from ..arguments import check_path, check_whole, checked
@@ -26,7 +25,7 @@ from .loaders import language_rules, rule_names
 from .text_parts import TextSource, add_texts
 from .token_blocks import stream_frame
 from .tokenizer_calls import rust_errors
-from .tokenizers import apply_rules, can_fork, check_rules, given_tokenizer
+from .tokenizers import apply_rules, can_fork, given_rules, given_tokenizer
 from .tokenizers import tokenize_part, tokenizer_settings
 from ..files import digest, read_record, write_json
 
@@ -70,7 +69,7 @@ class WordEncoder:
     has_words, dtype = True, '<u4'
     def __init__(self, tok, rules=None):
         self.tok = given_tokenizer(tok)
-        self.rules = check_rules(defaults.text_proc_rules if rules is None else rules)
+        self.rules = given_rules(self.tok, rules)
 
     def settings(self):
         "Return what the tokens depend on, as JSON can store it"
@@ -400,7 +399,7 @@ def _encoder_of(tokenizer, lang, rules):
                             "Leave them out, or pass `lang='zh-tw'` for those of Chinese")
     if not is_hf and lang != 'en':
         raise FastaiTLError('`lang` is for a tokenizer of transformers', 'one of fastai',
-                            'For Chinese pass `ChineseTokenizer()` and `rules=CHINESE_RULES`')
+                            'For Chinese pass `ChineseTokenizer()`')
     return SubwordEncoder(tokenizer, lang) if is_hf else WordEncoder(tokenizer, rules)
 
 def _lock(path):

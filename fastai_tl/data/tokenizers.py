@@ -90,6 +90,13 @@ def check_rules(
     "Raise an error unless rules are a list of functions"
     return check_each('rules', rules, check_callable)
 
+def given_rules(
+    tok, # A tokenizer
+    rules=None # What the user passed
+) -> list: # Functions
+    "Return the rules; `None`: the `default_rules` of the tokenizer, or fastai's"
+    return check_rules(getattr(tok, 'default_rules', defaults.text_proc_rules) if rules is None else rules)
+
 # %% ../../nbs/118_data.tokenizers.ipynb #e6c25e42
 def tokenizer_settings(
     tok, # A tokenizer: an object that turns texts into lists of tokens
@@ -274,15 +281,15 @@ def given_tokenizer(tok):
 def tokenize_texts_once(
     texts, # Strings, see `read_texts`
     tok=None, # A tokenizer; `None`: `WordLevelTokenizer()`
-    rules=None, # Functions that are applied to each text before tokenization; `None`: fastai's rules
+    rules=None, # Functions that are applied to each text before tokenization; `None`: the tokenizer's own, or fastai's
     cache_dir:str|Path|None=None, # Folder of the cache; `None`: no cache
     progress:bool=True, # Whether to show a progress bar if there are more than a thousand texts
     n_workers:int|None=None # Number of processes; `None`: one, or one per core from 20,000 texts
 ) -> TokenizedTexts:
-    "Tokenize `texts` with fastai's rules, or read their tokens from the cache"
+    "Tokenize `texts` with the rules, or read their tokens from the cache"
     texts = check_texts(texts)
     tok = given_tokenizer(tok)
-    rules = check_rules(defaults.text_proc_rules if rules is None else rules)
+    rules = given_rules(tok, rules)
     progress = check_flag('progress', progress)
     check_whole('n_workers', n_workers, high=4096, or_none=True)
     settings = tokenizer_settings(tok, rules)
