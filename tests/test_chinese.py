@@ -658,8 +658,10 @@ def test_a_chinese_tokenizer_brings_its_own_rules(tmp_path):
     given = language_model_dls(found, vocab, ChineseTokenizer(), CHINESE_RULES, bs=2, seq_len=5)
     assert dls.spec == given.spec and dls.spec.rules == tuple(rule.__name__ for rule in CHINESE_RULES)
 
-    file = tokenize_to_file(texts, tmp_path/'words', ChineseTokenizer())
-    assert file.settings == tokenize_to_file(texts, tmp_path/'again', ChineseTokenizer(), rules=CHINESE_RULES).settings
+    source = tmp_path/'texts.txt'
+    source.write_text('\n'.join(texts), encoding='utf-8')
+    file = tokenize_to_file(source, tmp_path/'words', ChineseTokenizer())
+    assert file.settings == tokenize_to_file(source, tmp_path/'again', ChineseTokenizer(), rules=CHINESE_RULES).settings
 
     tok, rules = language_tools('en', ChineseTokenizer())
     assert rules == CHINESE_RULES
