@@ -51,6 +51,7 @@ from .models.execution_order import *
 from .models.layer_stacks import *
 from .models.layer_groups import *
 from .models.finite import *
+from .models.scalar_mix import *
 from .models.pooled_classifier import *
 from .models.encoder import *
 from .models.padding import *
@@ -64,6 +65,7 @@ from .models.awd_lstm import *
 from .models.static_vectors import *
 from .models.vocab_extension import *
 from .models.third_party import *
+from .models.layer_mixing import *
 from .models.dual_encoder import *
 from .efficiency.lstm_bf16 import *
 from .efficiency.allocator import *
