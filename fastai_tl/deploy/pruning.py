@@ -18,6 +18,7 @@ from ..core import FastaiTLError, shorten
 from ..learners.base import HFLearner
 from ..models.hf import HFModel
 from ..models.layer_stacks import find_stacks, inside
+from ..models.scalar_mix import find_mix
 from ..tune.accumulation import LargeBatchGradient
 from ..tune.divergence import StopOnNaN
 
@@ -98,6 +99,9 @@ def with_layers(
 ): # A new model
     "Return a model with some of the layers of another one"
     path = layer_path(hf)
+    if find_mix(hf) is not None:
+        raise FastaiTLError('Layers are removed from a model that reads its top layer', 'a mix of all layers',
+                            'Remove them before `learn.mix_layers()`')
     paths = {f'{path}.{old}': f'{path}.{new}' for new, old in enumerate(keep)}
     tensors = {}
     for name, tensor in _tensors(hf).items():
