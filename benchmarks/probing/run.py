@@ -137,7 +137,10 @@ def mix(a, df):
     valid = torch.from_numpy(df.valid.to_numpy())
     train, test = (states[~valid], targets[~valid]), (states[valid], targets[valid])
     sizes = [min(n, len(train[1])) for n in a.labels]
-    rows = [mix_of_seed(train, test, list(features), n, seed, a) for n in sizes for seed in range(a.seeds)]
+    rows = []
+    for n in sizes:
+        rows += [mix_of_seed(train, test, list(features), n, seed, a) for seed in range(a.seeds)]
+        common.write_json(a.json, dict(epochs=a.epochs, lr=a.lr, bs=a.bs, rows=rows))
     lines = []
     for n in sizes:
         of = pd.DataFrame([row['accuracy'] for row in rows if row['labels'] == n])
@@ -146,7 +149,6 @@ def mix(a, df):
             points = f'{gain[way].mean():+.3f} ± {gain[way].std():.3f}'
             lines.append([n, way, f'{of[way].mean():.3f} ± {of[way].std():.3f}', points])
     print(common.table(['labels:', 'the head reads', 'accuracy:', 'against the best layer:'], lines))
-    common.write_json(a.json, dict(epochs=a.epochs, lr=a.lr, bs=a.bs, rows=rows))
 
 
 def main(a):

@@ -93,6 +93,7 @@ def _config_of_layers(config, keep):
     new.num_hidden_layers = len(keep)
     return new
 
+# %% ../../nbs/808_deploy.pruning.ipynb #38a96070
 def with_layers(
     hf, # A model of transformers
     keep # Indices of the layers that stay, from bottom to top
