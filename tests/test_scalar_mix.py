@@ -217,6 +217,16 @@ def test_a_frozen_encoder_stays_and_the_weights_are_learned(small_tokenizers, ki
 
 
 @pytest.mark.parametrize('kind', MIXED)
+def test_mixing_again_unfreezes_and_begins_anew(small_tokenizers, kind):
+    learn = MIXED[kind](small_tokenizers)
+    set_scores(learn)
+    learn.freeze()
+    learn.mix_layers(layer_norm=True)
+    assert learn.mix_weights().weight.nunique() == 1 and find_mix(learn.model).layer_norm
+    assert all(p.requires_grad for group in layer_groups(learn.model) for p in group.params)
+
+
+@pytest.mark.parametrize('kind', MIXED)
 def test_fixed_weights_stay_equal(small_tokenizers, kind):
     learn = MIXED[kind](small_tokenizers, trainable=False)
     with learn.no_bar(), learn.no_logging():

@@ -150,6 +150,7 @@ def mix_layers(self:Learner,
     make = mixed_hf if isinstance(self.model, HFModel) else mixed_awd
     self.model = make(self.model, layer_norm=layer_norm, trainable=trainable).to(device)
     self.opt = None
+    self.unfreeze()
     return self
 
 # %% ../../nbs/232_models.layer_mixing.ipynb #3cec3bc6
