@@ -50,6 +50,7 @@ from .datasets.quickstart import *
 from .models.execution_order import *
 from .models.layer_stacks import *
 from .models.layer_groups import *
+from .models.scalar_mix import *
 from .models.finite import *
 from .models.pooled_classifier import *
 from .models.encoder import *
@@ -64,6 +65,7 @@ from .models.awd_lstm import *
 from .models.static_vectors import *
 from .models.vocab_extension import *
 from .models.third_party import *
+from .models.layer_mixing import *
 from .models.dual_encoder import *
 from .efficiency.lstm_bf16 import *
 from .efficiency.allocator import *

@@ -59,6 +59,7 @@ QUESTIONS = {
     'a classifier blended with a bag of words': 'Blend',
     'classification without training': 'LabelWordClassifier',
     'word vectors of word2vec, GloVe and fastText': 'StaticVectors',
+    'learned weights of the layers of a model (ELMo)': 'ScalarMix',
     'adversarial training': 'FGM',
     'training loops for plain PyTorch': 'gradual_unfreezing_training',
     'the three stages of ULMFiT': 'ULMFiT',

@@ -8,10 +8,11 @@ Docs: https://fastai-tl.github.io/fastai_tl/deploy.awd_settings.html.md"""
 __all__ = []
 
 # %% ../../nbs/818_deploy.awd_settings.ipynb #3d6cc7ef
-import torch
 from fastai.text.models.core import LinearDecoder
 from .engines import classifier_parts
+from ..models.awd_lstm import head_settings
 from ..models.encoder import find_encoder
+from ..models.scalar_mix import find_mix
 
 # %% ../../nbs/818_deploy.awd_settings.ipynb #92589fdc
 def _awd_config(encoder):
@@ -23,12 +24,9 @@ def _awd_config(encoder):
 def _classifier_head(model):
     "Return the sizes and dropout probabilities of the head of a classifier"
     sentence, head = classifier_parts(model)
-    linears = [m for m in head.layers.modules() if isinstance(m, torch.nn.Linear)]
-    dropouts = [m.p for m in head.layers.modules() if isinstance(m, torch.nn.Dropout)]
-    low = getattr(head.layers[-1], 'low', None)
-    return dict(lin_ftrs=[m.out_features for m in linears[:-1]], n_out=linears[-1].out_features, ps=dropouts,
-                seq_len=sentence.bptt, max_len=sentence.max_len,
-                y_range=None if low is None else [low, head.layers[-1].high])
+    mix = find_mix(head)
+    settings = dict(head_settings(head), seq_len=sentence.bptt, max_len=sentence.max_len)
+    return settings if mix is None else dict(settings, scalar_mix=mix.settings)
 
 def _lm_head(model, encoder):
     "Return the settings of the decoder of a language model"

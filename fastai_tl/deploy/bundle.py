@@ -52,6 +52,7 @@ from ..learners.language_modeling import awd_lm_learner
 from ..models.awd_lstm import pool_real_tokens
 from ..models.class_order import name_outputs, output_names, permute_rows, reorder_outputs
 from ..models.hf import HFModel
+from ..models.layer_mixing import mixed_awd
 from ..models.loading import auto_class, load_pretrained, quiet_transformers
 from ..models.third_party import text_parts
 from ..models.virtual_tokens import merged_copy
@@ -64,9 +65,10 @@ def _make_awd(settings):
     if 'tie_weights' in head:
         return get_language_model(AWD_LSTM, n_tokens, {**awd_lstm_lm_config, **config, **head})
     config = {**awd_lstm_clas_config, **config, 'output_p': head['ps'][0]}
-    return get_text_classifier(
+    model = get_text_classifier(
         AWD_LSTM, n_tokens, head['n_out'], head['seq_len'], config, drop_mult=1., lin_ftrs=head['lin_ftrs'],
         ps=head['ps'][1:], pad_idx=config['pad_token'], max_len=head['max_len'], y_range=head['y_range'])
+    return mixed_awd(model, **head['scalar_mix']) if 'scalar_mix' in head else model
 
 # %% ../../nbs/820_deploy.bundle.ipynb #1475517e
 def _save_awd(model, vocab, folder, name):

@@ -159,6 +159,7 @@ class AWDEngine(Engine):
         self.seq_len = sentence.bptt
         self.max_len = sentence.max_len
         self.pad_id = sentence.pad_idx
+        self.sizes = getattr(sentence, 'sizes', None) # of the states of each layer, if the head reads all of them
 
     @property
     def device(self):
@@ -193,7 +194,7 @@ class AWDEngine(Engine):
         lens = torch.tensor([len(row) for row in rows])
         device = self.emb.device
         ids = pad_rows([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], self.pad_id).to(device)
-        pool = ConcatPool(lens, self._n_unpooled(lens), self.emb.shape[1], device)
+        pool = ConcatPool(lens, self._n_unpooled(lens), sum(self.sizes or self.emb.shape[1:]), device)
         state = [None]*len(self.cells)
         start, n_steps = 0, int(lens[0])
         with torch.inference_mode():
@@ -211,14 +212,16 @@ class AWDEngine(Engine):
         return ((lens-self.max_len).clamp(min=0)+self.seq_len-1) // self.seq_len*self.seq_len
 
     def _read(self, ids, state):
-        "Return the outputs of the last layer for some steps, and update `state` of the remaining rows"
+        "Return the states to pool for some steps, and update `state` of the remaining rows"
         x, n_rows = F.embedding(ids, self.emb), len(ids)
+        layers = [x]
         for i, cell in enumerate(self.cells):
             before = x.new_zeros(2, 1, n_rows, cell.hidden) if state[i] is None else state[i]
             h, c = (o[:,:n_rows].contiguous() for o in before)
             x, h, c = cell(x, h, c)
             state[i] = (h, c)
-        return x.float()
+            layers.append(x)
+        return (torch.cat(layers, -1) if self.sizes else x).float()
 
     def _apply_head(self, x):
         if not self.share:

@@ -286,11 +286,13 @@ class _ExportedAWD(nn.Module):
         self.head = engine.head
         self.seq_len = engine.seq_len
         self.max_len = engine.max_len
+        self.all_layers = engine.sizes is not None
 
     def forward(self, input_ids, lengths):
-        x = F.embedding(input_ids, self.emb)
+        layers = [F.embedding(input_ids, self.emb)]
         for lstm in self.lstms:
-            x = lstm(x)[0]
+            layers.append(lstm(layers[-1])[0])
+        x = torch.cat(layers, -1) if self.all_layers else layers[-1]
         steps = torch.arange(x.shape[1])[None]
         keep = steps < lengths[:,None]
         if self.max_len is not None: # only the last tokens of a long text are pooled, in whole chunks
@@ -298,7 +300,7 @@ class _ExportedAWD(nn.Module):
             keep = keep & (steps >= skipped[:,None])
         mask = keep[...,None].float()
         last = (x*(steps == lengths[:,None]-1)[...,None].float()).sum(1)
-        largest = (x*mask - (1-mask)*1e4).amax(1) # outputs of an LSTM are between -1 and 1
+        largest = (x*mask - (1-mask)*1e4).amax(1) # states are much smaller than this
         return self.head(torch.cat([last, largest, (x*mask).sum(1)/mask.sum(1)], 1))
 
 def _lstm_of(cell):

@@ -18,6 +18,7 @@ from ..core import FastaiTLError, shorten
 from ..learners.base import HFLearner
 from ..models.hf import HFModel
 from ..models.layer_stacks import find_stacks, inside
+from ..models.scalar_mix import find_mix
 from ..tune.accumulation import LargeBatchGradient
 from ..tune.divergence import StopOnNaN
 
@@ -92,12 +93,16 @@ def _config_of_layers(config, keep):
     new.num_hidden_layers = len(keep)
     return new
 
+# %% ../../nbs/808_deploy.pruning.ipynb #38a96070
 def with_layers(
     hf, # A model of transformers
     keep # Indices of the layers that stay, from bottom to top
 ): # A new model
     "Return a model with some of the layers of another one"
     path = layer_path(hf)
+    if find_mix(hf) is not None:
+        raise FastaiTLError('Layers are removed from a model that reads its top layer', 'a mix of all layers',
+                            'Remove them before `learn.mix_layers()`')
     paths = {f'{path}.{old}': f'{path}.{new}' for new, old in enumerate(keep)}
     tensors = {}
     for name, tensor in _tensors(hf).items():

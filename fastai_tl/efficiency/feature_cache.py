@@ -98,7 +98,8 @@ class PrefixCache:
         self.dataset = dl.dataset
         self.is_pooled = not isinstance(prefix, Prefix)
         # whether one vector per text is stored
-        self.has_vectors = self.is_pooled or (one is not None and prefix.k == len(prefix.blocks))
+        self.has_vectors = self.is_pooled or prefix.has_vectors or (
+            one is not None and prefix.k == len(prefix.blocks))
         self.lengths = self._text_lengths()
         self.order = np.argsort(-self.lengths, kind='stable') # long texts first
         n_states = np.ones_like(self.lengths) if self.has_vectors else self.lengths
@@ -250,7 +251,8 @@ def _no_frozen_layers(model):
     "Return the error for a model without frozen layers to compute once"
     lowest = next((name for name, p in model.named_parameters() if p.requires_grad), 'nothing')
     expected = ('`CachedPrefix` needs frozen layers: the whole encoder of an AWD_LSTM, '
-                'or at least the embeddings and the first layer of a Hugging Face model')
+                'or of a model with a mix of its layers, or at least the embeddings and the first layer of another '
+                'Hugging Face model')
     todo = 'Call learn.freeze_to(-1) before the fit, or use learn.fit_gradual(cache=True)'
     return FastaiTLError(expected, f'a model whose first trainable parameter is {lowest!r}', todo)
 

@@ -21,6 +21,8 @@ from ..models.layer_stacks import find_stacks
 from ..models.hf import HFModel
 from ..models.execution_order import dummy_inputs, hf_models
 from ..models.awd_lstm import RealTokenPooling
+from ..models.layer_mixing import MixedPooling
+from ..models.scalar_mix import find_mix
 
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #30679017
 @checked
@@ -150,22 +152,29 @@ def _refuse_hooks(blocks):
         raise FastaiTLError('Layers whose output is kept must have no hooks, which would run once only',
                             f'hooks on {shorten(sorted(hooked), 3)}', 'Remove them')
 
+def _refuse_lengths(model):
+    if getattr(model, 'by_length', False):
+        raise FastaiTLError('A model to be cut must compute all texts of a batch together',
+                            f'a {type(hf_models(model)[0]).__name__}, in which padding changes the output',
+                            'Train it without stored states')
+
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #5d8eaf4b
 class Prefix:
     "A Hugging Face model cut above its lower `k` blocks"
+    has_vectors = False # whether `record` returns one vector for each text
     @checked
     def __init__(self,
         model:nn.Module, # An `HFModel`, or a model of transformers
         k:int # Number of blocks below the cut; 0: only the embeddings are below it
     ):
+        if find_mix(model) is not None:
+            raise FastaiTLError('A model to be cut must read its top layer', 'a mix of all layers',
+                                'Freeze the whole encoder: `learn.freeze()`')
         self.model = model
         self.blocks = find_blocks(model)
         self.k = check_whole('k', k, 0, len(self.blocks)) # at most the number of layers
         _refuse_hooks(self.blocks[:self.k])
-        if getattr(model, 'by_length', False):
-            raise FastaiTLError('A model to be cut must compute all texts of a batch together',
-                                f'a {type(hf_models(model)[0]).__name__}, in which padding changes the output',
-                                'Train it without stored states')
+        _refuse_lengths(model)
         with evaluating(model):
             self._check()
 
@@ -245,13 +254,15 @@ class Prefix:
             yield
 
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #98547f44
+_POOLING_HEADS = (PoolingLinearClassifier, RealTokenPooling, MixedPooling)
+
 def is_pooled(
     model # Any model
 ) -> bool: # `True` for an encoder with concat pooling
     "Return whether the model is fastai's text classifier"
     if not isinstance(model, nn.Sequential) or len(model) != 2:
         return False
-    return isinstance(model[0], SentenceEncoder) and type(model[1]) in (PoolingLinearClassifier, RealTokenPooling)
+    return isinstance(model[0], SentenceEncoder) and type(model[1]) in _POOLING_HEADS
 
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #199525f3
 class PooledPrefix:
@@ -265,7 +276,8 @@ class PooledPrefix:
         self.encoder = model[0]
         self.head = model[1]
         first_linear = next(m for m in self.head.layers.modules() if isinstance(m, nn.Linear))
-        self.width = first_linear.in_features # size of the vector of a text
+        sizes = getattr(self.encoder, 'sizes', None) # of the layers, if the head reads all of them
+        self.width = 3*sum(sizes) if sizes else first_linear.in_features # size of the vector of a text
 
     def __str__(self):
         return 'the encoder and its pooling'
@@ -295,14 +307,74 @@ class PooledPrefix:
         with replaced_forwards({self.encoder: encoder, self.head: head}):
             yield
 
+# %% ../../nbs/320_efficiency.frozen_features.ipynb #1642fdd9
+class MixPrefix(Prefix):
+    "A Hugging Face model whose head reads a mix of all layers, cut between the pooling and the mix"
+    has_vectors = True
+    def __init__(self,
+        model # An `HFModel`
+    ):
+        self.model = model
+        self.hf = hf_models(model)[0]
+        self.mix = find_mix(model)
+        self.blocks, self.k = [], 0 # no block is computed from the stored vectors
+        _refuse_lengths(model)
+        with evaluating(model):
+            self._check()
+
+    def __str__(self):
+        return 'all layers and their pooling'
+    def __repr__(self):
+        return f'MixPrefix({self.width} numbers a text)'
+
+    def _check(self):
+        args, kwargs = probe_batch(self.model)
+        states = self.record(*args, **kwargs)
+        self.width = states.shape[-1]
+        with self.replay(states):
+            again = logits_of(self.model(*args, **kwargs))
+        difference = relative_difference(again, logits_of(self.model(*args, **kwargs)))
+        if not difference < 1e-3:
+            raise FastaiTLError('A head must give the same from stored states as from the texts',
+                                f'outputs that differ by {difference:.1e}')
+
+    def record(self,
+        *args, # Positional arguments of the model
+        **kwargs # Keyword arguments of the model
+    ) -> torch.Tensor: # (texts, 1, layers × dimensions)
+        "Run the model and return the pooled states of all layers"
+        recorded = []
+        def record_input(layers):
+            self.sizes = [h.shape[-1] for h in layers]
+            recorded.append(torch.cat(layers, -1)[:, None])
+            return layers[0]
+        with replaced_forwards({self.mix: record_input}):
+            self.model(*args, **kwargs)
+        return recorded[0]
+
+    @contextmanager
+    def replay(self,
+        states:torch.Tensor # (texts, 1, layers × dimensions), from `record`
+    ):
+        "Make the model continue from `states` inside the `with` block"
+        from transformers.modeling_outputs import BaseModelOutput
+        own = self.mix.forward
+        def body(*args, **kwargs): return BaseModelOutput(states, hidden_states=())
+        def mix(layers): return own(states[:, 0].split(self.sizes, -1))
+        with replaced_forwards({self.hf.base_model: body, self.mix: mix}):
+            yield
+
 # %% ../../nbs/320_efficiency.frozen_features.ipynb #dac43fa7
 @checked
 def frozen_prefix(
     model:nn.Module # A Hugging Face model or an AWD_LSTM classifier, some of its layers frozen
-): # A `Prefix` or a `PooledPrefix`; `None` if no output of frozen layers is worth storing
+): # A `Prefix`, `MixPrefix` or `PooledPrefix`; `None` if no output of frozen layers is worth storing
     "Cut `model` above its frozen layers"
     if is_pooled(model):
         encoder_trains = any(p.requires_grad for p in model[0].parameters())
         return None if encoder_trains else PooledPrefix(model)
+    if find_mix(model) is not None and hf_models(model):
+        encoder_trains = any(p.requires_grad for p in hf_models(model)[0].base_model.parameters())
+        return None if encoder_trains else MixPrefix(model)
     k = frozen_layers(model) if hf_models(model) else find_blocks(model) # `find_blocks` raises the error
     return Prefix(model, k) if k > 0 else None

@@ -22,24 +22,10 @@ from ..efficiency.feature_cache import draw_items
 from .model_inputs import undisturbed
 from .reading import read_texts
 from ..models.hf import HFModel
-from ..models.layer_groups import layer_groups
 from ..models.padding import move_padding
 from ..models.pooled_classifier import POOLINGS, pooling_weights
-from ..models.pooled_states import pooled_states, token_states
+from ..models.pooled_states import layer_names, pooled_states, token_states
 from ..models.third_party import spec_of
-
-# %% ../../nbs/765_interpretation.layer_features.ipynb #52b8279f
-def layer_names(
-    model, # A model
-    n:int # Number of states: the embeddings and the layers
-) -> list: # `embeddings`, `layer.0`, …
-    "Return the names of the states of a model"
-    groups = [group.name for group in layer_groups(model)]
-    groups = groups[:-1] if groups[-1] == 'head' else groups
-    if len(groups) == n:
-        return groups
-    encoder = [name for name in groups if 'decoder' not in name] # only the encoder was run
-    return encoder if len(encoder) == n else ['embeddings', *(f'layer.{i}' for i in range(n-1))]
 
 # %% ../../nbs/765_interpretation.layer_features.ipynb #69c30200
 class _ChunkPooling:

@@ -30,7 +30,7 @@ from ..models.class_order import name_outputs
 from ..models.execution_order import base_model
 from ..models.hf import HFModel, load_config
 from ..models.loading import load_pretrained
-from ..models.pooled_classifier import keep_layers, pooled_class
+from ..models.pooled_classifier import keep_layers, pooled_class, with_body_of
 from ..models.pooled_states import pooled_states
 from ..models.third_party import spec_of
 from ..tune.contrastive import backward_in_parts, supervised_contrastive_loss
@@ -134,6 +134,7 @@ def _named_config(config, classes):
     config = type(config).from_dict(config.to_dict())
     config.num_labels = len(classes)
     config.pooled_layer = None
+    config.scalar_mix = None
     name_outputs(config, classes)
     return config
 
@@ -154,10 +155,7 @@ def pooled_model(
     if not (isinstance(encoder, nn.Module) and hasattr(encoder, 'config') and hasattr(encoder, 'base_model')):
         raise FastaiTLError('An encoder must be a name, a folder, a config or a model of transformers',
                             f'a {type(encoder).__name__}')
-    hf = cls(_named_config(base_model(encoder).config, classes))
-    weights = base_model(encoder).base_model.state_dict()
-    hf.base_model.load_state_dict({name: weights[name] for name in hf.base_model.state_dict()})
-    return hf.float()
+    return with_body_of(encoder, _named_config(base_model(encoder).config, classes))
 
 # %% ../../nbs/537_learners.few_shot.ipynb #0dcb6236
 def layer_features_of(

@@ -29,6 +29,10 @@ class RealTokenEncoder(SentenceEncoder):
         start = first + n_chunks*self.bptt
         return padding | (torch.arange(padding.shape[1], device=padding.device) < start[:,None])
 
+    def read(self, tokens):
+        "Return the states to pool of a chunk, (texts, tokens, dimensions)"
+        return self.module(tokens)
+
     def forward(self, tokens):
         self.reset()
         padding = tokens == self.pad_idx
@@ -42,7 +46,7 @@ class RealTokenEncoder(SentenceEncoder):
         outs = []
         for i in range(0, tokens.shape[1], self.bptt):
             n_begun = int((first <= i).sum()) # number of texts that have begun; they come first in the batch
-            states = self.module(tokens[:n_begun, i:i+self.bptt])
+            states = self.read(tokens[:n_begun, i:i+self.bptt])
             if i >= begin:
                 outs.append(_pad_tensor(states, len(tokens)))
         return torch.cat(outs, 1), mask[:,begin:]
@@ -75,6 +79,17 @@ def pool_real_tokens(
         if type(m) in classes:
             m.__class__ = classes[type(m)]
     return model
+
+# %% ../../nbs/220_models.awd_lstm.ipynb #40663123
+def head_settings(
+    head # A `PoolingLinearClassifier`
+) -> dict: # `lin_ftrs`, `n_out`, `ps` and `y_range`
+    "Return the sizes and dropout probabilities of the head of a classifier"
+    linears = [m for m in head.layers.modules() if isinstance(m, nn.Linear)]
+    dropouts = [m.p for m in head.layers.modules() if isinstance(m, nn.Dropout)]
+    low = getattr(head.layers[-1], 'low', None)
+    return dict(lin_ftrs=[m.out_features for m in linears[:-1]], n_out=linears[-1].out_features, ps=dropouts,
+                y_range=None if low is None else [low, head.layers[-1].high])
 
 # %% ../../nbs/220_models.awd_lstm.ipynb #2ba430a0
 def allow_zero_weight_dropout(

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from ..callbacks import evaluating
 from ..core import FastaiTLError, unknown_option
-from .execution_order import dummy_inputs
+from .execution_order import base_model, dummy_inputs
+from .scalar_mix import ScalarMix
 
 # %% ../../nbs/209_models.pooled_classifier.ipynb #ca2e03ea
 POOLINGS = ('mean', 'first', 'last')
@@ -59,6 +60,15 @@ def _body_class(config):
         raise FastaiTLError('The config must say how many dimensions a state has', f'a {kind} without `hidden_size`')
     return body_class
 
+# %% ../../nbs/209_models.pooled_classifier.ipynb #f5453a26
+def _remove_capturing(model):
+    "Remove the hooks with which transformers captures states"
+    for m in model.modules():
+        for i, hook in list(m._forward_hooks.items()):
+            if getattr(hook, '__module__', '') == 'transformers.utils.output_capturing':
+                m._forward_hooks.pop(i)
+        vars(m).pop('_output_capturing_hooks_installed', None)
+
 # %% ../../nbs/209_models.pooled_classifier.ipynb #de6b1b3b
 class MeanPooling:
     "The methods of `PooledForSequenceClassification`, whose base class is imported when it is needed"
@@ -73,6 +83,8 @@ class MeanPooling:
         body = body_class(config, **(dict(add_pooling_layer=False) if takes_pooler else {}))
         setattr(self, self.base_model_prefix, body)
         self.accepts = set(inspect.signature(body.forward).parameters)
+        mix = getattr(config, 'scalar_mix', None)
+        self.mix = None if mix is None else ScalarMix(config.num_hidden_layers + 1, **mix)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -80,18 +92,34 @@ class MeanPooling:
                 return_dict=True, **kwargs):
         "Return the logits of texts"
         from transformers.modeling_outputs import SequenceClassifierOutput
-        layer = getattr(self.config, 'pooled_layer', None)
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
                       inputs_embeds=inputs_embeds, use_cache=False)
         inputs = {name: value for name, value in inputs.items() if value is not None and name in self.accepts}
-        if layer is not None:
+        if self.mix is not None or getattr(self.config, 'pooled_layer', None) is not None:
             kwargs['output_hidden_states'] = True
         out = self.base_model(**inputs, **kwargs, return_dict=True)
-        states = out.last_hidden_state if layer is None else out.hidden_states[layer]
+        states = out.last_hidden_state
         mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
-        logits = self.classifier(pooled_mean(states, mask))
+        logits = self.classifier(self._features(out, mask))
         return SequenceClassifierOutput(logits=logits, hidden_states=out.get('hidden_states'),
                                         attentions=out.get('attentions'))
+
+    def _features(self, out, mask):
+        "Return what the linear layer reads"
+        if self.mix is not None:
+            return self.mix([pooled_mean(states, mask) for states in out.hidden_states])
+        layer = getattr(self.config, 'pooled_layer', None)
+        return pooled_mean(out.last_hidden_state if layer is None else out.hidden_states[layer], mask)
+
+    def _init_weights(self, module):
+        if isinstance(module, ScalarMix):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def __getstate__(self):
+        _remove_capturing(self)
+        return super().__getstate__()
 
     @classmethod
     def from_config(cls, config, **kwargs):
@@ -154,3 +182,14 @@ def keep_layers(
         return short
     model.config.pooled_layer = n
     return model
+
+# %% ../../nbs/209_models.pooled_classifier.ipynb #433a42ff
+def with_body_of(
+    model, # A model of transformers, with or without a head
+    config # Config of the new model: that of `model` with other outputs, another layer to pool or a mix
+): # A `PooledForSequenceClassification` with a random head
+    "Make a pooled classifier with the weights of the body of another model"
+    made = pooled_class()(config)
+    weights = base_model(model).base_model.state_dict()
+    made.base_model.load_state_dict({name: weights[name] for name in made.base_model.state_dict()})
+    return made.float()

@@ -14,6 +14,7 @@ from torch import nn
 from ..core import FastaiTLError
 from ..data.hf_tokenizer import TensorTokens, pad_rows
 from ..data.windows import split_windows
+from .layer_groups import layer_groups
 from .padding import by_length, move_padding, restore_blocks
 from .pooled_classifier import pooling_weights
 
@@ -99,3 +100,16 @@ def pooled_states(
     x = x[:, :2]
     whole = by_length(compute, move_padding(x)[0]) if model.by_length and (x < 0).any() else compute(x)
     return whole.split(sizes, 1)
+
+# %% ../../nbs/216_models.pooled_states.ipynb #c1028b9e
+def layer_names(
+    model, # A model
+    n:int # Number of states: the embeddings and the layers
+) -> list: # `embeddings`, `layer.0`, …
+    "Return the names of the states of a model"
+    groups = [group.name for group in layer_groups(model)]
+    groups = groups[:-1] if groups[-1] == 'head' else groups
+    if len(groups) == n:
+        return groups
+    encoder = [name for name in groups if 'decoder' not in name] # only the encoder was run
+    return encoder if len(encoder) == n else ['embeddings', *(f'layer.{i}' for i in range(n-1))]
