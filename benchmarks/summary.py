@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 GROUPS = {
     'Accuracy': (
-        'transfer_gain trec6_minilm recipes fit_transfer layer_rates few_shot distillation shrinking hotel_reviews '
+        'transfer_gain trec6_minilm recipes fit_transfer layer_rates few_shot multilingual distillation shrinking hotel_reviews '
         'chinese_ner probing preferences continual new_words'
     ).split(),
     'Speed and memory': (
