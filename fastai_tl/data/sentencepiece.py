@@ -29,6 +29,15 @@ def _read_number(data, at):
 
 _SIZES = {1: 8, 5: 4} # bytes of the kinds of value that have a fixed size
 
+def _read_value(data, at, kind):
+    if kind == 0:
+        return _read_number(data, at)
+    size, at = (_SIZES[kind], at) if kind in _SIZES else _read_number(data, at)
+    if at + size > len(data):
+        raise ValueError('a value that is cut off')
+    return data[at:at+size], at+size
+
+# %% ../../nbs/125_data.sentencepiece.ipynb #97a93573
 def read_message(
     data:bytes # A message
 ) -> dict: # For each number of a field, a list of its values: whole numbers, or bytes
@@ -44,16 +53,11 @@ def read_message(
         fields.setdefault(key >> 3, []).append(value)
     return fields
 
-def _read_value(data, at, kind):
-    if kind == 0:
-        return _read_number(data, at)
-    size, at = (_SIZES[kind], at) if kind in _SIZES else _read_number(data, at)
-    if at + size > len(data):
-        raise ValueError('a value that is cut off')
-    return data[at:at+size], at+size
-
 # %% ../../nbs/125_data.sentencepiece.ipynb #28ee8b50
-_UNKNOWN, _CONTROL, _BYTE = 2, 3, 6 # types of pieces
+# types of pieces
+_UNKNOWN = 2
+_CONTROL = 3
+_BYTE = 6
 
 class UnigramFile:
     "Pieces, scores and normalization of a unigram model of SentencePiece"

@@ -89,7 +89,8 @@ _ABOUT = '''---
 license: apache-2.0
 ---
 Google's universal-sentence-encoder-multilingual, version 3 (Apache-2.0), as {package} {version} (Apache-2.0) carries
-it, in the format of transformers. Written by fastai_tl. https://tfhub.dev/google/universal-sentence-encoder-multilingual/3
+it, in the format of transformers. Written by fastai_tl.
+https://tfhub.dev/google/universal-sentence-encoder-multilingual/3
 '''
 
 def _is_complete(folder):

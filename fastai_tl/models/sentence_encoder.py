@@ -56,6 +56,7 @@ class _Branch(nn.Module):
     def forward(self, states, mask):
         return self.upper(self.lower(states, mask), mask)
 
+# %% ../../nbs/206_models.sentence_encoder.ipynb #23d602bf
 class NGramBlock(nn.Module):
     "The embeddings, and branches for windows of different sizes, projected to one state for each token"
     def __init__(self,
@@ -180,7 +181,8 @@ MODEL_TYPE = 'fastai_tl_sentence_encoder'
 @functools.cache
 def _classes():
     "Make the classes and register them with transformers"
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+    import transformers
+    from transformers import PreTrainedConfig, PreTrainedModel
     def make(name, doc, *bases, **members):
         return type(name, bases, dict(__module__=__name__, __doc__=doc, **members))
     types = {name: type(value) for name, value in CONFIG_DEFAULTS.items()}
@@ -190,11 +192,12 @@ def _classes():
     model = make('SentenceEncoderModel', 'A vector for each text', EncoderMethods, PreTrainedModel, **common)
     classifier = make('SentenceEncoderForSequenceClassification', 'A linear layer on the vector of a text',
                       ClassifierMethods, PreTrainedModel, **common)
-    AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
-    AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
+    transformers.AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
+    transformers.AutoModel.register(config, model, exist_ok=True)
+    transformers.AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
     return {cls.__name__: cls for cls in (config, model, classifier)}
 
+# %% ../../nbs/206_models.sentence_encoder.ipynb #8a62550a
 _NAMES = ('SentenceEncoderConfig', 'SentenceEncoderModel', 'SentenceEncoderForSequenceClassification')
 
 def sentence_encoder_class(
