@@ -11,8 +11,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 GROUPS = {
     'Accuracy': (
-        'transfer_gain trec6_minilm recipes fit_transfer layer_rates few_shot distillation shrinking hotel_reviews '
-        'chinese_ner probing preferences continual new_words'
+        'transfer_gain trec6_minilm recipes fit_transfer layer_rates few_shot multilingual distillation shrinking '
+        'hotel_reviews chinese_ner probing preferences continual new_words'
     ).split(),
     'Speed and memory': (
         'training allocator mixed_precision feature_cache compilation prediction onnx serving generation evaluation '

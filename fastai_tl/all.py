@@ -29,6 +29,7 @@ from .data.chinese import *
 from .data.display import *
 from .data.loaders import *
 from .data.hf_tokenizer import *
+from .data.sentencepiece import *
 from .data.offsets import *
 from .data.awd_lstm import *
 from .data.windows import *
@@ -51,6 +52,7 @@ from .models.execution_order import *
 from .models.layer_stacks import *
 from .models.layer_groups import *
 from .models.scalar_mix import *
+from .models.sentence_encoder import *
 from .models.finite import *
 from .models.pooled_classifier import *
 from .models.encoder import *
@@ -61,6 +63,7 @@ from .models.class_order import *
 from .models.hf import *
 from .models.pooled_states import *
 from .models.class_extension import *
+from .models.multilingual import *
 from .models.awd_lstm import *
 from .models.static_vectors import *
 from .models.vocab_extension import *

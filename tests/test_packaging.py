@@ -7,7 +7,7 @@ import pytest
 
 from repo import *
 
-EXTRAS = {'dev', 'docs', 'zh', 'minilm', 'peft', 'seq2seq', 'onnx', 'blurr'}
+EXTRAS = {'dev', 'docs', 'zh', 'minilm', 'multilingual', 'peft', 'seq2seq', 'onnx', 'blurr'}
 
 
 @pytest.fixture(scope='module')

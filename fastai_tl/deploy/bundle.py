@@ -54,6 +54,7 @@ from ..models.class_order import name_outputs, output_names, permute_rows, reord
 from ..models.hf import HFModel
 from ..models.layer_mixing import mixed_awd
 from ..models.loading import auto_class, load_pretrained, quiet_transformers
+from ..models.sentence_encoder import register_sentence_encoder
 from ..models.third_party import text_parts
 from ..models.virtual_tokens import merged_copy
 
@@ -143,6 +144,7 @@ def _weight_files(folder):
 def _check_size(folder, spec):
     "Return the configuration; raise an error unless it describes a model of the size of the weights"
     from transformers import AutoConfig
+    register_sentence_encoder()
     file = folder/'config.json'
     shapes = tensor_shapes(_weight_files(folder))
     check_config(file, shapes)

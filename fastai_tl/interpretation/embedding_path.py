@@ -11,6 +11,7 @@ __all__ = []
 import copy
 import inspect
 from contextlib import contextmanager
+from itertools import chain
 import numpy as np
 import torch
 from torch import nn
@@ -145,7 +146,7 @@ def baseline_of(
 # %% ../../nbs/752_interpretation.embedding_path.ipynb #99c93520
 def _all_embeddings(module):
     "Yield the embeddings of all tokens, 4,096 at a time"
-    table = next(m for m in module.modules() if isinstance(m, nn.Embedding))
+    table = next(m for m in module.modules() if hasattr(m, 'num_embeddings'))
     for start in range(0, table.num_embeddings, 4096):
         ids = torch.arange(start, min(start+4096, table.num_embeddings), device=table.weight.device)
         yield module.forward(ids[None])[0]
@@ -157,7 +158,7 @@ def baseline_vector(module, name, token=None):
         return next(_all_embeddings(module))[0]*0
     if name == 'mean':
         return torch.cat([part.double() for part in _all_embeddings(module)]).mean(0).float()
-    device = next(module.parameters()).device
+    device = next(chain(module.parameters(), module.buffers())).device
     return module.forward(torch.tensor([[token]], device=device))[0, 0]
 
 # %% ../../nbs/752_interpretation.embedding_path.ipynb #3e049b5a

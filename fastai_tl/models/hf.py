@@ -25,6 +25,7 @@ from .execution_order import base_model, checked_hf, mark_fixed
 from .loading import HF_TASKS, auto_class, check_loading, load_pretrained
 from .padding import (
     CHANGED_BY_PADDING, LEFT_PADDED, by_length, move_padding, moved_back, n_words, padding_config, restore_blocks)
+from .sentence_encoder import register_sentence_encoder
 from .virtual_tokens import check_virtual_tokens, merged_copy, n_virtual_tokens
 
 # %% ../../nbs/215_models.hf.ipynb #ecfdeb08
@@ -75,6 +76,7 @@ def _with_labels(config, classes, n):
 def load_config(name, trust_remote_code=False):
     "Load the config of a model by name or from a folder; its code runs only if the user says so"
     from transformers import AutoConfig
+    register_sentence_encoder()
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as e:

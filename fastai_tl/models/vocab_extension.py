@@ -40,6 +40,9 @@ def _vocab_parameters(hf):
     n_rows = hf.get_input_embeddings().weight.shape[0]
     layers = [o for o in (hf.get_input_embeddings(), hf.get_output_embeddings()) if o is not None]
     found = [p for o in layers for p in o.parameters() if p.shape[:1] == (n_rows,)]
+    if not found:
+        raise FastaiTLError('The embeddings must be weights that train', 'embeddings that do not',
+                            'For the multilingual encoder: `multilingual_encoder(trainable_embeddings=True)`')
     return list(dict.fromkeys(found)) # tied weights once
 
 def _pieces(tokenizer, words):
@@ -82,7 +85,7 @@ def add_words(
     new = [w for w, _ in chosen]
     if not new:
         return [], []
-    n_rows = hf.get_input_embeddings().weight.shape[0]
+    n_rows = _vocab_parameters(hf)[0].shape[0]
     tokenizer.add_tokens([AddedToken(w, single_word=single_word, normalized=True) for w in new])
     rows = tokenizer.convert_tokens_to_ids(new)
     pairs = _resize(hf, max(rows)+1) if max(rows) >= n_rows else []
