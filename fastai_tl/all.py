@@ -51,8 +51,8 @@ from .datasets.quickstart import *
 from .models.execution_order import *
 from .models.layer_stacks import *
 from .models.layer_groups import *
-from .models.scalar_mix import *
 from .models.sentence_encoder import *
+from .models.scalar_mix import *
 from .models.finite import *
 from .models.pooled_classifier import *
 from .models.encoder import *

@@ -285,6 +285,7 @@ def own_classes():
     return {n.name for nb in notebooks() for c in nb.exported for n in ast.walk(c.tree) if isinstance(n, ast.ClassDef)}
 
 
+@lru_cache
 def all_patches():
     "[(number, class, method)] of the classes that fastai_tl patches and does not define"
     own = own_classes()

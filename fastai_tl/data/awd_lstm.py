@@ -85,6 +85,12 @@ def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
                     lang='zh-tw' if isinstance(reader.tok, ChineseTokenizer) else 'en',
                     truncation=False, seq_len=seq_len, backwards=backwards, columns=columns)
 
+# %% ../../nbs/127_data.awd_lstm.ipynb #e4e67a59
+def _reader(tok, rules):
+    "Return the transform that tokenizes new texts"
+    tok = given_tokenizer(tok)
+    return TextTokenizer(tok, given_rules(tok, rules))
+
 # %% ../../nbs/127_data.awd_lstm.ipynb #d093736f
 @checked
 def language_model_dls(
@@ -104,8 +110,7 @@ def language_model_dls(
     check_whole('seq_len', seq_len)
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][start:end] for part in parts for i, start, end in part]
-    tok = given_tokenizer(tok)
-    reader = TextTokenizer(tok, given_rules(tok, rules))
+    reader = _reader(tok, rules)
     n_train = len(parts[0])
     splits = [list(range(n_train)), list(range(n_train, len(items)))]
     dsets = Datasets(items, [text_tfms(reader, vocab, backwards)], splits=splits, dl_type=LMDataLoader)
@@ -162,8 +167,7 @@ def classifier_dls(
     classes, n_values = check_split(labels, task, train, valid, options.classes), n_values_of(labels, task)
     # lists, because fastai applies transforms to each member of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
-    tok = given_tokenizer(tok)
-    reader = TextTokenizer(tok, given_rules(tok, rules))
+    reader = _reader(tok, rules)
     tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)],
             [itemgetter(1), *label_tfms(task, classes, n_values)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]

@@ -155,17 +155,6 @@ def _generator(tm):
     pad_id = 0 if tm.adapter.pad_id is None else tm.adapter.pad_id
     return stateful_model(tm.model, tm.adapter.eos_ids, pad_id, tm.adapter.never)
 
-def _away_contexts(tm, prompts, contexts, options, config):
-    "Return for each context the one to move away from; set the strength if it is not given"
-    if not options.away_from:
-        return {}
-    n_beams = config.num_beams or 1
-    if tm.task == 'seq2seq' or n_beams > 1:
-        raise FastaiTLError('`away_from` needs a causal model or an AWD_LSTM, without beams',
-                            f'a {type(tm.model).__name__}, num_beams={n_beams}')
-    config.guidance_scale = 2. if config.guidance_scale is None else config.guidance_scale
-    return dict(zip(map(tuple, contexts), _encode_prompts(tm, prompts, options.away_from)))
-
 def _check_words(options):
     "Check that no word is both required and forbidden"
     both = set(map(str, listify(options.bad_words))) & set(map(str, listify(options.required_words)))
@@ -178,6 +167,18 @@ def _check_room(required, contexts, config):
     if required.length > room:
         raise FastaiTLError(f'The text must have room for the required words ({required.length} tokens)',
                             f'{room} tokens to write', 'Raise `max_new_tokens`')
+
+# %% ../../nbs/625_generation.generate.ipynb #b8f2dba8
+def _away_contexts(tm, prompts, contexts, options, config):
+    "Return for each context the one to move away from; set the strength if it is not given"
+    if not options.away_from:
+        return {}
+    n_beams = config.num_beams or 1
+    if tm.task == 'seq2seq' or n_beams > 1:
+        raise FastaiTLError('`away_from` needs a causal model or an AWD_LSTM, without beams',
+                            f'a {type(tm.model).__name__}, num_beams={n_beams}')
+    config.guidance_scale = 2. if config.guidance_scale is None else config.guidance_scale
+    return dict(zip(map(tuple, contexts), _encode_prompts(tm, prompts, options.away_from)))
 
 # %% ../../nbs/625_generation.generate.ipynb #8f7eb752
 def _make_job(tm, config, contexts, options, away):
@@ -370,8 +371,7 @@ def generate(
     config = make_generation_config(options.generation_config, max_new_tokens=max_new_tokens, do_sample=do_sample,
                                     num_return_sequences=num_return_sequences, **others)
     contexts = _encode_prompts(tm, prompts, options.prefix)
-    away = _away_contexts(tm, prompts, contexts, options, config)
-    job = _make_job(tm, config, contexts, options, away)
+    job = _make_job(tm, config, contexts, options, _away_contexts(tm, prompts, contexts, options, config))
     if stream:
         return _stream(job, prompts, contexts, seed)
     has_functions = bool(options.logits_processor or options.stopping_criteria)
