@@ -1,8 +1,9 @@
 """Write benchmarks/README.md: a table of all benchmarks, from the title and the one-line result at the top of each
 one's README.
 
-python benchmarks/summary.py            write it python benchmarks/summary.py --check    fail if it is not up to
-date"""
+    python benchmarks/summary.py            # write it
+    python benchmarks/summary.py --check    # fail if it is not up to date
+"""
 
 import re
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 GROUPS = {
     'Accuracy': (
-        'transfer_gain trec6_minilm recipes fit_transfer layer_rates few_shot multilingual distillation shrinking '
-        'hotel_reviews chinese_ner probing preferences continual new_words'
+        'transfer_gain trec6_minilm recipes fit_transfer layer_rates regularizers few_shot multilingual distillation '
+        'shrinking hotel_reviews chinese_ner probing preferences continual new_words'
     ).split(),
     'Speed and memory': (
         'training allocator mixed_precision feature_cache compilation prediction onnx serving generation evaluation '
