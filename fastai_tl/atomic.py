@@ -282,10 +282,10 @@ def _finish_interrupted(path, own):
     "Tidy up after processes that were killed: restore the old folder, or move what is not its own to the new one"
     remove_leftovers(path.parent)
     for old in leftovers(path, '.old'):
-        if path.exists():
-            _move_others(old, path, own(old))
-        else:
+        if not path.exists():
             os.replace(old, path)
+        elif old.is_dir():
+            _move_others(old, path, own(old))
 
 # %% ../nbs/035_atomic.ipynb #58110d4e
 def _check_names(new, path, own):
@@ -341,6 +341,8 @@ def atomic_folder(
 ):
     "Yield a temporary folder that takes the place of `path` if the `with` block ends without an error"
     path = Path(os.path.realpath(path))
+    if os.path.lexists(path) and not path.is_dir():
+        raise RunError(f'{path} must be a folder', 'a file', 'Choose another path, or move the file')
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):

@@ -517,3 +517,17 @@ def test_no_away_from_with_beams_or_an_encoder(awd):
         awd.generate('of', away_from=['a'])
     with pytest.raises(FastaiTLError, match='guidance_scale'):
         awd.generate('of', away_from='a', guidance_scale=-1)
+
+
+def test_away_from_has_its_own_length(hf_learner):
+    "`max_length` counts the prompt, and the other text must fit as well"
+    with pytest.raises(FastaiTLError, match='must fit into the 128 positions'):
+        hf_learner.generate('the', away_from='the number of '*20, max_length=120)
+
+
+def test_away_from_the_text_without_a_prefix(awd, hf_learner):
+    for learn in (awd, hf_learner):
+        options = dict(prefix='If True', guidance_scale=3., max_new_tokens=6)
+        sep = ' ' if learn is awd else ''
+        out = learn.generate('of', away_from='', do_sample=False, **options)[0]
+        assert out.ids == moved(learn, f'If True{sep}of', 'of', 3., 6)[:len(out.ids)]

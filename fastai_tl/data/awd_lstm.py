@@ -19,8 +19,8 @@ from fastai.text.data import LMDataLoader, LMTensorText, Numericalize, Pad_Chunk
 from fastai.text.data import make_vocab, reverse_text
 from fastai.torch_core import default_device
 from ..arguments import check_each, check_flag, check_number, check_text, check_whole, checked
-from ..core import DataError, derive_seed
-from .chinese import ChineseTokenizer
+from ..core import DataError, VocabError, derive_seed
+from .chinese import ChineseTokenizer, tools_from_settings
 from .labels import label_tfms, n_values_of
 from .loaders import TARGET_TYPES, SpecDataLoaders, empty_datasets, rule_names
 from .loaders import set_batch_types, text_rules
@@ -86,8 +86,15 @@ def awd_lstm_spec(task, reader, seq_len, backwards=False, classes=None):
                     truncation=False, seq_len=seq_len, backwards=backwards, columns=columns)
 
 # %% ../../nbs/127_data.awd_lstm.ipynb #e4e67a59
-def _reader(tok, rules):
-    "Return the transform that tokenizes new texts"
+def _reader(texts, tok, rules):
+    "Return the transform that tokenizes new texts as `texts` were"
+    if tok is None and texts.settings:
+        try:
+            tok, own_rules = tools_from_settings(texts.settings)
+        except VocabError as error:
+            raise VocabError('New texts need the tokenizer and the rules that the texts were tokenized with',
+                             f'texts of {texts.settings}', 'Pass them: `tok=` and `rules=`') from error
+        rules = own_rules if rules is None else rules
     tok = given_tokenizer(tok)
     return TextTokenizer(tok, given_rules(tok, rules))
 
@@ -96,8 +103,8 @@ def _reader(tok, rules):
 def language_model_dls(
     texts:TokenizedTexts, # Tokenized texts
     vocab:list, # The token of each id
-    tok=None, # Tokenizer for new texts; `None`: a `WordLevelTokenizer`
-    rules=None, # Rules applied to new texts before they are tokenized; `None`: the tokenizer's own, or fastai's
+    tok=None, # Tokenizer for new texts; `None`: that of `texts`
+    rules=None, # Rules applied to new texts before they are tokenized; `None`: those of `texts`, or of `tok`
     valid_pct:float=.1, # Validation fraction
     bs:int=64, # Batch size
     seq_len:int=72, # Sequence length: tokens per row of a batch
@@ -110,7 +117,7 @@ def language_model_dls(
     check_whole('seq_len', seq_len)
     parts = split_stream(texts.lens, valid_pct, seed)
     items = [texts[i][start:end] for part in parts for i, start, end in part]
-    reader = _reader(tok, rules)
+    reader = _reader(texts, tok, rules)
     n_train = len(parts[0])
     splits = [list(range(n_train)), list(range(n_train, len(items)))]
     dsets = Datasets(items, [text_tfms(reader, vocab, backwards)], splits=splits, dl_type=LMDataLoader)
@@ -155,8 +162,8 @@ def classifier_dls(
     train:list, # Row indexes for training
     valid:list, # Row indexes for validation
     vocab:list, # The token of each id, as in the language model
-    tok=None, # Tokenizer for new texts; `None`: a `WordLevelTokenizer`
-    rules=None, # Rules applied to new texts before they are tokenized; `None`: the tokenizer's own, or fastai's
+    tok=None, # Tokenizer for new texts; `None`: that of `texts`
+    rules=None, # Rules applied to new texts before they are tokenized; `None`: those of `texts`, or of `tok`
     bs:int=64, # Batch size
     seq_len:int=72, # `seq_len` of the classifier; padding comes in chunks of this length
     **kwargs # `backwards`, `path` and `classes`
@@ -167,7 +174,7 @@ def classifier_dls(
     classes, n_values = check_split(labels, task, train, valid, options.classes), n_values_of(labels, task)
     # lists, because fastai applies transforms to each member of a tuple
     items = [[texts[i], labels[i]] for i in train+valid]
-    reader = _reader(tok, rules)
+    reader = _reader(texts, tok, rules)
     tfms = [[itemgetter(0), *text_tfms(reader, vocab, options.backwards)],
             [itemgetter(1), *label_tfms(task, classes, n_values)]]
     splits = [list(range(len(train))), list(range(len(train), len(items)))]

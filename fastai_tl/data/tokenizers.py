@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 import numpy as np, torch
 from fastcore.all import L
 from fastai.text.core import SpacyTokenizer, TitledStr, TokenizeWithRules, Tokenizer, defaults
@@ -277,6 +277,37 @@ def given_tokenizer(tok):
             check_each('what `tok` returns for a text', tokens, check_text)
     return tok
 
+# %% ../../nbs/118_data.tokenizers.ipynb #9e0b1851
+_KNOWN = ('fastai', 'fastai_tl', 'fastcore')
+
+def _is_known(x):
+    "Return whether a function, or the class of an object, is one of fastai or of this package"
+    module = x.__module__ if isinstance(x, FunctionType) else type(x).__module__
+    return (module or '').partition('.')[0] in _KNOWN
+
+def _identity(x, depth=4):
+    "Return what a function, a tokenizer or one of its settings does, as text"
+    def inner(o): return _identity(o, depth-1)
+    if isinstance(x, CodeType):
+        return f'{x.co_code.hex()} {x.co_names} {[inner(c) for c in x.co_consts]}'
+    if isinstance(x, FunctionType) and not _is_known(x):
+        cells = [cell.cell_contents for cell in x.__closure__ or ()]
+        return f'{x.__qualname__} {[inner(o) for o in (x.__code__, x.__defaults__, x.__kwdefaults__, cells)]}'
+    if isinstance(x, dict):
+        return str(sorted((str(k), inner(v)) for k, v in x.items()))
+    if isinstance(x, (list, tuple, set, frozenset)):
+        parts = [inner(o) for o in x]
+        return str(parts if isinstance(x, (list, tuple)) else sorted(parts))
+    if depth > 0 and hasattr(x, '__dict__') and not isinstance(x, (type, FunctionType)) and not _is_known(x):
+        call = getattr(type(x), '__call__', None)
+        return f'{type(x).__qualname__} {inner(call)} {inner(vars(x))}'
+    return repr(x)
+
+def _own_code(tok, rules):
+    "Return what the functions and tokenizers of other modules do; nothing if there are none"
+    own = [_identity(o) for o in (tok, *rules) if not _is_known(o)]
+    return [own] if own else []
+
 # %% ../../nbs/118_data.tokenizers.ipynb #acb2a1f1
 def tokenize_texts_once(
     texts, # Strings, see `read_texts`
@@ -295,7 +326,7 @@ def tokenize_texts_once(
     settings = tokenizer_settings(tok, rules)
     if cache_dir is None:
         return _tokenize(texts, tok, rules, settings, progress and len(texts) > 1000, n_workers)
-    file = Path(check_path('cache_dir', cache_dir))/f'{digest(settings, *texts)}.safetensors'
+    file = Path(check_path('cache_dir', cache_dir))/f'{digest(settings, *_own_code(tok, rules), *texts)}.safetensors'
     cached = _read_cached(file) if file.exists() else None
     if cached is not None:
         return cached

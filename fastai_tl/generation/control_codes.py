@@ -44,11 +44,16 @@ def _add_to_tokenizer(tokenizer, codes):
     new = [code for code in codes if code not in known]
     return tokenizer.add_tokens(new, special_tokens=True)
 
-def _add_to_model(model, tokenizer):
-    "Give a model a row of embeddings for each token of its tokenizer"
+def _pretrained(model):
+    "Return the transformers model, or raise an error"
+    model = getattr(model, 'hf', model) # that of an `HFModel`
     if not hasattr(model, 'resize_token_embeddings'):
         raise FastaiTLError('`model` must be a `PreTrainedModel`', f'a {type(model).__name__}',
                             'For an AWD_LSTM make the vocabulary from marked texts')
+    return model
+
+def _add_to_model(model, tokenizer):
+    "Give a model a row of embeddings for each token of its tokenizer"
     if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
 
@@ -89,6 +94,7 @@ class ControlCodes:
         model=None # Its `PreTrainedModel`, whose embeddings grow; `None` for a model that does not exist yet
     ) -> int: # Number of new tokens
         "Add the codes to a tokenizer, and give the model a row of embeddings for each"
+        model = None if model is None else _pretrained(model)
         n_new = _add_to_tokenizer(tokenizer, self.tokens)
         if model is not None:
             _add_to_model(model, tokenizer)

@@ -104,9 +104,9 @@ def _encode_prompts(tm, prompts, prefix):
     return contexts
 
 # %% ../../nbs/625_generation.generate.ipynb #b27e4293
-def _check_positions(contexts, config, limit):
-    "Check that prompt and completion fit into the maximum length of the model"
-    def to_write(context): return config.max_new_tokens or config.max_length - len(context)
+def _check_positions(contexts, config, limit, n_new=None):
+    "Check that prompt and completion, of `n_new` tokens if given, fit into the maximum length of the model"
+    def to_write(context): return n_new or config.max_new_tokens or config.max_length - len(context)
     bad = [i for i, context in enumerate(contexts) if len(context) + to_write(context) > limit]
     if bad:
         context = contexts[bad[0]]
@@ -129,8 +129,9 @@ def _fit_lengths(tm, contexts, config, away=()):
     longest = 1 if is_seq2seq else max(map(len, contexts))
     if config.max_new_tokens is None and config.max_length is None:
         config.max_new_tokens = min(50, max(limit - longest, 1)) if limit else 50
-    for texts in (contexts, list(away)) if limit else ():
-        _check_positions(texts, config, limit)
+    if limit:
+        _check_positions(contexts, config, limit)
+        _check_positions(list(away), config, limit, config.max_new_tokens or config.max_length - min(map(len, contexts)))
     if config.max_length and not config.max_new_tokens and not is_seq2seq:
         _check_max_length(contexts, config.max_length)
 
@@ -171,7 +172,7 @@ def _check_room(required, contexts, config):
 # %% ../../nbs/625_generation.generate.ipynb #b8f2dba8
 def _away_contexts(tm, prompts, contexts, options, config):
     "Return for each context the one to move away from; set the strength if it is not given"
-    if not options.away_from:
+    if options.away_from is None:
         return {}
     n_beams = config.num_beams or 1
     if tm.task == 'seq2seq' or n_beams > 1:

@@ -102,7 +102,11 @@ def _is_complete(folder, quantized):
     "Return whether a folder has all files of the encoder, with embeddings of the wanted kind"
     if not _is_ours(folder) or not all((folder/name).is_file() for name in _FILES):
         return False
-    return read_json(folder/'config.json').get('quantized_embeddings') == quantized
+    config = read_json(folder/'config.json')
+    if config.get('architectures') != ['SentenceEncoderModel']:
+        raise DataError(f'{folder} must hold the encoder as it was written', 'another model, such as a tuned one',
+                        'Pass the path of another folder')
+    return config.get('quantized_embeddings') == quantized
 
 def _cached(name):
     "Return the path of a folder in the cache of the user"

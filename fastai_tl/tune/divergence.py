@@ -31,13 +31,14 @@ def _small_parameters(model):
             groups.setdefault((p.device, p.dtype), []).append(p)
     return list(groups.values())
 
-def _size_of_gradients(groups, device):
-    "Return the sum of the absolute values of gradients, on `device`: it is finite only if all are"
+def _n_infinite(groups, device):
+    "Return how many gradients have NaN or infinity among their values, on `device`"
     total = torch.zeros((), device=device)
     for group in groups:
         grads = [own_part(p.grad) for p in group if p.grad is not None]
         if grads:
-            total += torch.stack(torch._foreach_norm(grads, 1)).float().sum().to(device)
+            highest = torch.stack(torch._foreach_norm(grads, float('inf')))
+            total += (~highest.isfinite()).sum().to(device)
     if n_processes() > 1 and any(own_part(p) is not p for group in groups for p in group): # each has seen its parts
         dist.all_reduce(total)
     return total
@@ -100,7 +101,7 @@ class StopOnNaN(Callback):
     def _forget(self):
         self._kept = None # weights from the beginning of the epoch
         self._trained = False # whether the epoch was trained
-        self._gradient = None # size of the gradients of the batch; `None` if there was no backward pass
+        self._gradient = None # gradients of the batch that are not finite; `None` if there was no backward pass
         self._small = [] # parameters whose gradients are checked
         self._overflows = 0 # batches in a row that are not finite
 
@@ -111,14 +112,18 @@ class StopOnNaN(Callback):
         self._has_warned = False
 
     def before_train(self):
-        "Keep the weights"
+        "Check the weights before the first epoch, and keep them"
+        bad = not_finite(self.model.state_dict().items()) if not self.epoch else ()
+        if bad:
+            raise TrainingError('The weights must be finite numbers before a training',
+                                f'NaN or infinity in {shorten(bad, 3)}', 'Load other weights')
         self._trained = True
         self._small = _small_parameters(self.model)
         self._kept = _trained_state(self.model) if self.restore else None
 
     def after_backward(self):
         "Look at the gradients of the small parameters, without waiting for the device"
-        self._gradient = _size_of_gradients(self._small, self.loss.device)
+        self._gradient = _n_infinite(self._small, self.loss.device)
         if self.loss.device.type == 'cpu':
             self._check()
 
@@ -128,12 +133,12 @@ class StopOnNaN(Callback):
             self._check()
 
     def _check(self):
-        total = self.loss.detach().float().sum() + self._gradient
+        n_bad = (~self.loss.detach().isfinite()).sum() + self._gradient
         self._gradient = None
-        self._overflows = 0 if total.isfinite() else self._overflows+1
+        self._overflows = self._overflows+1 if n_bad else 0
         if self._overflows >= (_PATIENCE if _has_scaler(self.learn) else 1):
             is_loss = not self.loss.isfinite().all()
-            what = f'a loss of {self.loss.mean().item():.4g}' if is_loss else 'gradients that are not'
+            what = f'a loss of {self.loss.mean().item():.4g}' if is_loss else 'NaN or infinity in the gradients'
             self._stop(f'{what} at epoch {self.epoch}, batch {self.iter}, rate {self.opt.hypers[-1]["lr"]:.2g}'
                        f'{_rows(self)}', bool(not_finite(enumerate(self.yb))))
 
