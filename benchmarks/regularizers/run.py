@@ -37,7 +37,7 @@ def callbacks():
         'SWA()': lambda: [SWA()],
         'RDrop()': lambda: [RDrop()],
         'FGM()': lambda: [FGM()],
-        'FGM(.1)': lambda: [FGM(0.1)],
+        'FGM(1)': lambda: [FGM(1.0)],
         'label smoothing .1': lambda: [label_smoothing(0.1)],
     }
 

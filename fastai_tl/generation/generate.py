@@ -122,6 +122,7 @@ def _check_max_length(contexts, max_length):
                         f'max_length={max_length} and {len(contexts[bad[0]])} tokens of prompt {shorten(bad)}',
                         'Use `max_new_tokens`')
 
+# %% ../../nbs/625_generation.generate.ipynb #a08d5d7d
 def _fit_lengths(tm, contexts, config, away=()):
     "Check that prompts and completions fit; set `max_new_tokens` if no length is given"
     is_seq2seq = tm.task == 'seq2seq' # the encoder reads the prompt, so it takes no room from the completion
@@ -131,7 +132,8 @@ def _fit_lengths(tm, contexts, config, away=()):
         config.max_new_tokens = min(50, max(limit - longest, 1)) if limit else 50
     if limit:
         _check_positions(contexts, config, limit)
-        _check_positions(list(away), config, limit, config.max_new_tokens or config.max_length - min(map(len, contexts)))
+        n_new = config.max_new_tokens or config.max_length - min(map(len, contexts))
+        _check_positions(list(away), config, limit, n_new)
     if config.max_length and not config.max_new_tokens and not is_seq2seq:
         _check_max_length(contexts, config.max_length)
 

@@ -194,7 +194,7 @@ class FGM(Callback):
     run_valid = False
 
     def __init__(self,
-        epsilon:float=1., # Length of the move of a text's embeddings
+        epsilon:float=.1, # Length of the move of all embeddings of a text; those of MiniLM have a length of about 1
         alpha:float=1. # Weight of the loss at the moved embeddings
     ):
         self.epsilon = check_number('epsilon', epsilon, low=0, high=1e6)
