@@ -1,7 +1,6 @@
 """The cache of tokens is for the same texts, tokenizer and rules; new texts are read as those that were tokenized."""
 
 import pytest
-from fastai.text.all import *
 
 from fastai_tl.all import *
 

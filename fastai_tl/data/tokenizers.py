@@ -304,8 +304,8 @@ def _identity(x, depth=4):
     return repr(x)
 
 def _own_code(tok, rules):
-    "Return what the functions and tokenizers of other modules do; nothing if there are none"
-    own = [_identity(o) for o in (tok, *rules) if not _is_known(o)]
+    "Return what functions of other modules do, and tokenizers that do not say it in their `settings()`"
+    own = [_identity(o) for o in (tok, *rules) if not (_is_known(o) or hasattr(o, 'settings'))]
     return [own] if own else []
 
 # %% ../../nbs/118_data.tokenizers.ipynb #acb2a1f1
