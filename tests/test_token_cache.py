@@ -76,7 +76,8 @@ def make_dls(kind, tokenized, **kwargs):
 
 @pytest.mark.parametrize('kind', ['lm', 'classifier'])
 def test_new_texts_are_read_as_those_that_were_tokenized(kind):
-    for tok, rules in ((ChineseTokenizer(), None), (ChineseTokenizer('chars', bos=False), CHINESE_RULES[:1]), (None, None)):
+    own = (ChineseTokenizer('chars', bos=False), CHINESE_RULES[:1])
+    for tok, rules in ((ChineseTokenizer(), None), own, (None, None)):
         tokenized = tokenize_texts_once(CHINESE, tok, rules, progress=False)
         dls, given = make_dls(kind, tokenized), make_dls(kind, tokenized, tok=tok, rules=rules)
         assert dls.spec.tokenizer == given.spec.tokenizer and dls.spec.lang == given.spec.lang
