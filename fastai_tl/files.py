@@ -8,7 +8,7 @@ Docs: https://fastai-tl.github.io/fastai_tl/files.html.md"""
 __all__ = ['write_json', 'read_error', 'read_json', 'read_record', 'save_tree', 'load_tree']
 
 # %% ../nbs/040_files.ipynb #f1b7062d
-import csv, hashlib, json, re
+import csv, hashlib, json, os, re
 from pathlib import Path
 from .arguments import check_each, check_path, check_text, check_type, checked
 from .core import FastaiTLError, RunError, shorten
@@ -223,6 +223,11 @@ def _as_bytes(part):
     if isinstance(part, str):
         return part.encode('utf-8', 'surrogatepass')
     return json.dumps(part, sort_keys=True, default=str).encode()
+
+# %% ../nbs/040_files.ipynb #98a8c265
+def user_cache() -> Path: # `$XDG_CACHE_HOME/fastai_tl`, or `~/.cache/fastai_tl`
+    "Return the folder for what this package keeps between programs"
+    return (Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fastai_tl').expanduser()
 
 # %% ../nbs/040_files.ipynb #26fe62d2
 _RUN_BY_SPREADSHEETS = re.compile(r'[\s\ufeff\u200b]*[=+\-@＝＋－＠]|[\t\r\n]')

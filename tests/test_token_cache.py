@@ -60,6 +60,14 @@ def test_a_changed_method_is_another_tokenizer(tmp_path):
     assert tokens(made(letters), rules=[], cache_dir=tmp_path) != tokens(made(words), rules=[], cache_dir=tmp_path)
 
 
+def test_a_rule_that_calls_itself(tmp_path):
+    def halved(text):
+        return text if len(text) < 6 else halved(text[:len(text)//2])
+    found = tokens(rules=[halved], cache_dir=tmp_path)
+    assert found == tokens(rules=[halved]) == tokens(rules=[halved], cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 # --- new texts ---
 
 CHINESE = ['房間很好，早餐也不錯。', '太差了，不會再來']*20

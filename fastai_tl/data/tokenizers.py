@@ -285,9 +285,11 @@ def _is_known(x):
     module = x.__module__ if isinstance(x, FunctionType) else type(x).__module__
     return (module or '').partition('.')[0] in _KNOWN
 
-def _identity(x, depth=4):
+def _identity(x, depth=6):
     "Return what a function, a tokenizer or one of its settings does, as text"
     def inner(o): return _identity(o, depth-1)
+    if depth <= 0 and (hasattr(x, '__dict__') or isinstance(x, (dict, list, tuple, set))): # also what contains itself
+        return getattr(x, '__qualname__', type(x).__qualname__)
     if isinstance(x, CodeType):
         return f'{x.co_code.hex()} {x.co_names} {[inner(c) for c in x.co_consts]}'
     if isinstance(x, FunctionType) and not _is_known(x):
@@ -298,11 +300,12 @@ def _identity(x, depth=4):
     if isinstance(x, (list, tuple, set, frozenset)):
         parts = [inner(o) for o in x]
         return str(parts if isinstance(x, (list, tuple)) else sorted(parts))
-    if depth > 0 and hasattr(x, '__dict__') and not isinstance(x, (type, FunctionType)) and not _is_known(x):
+    if hasattr(x, '__dict__') and not isinstance(x, (type, FunctionType)) and not _is_known(x):
         call = getattr(type(x), '__call__', None)
         return f'{type(x).__qualname__} {inner(call)} {inner(vars(x))}'
     return repr(x)
 
+# %% ../../nbs/118_data.tokenizers.ipynb #11bb023c
 def _own_code(tok, rules):
     "Return what functions of other modules do, and tokenizers that do not say it in their `settings()`"
     own = [_identity(o) for o in (tok, *rules) if not (_is_known(o) or hasattr(o, 'settings'))]

@@ -9,7 +9,7 @@ __all__ = ['LIBRARIES', 'LIBRARY_MASK', 'CORPUS_VERSION', 'clean_markup', 'mask_
            'label_budget', 'general_corpus']
 
 # %% ../../nbs/150_datasets.corpora.ipynb #8459b463
-import ast, gzip, hashlib, inspect, json, os, re, sys, sysconfig, warnings, zlib
+import ast, gzip, hashlib, inspect, json, re, sys, sysconfig, warnings, zlib
 from importlib import util as import_util
 from importlib.metadata import PackageNotFoundError, version
 from collections.abc import Hashable
@@ -21,6 +21,7 @@ from ..core import DataError, RunError
 from ..data.near_duplicates import drop_near_duplicates
 from ..data.tables import column
 from ..atomic import atomic_path
+from ..files import user_cache
 from ..resources import read_csv, read_json
 
 # %% ../../nbs/150_datasets.corpora.ipynb #db0fc563
@@ -236,10 +237,9 @@ CORPUS_VERSION = 1 # part of the cache's file name; increase it if the same sour
 
 def _cache_file(kind, parts, cache_dir):
     "Return the path of the cache file for exactly these versions"
-    default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fastai_tl'
     key = json.dumps([kind, CORPUS_VERSION, sys.version.split()[0], *parts])
     file = f'{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl.gz'
-    return Path(cache_dir or default).expanduser()/file
+    return Path(cache_dir or user_cache()).expanduser()/file
 
 # %% ../../nbs/150_datasets.corpora.ipynb #b083407c
 def _read_cached(path):

@@ -8,14 +8,14 @@ Docs: https://fastai-tl.github.io/fastai_tl/models.multilingual.html.md"""
 __all__ = ['multilingual_encoder']
 
 # %% ../../nbs/218_models.multilingual.ipynb #47ebcf34
-import importlib.metadata, importlib.util, os
+import importlib.metadata, importlib.util
 from pathlib import Path
 import numpy as np, torch
 from ..arguments import check_flag, check_path, checked
 from ..atomic import atomic_folder
 from ..core import DataError, optional
 from ..data.sentencepiece import sentencepiece_tokenizer
-from ..files import read_error, read_json
+from ..files import read_error, read_json, user_cache
 from .loading import quiet_transformers
 from .sentence_encoder import sentence_encoder_class
 
@@ -108,11 +108,6 @@ def _is_complete(folder, quantized):
                         'Pass the path of another folder')
     return config.get('quantized_embeddings') == quantized
 
-def _cached(name):
-    "Return the path of a folder in the cache of the user"
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fastai_tl'
-    return cache.expanduser()/name
-
 # %% ../../nbs/218_models.multilingual.ipynb #34065e5d
 def _write(folder, source, quantized, version):
     "Write model and tokenizer"
@@ -135,7 +130,7 @@ def multilingual_encoder(
     version = importlib.metadata.version(_PACKAGE)
     kind = '-float32' if check_flag('trainable_embeddings', trainable_embeddings) else ''
     if check_path('path', path, or_none=True) is None:
-        folder = _cached(f'multilingual-encoder-{version}-{FORMAT}{kind}')
+        folder = user_cache()/f'multilingual-encoder-{version}-{FORMAT}{kind}'
     else:
         folder = Path(path).expanduser()
     sentence_encoder_class('SentenceEncoderModel') # registers it, for `AutoModel.from_pretrained(folder)`

@@ -11,7 +11,7 @@ __all__ = []
 import os, shutil
 from pathlib import Path
 from ..core import FastaiTLError, TrainingError
-from ..files import digest
+from ..files import digest, user_cache
 from ..learners.ulmfit import ULMFiT
 from ..tune.run_lock import InUseError
 
@@ -24,11 +24,10 @@ def general_folder(
     **kwargs # Arguments of `ULMFiT`: `seed`, `lang`
 ) -> Path:
     "Return the folder in which the language model of stage 1 is kept"
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fastai_tl'
     settings = {name: size[name] for name in ('config', 'lm', 'general_lr', 'max_vocab')}
     config = size['config']
     name = '-'.join(['general', *(f'{config[name]}' for name in ('emb_sz', 'n_hid', 'n_layers'))])
-    return cache.expanduser()/f'{name}-{digest(VERSION, list(texts), settings, kwargs)[:16]}'
+    return user_cache()/f'{name}-{digest(VERSION, list(texts), settings, kwargs)[:16]}'
 
 # %% ../../nbs/958_quickstart.general.ipynb #d372f856
 def _train(folder, texts, size, options):
