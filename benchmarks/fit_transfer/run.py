@@ -115,7 +115,7 @@ def main(a):
 def parse():
     ap = parser(__doc__, 'data')
     ap.add_argument('--sets', default='choose', help='`choose`, `judge`, or names, separated by `;`')
-    ap.add_argument('--ways', default='Trainer; calibrate', help='separated by `;`')
+    ap.add_argument('--ways', default='Trainer; fit_transfer; no temperature', help='separated by `;`')
     ap.add_argument('--seed', type=int, nargs='*', default=[1, 2, 3])
     ap.add_argument('--jsonl', type=Path, default=HERE / 'results' / 'runs.jsonl')
     ap.add_argument('--out', type=Path, default=Path('fit_transfer_rows'))

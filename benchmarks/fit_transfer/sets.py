@@ -30,6 +30,8 @@ JUDGE = {
     'last words 500, 20 % positive': ('last words', 500, 3, 0, 0.2),
     'sentences 1,000': ('sentences', 1000, 3, 0, None),
     'last words 100': ('last words', 100, 10, 0, None),
+    'TREC-50 1,000': ('TREC-50', 1000, 5, 0, None),
+    'reviews 500': ('reviews', 500, 3, 0, None),
 }
 SETS = CHOOSE | JUDGE
 N_DEV, N_TEST = 200, 1000
@@ -58,9 +60,10 @@ def docstrings(label):
 
 def source(name, data):
     "Training pool and test rows of a source"
-    if name.startswith('TREC-6'):
+    if name.startswith('TREC'):
         df = pd.read_csv(Path(data) / 'en' / 'trec6.csv').sample(frac=1, random_state=0)
-        if name == 'TREC-6':
+        df = df.assign(label=df.fine_label) if name == 'TREC-50' else df
+        if name in ('TREC-6', 'TREC-50'):
             return df[df.split == 'train'][1000:], df[df.split == 'test']
         return df[df.split == 'train'][1000:], df[df.split == 'train'][:1000]
     if name in ('roles', 'libraries'):
@@ -70,6 +73,7 @@ def source(name, data):
         'first words': lambda t: ' '.join(t.split()[:20]),
         'last words': lambda t: ' '.join(t.split()[-20:]),
         'sentences': some_sentence,
+        'reviews': lambda t: t.replace('<br />', ' '),
     }
     df = reviews(data, cuts[name])
     pool, test = df[df.split == 'train'], df[df.split == 'test']

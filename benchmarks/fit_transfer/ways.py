@@ -66,25 +66,12 @@ def fit(d, seed, a, smooth=0, mean=None, **kwargs):
         yield ', mean of the last third', learn.model.hf, clock, {}
 
 
-def fit_half(d, seed, a, **kwargs):
-    "As `fit`, with a first training that leaves out half of the rows"
-    from fastai_tl.tune import transfer_plan
-
-    make = transfer_plan.held_out_learner
-    transfer_plan.held_out_learner = lambda learn: make(learn, share=0.5)
-    try:
-        yield from fit(d, seed, a, **kwargs)
-    finally:
-        transfer_plan.held_out_learner = make
-
-
 WAYS = {
     'fit_transfer': (fit, dict()),
-    'calibrate': (fit, dict(calibrate=True, mean=2 / 3)),
-    'calibrate half': (fit_half, dict(calibrate=True)),
-    'calibrate, top layers': (fit, dict(calibrate=True, recipe='top_layers')),
-    'smooth .1': (fit, dict(smooth=0.1, mean=2 / 3)),
-    'rate 1e-4': (fit, dict(lr=1e-4)),
-    'discriminative': (fit, dict(recipe='discriminative')),
-    'head_then_full': (fit, dict(recipe='head_then_full')),
+    'no temperature': (fit, dict(calibrate=False)),
+    'mean of the last third': (fit, dict(calibrate=False, mean=2 / 3)),
+    'smooth .1': (fit, dict(calibrate=False, smooth=0.1, mean=2 / 3)),
+    'rate 1e-4': (fit, dict(calibrate=False, lr=1e-4)),
+    'discriminative': (fit, dict(calibrate=False, recipe='discriminative')),
+    'head_then_full': (fit, dict(calibrate=False, recipe='head_then_full')),
 }
