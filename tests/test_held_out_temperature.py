@@ -103,6 +103,23 @@ def test_a_fit_by_hand(make, recipe, tok, wrong_labels):  # noqa: F811
         assert torch.allclose(value, expected, atol=1e-6), name
 
 
+def test_frozen_layers_that_are_computed_once(tok, wrong_labels):  # noqa: F811
+    "The last epoch has other rows, so it needs their states"
+
+    def fit(cache):
+        seed_everything(0)
+        dls = HFTextDataLoaders.from_df(test_recipes.FRAME, tok, valid_col='valid', bs=8, verbose=False)
+        still = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        learn = hf_classifier_learner(dls, BertConfig(vocab_size=len(tok), **BERT, **still), metrics=[])
+        options = OPTIONS | dict(recipe='top_layers', cache=cache)
+        return fitted(learn, calibrate=True, **options)[1:]
+
+    (once, weights), (each_time, expected) = fit(True), fit(False)
+    assert once.is_cached == [True] * len(once.groups)
+    assert np.isclose(once.temperature, each_time.temperature, rtol=1e-3) and once.temperature > 1
+    assert all(torch.allclose(value, expected[name], atol=1e-4) for name, value in weights.items())
+
+
 def nll(scores, targets):
     "Mean negative log-likelihood, by numpy"
     scores = scores - scores.max(1, keepdims=True)

@@ -227,7 +227,8 @@ def _cache_key(learn, dtype):
     "Return a key that changes when the stored states become invalid"
     frozen = [p for p in learn.model.parameters() if not p.requires_grad]
     frozen += [buffer for module in frozen_modules(learn.model) for buffer in module.buffers()]
-    data = [(id(dl.dataset), len(dl.dataset)) for dl in learn.dls.loaders[:2]]
+    dls = [learn.dl, *learn.dls.loaders[:2]] # a Callback may train on other rows than those of `learn.dls`
+    data = [(id(dl.dataset), len(dl.dataset)) for dl in dls]
     return [_fingerprint(p) for p in frozen], data, dtype, id(learn.model)
 
 def _mixed_precision(learn):
