@@ -70,6 +70,12 @@ def test_the_mix_and_its_gradients_are_those_of_allennlp():
     torch.testing.assert_close(ours.scores.grad, torch.cat([p.grad for p in theirs.scalar_parameters]))
 
 
+@pytest.mark.parametrize('dtypes', [['int64', 'int64'], ['float32', 'bfloat16']])
+def test_states_of_other_dtypes_are_refused(dtypes):
+    with pytest.raises(FastaiTLError, match='same floating-point dtype'):
+        ScalarMix(2)([torch.ones(3, 4, dtype=getattr(torch, o)) for o in dtypes])
+
+
 def test_the_layer_norm_of_one_token_is_that_of_allennlp():
     torch.manual_seed(0)
     states = [10**i*torch.randn(1, 1, 64) + i for i in range(4)]

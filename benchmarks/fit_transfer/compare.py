@@ -22,7 +22,7 @@ from sets import JUDGE
 from tables import interval, samples
 
 # the ways of run.py -> what they are
-OURS = {'calibrate, not calibrated': 'fit_transfer()', 'calibrate': 'fit_transfer(calibrate=True)'}
+OURS = {'no temperature': 'fit_transfer(calibrate=False)', 'fit_transfer': 'fit_transfer()'}
 
 
 def rows_of(folder, run):
@@ -88,7 +88,7 @@ def shown(r, key, digits):
 
 def main():
     ap = parser(__doc__)
-    ap.add_argument('--jsonl', type=Path, default=HERE / 'results' / 'runs.jsonl')
+    ap.add_argument('--jsonl', type=Path, default=HERE / 'results' / 'judged.jsonl')
     ap.add_argument('--out', type=Path, default=Path('fit_transfer_rows'), help='folder of the rows that run.py keeps')
     a = ap.parse_args()
     runs = [json.loads(line) for line in a.jsonl.read_text().splitlines()]

@@ -36,6 +36,13 @@ def _with_token(texts, codes):
     rows = [np.insert(row, place, number_of[code]) for row, place, code in zip(rows, places, codes)]
     return TokenizedTexts(words, np.concatenate(rows), texts.lens + 1, texts.settings)
 
+def _has_code(texts, codes, is_tokenized):
+    "Yield whether texts have one of the codes already"
+    if is_tokenized: # a code is a token that no other text has
+        yield any(code in texts.words for code in codes)
+    else:
+        yield from (text.startswith(tuple(codes)) for text in texts)
+
 # %% ../../nbs/640_generation.control_codes.ipynb #1c1e870d
 def _add_to_tokenizer(tokenizer, codes):
     "Add codes to a tokenizer as special tokens; return the number of new ones"
@@ -87,6 +94,8 @@ class ControlCodes:
         texts = texts if is_tokenized else text_list(texts)
         if len(texts) != len(codes) or not codes:
             raise DataError('Each text needs a kind', f'{len(texts)} texts and {len(codes)} kinds')
+        if any(_has_code(texts, self.tokens, is_tokenized)):
+            raise DataError('Texts must have no code yet', 'texts that were marked before', 'Mark the original texts')
         return _with_token(texts, codes) if is_tokenized else [code + text for code, text in zip(codes, texts)]
 
     def add_to(self,

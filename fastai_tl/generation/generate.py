@@ -141,7 +141,9 @@ def _fit_lengths(tm, contexts, config, away=()):
 def _check_options(options):
     "Raise an error if words or functions are something else"
     for name in ('bad_words', 'required_words', 'stop_strings'):
-        check_type(name, getattr(options, name), (str, list, tuple), 'a string or a list of strings', or_none=True)
+        words = check_type(name, getattr(options, name), (str, list, tuple), 'a string or a list of them', or_none=True)
+        if words == '':
+            raise FastaiTLError(f'`{name}` must have a word', "''", 'Leave it out, or pass `None`')
     for name in ('logits_processor', 'stopping_criteria'):
         check_each(name, listify(getattr(options, name)), check_callable)
     check_type('away_from', options.away_from, str, or_none=True)

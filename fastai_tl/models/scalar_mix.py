@@ -50,6 +50,9 @@ class ScalarMix(nn.Module):
             shapes = [tuple(h.shape) for h in layers]
             raise FastaiTLError(f'A mix of {self.n_layers} layers needs a state of each, for the same texts',
                                 f'{len(layers)} of the shapes {shorten(shapes)}')
+        if len({h.dtype for h in layers}) > 1 or not layers[0].is_floating_point():
+            dtypes = shorten(dict.fromkeys(str(h.dtype) for h in layers))
+            raise FastaiTLError('The states of all layers must have the same floating-point dtype', dtypes)
         if self.layer_norm:
             layers = [F.layer_norm(h, h.shape[-1:]) for h in layers]
         width = max(h.shape[-1] for h in layers)
