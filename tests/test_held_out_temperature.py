@@ -14,7 +14,7 @@ from test_recipes import BERT, FRAME, TEXTS, awd, classifier, tagger, tok  # noq
 from transformers import BertConfig
 
 from fastai_tl.all import *
-from fastai_tl.tune.held_out_temperature import held_out_loaders, scores_layer
+from fastai_tl.tune.held_out_temperature import HeldOutTemperature, held_out_loaders, scores_layer
 
 OPTIONS = dict(epochs=6, recipe='full', lr=1e-2, one_position=False)
 
@@ -235,6 +235,27 @@ def test_when_there_is_one(tok):  # noqa: F811
     for options in dict(best=True), dict(cbs=EarlyStoppingCallback()):
         _, plan, _ = fitted(trained_classifier(tok), epochs=1, **options)
         assert not plan.calibrated and plan.temperature is None
+
+
+def test_held_out_rows_are_not_augmented(tok):  # noqa: F811
+    changed = []
+    learn = classifier(tok)
+    augment_texts(learn.dls, lambda text, rng: changed.append(text) or text, share=1.0)
+    cb = HeldOutTemperature()
+    cb.kept, cb.held_out = held_out_loaders(learn.dls)
+    cb.learn = learn
+    changed.clear()
+    cb.after_fit()
+    assert cb.temperature >= 1 and not changed
+    next(iter(cb.held_out))
+    assert changed, 'the rows are augmented again'
+
+
+def test_class_weights_have_none(tok):  # noqa: F811
+    learn = trained_classifier(tok)
+    assert learn.transfer_plan(2).calibrated
+    weighted = hf_classifier_learner(learn.dls, learn.model.hf, class_weights='balanced')
+    assert not weighted.transfer_plan(2).calibrated
 
 
 def test_needs_rows_of_classes(tok):  # noqa: F811

@@ -11,6 +11,7 @@ __all__ = ['HELD_OUT', 'shrunk_temperature', 'scores_layer', 'scale_scores', 'n_
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #83a51d29
 import random
+from contextlib import nullcontext
 import numpy as np, torch
 from fastcore.basics import GetAttr, noop
 from fastai.callback.core import Callback
@@ -138,7 +139,9 @@ def check_temperature(
 _FEWEST, _MOST = 50, 2000
 
 def _is_usual(learn):
-    "Return whether a Learner is such as was measured: a new head on a trained encoder, and not many texts"
+    "Return whether a Learner is such as was measured: a new head on a trained encoder, not many texts, no weights"
+    if getattr(getattr(learn.loss_func, 'func', None), 'weight', None) is not None:
+        return False
     is_new = not getattr(getattr(learn, 'recorder', None), 'losses', None) and not hasattr(learn, 'kept_layers')
     if not is_new or model_family(learn.model) != 'encoder' or not is_trained(learn.model):
         return False
@@ -172,10 +175,12 @@ def wants_temperature(
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #f8c98b55
 def _scores(learn, dl):
-    "Return the scores and the classes of all rows of a DataLoader"
+    "Return the scores and the classes of all rows of a DataLoader, without augmentation"
     learn.model.eval()
     scores, targets = [], []
-    with unchanged_rng(), torch.no_grad():
+    dataset = dl.dataset
+    as_validation = dataset.set_split_idx(1) if hasattr(dataset, 'set_split_idx') else nullcontext()
+    with unchanged_rng(), torch.no_grad(), as_validation:
         for batch in dl:
             n = getattr(learn.dls, 'n_inp', len(batch)-1)
             pred = learn.model(*batch[:n])
