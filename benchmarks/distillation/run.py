@@ -146,7 +146,7 @@ def train(learn, name, way, a):
     if way == 'distilled':
         return learn.fit_transfer(a.epochs)
     steps = 150 * (a.longer if 'longer' in way else 1)
-    return learn.fit_transfer(3, min_steps=max(steps, 3 * n_texts // 32))
+    return learn.fit_transfer(3, calibrate=False, min_steps=max(steps, 3 * n_texts // 32))
 
 
 def run_bag(teacher, data, way, folder, a):
@@ -191,7 +191,7 @@ def make_teacher(data, seed, a, out):
     teacher = transformer(data, 6, a)
 
     def fine_tune():
-        return common.seconds(lambda: teacher.fit_transfer(3, min_steps=150), time.process_time)
+        return common.seconds(lambda: teacher.fit_transfer(3, min_steps=150, calibrate=False), time.process_time)
 
     seconds = common.trained_once(teacher, out / f'teacher-{seed}.pt', fine_tune) or 0.0
     return teacher, seconds

@@ -121,7 +121,7 @@ def fine_tune(d, seed, a, dls=None, learn=None, how=(), fit=None):
     learner = hf_classifier_learner(data, minilm(), metrics=[], **(learn or {}))
     cbs = None if fit.get('best') else no_validation()
     with learner.no_bar(), learner.no_logging(), Clock() as clock:
-        plan = learner.fit_transfer(**fit, cbs=cbs)
+        plan = learner.fit_transfer(**fit, calibrate=False, cbs=cbs)
     return learner.model.hf, clock, len(learner.recorder.losses), sum(plan.epochs)
 
 

@@ -49,7 +49,7 @@ def one_run(name, way, seed, a):
     d = SetData(name, seed, a)
     learn = learner(d, seed, a)
     with learn.no_bar(), learn.no_logging(), Clock() as clock:
-        learn.fit_transfer(d.epochs, cbs=callbacks()[way]())
+        learn.fit_transfer(d.epochs, calibrate=False, cbs=callbacks()[way]())
     rows = d.rows[2][: a.test]
     found, _ = scores(predict(learn.model.hf, rows, d.tok, d.task), rows, d.classes, d.task)
     figures = {k: float(f'{found[k]:.5g}') for k in ('error', 'nll', 'ece')}

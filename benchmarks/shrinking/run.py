@@ -135,7 +135,7 @@ def large_model(data, seed, runs, a, out):
     learn = learner(data, a)
 
     def fine_tune():
-        took = common.seconds(lambda: learn.fit_transfer(3, min_steps=150), time.process_time)
+        took = common.seconds(lambda: learn.fit_transfer(3, min_steps=150, calibrate=False), time.process_time)
         runs.add(model='large', way='labels', seed=seed, right=right(learn, data.test), seconds=took)
 
     common.trained_once(learn, out / f'large-{seed}.pt', fine_tune)
