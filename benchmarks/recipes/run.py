@@ -89,7 +89,8 @@ def our_learner(d, seed, a, **kwargs):
     from fastai_tl.all import hf_classifier_learner, hf_tagger_learner, seed_everything
 
     seed_everything(seed)
-    df = pd.concat([d.train.assign(valid=False), d.dev.assign(valid=True)], ignore_index=True)
+    dev = d.dev if d.task == 'tagging' else d.dev[d.dev.label.isin(set(d.train.label))]  # rare classes may be missing
+    df = pd.concat([d.train.assign(valid=False), dev.assign(valid=True)], ignore_index=True)
     kw = dict(valid_col='valid', bs=a.bs, max_length=128, verbose=False, **kwargs)
     if d.task == 'tagging':
         return hf_tagger_learner(HFTagDataLoaders.from_df(df, minilm(), vocab=d.classes, **kw), minilm(), metrics=[])

@@ -8,8 +8,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.transfer_plan.html.md"""
 __all__ = ['MIN_STEPS', 'TransferPlan']
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #2da39664
-import math
-from dataclasses import dataclass
+import copy, math
+from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 from fastcore.all import L, delegates, patch
 from fastai.imports import noop
@@ -36,8 +36,7 @@ from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
 from .recipes import few_texts, predicts_tokens
-from .held_out_temperature import HELD_OUT, HeldOutTemperature, divide_scores, n_kept_batches
-from .held_out_temperature import unless_epoch_is_chosen, wants_temperature, with_all_rows
+from .held_out_temperature import divide_scores, temperature_of_copy, wants_temperature
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #8603e2fb
 MIN_STEPS = 150
@@ -131,8 +130,8 @@ def omissions(
         layers = 'The top layer starts' if plan.reinit == 1 else f'The top {plan.reinit} layers start'
         sentences.append(f'{layers} from random weights.')
     if plan.calibrated:
-        sentences.append(f'{100*HELD_OUT:.0f} % of the training rows are left out until the last stage. The scores are '
-                         'divided by the temperature that suits them (not with `calibrate=False`).')
+        sentences.append('Before, the stages run on a copy of the model and a third of the training rows. The '
+                         'temperature that suits the others divides the final scores (not with `calibrate=False`).')
     if plan.best is not None:
         sentences.append('At the end, the weights of the epoch with the lowest validation loss are restored.')
     return sentences
@@ -167,8 +166,7 @@ class TransferPlan:
     left_out:list|None=None # Groups that train in the stages for which there are too few epochs
     measured:bool=False # Whether the benchmark measured this recipe for such a model
     reinit:int=0 # Number of top layers that start from random weights
-    calibrated:bool=False # Whether training rows are left out until the last stage, and a temperature is fitted to them
-    n_kept:int|None=None # Number of batches per epoch while they are left out
+    calibrated:bool=False # Whether a temperature is fitted to training rows that are held out from a first training
     few:float|None=None # Training texts a class, if `few_shot_learner` was more accurate with so few
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
     unfreezing = None # The fit's `GradualUnfreezing` Callback
@@ -180,9 +178,7 @@ class TransferPlan:
 
     def table(self) -> pd.DataFrame: # stage | layers | groups | params | epochs | steps | lr | lowest_lr | frozen
         "Return a table with one row per stage"
-        n_first = self.n_kept or self.n_batches
-        batches = [n_first]*(len(self.groups)-1) + [self.n_batches]
-        rows = [self._row(*stage) for stage in zip(self.groups, self.epochs, self.lrs, self.is_cached, batches)]
+        rows = [self._row(*stage) for stage in zip(self.groups, self.epochs, self.lrs, self.is_cached)]
         return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows)+1, name='stage'))
 
     @property
@@ -190,13 +186,13 @@ class TransferPlan:
         "Whether the output of frozen layers is computed only once, in each stage"
         return [bool(self.cache)]*len(self.groups) if self.cached is None else self.cached
 
-    def _row(self, groups, epochs, lr, is_cached, n_batches):
+    def _row(self, groups, epochs, lr, is_cached):
         n = len(self.layers)
         trained = self.layers[n-groups:]
         lowest = discriminative_lrs(lr, n, spread=self.spread)[n-groups]
         frozen = 'computed once' if is_cached else 'computed each time'
         return dict(layers=layer_range(trained), groups=groups, params=sum(g.numel for g in trained), epochs=epochs,
-                    steps=epochs*n_batches, lr=float(lr), lowest_lr=float(lowest),
+                    steps=epochs*self.n_batches, lr=float(lr), lowest_lr=float(lowest),
                     frozen='-' if groups == n else frozen)
 
     def explain(self) -> str: # Some sentences
@@ -231,14 +227,10 @@ class TransferPlan:
                                                 cache=self.cache)
         if self.clip:
             cbs = check_callbacks(cbs) + L(GradientClip(self.clip))
-        held_out = HeldOutTemperature(self.epochs[-1]) if self.calibrated else None
         schedule = STAGE_SCHEDULES[self.schedule]
         fit = getattr(learn, schedule.fit)
         fit(sum(self.epochs), discriminative_lrs(self.lrs[0], n, spread=self.spread), wd=wd,
-            cbs=with_stop_on_nan(learn, cbs) + L(self.unfreezing) + L(held_out), **{schedule.warmup_name: self.warmup})
-        if held_out:
-            self.temperature = held_out.temperature
-            divide_scores(learn, self.temperature)
+            cbs=with_stop_on_nan(learn, cbs) + L(self.unfreezing), **{schedule.warmup_name: self.warmup})
         return self
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #1585d9d1
@@ -361,11 +353,6 @@ def _kept_stages(groups, rates, epochs):
     kept = [i for i, n_epochs in enumerate(epochs, n_left_out) if n_epochs > 0]
     return groups[:n_left_out], [groups[i] for i in kept], rates[kept], [e for e in epochs if e > 0]
 
-def _is_calibrated(learn, calibrate, groups, epochs):
-    "Return whether the plan has a temperature; stages that are given stay as they are"
-    is_free = groups is None and not np.ndim(epochs)
-    return (calibrate != 'auto' or is_free) and wants_temperature(learn, calibrate)
-
 def _given(spread, default):
     return default if spread is None else check_number('spread', spread, above=0)
 
@@ -388,8 +375,7 @@ def transfer_plan(self:Learner,
     cache='auto', # Compute frozen layers only once per stage; `auto` does so if recipe, model and data allow it
     schedule:str='auto', # Schedule in each stage: `stlr` (slanted triangle), `one_cycle` or `auto` (by model family)
     warmup:float|None=None, # Fraction of a stage in which the rate rises; default .1 for `stlr`, .25 for `one_cycle`
-    clip='auto', # Maximum gradient norm or `None`; `auto` uses 1 for taggers that have no `GradientClip`
-    calibrate='auto' # Leave a fifth of the rows out until the last epoch, for a temperature, see `wants_temperature`
+    clip='auto' # Maximum gradient norm or `None`; `auto` uses 1 for taggers that have no `GradientClip`
 ) -> TransferPlan: # Plan with the methods `table()`, `explain()` and `show()`
     "Return the plan that `fit_transfer` would follow, without changing anything"
     layers = _named_groups(self)
@@ -398,20 +384,35 @@ def transfer_plan(self:Learner,
     steps = _deciding_steps(epochs, groups, task, family, min_steps, n_batches)
     name, why = _name_recipe(self, recipe, family, len(layers), steps, groups)
     recipe = TRANSFER_RECIPES[name]
-    calibrated = _is_calibrated(self, calibrate, groups, epochs)
     stages, rates = _plan_stages(recipe, groups, len(layers))
     epochs, remark = _plan_epochs(epochs, len(stages), family, min_steps, n_batches)
     left_out, stages, rates, epochs = _kept_stages(stages, rates, epochs)
-    if calibrated:
-        stages, rates, epochs = with_all_rows(stages, rates, epochs)
     lrs = rates*check_number('lr', recipe.lr*_last_stage_lr(self, task) if lr is None else lr, above=0)
     cache = _plan_cache(self, cache, recipe, stages[0] < len(layers))
     return TransferPlan(name, why + remark, family, stages, epochs, lrs, _given(spread, recipe.spread), cache, layers,
                         n_batches, left_out=left_out, clip=_clip(self, family, task, clip), few=few_texts(self, family),
                         cached=_cached_stages(self.model, layers, stages) if cache else None,
-                        measured=_is_measured(self, family, layers, groups), calibrated=calibrated,
-                        n_kept=n_kept_batches(self.dls.train) if calibrated else None,
-                        **_schedule(family, schedule, warmup))
+                        measured=_is_measured(self, family, layers, groups), **_schedule(family, schedule, warmup))
+
+# %% ../../nbs/442_tune.transfer_plan.ipynb #763d3fff
+def _temperature(learn, plan, wd, cbs, aids):
+    "Return the temperature from a first training with the same plan"
+    def fit(first, cbs):
+        cache = plan.cache if isinstance(plan.cache, bool) else True
+        first_plan = replace(plan, layers=_named_groups(first), n_batches=len(first.dls.train), cache=cache)
+        first_plan.fit(first, wd, L(cbs) + copy.deepcopy(aids))
+    return temperature_of_copy(learn, fit, cbs)
+
+def _run(learn, plan, wd, cbs, aids):
+    "Run a plan, and give the model its temperature"
+    is_on_cpu = next(learn.model.parameters()).device.type == 'cpu'
+    with reuse_memory(is_on_cpu):
+        if plan.calibrated:
+            plan.temperature = _temperature(learn, plan, wd, cbs, aids)
+        plan.fit(learn, wd, cbs + aids)
+    if plan.calibrated:
+        divide_scores(learn, plan.temperature)
+    return plan
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #96c11561
 @patch
@@ -427,19 +428,20 @@ def fit_transfer(self:Learner,
     fast_dropout:bool=False, # Dropout that is fast on a CPU with long texts in bfloat16
     wd:float|None=None, # Weight decay
     cbs=None, # Additional Callbacks
-    calibrate='auto', # Leave a fifth of the rows out until the last epoch, for a temperature, see `wants_temperature`
+    calibrate='auto', # Fit a temperature to rows that a first training leaves out, see `wants_temperature`
     **kwargs # Passed to `transfer_plan`
 ) -> TransferPlan: # The plan that was run; its `unfreezing` has the methods `table()` and `plot()`
     "Choose a fine-tuning recipe for this model and data, explain it and train; accepts the options of `transfer_plan`"
     if _clips(cbs):
         kwargs.setdefault('clip', None)
-    best = BestEpoch() if check_flag('best', best) else None
-    plan = self.transfer_plan(epochs, recipe, calibrate=unless_epoch_is_chosen(calibrate, L(cbs) + L(best)), **kwargs)
-    plan.reinit, plan.best = check_whole('reinit', reinit, 0), best
+    plan = self.transfer_plan(epochs, recipe, **kwargs)
+    plan.reinit = check_whole('reinit', reinit, 0)
+    plan.best = BestEpoch() if check_flag('best', best) else None
+    cbs = L(cbs) + L(plan.best)
+    plan.calibrated = wants_temperature(self, calibrate, cbs)
     if self.logger is not noop:
         plan.show()
     if reinit:
         reinit_top_layers(self.model, reinit)
     aids = fast_training_cbs(self, plan.family != 'other', mixed_precision, one_position, fast_dropout)
-    with reuse_memory(next(self.model.parameters()).device.type == 'cpu'):
-        return plan.fit(self, wd, L(cbs) + L(aids) + L(best))
+    return _run(self, plan, wd, cbs, L(aids))
