@@ -22,7 +22,7 @@ from sets import JUDGE
 from tables import interval, samples
 
 # the ways of run.py -> what they are
-OURS = {'no temperature': 'fit_transfer(calibrate=False)', 'fit_transfer': 'fit_transfer()'}
+OURS = {'fit_transfer, not calibrated': 'fit_transfer(calibrate=False)', 'fit_transfer': 'fit_transfer()'}
 
 
 def rows_of(folder, run):

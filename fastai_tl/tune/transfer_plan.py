@@ -130,7 +130,7 @@ def omissions(
         layers = 'The top layer starts' if plan.reinit == 1 else f'The top {plan.reinit} layers start'
         sentences.append(f'{layers} from random weights.')
     if plan.calibrated:
-        sentences.append('Before, the stages run on a copy of the model and a third of the training rows. The '
+        sentences.append('Before, the stages run on a copy of the model and a part of the training rows. The '
                          'temperature that suits the others divides the final scores (not with `calibrate=False`).')
     if plan.best is not None:
         sentences.append('At the end, the weights of the epoch with the lowest validation loss are restored.')
