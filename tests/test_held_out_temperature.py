@@ -133,6 +133,22 @@ def test_a_resumed_fit_is_the_same(epoch, tok, wrong_labels, tmp_path):  # noqa:
     assert finished == temperature and all(torch.equal(value, whole[name]) for name, value in weights.items())
 
 
+def test_the_same_cell_again_after_an_interrupt(tok, tmp_path):  # noqa: F811
+    "The same Learner: its temperature is that of the checkpoint, and no copy of the half-trained model is made"
+    _, plan, expected = fitted(trained_classifier(tok), epochs=3, cbs=ResumableFit(tmp_path / 'whole.safetensors'))
+    learn = trained_classifier(tok)
+    file = tmp_path / 'again.safetensors'
+    with pytest.raises(Killed):
+        fitted(learn, epochs=3, cbs=[ResumableFit(file), KillAfter(0)])
+    _, again, weights = fitted(learn, epochs=3, cbs=ResumableFit(file))
+    assert again.calibrated and again.temperature == plan.temperature
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    fresh = trained_classifier(tok)
+    fitted(fresh, epochs=3, calibrate=False, cbs=ResumableFit(tmp_path / 'without.safetensors'))
+    _, without, _ = fitted(trained_classifier(tok), epochs=3, cbs=ResumableFit(tmp_path / 'without.safetensors'))
+    assert not without.calibrated, 'as it was begun'
+
+
 def test_explained(tok, capsys, wrong_labels):  # noqa: F811
     plan = classifier(tok).transfer_plan(3)
     assert not plan.calibrated and 'temperature' not in plan.explain()
@@ -144,6 +160,8 @@ def test_explained(tok, capsys, wrong_labels):  # noqa: F811
     assert 'a copy of the model and a part of the training rows' in out and 'calibrate=False' in out
     assert plan.temperature > 1 and f'divided by a temperature of {plan.temperature:.2f}' in out
     assert len(learn.recorder.losses) == plan.table().steps.sum()
+    fitted(classifier(tok), calibrate=True, **OPTIONS)
+    assert capsys.readouterr().out == '', '`no_logging` silences it'
 
 
 def trained_classifier(tok, n=60, **kw):  # noqa: F811
@@ -168,6 +186,9 @@ def test_when_there_is_one(tok):  # noqa: F811
     assert is_calibrated(learn)
     assert not is_calibrated(learn), 'the model has read the rows'
     assert is_calibrated(trained_classifier(tok), epochs=[1, 1], recipe='head_then_full')
+    learn = trained_classifier(tok)
+    learn.lr_find(num_it=3, show_plot=False)
+    assert is_calibrated(learn), '`lr_find` leaves the model as it was'
     assert not is_calibrated(trained_classifier(tok), calibrate=False)
     assert not is_calibrated(trained_classifier(tok, n=49))
     assert is_calibrated(trained_classifier(tok, n=49), calibrate=True)
@@ -193,6 +214,17 @@ def test_class_weights_have_none(tok):  # noqa: F811
     learn = trained_classifier(tok)
     weighted = hf_classifier_learner(learn.dls, learn.model.hf, class_weights='balanced')
     assert not fitted(weighted, epochs=1)[1].calibrated
+    weighted = trained_classifier(tok)
+    weighted.loss_func = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]))
+    assert not fitted(weighted, epochs=1)[1].calibrated
+
+
+def test_a_trained_head_is_not_new(tok, tmp_path):  # noqa: F811
+    "It may have read the rows"
+    learn, _, _ = fitted(trained_classifier(tok), epochs=1)
+    learn.model.hf.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    assert not fitted(hf_classifier_learner(learn.dls, tmp_path), epochs=1)[1].calibrated
 
 
 def test_needs_rows_of_classes(tok):  # noqa: F811

@@ -37,11 +37,12 @@ def _with_token(texts, codes):
     return TokenizedTexts(words, np.concatenate(rows), texts.lens + 1, texts.settings)
 
 def _has_code(texts, codes, is_tokenized):
-    "Yield whether texts have one of the codes already"
-    if is_tokenized: # a code is a token that no other text has
-        yield any(code in texts.words for code in codes)
-    else:
-        yield from (text.startswith(tuple(codes)) for text in texts)
+    "Yield whether texts begin with one of the codes"
+    if not is_tokenized:
+        yield from (text.lstrip().startswith(tuple(codes)) for text in texts)
+        return
+    numbers = [i for i, word in enumerate(texts.words) if word in codes]
+    yield from (bool(np.isin(row[:2], numbers).any()) for row in np.split(texts.ids, texts.offsets[1:-1]))
 
 # %% ../../nbs/640_generation.control_codes.ipynb #1c1e870d
 def _add_to_tokenizer(tokenizer, codes):

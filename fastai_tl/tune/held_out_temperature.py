@@ -6,13 +6,15 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.held_out_temperature.html.md"""
 
 # %% auto #0
 __all__ = ['shrunk_temperature', 'scores_layer', 'scale_scores', 'held_out_share', 'held_out_dls', 'check_temperature',
-           'wants_temperature', 'held_out_learner', 'held_out_temperature', 'temperature_of_copy', 'divide_scores']
+           'TemperatureState', 'saved_temperature', 'wants_temperature', 'held_out_learner', 'held_out_temperature',
+           'temperature_of_copy', 'divide_scores']
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #83a51d29
 import copy
 from contextlib import nullcontext
 import numpy as np, torch
-from fastcore.basics import GetAttr, noop
+from fastcore.basics import GetAttr
+from fastai.imports import noop
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
 from fastai.callback.tracker import TrackerCallback
@@ -23,12 +25,14 @@ from torch.nn import functional as F
 from ..arguments import check_number, check_option, check_type, check_whole
 from ..core import DataError, FastaiTLError, unchanged_rng
 from ..efficiency.mixed_precision import AutocastPrecision
+from ..files import load_tree
 from ..models.third_party import spec_of
 from ..processes import n_processes
 from .accumulation import LargeBatchGradient
 from .best_epoch import BestEpoch
 from .recipes import is_trained, model_family
 from .regularizers import FGM, L2SP, RDrop
+from .resume import ResumableFit
 from .weight_averaging import EMA, SWA
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #4854da2c
@@ -137,21 +141,52 @@ def check_temperature(
     scores_layer(learn.model, n_out)
     return n_out
 
+# %% ../../nbs/441_tune.held_out_temperature.ipynb #5d03126e
+class TemperatureState(Callback):
+    "Keep a temperature in the checkpoints of a fit"
+    def __init__(self,
+        temperature:float # Temperature of the fit
+    ):
+        self.temperature = temperature
+
+    def state_dict(self) -> dict:
+        "Return what a resumed fit needs"
+        return dict(temperature=self.temperature)
+
+    def load_state_dict(self,
+        sd:dict # From `state_dict`
+    ):
+        "Restore the temperature"
+        self.temperature = sd['temperature']
+
+def saved_temperature(
+    cbs # Callbacks of a fit
+) -> tuple: # Whether there is a checkpoint, and its temperature or `None`
+    "Return the temperature in the checkpoint that a `ResumableFit` will resume from"
+    files = [cb.file for cb in cbs if isinstance(cb, ResumableFit) and cb.file.exists()]
+    states = [load_tree(file).get('cbs', {}) for file in files[:1]]
+    temperatures = [state['temperature_state']['temperature'] for state in states if 'temperature_state' in state]
+    return bool(files), temperatures[0] if temperatures else None
+
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #44e56d38
 _FEWEST, _MOST = 50, 2000
 
+def _has_new_head(learn, n_out):
+    "Return whether the last layer looks untrained: transformers and `hf_classifier_learner` begin with a bias of 0"
+    bias = scores_layer(learn.model, n_out).bias
+    return bias is None or not bool(bias.any())
+
 def _is_usual(learn):
     "Return whether a Learner is such as was measured: a new head on a trained encoder, not many texts, no weights"
-    if getattr(getattr(learn.loss_func, 'func', None), 'weight', None) is not None:
+    if getattr(getattr(learn.loss_func, 'func', learn.loss_func), 'weight', None) is not None:
         return False
-    is_new = not getattr(getattr(learn, 'recorder', None), 'losses', None) and not hasattr(learn, 'kept_layers')
-    if not is_new or model_family(learn.model) != 'encoder' or not is_trained(learn.model):
+    if hasattr(learn, 'kept_layers') or model_family(learn.model) != 'encoder' or not is_trained(learn.model):
         return False
     try:
-        check_temperature(learn)
+        n_out = check_temperature(learn)
     except FastaiTLError:
         return False
-    return _FEWEST <= len(learn.dls.train.dataset) < _MOST
+    return _has_new_head(learn, n_out) and _FEWEST <= len(learn.dls.train.dataset) < _MOST
 
 def wants_temperature(
     learn, # Learner to train
@@ -160,9 +195,11 @@ def wants_temperature(
 ) -> bool:
     "Return whether to fit a temperature; raise an error if one is asked for and there cannot be one"
     check_option('calibrate', calibrate, ('auto', True, False))
-    choosing = [cb for cb in [*learn.cbs, *cbs] if isinstance(cb, TrackerCallback|BestEpoch)]
+    cbs = [*learn.cbs, *cbs]
+    choosing = [cb for cb in cbs if isinstance(cb, TrackerCallback|BestEpoch)]
     if calibrate == 'auto':
-        return not choosing and _is_usual(learn)
+        has_begun, temperature = saved_temperature(cbs)
+        return not choosing and (temperature is not None if has_begun else _is_usual(learn))
     if calibrate and choosing:
         raise FastaiTLError('`calibrate` is for the weights of the last epoch', choosing[0].name,
                             'Use `learn.calibrate()` after training')
@@ -177,15 +214,20 @@ def _copied(model):
             model.reset()
     return copy.deepcopy(model)
 
+def _copied_cbs(cbs, kinds):
+    "Return copies of the Callbacks of some kinds, without their Learner"
+    copies = [copy.copy(cb) for cb in cbs if isinstance(cb, kinds)]
+    for cb in copies:
+        cb.learn = None
+    return copy.deepcopy(copies)
+
 def held_out_learner(
     learn, # Learner that has not been trained
     share:float|None=None, # Share of the training rows to hold out; `None`: `held_out_share`
     seed:int=0 # Seed of the choice
 ): # A Learner with a copy of the model, whose validation rows are the rows that are held out
     "Return a Learner for the first training"
-    cbs = [copy.copy(cb) for cb in learn.cbs if isinstance(cb, _OF_MODEL)]
-    for cb in cbs:
-        cb.learn = None
+    cbs = _copied_cbs(learn.cbs, _OF_MODEL)
     options = {name: getattr(learn, name) for name in ('loss_func', 'opt_func', 'lr', 'splitter', 'wd', 'moms', 'path')}
     first = type(learn)(held_out_dls(learn.dls, share, seed), _copied(learn.model), metrics=[], **options)
     first.remove_cbs([cb for cb in first.cbs if isinstance(cb, _OF_MODEL)])
@@ -213,9 +255,12 @@ def temperature_of_copy(
     cbs=() # Callbacks of the fit
 ) -> float: # Temperature
     "Train a copy of the model on a part of the training rows, and return the temperature that suits the others"
+    found = saved_temperature([*learn.cbs, *cbs])[1]
+    if found is not None:
+        return found
     with unchanged_rng():
         first = held_out_learner(learn)
-        kept = [copy.deepcopy(cb) for cb in [*learn.cbs, *cbs] if isinstance(cb, _OF_FIT) and cb not in first.cbs]
+        kept = _copied_cbs([*learn.cbs, *cbs], _OF_FIT)
         with first.no_bar(), first.no_logging(), first.added_cbs(_NoValidation()):
             fit(first, kept)
         return held_out_temperature(first)

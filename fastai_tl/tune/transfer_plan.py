@@ -36,7 +36,8 @@ from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
 from .recipes import few_texts, predicts_tokens
-from .held_out_temperature import divide_scores, temperature_of_copy, wants_temperature
+from .held_out_temperature import TemperatureState, divide_scores, temperature_of_copy
+from .held_out_temperature import wants_temperature
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #8603e2fb
 MIN_STEPS = 150
@@ -409,6 +410,7 @@ def _run(learn, plan, wd, cbs, aids):
     with reuse_memory(is_on_cpu):
         if plan.calibrated:
             plan.temperature = _temperature(learn, plan, wd, cbs, aids)
+            cbs = cbs + L(TemperatureState(plan.temperature))
         plan.fit(learn, wd, cbs + aids)
     if plan.calibrated:
         divide_scores(learn, plan.temperature)
