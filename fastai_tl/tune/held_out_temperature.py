@@ -101,8 +101,8 @@ def _check_rows(dls):
 def held_out_share(
     n:int # Number of training rows
 ) -> float: # Share of the rows
-    "Return the share of the rows that give the temperature: two thirds if enough are left to train on"
-    return 1 - min(.8, max(1/3, 150/check_whole('n', n)))
+    "Return the share of the rows that give the temperature; the others, at least 400 if possible, train the copy"
+    return 1 - min(.8, max(1/3, 400/check_whole('n', n)))
 
 def held_out_dls(
     dls, # DataLoaders with a list of training rows
