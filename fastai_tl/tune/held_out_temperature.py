@@ -182,12 +182,18 @@ def _is_usual(learn):
         return False
     if hasattr(learn, 'kept_layers') or model_family(learn.model) != 'encoder' or not is_trained(learn.model):
         return False
+    return _has_new_head(learn, check_temperature(learn)) and _FEWEST <= len(learn.dls.train.dataset) < _MOST
+
+def _wants_by_default(learn, cbs):
+    "Return whether the fit of a usual Learner begins, or one with a temperature goes on"
     try:
-        n_out = check_temperature(learn)
+        check_temperature(learn)
     except FastaiTLError:
         return False
-    return _has_new_head(learn, n_out) and _FEWEST <= len(learn.dls.train.dataset) < _MOST
+    has_begun, temperature = saved_temperature(cbs)
+    return temperature is not None if has_begun else _is_usual(learn)
 
+# %% ../../nbs/441_tune.held_out_temperature.ipynb #cbe9ad42
 def wants_temperature(
     learn, # Learner to train
     calibrate='auto', # Whether a temperature is asked for; `auto`: for a new head on an encoder, with 50 to 1,999 texts
@@ -198,8 +204,7 @@ def wants_temperature(
     cbs = [*learn.cbs, *cbs]
     choosing = [cb for cb in cbs if isinstance(cb, TrackerCallback|BestEpoch)]
     if calibrate == 'auto':
-        has_begun, temperature = saved_temperature(cbs)
-        return not choosing and (temperature is not None if has_begun else _is_usual(learn))
+        return not choosing and _wants_by_default(learn, cbs)
     if calibrate and choosing:
         raise FastaiTLError('`calibrate` is for the weights of the last epoch', choosing[0].name,
                             'Use `learn.calibrate()` after training')
@@ -265,6 +270,7 @@ def temperature_of_copy(
             fit(first, kept)
         return held_out_temperature(first)
 
+# %% ../../nbs/441_tune.held_out_temperature.ipynb #ebb36cdb
 def divide_scores(
     learn, # Learner of a classifier
     temperature:float # The scores are divided by this
