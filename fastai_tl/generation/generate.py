@@ -142,7 +142,7 @@ def _check_options(options):
     "Raise an error if words or functions are something else"
     for name in ('bad_words', 'required_words', 'stop_strings'):
         words = check_type(name, getattr(options, name), (str, list, tuple), 'a string or a list of them', or_none=True)
-        if words == '':
+        if words == '' and name != 'stop_strings': # none is the same as an empty one there
             raise FastaiTLError(f'`{name}` must have a word', "''", 'Leave it out, or pass `None`')
     for name in ('logits_processor', 'stopping_criteria'):
         check_each(name, listify(getattr(options, name)), check_callable)
