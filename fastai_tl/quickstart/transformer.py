@@ -26,7 +26,7 @@ from ..plot import keep_going, plot_panels
 from .base import Quickstart, Trained, best_validated, save_figure, validation_scores
 from .presets import TRANSFORMER, check_preset, expected_seconds
 from ..tune.distributed import is_launched
-from ..tune.held_out_temperature import held_out_share
+from ..tune.held_out_temperature import copy_share
 from ..tune.resume import ResumableFit
 from ..tune.transfer_plan import TransferPlan
 
@@ -66,7 +66,7 @@ class TransformerQuickstart(Quickstart):
     def expected(self) -> dict: # Maps the name of the step to seconds
         "Return about how long the step takes"
         n_epochs = sum(self.size['epochs'] or [6])*len(self.size['rates'] or [None])
-        n_epochs *= 2 - held_out_share(max(len(self.rows), 1)) # a copy is trained first, see `wants_temperature`
+        n_epochs *= 1 + copy_share(sum(self.rows.split != 'valid'))
         return {f'The classifier: {self.label}': expected_seconds(self.rows.text, n_epochs, _WEIGHTS)}
 
     def make_dls(self):

@@ -6,8 +6,8 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.held_out_temperature.html.md"""
 
 # %% auto #0
 __all__ = ['shrunk_temperature', 'scores_layer', 'scale_scores', 'held_out_share', 'held_out_dls', 'check_temperature',
-           'TemperatureState', 'saved_temperature', 'wants_temperature', 'held_out_learner', 'held_out_temperature',
-           'temperature_of_copy', 'divide_scores']
+           'TemperatureState', 'saved_temperature', 'copy_share', 'wants_temperature', 'held_out_learner',
+           'held_out_temperature', 'temperature_of_copy', 'divide_scores']
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #83a51d29
 import copy
@@ -153,12 +153,6 @@ class TemperatureState(Callback):
         "Return what a resumed fit needs"
         return dict(temperature=self.temperature)
 
-    def load_state_dict(self,
-        sd:dict # From `state_dict`
-    ):
-        "Restore the temperature"
-        self.temperature = sd['temperature']
-
 def saved_temperature(
     cbs # Callbacks of a fit
 ) -> tuple: # Whether there is a checkpoint, and its temperature or `None`
@@ -194,6 +188,12 @@ def _wants_by_default(learn, cbs):
     return temperature is not None if has_begun else _is_usual(learn)
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #cbe9ad42
+def copy_share(
+    n:int # Number of training rows of a new classifier
+) -> float: # 0 if there is no copy
+    "Return the share of the time of a fit that the copy takes by default"
+    return 1 - held_out_share(n) if _FEWEST <= n < _MOST else 0.
+
 def wants_temperature(
     learn, # Learner to train
     calibrate='auto', # Whether a temperature is asked for; `auto`: for a new head on an encoder, with 50 to 1,999 texts
