@@ -243,6 +243,16 @@ def test_needs_rows_of_classes(tok):  # noqa: F811
         classifier(tok).fit_transfer(1, calibrate='yes')
 
 
+def test_without_a_number_of_classes(tok):  # noqa: F811
+    "DataLoaders of plain fastai may not know it: no temperature by default, and an error where one is asked for"
+    learn = test_recipes.plain()
+    assert not hasattr(learn.dls, 'c') and fitted(learn, epochs=1)[1].temperature is None
+    with pytest.raises(FastaiTLError, match='learn.dls.c'):
+        learn.fit_transfer(1, calibrate=True)
+    learn.dls.c = 2
+    assert fitted(learn, epochs=1, calibrate=True)[1].temperature > 0
+
+
 def test_a_layer_that_lora_changes_is_refused():
     "Its last linear layer is not that of the scores, but what is added to them"
     model = torch.nn.ModuleDict(dict(base_layer=torch.nn.Linear(4, 3), lora_B=torch.nn.Linear(2, 3)))

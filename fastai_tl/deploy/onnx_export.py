@@ -12,6 +12,7 @@ __all__ = ['OPSETS', 'PARTS', 'TOLERANCE', 'TASKS_WITH_GRAPH', 'import_exporter'
 import io, json, logging, tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from ..arguments import check_array, check_each, checked
@@ -225,6 +226,7 @@ def exported_transformer(
     rows = _sample_rows(tok, model.limit)
     expected = _torch_outputs(model, rows, part)
     info = _info(model, spec, tok, part)
+    _without_choices(model)
     one = one_position(model) if part == 'model' and spec.is_classification else None
     try:
         return _transformer_content(model, tok, rows, expected, info)
@@ -233,6 +235,30 @@ def exported_transformer(
             raise
         one.__exit__()
         return _transformer_content(model, tok, rows, expected, info)
+
+# %% ../../nbs/806_deploy.onnx_export.ipynb #d77bb951
+def _of_each_expert(experts, name, x):
+    "Apply a linear layer of each expert: (tokens, features) or (experts, tokens, features) to the latter"
+    weight = getattr(experts, name)
+    x = x @ (weight if experts.is_transposed else weight.transpose(1, 2))
+    return x + getattr(experts, f'{name}_bias')[:,None] if experts.has_bias else x
+
+def _all_experts(experts, hidden_states, top_k_index, top_k_weights):
+    "Return what a layer of experts of transformers returns; all experts read all tokens"
+    x = _of_each_expert(experts, 'gate_up_proj' if experts.has_gate else 'up_proj', hidden_states)
+    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+    x = _of_each_expert(experts, 'down_proj', x)
+    if getattr(experts, 'has_post_expert_norm', False):
+        x = experts.post_expert_norm(x)
+    chosen = F.one_hot(top_k_index, len(experts.down_proj)).to(x.dtype) # tokens, choices, experts
+    weights = (chosen * top_k_weights[...,None].to(x.dtype)).sum(1)
+    return (x * weights.T[...,None]).sum(0).to(hidden_states.dtype)
+
+def _without_choices(model):
+    "Let the layers of experts of a model compute all experts, since operators of ONNX cannot leave any out"
+    for m in model.modules():
+        if all(hasattr(m, name) for name in ('has_gate', 'has_bias', 'is_transposed', 'down_proj')):
+            m.forward = MethodType(_all_experts, m)
 
 # %% ../../nbs/806_deploy.onnx_export.ipynb #f280457c
 def _reason(error):

@@ -19,6 +19,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.transforms import get_c
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.nn import functional as F
@@ -137,7 +138,9 @@ def check_temperature(
     if spec.task != 'classification':
         raise FastaiTLError('A temperature from training rows is for the task classification', spec.task)
     _check_rows(learn.dls)
-    n_out = len(spec.classes) if spec.classes else learn.dls.c
+    n_out = len(spec.classes) if spec.classes else get_c(learn.dls)
+    if not n_out:
+        raise FastaiTLError('A temperature needs the number of classes', 'DataLoaders without it', 'Set `learn.dls.c`')
     scores_layer(learn.model, n_out)
     return n_out
 
