@@ -183,7 +183,8 @@ def test_when_there_is_one(tok):  # noqa: F811
         return fitted(learn, **dict(dict(epochs=1), **kwargs))[1].calibrated
 
     learn = trained_classifier(tok)
-    assert is_calibrated(learn)
+    assert learn.transfer_plan(1).calibrated and 'temperature' in learn.transfer_plan(1).explain()
+    assert is_calibrated(learn) and not learn.transfer_plan(1).calibrated
     assert not is_calibrated(learn), 'the model has read the rows'
     assert is_calibrated(trained_classifier(tok), epochs=[1, 1], recipe='head_then_full')
     learn = trained_classifier(tok)

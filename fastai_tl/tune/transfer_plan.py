@@ -216,7 +216,7 @@ class TransferPlan:
         wd:float|None=None, # Weight decay
         cbs=None # Callbacks for this fit
     ) -> 'TransferPlan': # The plan itself, with `unfreezing` set
-        "Run the plan on `learn`"
+        "Run the stages of the plan on `learn`; `fit_transfer` adds the temperature"
         wd = check_number('wd', wd, low=0, or_none=True)
         ensure_layer_groups(learn)
         n = len(self.layers)
@@ -324,22 +324,21 @@ def _plan_cache(learn, cache, recipe, has_frozen):
     return cache if isinstance(cache, CachedPrefix) else check_flag('cache', cache)
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #50be9857
-def _cached_stages(model, layers, groups):
-    "Return for each stage whether the frozen layers are some whose output can be stored"
-    params = [p for p in model.parameters()]
-    needed = [p.requires_grad for p in params]
+def _cached_stages(learn, layers, groups, cache):
+    "Return for each stage whether the frozen layers are some whose output can be stored; `None` if it is not wanted"
+    needed = [(p, p.requires_grad) for p in learn.model.parameters()]
     try:
         with unchanged_rng():
-            return [_has_prefix(model, params, layers, n_groups) for n_groups in groups]
+            return [_has_prefix(learn.model, layers, n_groups) for n_groups in groups] if cache else None
     finally:
-        for p, flag in zip(params, needed):
+        for p, flag in needed:
             p.requires_grad_(flag)
 
-def _has_prefix(model, params, layers, n_groups):
+def _has_prefix(model, layers, n_groups):
     n_frozen = len(layers) - n_groups
     frozen = {id(p) for layer in layers[:n_frozen] for p in layer.params}
     trained = {id(p) for layer in layers[n_frozen:] for p in layer.params}
-    for p in params:
+    for p in model.parameters():
         if id(p) in frozen or id(p) in trained:
             p.requires_grad_(id(p) in trained)
     try:
@@ -354,14 +353,16 @@ def _kept_stages(groups, rates, epochs):
     kept = [i for i, n_epochs in enumerate(epochs, n_left_out) if n_epochs > 0]
     return groups[:n_left_out], [groups[i] for i in kept], rates[kept], [e for e in epochs if e > 0]
 
-def _given(spread, default):
-    return default if spread is None else check_number('spread', spread, above=0)
-
 def _is_measured(learn, family, layers, groups):
     "Return whether the benchmark measured the recipes for such a model; it measured no other stages than theirs"
     has_head = family in ('encoder', 'AWD_LSTM') and not predicts_tokens(learn.model)
     is_usual = has_head and len(layers) > 2 and not _is_shrunk(learn)
     return groups is None and is_usual and is_trained(learn.model) is not False
+
+def _about(learn, family, layers, groups):
+    "Return what a plan says about its model and data besides the stages"
+    return dict(few=few_texts(learn, family), measured=_is_measured(learn, family, layers, groups),
+                calibrated=wants_temperature(learn))
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #c892197d
 @patch
@@ -390,10 +391,10 @@ def transfer_plan(self:Learner,
     left_out, stages, rates, epochs = _kept_stages(stages, rates, epochs)
     lrs = rates*check_number('lr', recipe.lr*_last_stage_lr(self, task) if lr is None else lr, above=0)
     cache = _plan_cache(self, cache, recipe, stages[0] < len(layers))
-    return TransferPlan(name, why + remark, family, stages, epochs, lrs, _given(spread, recipe.spread), cache, layers,
-                        n_batches, left_out=left_out, clip=_clip(self, family, task, clip), few=few_texts(self, family),
-                        cached=_cached_stages(self.model, layers, stages) if cache else None,
-                        measured=_is_measured(self, family, layers, groups), **_schedule(family, schedule, warmup))
+    spread = recipe.spread if spread is None else check_number('spread', spread, above=0)
+    return TransferPlan(name, why + remark, family, stages, epochs, lrs, spread, cache, layers, n_batches,
+                        left_out=left_out, clip=_clip(self, family, task, clip), **_schedule(family, schedule, warmup),
+                        cached=_cached_stages(self, layers, stages, cache), **_about(self, family, layers, groups))
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #763d3fff
 def _temperature(learn, plan, wd, cbs, aids):
