@@ -310,6 +310,18 @@ def test_a_learner_is_saved_exported_and_pickled(small_tokenizers, tmp_path, kin
 
 
 @pytest.mark.parametrize('kind', MIXED)
+@pytest.mark.parametrize('saved', [False, True])
+def test_weights_fit_no_other_mix(small_tokenizers, tmp_path, kind, saved):
+    "With a layer norm, the same weights would mean something else"
+    first, other = (MIXED[kind](small_tokenizers, layer_norm=o) for o in (saved, not saved))
+    for learn in (first, other):
+        learn.path = tmp_path
+    first.save('mixed')
+    with pytest.raises(RuntimeError, match='has_layer_norm'):
+        other.load('mixed')
+
+
+@pytest.mark.parametrize('kind', MIXED)
 def test_values_and_several_labels(small_tokenizers, kind):
     for task, labels, n_out in (('regression', VALUES, 1), ('multilabel', SEVERAL, 3)):
         if kind == 'hf':

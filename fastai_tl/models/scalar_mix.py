@@ -30,6 +30,8 @@ class ScalarMix(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
+        if self.layer_norm: # saved weights say it, so that they fit no mix that computes something else
+            self.register_buffer('has_layer_norm', torch.ones(1, dtype=torch.bool))
 
     def reset_parameters(self):
         "Give all layers the same weight, and set the scale to 1"
