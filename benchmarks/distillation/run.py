@@ -212,7 +212,7 @@ def tables(runs, speed, a):
     columns = ['labels alone:', 'distilled:', 'gain, points (range):', 'of the teacher:', 'times as fast (range):']
     lines = [['teacher: MiniLM, 6 layers', f'{100 * teacher.mean():.1f} ± {100 * teacher.std():.1f}', '', '', '', '1']]
     figures = {}
-    for name in [o for o in STUDENTS if o in set(df.student)]:
+    for name in [o for o in STUDENTS if o in set(df[df.way == 'distilled'].student)]:
         of = df[df.student == name].pivot(index='seed', columns='way', values='accuracy')
         best = max([way for way in WAYS[:2] if way in of], key=lambda way: of[way].mean())
         gain = 100 * (of.distilled - of[best])

@@ -5,10 +5,10 @@
     python benchmarks/fit_transfer/run.py --data FOLDER --sets judge     # what was chosen, on the other sets
     python benchmarks/fit_transfer/run.py --summary
 
-sets.py has the sets, fixed before the first run, and ways.py the ways. MiniLM, batches of 16, the same rows, tokens and
-epochs for all ways. The Trainer trains in bfloat16, as ours where the processor has it, unless `--fp32`. The seed draws
-the training rows, the head and the order. The lines of the Trainer have the loss of 200 further rows, by which its rate
-is tuned; ours do not see them.
+sets.py has the sets, fixed before the first run on each, and ways.py the ways. MiniLM, for Chinese the multilingual
+encoder (extra `multilingual`), batches of 16, the same rows, tokens and epochs for all ways. The Trainer trains in
+bfloat16, as ours where the processor has it, unless `--fp32`. The seed draws the training rows, the head and the order.
+The lines of the Trainer have the loss of 200 further rows, by which its rate is tuned; ours do not see them.
 
 Each run is a line of results/runs.jsonl as soon as it ends; runs that are there are skipped. --out keeps the
 log-probabilities of each test row, for the intervals. Seconds are processor seconds of the training with all that
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import load_benchmark, parser, set_threads, table
 
 HERE = Path(__file__).resolve().parent
-from sets import CHOOSE, JUDGE, SetData
+from sets import CHOOSE, JUDGE, SetData, model_of
 from ways import WAYS
 
 import numpy as np
@@ -46,6 +46,7 @@ def trained(d, way, seed, a):
 
 def one_run(name, way, seed, a):
     "Train and test one way; append its lines"
+    task.MODEL = a.model or model_of(name)
     d = SetData(name, seed, a)
     load = os.getloadavg()[0]
     for suffix, model, clock, more in trained(d, way, seed, a):
@@ -97,7 +98,6 @@ def main(a):
     set_threads(1)
     if a.summary:
         return summary(a.jsonl)
-    task.MODEL = a.model
     a.bs, a.bf16 = 16, not a.fp32
     ways = [w.strip() for w in a.ways.split(';')]
     ways = [o for w in ways for o in ([f'Trainer {r:g}' for r in RATES] if w == 'Trainer' else [w])]

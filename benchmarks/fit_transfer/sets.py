@@ -1,4 +1,4 @@
-"""The sets of benchmarks/fit_transfer: which choose and which judge. Written before the first run.
+"""The sets of benchmarks/fit_transfer: which choose and which judge. Written before the first run on each.
 
 Each is made from texts that differ in length, number, classes, balance and noise. Those to choose by have rows, and
 where possible sources, that those to judge by have not: first words of reviews against last words and single
@@ -32,7 +32,11 @@ JUDGE = {
     'last words 100': ('last words', 100, 10, 0, None),
     'TREC-50 1,000': ('TREC-50', 1000, 5, 0, None),
     'reviews 500': ('reviews', 500, 3, 0, None),
+    'hotel 500': ('hotel', 500, 3, 0, None),
+    'shopping 1,000': ('shopping', 1000, 3, 0, None),
+    'pairs 1,000': ('pairs', 1000, 3, 0, None),
 }
+CHINESE = ('hotel', 'shopping')  # with the multilingual encoder of the package, not MiniLM
 SETS = CHOOSE | JUDGE
 N_DEV, N_TEST = 200, 1000
 
@@ -58,8 +62,37 @@ def docstrings(label):
     return df.assign(label=df[label])[['text', 'label', 'split']]
 
 
+def chinese(name, data):
+    "Hotel reviews, positive or negative; shopping reviews with ten categories"
+    folder = Path(data) / 'zh_tw'
+    if name == 'hotel':
+        df = pd.read_csv(folder / 'hotel_reviews.csv').sample(frac=1, random_state=0)
+        return df[df.split == 'train'], df[df.split == 'test']
+    df = pd.read_parquet(folder / 'shopping_reviews.parquet').sample(frac=1, random_state=0)
+    df = df.drop_duplicates('text').assign(label=lambda d: d.category)[['text', 'label']]
+    return df[2000:], df[:2000]
+
+
+def pairs():
+    "The first sentence of a function's documentation beside another part of it, or of another function's"
+    from fastai_tl.datasets.corpora import docstring_corpus
+
+    df = docstring_corpus()
+    first = df[df.role == 'summary'].drop_duplicates('source')[['source', 'text', 'split', 'library']]
+    other = df[df.role != 'summary'].sample(frac=1, random_state=0).drop_duplicates('source')[['source', 'text']]
+    df = first.merge(other.rename(columns=dict(text='other')), on='source').sample(frac=1, random_state=0)
+    is_same = np.arange(len(df)) % 2 == 0
+    moved = df.groupby(['split', 'library']).other.transform(lambda o: np.roll(o, 1))  # of the same library
+    df = df.assign(other=np.where(is_same, df.other, moved), label=np.where(is_same, 'same', 'other'))
+    return df[df.split == 'train'], df[df.split == 'test']
+
+
 def source(name, data):
     "Training pool and test rows of a source"
+    if name in CHINESE:
+        return chinese(name, data)
+    if name == 'pairs':
+        return pairs()
     if name.startswith('TREC'):
         df = pd.read_csv(Path(data) / 'en' / 'trec6.csv').sample(frac=1, random_state=0)
         df = df.assign(label=df.fine_label) if name == 'TREC-50' else df
@@ -80,6 +113,15 @@ def source(name, data):
     # the reviews of a row of another source of the same task differ as well
     half = 0 if name == 'first words' else 1
     return pool, test[half::2]
+
+
+def model_of(name):
+    "The folder of the model for a set; `None`: MiniLM"
+    if SETS[name][0] not in CHINESE:
+        return None
+    from fastai_tl.all import multilingual_encoder
+
+    return str(multilingual_encoder())
 
 
 def with_share(df, share):
@@ -110,6 +152,7 @@ class SetData(Data):
     def __init__(self, name, seed, a):
         self.name, self.split = name, 'valid' if name in CHOOSE else 'test'
         kind, size, self.epochs, wrong, share = SETS[name]
+        self.text_col = ['text', 'other'] if kind == 'pairs' else 'text'
         if kind not in self.sources:
             self.sources[kind] = source(kind, a.data)
         pool, test = (with_share(df, share) for df in self.sources[kind])
@@ -124,4 +167,12 @@ class SetData(Data):
         from transformers import AutoTokenizer
 
         self.tok = AutoTokenizer.from_pretrained(minilm())
-        self.rows = [self.encode(p) for p in (self.train, self.dev, self.test)]
+        encode = self.encode if self.text_col == 'text' else self.encode_pairs
+        self.rows = [encode(p) for p in (self.train, self.dev, self.test)]
+
+    def encode_pairs(self, df):
+        "Tokens, types and labels of each row"
+        enc = self.tok(list(df.text), list(df.other), truncation=True, max_length=128)
+        names = ('input_ids', 'attention_mask', 'token_type_ids')
+        labels = [self.classes.index(label) for label in df.label]
+        return [dict({k: enc[k][i] for k in names}, labels=label) for i, label in enumerate(labels)]

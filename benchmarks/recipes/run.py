@@ -94,7 +94,7 @@ def our_learner(d, seed, a, **kwargs):
     kw = dict(valid_col='valid', bs=a.bs, max_length=128, verbose=False, **kwargs)
     if d.task == 'tagging':
         return hf_tagger_learner(HFTagDataLoaders.from_df(df, minilm(), vocab=d.classes, **kw), minilm(), metrics=[])
-    dls = HFTextDataLoaders.from_df(df, minilm(), vocab=d.classes, **kw)
+    dls = HFTextDataLoaders.from_df(df, minilm(), getattr(d, 'text_col', 'text'), vocab=d.classes, **kw)
     return hf_classifier_learner(dls, minilm(), metrics=[])
 
 

@@ -124,7 +124,7 @@ def predict(model, rows, tok, task, bs=64):
     ):
         for k in range(0, len(order), bs):
             idx = order[k : k + bs]
-            inputs = [{n: rows[i][n] for n in ('input_ids', 'attention_mask')} for i in idx]
+            inputs = [{n: v for n, v in rows[i].items() if n != 'labels'} for i in idx]
             batch = tok.pad(inputs, return_tensors='pt').to(model.device)
             out = model(**batch).logits.float().log_softmax(-1).cpu().numpy()
             for logp, i in zip(out, idx):
