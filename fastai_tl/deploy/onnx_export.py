@@ -73,6 +73,27 @@ def _named(model, rows, has_types):
     inputs = model.named_inputs(TensorTokens(x))
     return {k: v for k, v in inputs.items() if k != 'token_type_ids' or has_types}
 
+# %% ../../nbs/806_deploy.onnx_export.ipynb #14565b7c
+def _shapes(proto):
+    "Return the shape of each value of a graph; a size that depends on the input is a string"
+    values = [*proto.graph.input, *proto.graph.value_info, *proto.graph.output]
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+def _keeping_texts(proto):
+    "Let operators that remove all sizes of 1 keep the size of the batch, which may be 1"
+    from onnx import numpy_helper
+    shapes = _shapes(proto)
+    for node in proto.graph.node:
+        shape = shapes.get(node.input[0], []) if node.op_type == 'Squeeze' else []
+        if len(node.input) == 1 and any(isinstance(size, str) for size in shape):
+            axes = np.array([i for i, size in enumerate(shape) if size == 1], dtype=np.int64)
+            if not axes.size: # no axes would mean all
+                node.op_type = 'Identity'
+                continue
+            proto.graph.initializer.append(numpy_helper.from_array(axes, f'{node.name}_axes'))
+            node.input.append(f'{node.name}_axes')
+    return proto
+
 # %% ../../nbs/806_deploy.onnx_export.ipynb #b2a92bcd
 @contextmanager
 def _quiet():
@@ -93,7 +114,7 @@ def _export(model, inputs, outputs, opset):
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(model, kwargs=inputs, dynamo=True, dynamic_shapes=dynamic, opset_version=opset,
                                     input_names=list(inputs), output_names=outputs, external_data=False, verbose=False)
-        return program.model_proto
+        return _keeping_texts(program.model_proto)
 
 def import_exporter():
     "Raise an error that names the extra if an exporter is missing"
