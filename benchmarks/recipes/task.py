@@ -107,11 +107,23 @@ class Data:
         return rows
 
 
+def one_position(model):
+    "A context in which the top layer computes one position, where the head reads one"
+    from contextlib import nullcontext
+    from fastai_tl.core import FastaiTLError
+    from fastai_tl.efficiency.pooled_top_layer import SinglePosition, head_position
+
+    try:
+        head_position(model)
+    except FastaiTLError:
+        return nullcontext()
+    return SinglePosition(model)
+
+
 def predict(model, rows, tok, task, bs=64):
     "Log-probabilities of each row, (classes,) or (words, classes); the same function for all models"
     import torch
     from contextlib import nullcontext
-    from fastai_tl.efficiency.pooled_top_layer import SinglePosition
     from fastai_tl.efficiency.mixed_precision import has_bf16
 
     model.eval()
@@ -119,7 +131,7 @@ def predict(model, rows, tok, task, bs=64):
     res = [None] * len(rows)
     with (
         torch.inference_mode(),
-        SinglePosition(model) if task == 'classification' else nullcontext(),
+        one_position(model) if task == 'classification' else nullcontext(),
         torch.autocast(model.device.type, torch.bfloat16, enabled=has_bf16(model.device)),
     ):
         for k in range(0, len(order), bs):
