@@ -141,6 +141,8 @@ def try_family(run, config, cls, part):
     try:
         torch.manual_seed(0)
         model = HFModel(noisy(run.build(config, cls))).eval()
+        if model.hf.config.is_encoder_decoder and not hasattr(model.hf.config, 'decoder_start_token_id'):
+            model.hf.config.decoder_start_token_id = model.pad_id  # as the files of T5 say
         if model.hf.config.is_encoder_decoder and part == 'encoder':
             return dict(built=False, why='an encoder-decoder among the language models: for translation')
         with torch.no_grad():
