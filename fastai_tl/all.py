@@ -64,6 +64,7 @@ from .models.hf import *
 from .models.pooled_states import *
 from .models.class_extension import *
 from .models.multilingual import *
+from .models.experts import *
 from .models.awd_lstm import *
 from .models.static_vectors import *
 from .models.vocab_extension import *

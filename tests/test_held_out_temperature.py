@@ -1,15 +1,22 @@
 """The temperature of `fit_transfer`: the weights of the fit without one, scores that are divided by a temperature from
 training rows that a first training leaves out, resumed fits, and when there is none."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import test_recipes
 import torch
 from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.callback.training import ShortEpochCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
 from test_recipes import BERT, FRAME, TEXTS, awd, classifier, tagger, tok  # noqa: F401
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 from fastai_tl.all import *
 from fastai_tl.tune.held_out_temperature import held_out_learner, held_out_temperature, scores_layer
@@ -242,6 +249,133 @@ def test_needs_rows_of_classes(tok):  # noqa: F811
         classifier(tok, weighted=True).fit_transfer(1, calibrate=True)
     with pytest.raises(FastaiTLError, match='`calibrate`'):
         classifier(tok).fit_transfer(1, calibrate='yes')
+
+
+class Net(torch.nn.Module):
+    "A trained encoder of transformers in a module of one's own, with any head"
+
+    def __init__(self, head):
+        super().__init__()
+        config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+                            intermediate_size=48)
+        self.encoder = BertModel(config)
+        self.encoder.encoder.layer[0].output.LayerNorm.weight.data[3] += 0.01
+        self.head = head
+        for m in head.modules():
+            if isinstance(m, torch.nn.Linear):
+                torch.nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        return self.head(self.encoder(input_ids=x).last_hidden_state[:, 0])
+
+
+def own_learner(make_head, cls=Learner, make_model=Net, **kwargs):
+    seed_everything(0)
+    rows = [(torch.randint(0, 50, (8,)), torch.randint(0, 3, ())) for _ in range(160)]
+    dls = DataLoaders.from_dsets(rows[:100], rows[100:], bs=16, device='cpu')
+    dls.c = 3
+    return cls(dls, make_model(make_head()), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=[]), **kwargs})
+
+
+class Sum(torch.nn.Module):
+    "Two heads; the scores may be those of both or of the first"
+
+    def __init__(self, both=True):
+        super().__init__()
+        self.a, self.b, self.both = torch.nn.Linear(32, 3), torch.nn.Linear(32, 3), both
+
+    def forward(self, h):
+        return self.a(h) + self.b(h.relu()) if self.both else self.a(h)
+
+
+class Cosine(torch.nn.Linear):
+    def forward(self, h):
+        return 10 * torch.nn.functional.linear(*(torch.nn.functional.normalize(o) for o in (h, self.weight)), self.bias)
+
+
+def linear():
+    return torch.nn.Linear(32, 3)
+
+
+HEADS = dict(
+    batch_norm=lambda: torch.nn.Sequential(linear(), torch.nn.BatchNorm1d(3)),
+    layer_norm=lambda: torch.nn.Sequential(linear(), torch.nn.LayerNorm(3)),
+    tanh=lambda: torch.nn.Sequential(linear(), torch.nn.Tanh()),
+    sum_of_two=Sum,
+    unused=lambda: Sum(both=False),
+    cosine=lambda: torch.nn.Sequential(Cosine(32, 3)),
+    weight_norm=lambda: torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(linear())),
+    old_weight_norm=lambda: torch.nn.Sequential(torch.nn.utils.weight_norm(linear())),
+)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_heads_whose_scores_are_not_divided(head, capsys):
+    "The model is that of a fit without a temperature, and it is said"
+    learn = own_learner(HEADS[head])
+    with learn.no_bar():
+        plan = learn.fit_transfer(6, lr=3e-3)
+    assert plan.temperature is None and 'gets no temperature' in capsys.readouterr().out
+    _, _, expected = fitted(own_learner(HEADS[head]), epochs=6, lr=3e-3, calibrate=False)
+    plain = own_learner(HEADS[head])
+    fitted(plain, epochs=6, lr=3e-3)
+    assert all(torch.equal(p, expected[name]) for name, p in plain.model.named_parameters())
+    with pytest.raises(FastaiTLError, match='last linear layer|can be copied'):
+        own_learner(HEADS[head]).fit_transfer(1, lr=3e-3, calibrate=True)
+
+
+def test_a_linear_head_of_ones_own():
+    learn, plan, _ = fitted(own_learner(linear), epochs=6, lr=3e-3)
+    plain, _, _ = fitted(own_learner(linear), epochs=6, lr=3e-3, calibrate=False)
+    x = torch.randint(0, 50, (20, 8))
+    with torch.no_grad():
+        scores, expected = (o.model.eval()(x) for o in (learn, plain))
+    assert plan.temperature > 1 and torch.allclose(scores, expected / plan.temperature, atol=1e-6)
+
+
+class Logits(Callback):
+    def after_pred(self):
+        self.learn.pred = self.pred['logits']
+
+
+class Named(Learner):
+    def __init__(self, dls, model, name='', *, needed, **kwargs):
+        super().__init__(dls, model, **kwargs)
+
+
+class Dict(Net):
+    def forward(self, x):
+        return dict(logits=super().forward(x))
+
+
+def test_fits_that_the_copy_cannot_do():
+    "What trains without a temperature trains by default"
+    weights = torch.tensor([5.0, 1, 1])
+    weighted = partial(torch.nn.functional.cross_entropy, weight=weights)
+    assert fitted(own_learner(linear), epochs=1)[1].calibrated
+    assert not fitted(own_learner(linear, make_model=Dict, cbs=Logits()), epochs=1)[1].calibrated
+    assert not fitted(own_learner(linear, loss_func=weighted), epochs=1)[1].calibrated
+    own_loss = lambda pred, y: torch.nn.functional.cross_entropy(pred, y, weight=weights)  # noqa: E731
+    assert not fitted(own_learner(linear, loss_func=own_loss), epochs=1)[1].calibrated
+    assert not fitted(own_learner(linear), epochs=1, cbs=ShortEpochCallback())[1].calibrated
+    assert fitted(own_learner(linear, Named, needed=1), epochs=1)[1].temperature is None
+    with pytest.raises(FastaiTLError, match='can be copied'):
+        own_learner(linear, Named, needed=1).fit_transfer(1, calibrate=True)
+    learn = own_learner(linear)
+    learn.dls.loaders[0] = learn.dls.train.new(get_idxs=lambda: list(range(64)))
+    assert not fitted(learn, epochs=1)[1].calibrated
+
+
+def test_mixed_precision_of_the_fit():
+    with own_learner(linear).no_bar() as learn, learn.no_logging():
+        learn.fit_transfer(1, cbs=MixedPrecision(), calibrate=False)
+
+
+def test_a_plan_needs_rows(tok, tmp_path):  # noqa: F811
+    learn = classifier(tok)
+    learn.export(tmp_path / 'learn.pkl')
+    with pytest.raises(FastaiTLError, match='training rows'):
+        load_learner(tmp_path / 'learn.pkl').transfer_plan()
 
 
 def test_without_a_number_of_classes(tok):  # noqa: F811

@@ -158,6 +158,18 @@ def test_family(kind, tok):
 
 
 @pytest.mark.slow
+def test_int8_of_a_mixture_of_experts(tok, tmp_path):
+    "Its stacks of weights stay in float32, and the rest is quantized"
+    learn = family_learner('mixtral', tok)
+    file = learn.export_onnx(tmp_path / 'model.onnx', precision='int8')
+    with learn.no_bar():
+        expected = learn.get_preds(dl=learn.dls.test_dl(TEXTS))[0].numpy()
+    engine = learn.predictor(engine='onnx', precision='int8')
+    np.testing.assert_allclose(engine.predict_proba(TEXTS), expected, atol=0.05)
+    assert b'MatMulInteger' in file.read_bytes() or b'DynamicQuantize' in file.read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('task', ['multilabel', 'regression', 'pairs', 'windows'])
 def test_task(task, tok):
     options = dict(valid=VALID, bs=4, verbose=False, max_length=128)

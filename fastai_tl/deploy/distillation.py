@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.all import delegates, maps, patch
 from fastai.learner import Learner
 from ..arguments import check_flag, check_number, check_path, check_type, check_whole, checked
-from ..core import DataError, FastaiTLError, shorten
+from ..core import DataError, FastaiTLError, check_arguments, shorten
 from ..data.near_duplicates import near_duplicates
 from ..data.spec import activate
 from ..data.tables import check_items, is_missing, list_of, text_column
@@ -321,6 +321,7 @@ def distill_into(self:Learner|BidirectionalLearner,
     **kwargs
 ): # The `Distillation`, a Callback of the student; or the fitted estimator
     "Let a student learn the predictions of this Learner; then train the student as usual"
+    check_arguments(Learner.distill_into, kwargs)
     check_number('alpha', alpha, low=0, high=1)
     check_number('temperature', temperature, above=0, high=1e6, or_none=True)
     options = DistillationOptions(**kwargs)

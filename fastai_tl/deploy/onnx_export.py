@@ -12,7 +12,6 @@ __all__ = ['OPSETS', 'PARTS', 'TOLERANCE', 'TASKS_WITH_GRAPH', 'import_exporter'
 import io, json, logging, tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from ..arguments import check_array, check_each, checked
@@ -21,6 +20,7 @@ from ..core import FastaiTLError, optional
 from ..data.hf_tokenizer import HFTokenize, TensorTokens, pad_rows
 from ..data.spec import TextSpec
 from ..efficiency.pooled_top_layer import one_position
+from ..models.experts import compute_all_experts
 from ..models.hf import HFModel
 from ..models.layer_groups import layer_groups
 from ..models.virtual_tokens import merged_copy
@@ -73,7 +73,7 @@ def _named(model, rows, has_types):
     inputs = model.named_inputs(TensorTokens(x))
     return {k: v for k, v in inputs.items() if k != 'token_type_ids' or has_types}
 
-# %% ../../nbs/806_deploy.onnx_export.ipynb #14565b7c
+# %% ../../nbs/806_deploy.onnx_export.ipynb #8c435797
 def _shapes(proto):
     "Return the shape of each value of a graph; a size that depends on the input is a string"
     values = [*proto.graph.input, *proto.graph.value_info, *proto.graph.output]
@@ -247,7 +247,7 @@ def exported_transformer(
     rows = _sample_rows(tok, model.limit)
     expected = _torch_outputs(model, rows, part)
     info = _info(model, spec, tok, part)
-    _without_choices(model)
+    compute_all_experts(model)
     one = one_position(model) if part == 'model' and spec.is_classification else None
     try:
         return _transformer_content(model, tok, rows, expected, info)
@@ -256,30 +256,6 @@ def exported_transformer(
             raise
         one.__exit__()
         return _transformer_content(model, tok, rows, expected, info)
-
-# %% ../../nbs/806_deploy.onnx_export.ipynb #d77bb951
-def _of_each_expert(experts, name, x):
-    "Apply a linear layer of each expert: (tokens, features) or (experts, tokens, features) to the latter"
-    weight = getattr(experts, name)
-    x = x @ (weight if experts.is_transposed else weight.transpose(1, 2))
-    return x + getattr(experts, f'{name}_bias')[:,None] if experts.has_bias else x
-
-def _all_experts(experts, hidden_states, top_k_index, top_k_weights):
-    "Return what a layer of experts of transformers returns; all experts read all tokens"
-    x = _of_each_expert(experts, 'gate_up_proj' if experts.has_gate else 'up_proj', hidden_states)
-    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-    x = _of_each_expert(experts, 'down_proj', x)
-    if getattr(experts, 'has_post_expert_norm', False):
-        x = experts.post_expert_norm(x)
-    chosen = F.one_hot(top_k_index, len(experts.down_proj)).to(x.dtype) # tokens, choices, experts
-    weights = (chosen * top_k_weights[...,None].to(x.dtype)).sum(1)
-    return (x * weights.T[...,None]).sum(0).to(hidden_states.dtype)
-
-def _without_choices(model):
-    "Let the layers of experts of a model compute all experts, since operators of ONNX cannot leave any out"
-    for m in model.modules():
-        if all(hasattr(m, name) for name in ('has_gate', 'has_bias', 'is_transposed', 'down_proj')):
-            m.forward = MethodType(_all_experts, m)
 
 # %% ../../nbs/806_deploy.onnx_export.ipynb #f280457c
 def _reason(error):
@@ -423,6 +399,28 @@ def _scale_rows(proto, node, name, helper):
     for k, made in enumerate(new):
         proto.graph.node.insert(at+1+k, made)
 
+# %% ../../nbs/806_deploy.onnx_export.ipynb #2707f41b
+def _stacked(proto):
+    "Return the names of the products with a stack of weights, such as those of all experts, which have no 8-bit form"
+    stacks = {o.name for o in proto.graph.initializer if len(o.dims) > 2}
+    return [node.name for node in proto.graph.node if node.op_type == 'MatMul' and stacks & set(node.input)]
+
+def _check_int8(graph, content):
+    "Raise an error if ONNX Runtime cannot compute texts in int8 that it can compute in float32"
+    fields = () if graph.info['kind'] == 'awd_lstm' else (1 + ('token_type_ids' in graph.names),)
+    rows = [np.zeros((*fields, n), dtype=np.int64) for n in (3, 1)]
+    try:
+        graph(rows)
+    except Exception: # some models need other texts than token 0
+        return
+    try:
+        found = Graph(content)(rows)
+    except Exception as error: # of ONNX Runtime, which may raise any
+        raise FastaiTLError('A graph in int8 must be one that ONNX Runtime can compute', _reason(error),
+                            "Use precision='fp32'") from error
+    if not all(np.isfinite(o).all() for o in found):
+        raise FastaiTLError('The outputs in int8 must be finite', 'NaN or infinity', "Use precision='fp32'")
+
 # %% ../../nbs/806_deploy.onnx_export.ipynb #05086252
 @checked
 def int8_content(
@@ -432,7 +430,7 @@ def int8_content(
     onnx = optional('onnx', 'onnx', 'A graph in int8')
     quantization = optional('onnxruntime.quantization', 'onnx', 'A graph in int8')
     proto = onnx.load_from_string(graph.content)
-    kept = [name for head in graph.info['head'] for name in (head, f'{head}_MatMul')]
+    kept = [name for head in graph.info['head'] for name in (head, f'{head}_MatMul')] + _stacked(proto)
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder)/'int8.onnx')
         quantization.quantize_dynamic(
@@ -441,4 +439,6 @@ def int8_content(
         proto = onnx.load(file)
     _int8_tables(proto)
     info = dict(graph.info, spec=graph.spec.to_json(), precision='int8')
-    return _content(proto, {k: v for k, v in info.items() if k != 'version'})
+    content = _content(proto, {k: v for k, v in info.items() if k != 'version'})
+    _check_int8(graph, content)
+    return content

@@ -16,7 +16,7 @@ from fastcore.all import delegates, patch
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from ..arguments import check_each, check_flag, check_number, check_option, check_whole, checked
-from ..core import DataError, FastaiTLError, RunError, seed_everything, shorten
+from ..core import DataError, FastaiTLError, RunError, check_arguments, seed_everything, shorten
 from ..data.classification import LabelledText
 from ..data.hf_tokenizer import HFTokenize
 from ..data.loaders import SpecDataLoaders
@@ -349,6 +349,7 @@ def update(self:Learner,
     **kwargs
 ) -> Update: # Has `accepted`, `table`, `forgetting`, `gain` and `refused`
     "Train a deployed model on new rows, and put the old weights back if an old class loses more than allowed"
+    check_arguments(Learner.update, kwargs)
     options = UpdateOptions(**kwargs)
     replay = check_number('replay', replay, low=0, high=1)
     anchor = _checked_anchor(anchor, options.alpha)
@@ -358,12 +359,11 @@ def update(self:Learner,
         rows = _rows(self, spec, new_df, old_df, options)
         replayed = _replayed(rows, replay, options.seed)
         anchors = _anchors(anchor, spec, rows, options)
-        cbs = list(anchors.values())
-        if options.adjust and rows.old:
-            cbs.append(_adjustment(spec, rows, replayed))
+        adjusts = options.adjust and rows.old
+        cbs = [*anchors.values(), *([_adjustment(spec, rows, replayed)] if adjusts else [])]
         result = _try_update(self, rows, replayed, cbs, max_drop, options)
-    names = shorten(anchors) or None
-    result.description = f'{len(rows.new):,} new rows and {len(replayed):,} old ones, anchor: {names}'
+    anchor = shorten(anchors) or None
+    result.description = f'{len(rows.new):,} new rows and {len(replayed):,} old ones, anchor: {anchor}'
     if options.verbose:
         print(STALE if result.accepted else f'Refused: {shorten(result.refused)} lost more than {max_drop:.3g}')
     return result

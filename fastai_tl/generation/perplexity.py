@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.all import delegates, patch
 from fastai.learner import Learner, Metric
 from ..arguments import check_each, check_flag, check_type, check_whole, checked
-from ..core import DataError, FastaiTLError, shorten
+from ..core import DataError, FastaiTLError, check_arguments, shorten
 from ..data.decoding import WIDE
 from ..data.display import TextTable, without_formulas
 from ..data.readers import pop_reader_options
@@ -114,8 +114,7 @@ def text_perplexity(
 ) -> PerplexityResult: # `texts` has one row for each text; `corpus` has the values of all texts together
     "Compute the perplexity (for a masked model, the pseudo-perplexity) of each text and of all texts together"
     reader = pop_reader_options(kwargs)
-    if kwargs:
-        raise TypeError(f'text_perplexity() got an unexpected keyword argument {next(iter(kwargs))!r}')
+    check_arguments(text_perplexity, kwargs)
     tm = text_model(model_or_name, tokenizer)
     texts = _check_texts(texts, _text_columns(model_or_name), reader)
     return PerplexityResult(score_texts(tm, texts, stride, max_length, bs, bos, dtype), tm.task == 'masked_lm')

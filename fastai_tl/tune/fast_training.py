@@ -16,14 +16,14 @@ from ..efficiency.mixed_precision import AutocastPrecision, has_bf16
 from ..efficiency.pooled_top_layer import SinglePosition, SinglePositionTop
 
 # %% ../../nbs/439_tune.fast_training.ipynb #bfe6efeb
-def _has(learn, kind):
-    return any(isinstance(cb, kind) for cb in learn.cbs)
+def _has(learn, kind, cbs=()):
+    return any(isinstance(cb, kind) for cb in [*learn.cbs, *cbs])
 
-def _precision_cbs(learn, is_known, mixed_precision):
-    "Return a Callback for bfloat16, unless the Learner already has one for mixed precision"
+def _precision_cbs(learn, is_known, mixed_precision, cbs):
+    "Return a Callback for bfloat16, unless the Learner or the fit already has one for mixed precision"
     if check_option('mixed_precision', mixed_precision, ('auto', True, False)) == 'auto':
         mixed_precision = is_known and has_bf16(learn.dls.device or 'cpu')
-    return [AutocastPrecision()] if mixed_precision and not _has(learn, MixedPrecision) else []
+    return [AutocastPrecision()] if mixed_precision and not _has(learn, MixedPrecision, cbs) else []
 
 def _one_position_cbs(learn, one_position):
     "Return a Callback that computes only one position in the top layer, if that gives the exact result"
@@ -50,8 +50,9 @@ def fast_training_cbs(
     is_known:bool=True, # Whether the family of the model is known; for others, `auto` leaves float32
     mixed_precision='auto', # Train in bfloat16; `auto`: if the device has bfloat16 instructions
     one_position='auto', # Compute only one position in the top layer; `auto`: if that gives the exact result
-    fast_dropout:bool=False # Dropout that is fast on a CPU with long texts in bfloat16
+    fast_dropout:bool=False, # Dropout that is fast on a CPU with long texts in bfloat16
+    cbs=() # Other Callbacks of the fit
 ) -> list: # Callbacks for one fit
     "Return the Callbacks that make a fit faster for this model and device"
-    precision = _precision_cbs(learn, is_known, mixed_precision)
+    precision = _precision_cbs(learn, is_known, mixed_precision, cbs)
     return precision + _one_position_cbs(learn, one_position) + _dropout_cbs(learn, fast_dropout)

@@ -6,20 +6,23 @@ Docs: https://fastai-tl.github.io/fastai_tl/tune.held_out_temperature.html.md"""
 
 # %% auto #0
 __all__ = ['shrunk_temperature', 'scores_layer', 'scale_scores', 'held_out_share', 'held_out_dls', 'check_temperature',
-           'TemperatureState', 'saved_temperature', 'copy_share', 'wants_temperature', 'held_out_learner',
-           'held_out_temperature', 'temperature_of_copy', 'divide_scores']
+           'is_divided', 'TemperatureState', 'saved_temperature', 'copy_share', 'wants_temperature', 'held_out_learner',
+           'held_out_temperature', 'temperature_of_copy', 'temperature_if_possible', 'divide_scores']
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #83a51d29
 import copy
 from contextlib import nullcontext
+from functools import partial
 import numpy as np, torch
 from fastcore.basics import GetAttr
 from fastai.imports import noop
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
 from fastai.callback.tracker import TrackerCallback
-from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.transforms import get_c
+from fastai.losses import LabelSmoothingCrossEntropy
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.nn import functional as F
@@ -88,14 +91,22 @@ class RowsOf(GetAttr):
     def __getitem__(self, i):
         return self.source[int(self.rows[i])]
 
+_LOADERS = ('fastai.data.load', 'fastai.data.core', 'fastai.text.data')
+
+def _reads_all(dl):
+    "Return whether a loader reads each row once in an epoch, for all that is known: it does not choose in its own way"
+    modules = [str(getattr(getattr(dl, name), '__module__', '')) for name in ('get_idxs', 'shuffle_fn')]
+    return all(module in _LOADERS or module.startswith('fastai_tl.') for module in modules)
+
 def _check_rows(dls):
     dl = dls.train
     is_weighted = getattr(dl, 'weights', None) is not None or getattr(dl, 'wgts', None) is not None
     has_parts = getattr(dls, 'training_texts', None) is not None or hasattr(dls, 'labelled')
     is_file = hasattr(type(dl), 'start_epoch') # a loader of a `TokenFile`
-    if not getattr(dl, 'indexed', False) or dl.bs is None or is_weighted or has_parts or is_file or n_processes() > 1:
+    is_list = getattr(dl, 'indexed', False) and dl.bs is not None and _reads_all(dl)
+    if not is_list or is_weighted or has_parts or is_file or n_processes() > 1:
         raise DataError('A temperature from training rows needs rows that are read once in an epoch, in one process',
-                        'a stream, windows, weights, soft targets or several processes',
+                        'a stream, windows, weights, an order of your own, soft targets or several processes',
                         'Use `learn.calibrate()` after training')
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #98b31084
@@ -144,6 +155,22 @@ def check_temperature(
     scores_layer(learn.model, n_out)
     return n_out
 
+# %% ../../nbs/441_tune.held_out_temperature.ipynb #b88fb15d
+@torch.no_grad()
+def is_divided(
+    learn, # Learner whose validation rows are a list
+    n_out:int # Number of scores
+) -> bool:
+    "Return whether `scale_scores` divides the scores of a model, from some of the validation rows"
+    dl = learn.dls.valid.new(RowsOf(learn.dls.valid.dataset, range(min(16, len(learn.dls.valid.dataset)))))
+    def scores(): return learn.get_preds(dl=dl, act=noop, reorder=False)[0].as_subclass(torch.Tensor).float()
+    with learn.no_bar(), learn.no_logging():
+        before = scores()
+        scale_scores(learn.model, 2, n_out) # a power of two, so that rounding makes no difference
+        halves = scores()
+        scale_scores(learn.model, .5, n_out)
+    return torch.allclose(2*halves, before, rtol=1e-3, atol=1e-3*float(before.abs().max()))
+
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #5d03126e
 class TemperatureState(Callback):
     "Keep a temperature in the checkpoints of a fit"
@@ -165,17 +192,36 @@ def saved_temperature(
     temperatures = [state['temperature_state']['temperature'] for state in states if 'temperature_state' in state]
     return bool(files), temperatures[0] if temperatures else None
 
+# %% ../../nbs/441_tune.held_out_temperature.ipynb #e1d9e895
+def _has_plain_loss(learn):
+    "Return whether the loss is known to be cross-entropy without weights"
+    loss = getattr(learn.loss_func, 'func', learn.loss_func)
+    given = learn.loss_func.keywords if isinstance(learn.loss_func, partial) else {}
+    is_known = loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss|LabelSmoothingCrossEntropy)
+    return is_known and getattr(loss, 'weight', None) is None and given.get('weight') is None
+
+_IN_TRAINING = ('before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward',
+                'after_backward', 'before_step', 'after_step')
+
+def _may_change(cb):
+    "Return whether a Callback that the copy does without may change what is learned"
+    if isinstance(cb, ShortEpochCallback|BnFreeze|ParamScheduler):
+        return True
+    module = type(cb).__module__
+    is_known = module.split('.')[0] in ('fastai', 'fastai_tl') and module != 'fastai.callback.mixup'
+    return not is_known and any(hasattr(type(cb), event) for event in _IN_TRAINING)
+
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #44e56d38
 _FEWEST, _MOST = 50, 2000
 
 def _has_new_head(learn, n_out):
     "Return whether the last layer looks untrained: transformers and `hf_classifier_learner` begin with a bias of 0"
     bias = scores_layer(learn.model, n_out).bias
-    return bias is None or not bool(bias.any())
+    return bias is not None and not bool(bias.any())
 
-def _is_usual(learn):
+def _is_usual(learn, cbs):
     "Return whether a Learner is such as was measured: a new head on a trained encoder, not many texts, no weights"
-    if getattr(getattr(learn.loss_func, 'func', learn.loss_func), 'weight', None) is not None:
+    if not _has_plain_loss(learn) or any(map(_may_change, cbs)):
         return False
     if hasattr(learn, 'kept_layers') or model_family(learn.model) != 'encoder' or not is_trained(learn.model):
         return False
@@ -188,7 +234,7 @@ def _wants_by_default(learn, cbs):
     except FastaiTLError:
         return False
     has_begun, temperature = saved_temperature(cbs)
-    return temperature is not None if has_begun else _is_usual(learn)
+    return temperature is not None if has_begun else _is_usual(learn, cbs)
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #cbe9ad42
 def copy_share(
@@ -201,13 +247,13 @@ def wants_temperature(
     learn, # Learner to train
     calibrate='auto', # Whether a temperature is asked for; `auto`: for a new head on an encoder, with 50 to 1,999 texts
     cbs=() # Callbacks of the fit
-) -> bool:
+) -> bool|str: # `True` if one is asked for, `auto` if there is one by default
     "Return whether to fit a temperature; raise an error if one is asked for and there cannot be one"
     check_option('calibrate', calibrate, ('auto', True, False))
     cbs = [*learn.cbs, *cbs]
     choosing = [cb for cb in cbs if isinstance(cb, TrackerCallback|BestEpoch)]
     if calibrate == 'auto':
-        return not choosing and _wants_by_default(learn, cbs)
+        return 'auto' if not choosing and _wants_by_default(learn, cbs) else False
     if calibrate and choosing:
         raise FastaiTLError('`calibrate` is for the weights of the last epoch', choosing[0].name,
                             'Use `learn.calibrate()` after training')
@@ -237,7 +283,12 @@ def held_out_learner(
     "Return a Learner for the first training"
     cbs = _copied_cbs(learn.cbs, _OF_MODEL)
     options = {name: getattr(learn, name) for name in ('loss_func', 'opt_func', 'lr', 'splitter', 'wd', 'moms', 'path')}
-    first = type(learn)(held_out_dls(learn.dls, share, seed), _copied(learn.model), metrics=[], **options)
+    dls = held_out_dls(learn.dls, share, seed)
+    try:
+        first = type(learn)(dls, _copied(learn.model), metrics=[], **options)
+    except (RuntimeError, TypeError) as e:
+        raise FastaiTLError('A temperature from training rows needs a model and a Learner that can be copied',
+                            f'{type(e).__name__}: {e}', 'Use `learn.calibrate()` after training') from e
     first.remove_cbs([cb for cb in first.cbs if isinstance(cb, _OF_MODEL)])
     first.add_cbs(cbs)
     return first
@@ -271,7 +322,24 @@ def temperature_of_copy(
         kept = _copied_cbs([*learn.cbs, *cbs], _OF_FIT)
         with first.no_bar(), first.no_logging(), first.added_cbs(_NoValidation()):
             fit(first, kept)
+        if not is_divided(first, check_temperature(learn)):
+            raise FastaiTLError('A temperature needs scores that are those of the last linear layer',
+                                f'other scores in a {type(learn.model).__name__}',
+                                'Use `learn.calibrate()` after training')
         return held_out_temperature(first)
+
+def temperature_if_possible(
+    learn, # Learner that has not been trained
+    fit, # Function of a Learner and Callbacks that trains it
+    cbs=() # Callbacks of the fit
+) -> float|None: # Temperature, or `None`
+    "Do what `temperature_of_copy` does; where it cannot be done, say why"
+    try:
+        return temperature_of_copy(learn, fit, cbs)
+    except Exception as e: # of a copy that the user did not ask for; the fit itself goes on
+        if learn.logger is not noop:
+            print(f'The model gets no temperature, since that of a copy failed. {type(e).__name__}: {e}')
+        return None
 
 # %% ../../nbs/441_tune.held_out_temperature.ipynb #ebb36cdb
 def divide_scores(

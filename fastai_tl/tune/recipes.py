@@ -133,6 +133,22 @@ def _is_norm(module):
     weight = getattr(module, 'weight', None)
     return 'norm' in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and len(weight) > 1
 
+# %% ../../nbs/440_tune.recipes.ipynb #34ac70e3
+def is_shrunk(learn):
+    "Return whether a model was cut out of a trained one by `shrink`"
+    return getattr(learn, 'kept_layers', None) is not None
+
+def is_measured(
+    learn, # A Learner
+    family, # Its model family, from `model_family`
+    n, # Number of layer groups
+    groups # Stages of the caller, or `None`
+) -> bool:
+    "Return whether the benchmark measured the recipes for such a model; it measured no other stages than theirs"
+    has_head = family in ('encoder', 'AWD_LSTM') and not predicts_tokens(learn.model)
+    is_usual = has_head and n > 2 and not is_shrunk(learn)
+    return groups is None and is_usual and is_trained(learn.model) is not False
+
 # %% ../../nbs/440_tune.recipes.ipynb #888f60d9
 FEW_TEXTS = 16 # a class
 

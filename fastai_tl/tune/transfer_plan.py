@@ -35,9 +35,9 @@ from .fast_training import fast_training_cbs
 from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
-from .recipes import few_texts, predicts_tokens
-from .held_out_temperature import TemperatureState, divide_scores, temperature_of_copy
-from .held_out_temperature import wants_temperature
+from .recipes import few_texts, is_measured, is_shrunk, predicts_tokens
+from .held_out_temperature import TemperatureState, divide_scores, temperature_if_possible
+from .held_out_temperature import temperature_of_copy, wants_temperature
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #8603e2fb
 MIN_STEPS = 150
@@ -132,7 +132,8 @@ def omissions(
         sentences.append(f'{layers} from random weights.')
     if plan.calibrated:
         sentences.append('Before, the stages run on a copy of the model and a part of the training rows. The '
-                         'temperature that suits the others divides the final scores (not with `calibrate=False`).')
+                         'temperature that suits the others divides the final scores (not with '
+                         '`fit_transfer(calibrate=False)`).')
     if plan.best is not None:
         sentences.append('At the end, the weights of the epoch with the lowest validation loss are restored.')
     return sentences
@@ -167,7 +168,7 @@ class TransferPlan:
     left_out:list|None=None # Groups that train in the stages for which there are too few epochs
     measured:bool=False # Whether the benchmark measured this recipe for such a model
     reinit:int=0 # Number of top layers that start from random weights
-    calibrated:bool=False # Whether a temperature is fitted to training rows that are held out from a first training
+    calibrated:bool|str=False # Whether a temperature is fitted to training rows that are held out from a first training
     few:float|None=None # Training texts a class, if `few_shot_learner` was more accurate with so few
     evidence = 'https://fastai-tl.github.io/fastai_tl/which_recipe.html'
     unfreezing = None # The fit's `GradualUnfreezing` Callback
@@ -264,19 +265,22 @@ def _task(learn):
         return 'classification'
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #f26b362c
+def _n_batches(learn):
+    "Return the number of batches of an epoch in each process"
+    n = len(learn.dls.train)
+    if not n:
+        raise FastaiTLError('A plan needs training rows', 'a Learner without batches to train on', 'Set `learn.dls`')
+    return math.ceil(n/n_processes())
+
 def _deciding_steps(epochs, groups, task, family, min_steps, n_batches):
     "Return the steps of a two-stage fit; `None` if the recipe does not depend on them (given stages, tagging)"
     if groups is not None or np.ndim(epochs) or task == 'tagging':
         return None
     return n_batches * sum(_stage_epochs(epochs, 2, family, min_steps, n_batches))
 
-def _is_shrunk(learn):
-    "Return whether a model was cut out of a trained one by `shrink`"
-    return getattr(learn, 'kept_layers', None) is not None
-
 def _chosen_recipe(learn, family, n, steps):
     "Return the name of the recipe that `auto` chooses and the reason"
-    if _is_shrunk(learn):
+    if is_shrunk(learn):
         return 'full', 'the head was trained before the model was made smaller, and the layers miss each other'
     return choose_recipe(family, n, predicts_tokens(learn.model), steps, is_trained(learn.model))
 
@@ -353,15 +357,9 @@ def _kept_stages(groups, rates, epochs):
     kept = [i for i, n_epochs in enumerate(epochs, n_left_out) if n_epochs > 0]
     return groups[:n_left_out], [groups[i] for i in kept], rates[kept], [e for e in epochs if e > 0]
 
-def _is_measured(learn, family, layers, groups):
-    "Return whether the benchmark measured the recipes for such a model; it measured no other stages than theirs"
-    has_head = family in ('encoder', 'AWD_LSTM') and not predicts_tokens(learn.model)
-    is_usual = has_head and len(layers) > 2 and not _is_shrunk(learn)
-    return groups is None and is_usual and is_trained(learn.model) is not False
-
 def _about(learn, family, layers, groups):
     "Return what a plan says about its model and data besides the stages"
-    return dict(few=few_texts(learn, family), measured=_is_measured(learn, family, layers, groups),
+    return dict(few=few_texts(learn, family), measured=is_measured(learn, family, len(layers), groups),
                 calibrated=wants_temperature(learn))
 
 # %% ../../nbs/442_tune.transfer_plan.ipynb #c892197d
@@ -382,7 +380,7 @@ def transfer_plan(self:Learner,
     "Return the plan that `fit_transfer` would follow, without changing anything"
     layers = _named_groups(self)
     family, task = model_family(self.model), _task(self)
-    n_batches = math.ceil(len(self.dls.train)/n_processes())
+    n_batches = _n_batches(self)
     steps = _deciding_steps(epochs, groups, task, family, min_steps, n_batches)
     name, why = _name_recipe(self, recipe, family, len(layers), steps, groups)
     recipe = TRANSFER_RECIPES[name]
@@ -403,7 +401,8 @@ def _temperature(learn, plan, wd, cbs, aids):
         cache = plan.cache if isinstance(plan.cache, bool) else True
         first_plan = replace(plan, layers=_named_groups(first), n_batches=len(first.dls.train), cache=cache)
         first_plan.fit(first, wd, L(cbs) + copy.deepcopy(aids))
-    return temperature_of_copy(learn, fit, cbs)
+    find = temperature_if_possible if plan.calibrated == 'auto' else temperature_of_copy
+    return find(learn, fit, cbs)
 
 def _run(learn, plan, wd, cbs, aids):
     "Run a plan, and give the model its temperature"
@@ -413,7 +412,7 @@ def _run(learn, plan, wd, cbs, aids):
             plan.temperature = _temperature(learn, plan, wd, cbs, aids)
             cbs = cbs + L(TemperatureState(plan.temperature))
         plan.fit(learn, wd, cbs + aids)
-    if plan.calibrated:
+    if plan.temperature is not None:
         divide_scores(learn, plan.temperature)
     return plan
 
@@ -446,5 +445,5 @@ def fit_transfer(self:Learner,
         plan.show()
     if reinit:
         reinit_top_layers(self.model, reinit)
-    aids = fast_training_cbs(self, plan.family != 'other', mixed_precision, one_position, fast_dropout)
+    aids = fast_training_cbs(self, plan.family != 'other', mixed_precision, one_position, fast_dropout, cbs)
     return _run(self, plan, wd, cbs, L(aids))
