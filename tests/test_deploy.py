@@ -997,3 +997,23 @@ def test_auto_needs_a_comparison_for_int8_and_pytorch(tok, tmp_path):
         load_bundle(tmp_path/'m', 'auto', engine='onnx')
     with expect_fail(DataError, 'Rows'):
         fastest_precision(engine_of(learn), [])
+
+
+@pytest.mark.parametrize('make', ['fastai', 'ours'])
+def test_new_texts_have_the_tokens_of_training_texts(make):
+    "spaCy makes one token of a control character and the space after it; in training, the space becomes ▁"
+    texts = ['a film \x85 that is good', 'a bad one\x85 yes', 'the plot \x96 it is fine \x85 oh'] * 4
+    labels = ['a', 'b', 'a'] * 4
+    if make == 'ours':
+        tokens = tokenize_texts_once(texts)
+        dls = classifier_dls(tokens, labels, 'classification', [*range(8)], [*range(8, 12)], texts_vocab(tokens, 1), bs=4)
+        learn = awd_classifier_learner(dls, 'classification', 2, SIZES)
+        rows = learn.dls.test_dl(texts[:3]).dataset
+        assert [x[0].tolist() for x in rows] == [x[0].tolist() for x in dls.train_ds][:3]
+    else:
+        df = pd.DataFrame(dict(text=texts, label=labels, valid=[False] * 8 + [True] * 4))
+        columns = dict(text_col='text', label_col='label', valid_col='valid')
+        dls = TextDataLoaders.from_df(df, **columns, bs=4, text_vocab=None, n_workers=0)
+        learn = text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=merge(awd_lstm_clas_config, SIZES))
+    encoded = engine_of(learn).encode(texts[:3])
+    assert [row.tolist() for row in encoded] == [x[0].tolist() for x in dls.train_ds][:3]

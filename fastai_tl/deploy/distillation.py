@@ -12,13 +12,14 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastcore.all import delegates, maps, patch
+from fastcore.all import delegates, patch
 from fastai.learner import Learner
 from ..arguments import check_flag, check_number, check_path, check_type, check_whole, checked
 from ..core import DataError, FastaiTLError, check_arguments, shorten
 from ..data.near_duplicates import near_duplicates
 from ..data.spec import activate
 from ..data.tables import check_items, is_missing, list_of, text_column
+from ..data.tokenizers import token_lists
 from .engines import engine_of
 from .predictor import Predictor
 from .teacher_scores import TeacherScores, TeacherStates
@@ -58,7 +59,7 @@ def _is_pair(o):
 def _tokens_of(learn, texts):
     "Return the tokens of texts as a student of the library fastai reads them"
     parts = text_parts(learn)
-    return [tuple(map(str, tokens)) for tokens in parts.tokenizer(maps(*parts.rules, texts))]
+    return [tuple(map(str, tokens)) for tokens in token_lists(texts, parts.tokenizer, parts.rules)]
 
 # %% ../../nbs/835_deploy.distillation.ipynb #e90d698c
 def _found_by_tokens(rows, texts, tokens):

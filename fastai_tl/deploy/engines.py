@@ -12,7 +12,6 @@ import copy
 from functools import cached_property
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from fastcore.all import maps
 from fastai.learner import Learner
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
@@ -22,6 +21,7 @@ from ..core import FastaiTLError
 from ..callbacks import evaluating
 from ..data.hf_tokenizer import HFTokenize, TensorTokens, pad_rows
 from ..data.spec import TextSpec, activate
+from ..data.tokenizers import token_lists
 from ..data.windows import text_windows, unactivate
 from .quantization import (
     PRECISIONS, Int8Linear, Int8LSTMLayer, int8_linears, native_precisions, usable_precision)
@@ -183,7 +183,7 @@ class AWDEngine(Engine):
     ) -> list: # One array of token ids for each text
         "Turn texts into token ids, as the DataLoaders do"
         with exclusive(self.tokenizer):
-            tokens = [list(o) for o in self.tokenizer(maps(*self.rules, texts))]
+            tokens = [list(o) for o in token_lists(texts, self.tokenizer, self.rules)]
         rows = [np.array([self.o2i.get(t, 0) for t in o], dtype=np.int64) for o in tokens]
         return [row[::-1].copy() for row in rows] if self.backwards else rows
 

@@ -11,7 +11,7 @@ __all__ = []
 import re
 from collections import Counter
 import pandas as pd, torch
-from fastcore.all import maps, patch
+from fastcore.all import patch
 from fastai.data.transforms import Categorize, OneHotEncode
 from fastai.learner import Learner
 from fastai.text.core import defaults
@@ -22,7 +22,7 @@ from ..data.class_names import class_list
 from ..data.chinese import ChineseTokenizer
 from ..data.hf_tokenizer import HFTokenize, TokensDL, n_tokens
 from ..data.tables import check_items, list_of, text_column
-from ..data.tokenizers import apply_rules
+from ..data.tokenizers import apply_rules, token_lists
 from ..locks import exclusive
 from ..models.class_extension import add_outputs, output_layer
 from ..models.class_order import name_outputs
@@ -186,7 +186,7 @@ def _hf_words(parts, texts):
 
 def _awd_words(parts, texts):
     "Return how often each token occurs that is not in the vocabulary of an AWD_LSTM"
-    counts = Counter(word for tokens in parts.tokenizer(maps(*parts.rules, texts)) for word in tokens)
+    counts = Counter(word for tokens in token_lists(texts, parts.tokenizer, parts.rules) for word in tokens)
     known = {*parts.vocab, *defaults.text_spec_tok}
     return Counter({word: n for word, n in counts.items() if word not in known and not word.isspace()})
 
