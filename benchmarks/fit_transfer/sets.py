@@ -21,6 +21,7 @@ CHOOSE = {
     'roles 500': ('roles', 500, 3, 0, None),
     'first words 500, 10 % wrong': ('first words', 500, 3, 0.1, None),
     'first words 100': ('first words', 100, 10, 0, None),
+    'halves 1,000': ('halves', 1000, 3, 0, None),
 }
 JUDGE = {
     'last words 500': ('last words', 500, 3, 0, None),
@@ -36,6 +37,7 @@ JUDGE = {
     'shopping 1,000': ('shopping', 1000, 3, 0, None),
     'pairs 1,000': ('pairs', 1000, 3, 0, None),
 }
+PAIRS = ('halves', 'pairs')
 CHINESE = ('hotel', 'shopping')  # with the multilingual encoder of the package, not MiniLM
 SETS = CHOOSE | JUDGE
 N_DEV, N_TEST = 200, 1000
@@ -87,12 +89,25 @@ def pairs():
     return df[df.split == 'train'], df[df.split == 'test']
 
 
+def halves(data):
+    "20 words of a review beside the next 20 of the same, or of another with the same label"
+    df = reviews(data, lambda t: ' '.join(t.replace('<br />', ' ').split()[:40]))
+    df = df[df.text.str.split().str.len() == 40].sample(frac=1, random_state=1)
+    first, other = (df.text.map(lambda t, part=part: ' '.join(t.split()[part])) for part in (slice(20), slice(20, 40)))
+    is_same = np.arange(len(df)) % 2 == 0
+    moved = other.groupby([df.split, df.label]).transform(lambda o: np.roll(o, 1))
+    df = pd.DataFrame(dict(text=first, other=np.where(is_same, other, moved), split=df.split))
+    df = df.assign(label=np.where(is_same, 'same', 'other'))
+    df = df[df.split == 'train']
+    return df[:-1000], df[-1000:]
+
+
 def source(name, data):
     "Training pool and test rows of a source"
     if name in CHINESE:
         return chinese(name, data)
-    if name == 'pairs':
-        return pairs()
+    if name in PAIRS:
+        return pairs() if name == 'pairs' else halves(data)
     if name.startswith('TREC'):
         df = pd.read_csv(Path(data) / 'en' / 'trec6.csv').sample(frac=1, random_state=0)
         df = df.assign(label=df.fine_label) if name == 'TREC-50' else df
@@ -152,7 +167,7 @@ class SetData(Data):
     def __init__(self, name, seed, a):
         self.name, self.split = name, 'valid' if name in CHOOSE else 'test'
         kind, size, self.epochs, wrong, share = SETS[name]
-        self.text_col = ['text', 'other'] if kind == 'pairs' else 'text'
+        self.text_col = ['text', 'other'] if kind in PAIRS else 'text'
         if kind not in self.sources:
             self.sources[kind] = source(kind, a.data)
         pool, test = (with_share(df, share) for df in self.sources[kind])

@@ -73,5 +73,6 @@ WAYS = {
     'smooth .1': (fit, dict(calibrate=False, smooth=0.1, mean=2 / 3)),
     'rate 1e-4': (fit, dict(calibrate=False, lr=1e-4)),
     'discriminative': (fit, dict(calibrate=False, recipe='discriminative')),
+    'full': (fit, dict(calibrate=False, recipe='full')),
     'head_then_full': (fit, dict(calibrate=False, recipe='head_then_full')),
 }
