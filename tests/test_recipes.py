@@ -503,6 +503,18 @@ def test_augmentation_of_word_level_texts():
     assert np.mean([len(a) / len(b) for (a, _), (b, _) in zip(got, train)]) < 0.75
 
 
+def test_pairs_train_all_layers_from_the_start(tok):
+    "The head alone cannot compare two texts, whatever the number of steps"
+    dls = HFTextDataLoaders.from_lists(
+        [[t, 'and so on'] for t in TEXTS], LABELS, tok, valid=list(FRAME.valid), bs=8, verbose=False
+    )
+    learn = hf_classifier_learner(dls, BertConfig(vocab_size=len(tok), **BERT), metrics=[])
+    plan = learn.transfer_plan(100)
+    assert plan.recipe == 'full' and 'two texts' in plan.why
+    assert classifier(tok).transfer_plan(100).recipe == 'head_then_full'
+    assert learn.transfer_plan(100, 'head_then_full').recipe == 'head_then_full'
+
+
 def test_augmentation_of_pairs(tok):
     dls = HFTextDataLoaders.from_lists(
         [[t, 'and so on'] for t in TEXTS], LABELS, tok, valid=list(FRAME.valid), bs=8, verbose=False

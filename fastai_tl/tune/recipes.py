@@ -134,6 +134,14 @@ def _is_norm(module):
     return 'norm' in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and len(weight) > 1
 
 # %% ../../nbs/440_tune.recipes.ipynb #34ac70e3
+def reads_pairs(learn):
+    "Return whether a Learner classifies pairs of texts"
+    try:
+        spec = spec_of(learn)
+    except FastaiTLError:
+        return False
+    return spec.is_classification and bool(spec.pairs)
+
 def is_shrunk(learn):
     "Return whether a model was cut out of a trained one by `shrink`"
     return getattr(learn, 'kept_layers', None) is not None
@@ -175,7 +183,8 @@ def choose_recipe(
     n:int, # Number of layer groups
     is_lm:bool=False, # Whether the model is a language model, which predicts tokens
     steps:int|None=None, # Optimizer steps of the whole fit; if `None`, the choice does not depend on them
-    trained:bool|None=None # Whether the layers below the head have been trained, see `is_trained`
+    trained:bool|None=None, # Whether the layers below the head have been trained, see `is_trained`
+    pairs:bool=False # Whether the model classifies pairs of texts
 ) -> tuple: # Name of the recipe, and the reason for choosing it
     "Choose the recipe for a model"
     check_option('family', family, ('AWD_LSTM', *TRANSFORMER_FAMILIES, 'other'))
@@ -190,6 +199,8 @@ def choose_recipe(
     if steps is not None and steps < _FEW_STEPS and family != 'AWD_LSTM':
         steps = '1 step is' if steps == 1 else f'{steps} steps are'
         return 'full', f'{steps} too few to spend some on the head alone{not_measured}'
+    if pairs:
+        return 'full', f'the head alone cannot compare two texts{not_measured}'
     if not_measured:
         return 'head_then_full', f'as for encoders that have been trained{not_measured}'
     which = ', with encoders that had been trained' if family == 'AWD_LSTM' else ''

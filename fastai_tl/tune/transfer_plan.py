@@ -35,7 +35,7 @@ from .fast_training import fast_training_cbs
 from .regularizers import reinit_top_layers
 from .gradual import STAGE_SCHEDULES, ensure_layer_groups, lacks_layer_groups
 from .recipes import TRANSFER_RECIPES, TRANSFORMER_FAMILIES, choose_recipe, is_trained, model_family
-from .recipes import few_texts, is_measured, is_shrunk, predicts_tokens
+from .recipes import few_texts, is_measured, is_shrunk, predicts_tokens, reads_pairs
 from .held_out_temperature import TemperatureState, divide_scores, temperature_if_possible
 from .held_out_temperature import temperature_of_copy, wants_temperature
 
@@ -282,7 +282,7 @@ def _chosen_recipe(learn, family, n, steps):
     "Return the name of the recipe that `auto` chooses and the reason"
     if is_shrunk(learn):
         return 'full', 'the head was trained before the model was made smaller, and the layers miss each other'
-    return choose_recipe(family, n, predicts_tokens(learn.model), steps, is_trained(learn.model))
+    return choose_recipe(family, n, predicts_tokens(learn.model), steps, is_trained(learn.model), reads_pairs(learn))
 
 def _name_recipe(learn, recipe, family, n, steps, groups):
     "Return the name of the recipe and the reason for choosing it"
