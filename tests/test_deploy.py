@@ -1006,7 +1006,8 @@ def test_new_texts_have_the_tokens_of_training_texts(make):
     labels = ['a', 'b', 'a'] * 4
     if make == 'ours':
         tokens = tokenize_texts_once(texts)
-        dls = classifier_dls(tokens, labels, 'classification', [*range(8)], [*range(8, 12)], texts_vocab(tokens, 1), bs=4)
+        vocab = texts_vocab(tokens, 1)
+        dls = classifier_dls(tokens, labels, 'classification', [*range(8)], [*range(8, 12)], vocab, bs=4)
         learn = awd_classifier_learner(dls, 'classification', 2, SIZES)
         rows = learn.dls.test_dl(texts[:3]).dataset
         assert [x[0].tolist() for x in rows] == [x[0].tolist() for x in dls.train_ds][:3]
