@@ -138,6 +138,7 @@ def omissions(
         sentences.append('At the end, the weights of the epoch with the lowest validation loss are restored.')
     return sentences
 
+# %% ../../nbs/442_tune.transfer_plan.ipynb #dc06779d
 def few_in_words(
     plan # A `TransferPlan`
 ) -> str:
