@@ -176,6 +176,7 @@ def test_every_weight_trains(trainable, tok):
 
 def test_gradual_unfreezing_and_rates(folder):
     learn = hf_classifier_learner(dls_of(folder), folder, metrics=[])
+    assert learn.transfer_plan().lrs[-1] == 6e-4
     learn.freeze_to(-2)
     table = learn.layer_table()
     assert list(table.layers) == ['layers.0', 'layers.1', 'head']

@@ -22,6 +22,7 @@ CHOOSE = {
     'first words 500, 10 % wrong': ('first words', 500, 3, 0.1, None),
     'first words 100': ('first words', 100, 10, 0, None),
     'halves 1,000': ('halves', 1000, 3, 0, None),
+    'sentiment 500': ('sentiment', 500, 3, 0, None),
 }
 JUDGE = {
     'last words 500': ('last words', 500, 3, 0, None),
@@ -38,7 +39,7 @@ JUDGE = {
     'pairs 1,000': ('pairs', 1000, 3, 0, None),
 }
 PAIRS = ('halves', 'pairs')
-CHINESE = ('hotel', 'shopping')  # with the multilingual encoder of the package, not MiniLM
+CHINESE = ('hotel', 'shopping', 'sentiment')  # with the multilingual encoder of the package, not MiniLM
 SETS = CHOOSE | JUDGE
 N_DEV, N_TEST = 200, 1000
 
@@ -65,13 +66,16 @@ def docstrings(label):
 
 
 def chinese(name, data):
-    "Hotel reviews, positive or negative; shopping reviews with ten categories"
+    "Hotel reviews, positive or negative; shopping reviews with ten categories, or others, positive or negative"
     folder = Path(data) / 'zh_tw'
     if name == 'hotel':
         df = pd.read_csv(folder / 'hotel_reviews.csv').sample(frac=1, random_state=0)
         return df[df.split == 'train'], df[df.split == 'test']
     df = pd.read_parquet(folder / 'shopping_reviews.parquet').sample(frac=1, random_state=0)
-    df = df.drop_duplicates('text').assign(label=lambda d: d.category)[['text', 'label']]
+    df = df.drop_duplicates('text')
+    if name == 'sentiment':
+        return df[40000:], df[38000:40000]
+    df = df.assign(label=df.category)
     return df[2000:], df[:2000]
 
 

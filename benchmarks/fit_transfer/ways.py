@@ -72,6 +72,7 @@ WAYS = {
     'mean of the last third': (fit, dict(calibrate=False, mean=2 / 3)),
     'smooth .1': (fit, dict(calibrate=False, smooth=0.1, mean=2 / 3)),
     'rate 1e-4': (fit, dict(calibrate=False, lr=1e-4)),
+    **{f'rate {lr:g}': (fit, dict(calibrate=False, lr=lr)) for lr in (3e-4, 6e-4, 1.2e-3)},
     'discriminative': (fit, dict(calibrate=False, recipe='discriminative')),
     'full': (fit, dict(calibrate=False, recipe='full')),
     'head_then_full': (fit, dict(calibrate=False, recipe='head_then_full')),

@@ -16,6 +16,7 @@ from ..core import FastaiTLError
 from ..data.spec import LANGUAGE_MODEL_TASKS, TASKS
 from ..models.execution_order import hf_models
 from ..models.layer_groups import layer_splitter
+from ..models.sentence_encoder import MODEL_TYPE as SENTENCE_ENCODER
 
 # %% ../../nbs/405_tune.learning_rates.ipynb #8b005036
 def discriminative_lrs(
@@ -43,6 +44,7 @@ _TRANSFER_AWD_LSTM_LR = 1e-2
 _TRANSFER_AWD_LSTM_LM_LR = 5e-3
 _TRANSFER_LR = 2e-4
 _TRANSFER_TAGGING_LR = 8e-4
+_TRANSFER_SENTENCE_ENCODER_LR = 6e-4 # the multilingual encoder has two layers, without attention
 _MEASURED_HIDDEN_SIZE = 384
 _FITS = ('fit_one_cycle', 'fit_gradual', 'fit_transfer')
 
@@ -80,6 +82,8 @@ def _transfer_lr(model, task):
     found = hf_models(model) if isinstance(model, nn.Module) else []
     if not found:
         return None
+    if getattr(found[0].config, 'model_type', None) == SENTENCE_ENCODER:
+        return _TRANSFER_SENTENCE_ENCODER_LR
     hidden_size = getattr(found[0].config.get_text_config(), 'hidden_size', None) or _MEASURED_HIDDEN_SIZE
     measured = _TRANSFER_TAGGING_LR if task == 'tagging' else _TRANSFER_LR
     return measured * min(1, _MEASURED_HIDDEN_SIZE/hidden_size)
