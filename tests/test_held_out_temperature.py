@@ -171,12 +171,13 @@ def test_explained(tok, capsys, wrong_labels):  # noqa: F811
     assert capsys.readouterr().out == '', '`no_logging` silences it'
 
 
-def trained_classifier(tok, n=60, **kw):  # noqa: F811
+def trained_classifier(tok, n=60, pairs=False, **kw):  # noqa: F811
     "A new head on layers that look trained, with `n` training texts"
     seed_everything(0)
     rows = pd.concat([FRAME[~FRAME.valid]] * 5)[:n]
-    frame = pd.concat([rows, FRAME[FRAME.valid]], ignore_index=True)
-    dls = HFTextDataLoaders.from_df(frame, tok, valid_col='valid', bs=8, verbose=False, **kw)
+    frame = pd.concat([rows, FRAME[FRAME.valid]], ignore_index=True).assign(other='and so on')
+    columns = ['text', 'other'] if pairs else 'text'
+    dls = HFTextDataLoaders.from_df(frame, tok, columns, valid_col='valid', bs=8, verbose=False, **kw)
     learn = hf_classifier_learner(dls, BertConfig(vocab_size=len(tok), **BERT), metrics=[])
     with torch.no_grad():
         for module in learn.model.modules():
@@ -201,6 +202,8 @@ def test_when_there_is_one(tok):  # noqa: F811
     assert not is_calibrated(trained_classifier(tok, n=49))
     assert is_calibrated(trained_classifier(tok, n=49), calibrate=True)
     assert not is_calibrated(classifier(tok)), 'random weights'
+    pairs = trained_classifier(tok, pairs=True)
+    assert not is_calibrated(pairs) and pairs.transfer_plan(1).recipe == 'full'
     assert not is_calibrated(awd())
     assert not is_calibrated(tagger(tok))
     assert not is_calibrated(trained_classifier(tok), best=True)
