@@ -79,6 +79,13 @@ def chinese(name, data):
     return df[2000:], df[:2000]
 
 
+def same_or_other(df, by):
+    "Pairs with the text `other` of the same row and, in every second row, of another row with the same values of `by`"
+    is_same = np.arange(len(df)) % 2 == 0
+    moved = df.groupby(by).other.transform(lambda o: np.roll(o, 1))
+    return df.assign(other=np.where(is_same, df.other, moved), label=np.where(is_same, 'same', 'other'))
+
+
 def pairs():
     "The first sentence of a function's documentation beside another part of it, or of another function's"
     from fastai_tl.datasets.corpora import docstring_corpus
@@ -87,9 +94,7 @@ def pairs():
     first = df[df.role == 'summary'].drop_duplicates('source')[['source', 'text', 'split', 'library']]
     other = df[df.role != 'summary'].sample(frac=1, random_state=0).drop_duplicates('source')[['source', 'text']]
     df = first.merge(other.rename(columns=dict(text='other')), on='source').sample(frac=1, random_state=0)
-    is_same = np.arange(len(df)) % 2 == 0
-    moved = df.groupby(['split', 'library']).other.transform(lambda o: np.roll(o, 1))  # of the same library
-    df = df.assign(other=np.where(is_same, df.other, moved), label=np.where(is_same, 'same', 'other'))
+    df = same_or_other(df, ['split', 'library'])
     return df[df.split == 'train'], df[df.split == 'test']
 
 
@@ -98,10 +103,7 @@ def halves(data):
     df = reviews(data, lambda t: ' '.join(t.replace('<br />', ' ').split()[:40]))
     df = df[df.text.str.split().str.len() == 40].sample(frac=1, random_state=1)
     first, other = (df.text.map(lambda t, part=part: ' '.join(t.split()[part])) for part in (slice(20), slice(20, 40)))
-    is_same = np.arange(len(df)) % 2 == 0
-    moved = other.groupby([df.split, df.label]).transform(lambda o: np.roll(o, 1))
-    df = pd.DataFrame(dict(text=first, other=np.where(is_same, other, moved), split=df.split))
-    df = df.assign(label=np.where(is_same, 'same', 'other'))
+    df = same_or_other(df.assign(text=first, other=other), ['split', 'label'])
     df = df[df.split == 'train']
     return df[:-1000], df[-1000:]
 

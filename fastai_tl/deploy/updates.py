@@ -362,8 +362,8 @@ def update(self:Learner,
         adjusts = options.adjust and rows.old
         cbs = [*anchors.values(), *([_adjustment(spec, rows, replayed)] if adjusts else [])]
         result = _try_update(self, rows, replayed, cbs, max_drop, options)
-    anchor = shorten(anchors) or None
-    result.description = f'{len(rows.new):,} new rows and {len(replayed):,} old ones, anchor: {anchor}'
+    names = shorten(anchors) or None
+    result.description = f'{len(rows.new):,} new rows and {len(replayed):,} old ones, anchor: {names}'
     if options.verbose:
         print(STALE if result.accepted else f'Refused: {shorten(result.refused)} lost more than {max_drop:.3g}')
     return result

@@ -9,9 +9,9 @@ __all__ = ['FastaiTokenizerAdapter', 'HFTokenizerAdapter']
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #2d14263e
 import re
-from fastcore.all import compose, first, listify
+from fastcore.all import first, listify
 from fastai.data.core import DataLoaders
-from fastai.text.core import BOS, EOS, FLD, PAD, TK_MAJ, TK_UP, UNK, defaults
+from fastai.text.core import BOS, EOS, FLD, PAD, TK_MAJ, TK_UP, UNK
 from ..arguments import check_callable, check_each, check_flag, check_text, check_type, check_whole, checked
 from ..locks import exclusive
 from ..core import DataError, FastaiTLError, VocabError
@@ -20,7 +20,7 @@ from ..data.chinese import tools_from_settings
 from ..data.decoding import WIDE, join_marked, join_words, undo_rules
 from ..data.offsets import exact_offsets
 from ..data.tables import valid_text
-from ..data.tokenizers import apply_rules, check_rules
+from ..data.tokenizers import apply_rules, check_rules, token_lists
 from ..models.encoder import Encoder
 from ..models.third_party import text_parts
 
@@ -39,12 +39,9 @@ def _merge_subwords(tokens):
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #c46c8ef2
 def _tokenize_with(tokenizer, rules):
     "Return a function that splits a text into tokens"
-    before = compose(*rules)
-    # a tokenizer with `decode` marks spaces itself
-    after = compose(*([] if hasattr(tokenizer, 'decode') else defaults.text_postproc_rules))
     def tokenize(text):
         with exclusive(tokenizer):
-            return [after(token) for token in first(tokenizer([before(text)]))]
+            return list(first(token_lists([text], tokenizer, rules)))
     return tokenize
 
 # %% ../../nbs/600_generation.tokenizer_adapter.ipynb #ad80220c

@@ -34,7 +34,7 @@ from ..models.third_party import spec_of
 from ..processes import n_processes
 from .accumulation import LargeBatchGradient
 from .best_epoch import BestEpoch
-from .recipes import is_trained, model_family, reads_pairs
+from .recipes import is_shrunk, is_trained, model_family, reads_pairs
 from .regularizers import FGM, L2SP, RDrop
 from .resume import ResumableFit
 from .weight_averaging import EMA, SWA
@@ -223,7 +223,7 @@ def _is_usual(learn, cbs):
     "Return whether a Learner is such as was measured: a new head on a trained encoder, not many texts, no weights"
     if reads_pairs(learn) or not _has_plain_loss(learn) or any(map(_may_change, cbs)):
         return False
-    if hasattr(learn, 'kept_layers') or model_family(learn.model) != 'encoder' or not is_trained(learn.model):
+    if is_shrunk(learn) or model_family(learn.model) != 'encoder' or not is_trained(learn.model):
         return False
     return _has_new_head(learn, check_temperature(learn)) and _FEWEST <= len(learn.dls.train.dataset) < _MOST
 
